@@ -1,0 +1,58 @@
+"""Where the repository, `input/` and `working/` are (here and on Kaggle), and how files are written: whole or not at all."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+
+def on_kaggle() -> bool:
+    """True inside a Kaggle notebook, interactive or batch."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def repository_root() -> Path:
+    """The folder that holds `kutils/` and `conf/`: the clone, or the unpacked code data set on Kaggle."""
+    return Path(__file__).resolve().parent.parent
+
+
+def conf_dir() -> Path:
+    return repository_root() / "conf"
+
+
+def input_dir() -> Path:
+    """The folder of data sets: `KUTILS_INPUT` if set, `/kaggle/input` on Kaggle, else the repository's `input/`."""
+    default = "/kaggle/input" if on_kaggle() else repository_root() / "input"
+    return Path(os.environ.get("KUTILS_INPUT", default)).absolute()
+
+
+def working_dir() -> Path:
+    """The folder of results: `KUTILS_WORKING` if set, `/kaggle/working` on Kaggle, else the repository's `working/`."""
+    default = "/kaggle/working" if on_kaggle() else repository_root() / "working"
+    return Path(os.environ.get("KUTILS_WORKING", default)).absolute()
+
+
+def is_safe_relative(path: str) -> bool:
+    """True if `path` is relative and cannot leave the folder it is joined to (no `..`, no root, no drive, no backslash)."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in parts[0]
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it to `path` when the block ends, delete it when the block raises.
+
+    A reader sees the former file or the whole new one, whatever happens in between (a kill, a full disk). The temporary
+    name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # the rename must not reach the disk before the content
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
