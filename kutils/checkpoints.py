@@ -1,0 +1,115 @@
+"""Files of a run: published checkpoints (weights and what made them), and the state from which a cut run goes on."""
+
+import dataclasses
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kutils import paths
+from kutils.config import HINTS, ConfigError, Recipe, convert
+from kutils.models import PromptEmbedder, build_model
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what differs."""
+
+
+def save_checkpoint(path: Path, model: PromptEmbedder, recipe: Recipe, **facts) -> None:
+    """Write `{"model": state_dict, "recipe": ..., **facts}`, atomically: `backbone.*` and `fc.weight`, as published.
+
+    Args:
+        path: replaced if it is there; the caller decides whether it may be.
+        model: on any device; weights are saved in float32 on the CPU.
+        recipe: as resolved for the run.
+        facts: fold, folds_hashes, epoch, cosine_similarity: plain values, so that `weights_only` loading takes them.
+    """
+    weights = {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
+    save(path, {"model": weights, "recipe": dataclasses.asdict(recipe), **facts})
+
+
+def save(path: Path, content: dict) -> None:
+    """torch.save to a temporary name, then rename; a full disk leaves the former file."""
+    try:
+        with paths.atomic_path(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        raise CheckpointError(
+            f"{path} could not be written ({error}); is the disk full? The former file is untouched"
+        ) from error
+
+
+def read(path: Path) -> dict:
+    """Load a checkpoint file to the CPU without running any code in it; CheckpointError if it is none."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
+        raise CheckpointError(f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise CheckpointError(f"{path} holds no {{'model': weights}}")
+    return content
+
+
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    """Load strictly; CheckpointError naming what is missing, left over or of another shape."""
+    own = model.state_dict()
+    differences = [f"lacks {name}" for name in own if name not in weights]
+    differences += [f"has {name} too" for name in weights if name not in own]
+    differences += [
+        f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 5} more differences" if len(differences) > 5 else ""
+        raise CheckpointError(f"{path} is of another network: it {'; '.join(differences[:5])}{more}")
+    model.load_state_dict(weights)
+
+
+def recipe_of(content: dict, path: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with; keys that this version does not know are left out."""
+    values = content.get("recipe")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} carries no recipe; give one with --config")
+    try:
+        return Recipe(**{key: convert(key, value, HINTS[key]) for key, value in values.items() if key in HINTS})
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path} carries a recipe that cannot be read: {error}") from error
+
+
+def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder, Recipe, dict]:
+    """A trained network, ready to predict, in float32 on the CPU.
+
+    Args:
+        path: a checkpoint written by `save_checkpoint`.
+        recipe: None takes the checkpoint's own.
+    Returns: the model in evaluation mode, its recipe, and the facts beside the weights (fold, folds_hashes, epoch,
+        cosine_similarity).
+    Raises: CheckpointError for a file that is none, carries no recipe, or is of another network.
+    """
+    content = read(path)
+    recipe = recipe or recipe_of(content, path)
+    model = build_model(dataclasses.replace(recipe, gradient_checkpointing=False), pretrained=False)
+    load_weights(model, content["model"], path)
+    return model.eval(), recipe, {key: value for key, value in content.items() if key not in ("model", "recipe")}
+
+
+def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path) -> None:
+    """Refuse a checkpoint that has seen other folds than the data's: its training rows would be validation rows now.
+
+    Raises: CheckpointError naming the data set whose folds differ, or the fold.
+    """
+    if facts.get("fold") != fold:
+        raise CheckpointError(f"{path} was validated on fold {facts.get('fold')}, this run is for fold {fold}")
+    saved = facts.get("folds_hashes", {})
+    changed = [name for name, value in folds_hashes.items() if name in saved and saved[name] != value]
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained on other folds of {', '.join(changed)} (folds hash {saved[changed[0]][:12]}, now "
+            f"{folds_hashes[changed[0]][:12]}): rows it has trained on would be validated. Train the stage before again, or "
+            f"put the former input/{changed[0]}.tsv.bak back"
+        )

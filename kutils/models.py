@@ -1,0 +1,116 @@
+"""The network of a recipe: timm backbone -> linear head -> unit vector, the prompt's embedding."""
+
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kutils import heads
+from kutils.config import Recipe
+
+
+class WeightsError(ValueError):
+    """Pretrained weights that cannot be had; the message says how to point at a file or do without."""
+
+
+class PromptEmbedder(nn.Module):
+    """Image -> predicted prompt embedding of unit length.
+
+    Attributes:
+        backbone: the timm model.
+        fc: Linear to 384 without bias. (Both names are those of the published checkpoints.)
+        head: what of the backbone `fc` sees.
+    """
+
+    def __init__(self, backbone: nn.Module, head: str):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.fc = heads.linear_head(heads.num_features(backbone, head))
+        self.unfreeze()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, S, S], normalised -> float32 [B, 384], unit rows (also under autocast)."""
+        if self.frozen:
+            with torch.no_grad():
+                features = heads.features(self.backbone, images, self.head)
+        else:
+            features = heads.features(self.backbone, images, self.head)
+        return F.normalize(self.fc(features).float(), dim=-1)
+
+    def freeze_backbone(self) -> None:
+        """Train the head alone: no gradients in the backbone, and evaluation mode there even after `train()`."""
+        self.frozen = True
+        self.backbone.requires_grad_(False).eval()
+
+    def unfreeze(self) -> None:
+        self.frozen = False
+        self.backbone.requires_grad_(True)
+        for parameter in heads.unused_parameters(self.backbone, self.head):
+            parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and self.frozen:
+            self.backbone.eval()
+        return self
+
+
+def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
+    """The network of a recipe, in float32 on the CPU.
+
+    Args:
+        recipe: backbone, head, input size, drop path, patch mode, pretrained.
+        pretrained: False leaves the recipe's pretrained weights out, for a checkpoint that is loaded next.
+    Raises: ValueError for a backbone that timm does not have; WeightsError where pretrained weights cannot be had.
+    """
+    if not timm.is_model(recipe.backbone):
+        close = timm.list_models(f"*{recipe.backbone.split('.')[0].split('_')[0]}*")[:5]
+        raise ValueError(
+            f"timm {timm.__version__} has no model {recipe.backbone!r}; it has {', '.join(close) or 'others'}"
+        )
+    options = {"num_classes": heads.num_classes(recipe.backbone, recipe.head), "drop_path_rate": recipe.drop_path_rate}
+    config = timm.get_pretrained_cfg(recipe.backbone)
+    strided = recipe.patch_mode == "strided"
+    if config is not None and config.fixed_input_size and not strided:
+        options["img_size"] = recipe.input_size  # timm resamples the position embeddings of loaded weights
+    backbone = create_backbone(recipe, options, recipe.pretrained if pretrained else False)
+    if strided:
+        stride_patches(backbone, recipe.input_size)
+    if recipe.gradient_checkpointing:
+        backbone.set_grad_checkpointing(True)
+    return PromptEmbedder(backbone, recipe.head)
+
+
+def create_backbone(recipe: Recipe, options: dict, weights: bool | str) -> nn.Module:
+    if weights is False:
+        return timm.create_model(recipe.backbone, pretrained=False, **options)
+    if weights is True:
+        overlay, where = None, "the model hub"
+    else:
+        if not Path(weights).is_file():
+            raise WeightsError(f"pretrained={weights}: no such file; give the path of a weights file, true or false")
+        overlay, where = {"file": weights}, weights
+    try:
+        return timm.create_model(recipe.backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except Exception as error:  # the hub's client and the readers of weights files raise errors of many kinds
+        raise WeightsError(
+            f"the weights of {recipe.backbone} could not be loaded from {where}: {str(error).splitlines()[0]}\n"
+            f"pretrained=PATH takes a weights file on this machine, pretrained=false starts from random weights"
+        ) from error
+
+
+def stride_patches(vit: nn.Module, input_size: int) -> None:
+    """Keep a ViT's token grid at a larger input by moving its patch window in larger steps, as published.
+
+    At 336 px a 14 px window moves by 21 px, so that 16 x 16 tokens see 44 % of the pixels. Needed to use weights trained
+    that way; `interpolated` sees all of them.
+
+    Raises: ValueError if the input is no multiple of the grid.
+    """
+    rows, columns = vit.patch_embed.grid_size
+    if input_size % rows or input_size % columns:
+        raise ValueError(f"patch_mode=strided: input_size={input_size} is no multiple of the {rows} x {columns} tokens")
+    vit.patch_embed.proj.stride = (input_size // rows, input_size // columns)
+    vit.patch_embed.img_size = (input_size, input_size)

@@ -1,0 +1,55 @@
+"""Sharpness-aware minimisation (Foret et al. 2021): take the gradient where the loss is worst nearby."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
+    """Hold the weights at w + rho * g / ||g|| inside the block, then restore w exactly (Foret et al. 2021, eq. 2).
+
+    Takes g from the gradients and clears them on entry, so that the block's backward alone is what the optimiser sees;
+    restores in `finally`, from a copy (w + e - e would round). A gradient scaled by a loss scaler gives the same
+    direction. A gradient that is not finite or zero moves nothing: the block then meets the same overflow, and whoever
+    checks its gradients sees it.
+
+    Args:
+        parameters: those without a gradient are left alone.
+        rho: radius, in the Euclidean norm over all parameters together.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
+    scale = torch.where(torch.isfinite(norm) & (norm > 0), rho / norm, 0.0)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                step = torch.nan_to_num(gradient, 0.0, 0.0, 0.0) * scale
+                parameter.add_(step.to(parameter.dtype))
+                parameter.grad = None
+        del gradients
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_([parameter.detach() for parameter in parameters], kept)
+
+
+@contextmanager
+def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as they are inside the block: the perturbed weights must not leave a trace."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    counts = [layer.num_batches_tracked.clone() if layer.num_batches_tracked is not None else None for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
+            layer.momentum = momentum
+            if count is not None:
+                layer.num_batches_tracked.copy_(count)
