@@ -1,0 +1,361 @@
+"""Train one fold of a recipe: `python -m kutils.train --config conf/<recipe>.yaml --fold 0 [key=value ...]`.
+
+Every rank runs this file (torchrun starts several). It reads from top to bottom: where the run stands, data, model,
+optimiser, then epoch by epoch: train, evaluate, save.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from kutils import check, checkpoints, config, datasets, devices, engine, launch, models, optim, paths, progress, runs
+from kutils.config import Recipe
+from kutils.devices import Ranks
+
+MOST_BAD_IMAGES = 0.001  # share of unreadable training images that stops a run, once 1,000 images have been seen
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; the message says why and how to go on."""
+
+
+def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
+    """Run or resume one fold; returns the result that is also written to the run folder's `result.json`."""
+    started = time.monotonic()
+
+    # ---------------------------------------------------------------- where the run stands
+    folder, best_path = recipe.run_folder(fold), recipe.checkpoint_path(fold)
+    last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
+    if recipe.resume == "never" and ranks.is_main and (aside := runs.move_aside(folder, [best_path, last_path])):
+        print(f"the former run is now {aside}", flush=True)
+    ranks.barrier()
+    runs.check_same_configuration(folder, recipe)
+    runs.check_no_foreign_checkpoint(folder, best_path)
+    if result := runs.result_of(folder):
+        if ranks.is_main:
+            print(f"already finished: {runs.describe(result)}\n(resume=never trains it again)", flush=True)
+        return result
+
+    # ---------------------------------------------------------------- data
+    data = datasets.load_datasets(recipe.datasets)
+    training_rows, validation_rows = data.training_rows(fold), data.validation_rows(fold)
+    if not len(validation_rows) or not len(training_rows):
+        have = sorted({int(value) for value in np.unique(data.folds)})
+        raise datasets.DataError(f"fold {fold} leaves nothing to train or to validate on; the data holds folds {have}")
+    local_batch_size, accumulation = batch_split(recipe, ranks.world_size)
+    sampler = datasets.EpochSampler(
+        data,
+        training_rows,
+        recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        local_batch_size=local_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    training_images = datasets.TrainingImages(data, training_rows, recipe)
+    validation_images = datasets.ValidationImages(data, validation_rows, recipe.input_size)
+    validation_loader = DataLoader(
+        validation_images,
+        sampler=range(ranks.rank, len(validation_rows), ranks.world_size),
+        batch_size=recipe.max_local_batch_size,
+        **loader_options(recipe, ranks),
+    )
+    targets = data.targets(validation_rows)
+    clean = None if data.clean is None else data.clean[validation_rows]
+    baseline = mean_prompt_baseline(data, training_rows, targets)
+
+    # ---------------------------------------------------------------- model
+    torch.manual_seed(recipe.seed)
+    network = models.build_model(recipe, pretrained=recipe.initialize_from is None)
+    if initial := recipe.initial_checkpoint(fold):
+        content = checkpoints.read(initial)
+        checkpoints.check_folds(content, fold, data.folds_hashes, initial)
+        checkpoints.load_weights(network, content["model"], initial)
+    network.to(ranks.device, memory_format=torch.channels_last)
+    torch.manual_seed(recipe.seed + 1000 * ranks.rank)  # drop path differs between ranks
+    dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
+
+    # ---------------------------------------------------------------- optimiser
+    optimizer = optim.build_optimizer(network, recipe)
+    schedule = optim.build_schedule(optimizer, recipe, sampler.steps_per_epoch)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+
+    # ---------------------------------------------------------------- before the first step
+    weight_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
+    runs.check_writable(best_path.parent, 3 * weight_bytes)
+    runs.check_writable(
+        folder.parent, 9 * weight_bytes
+    )  # resume state: weights and three of MADGRAD's, twice for a moment
+    resume_path = folder / "resume.pt"
+    if not resume_path.is_file():
+        check.check_images(data, validation_rows, recipe.num_workers, ranks)
+    ranks.barrier()
+    state = {
+        "epoch": 0,
+        "step": 0,
+        "best": -1.0,
+        "best_epoch": 0,
+        "best_clean": None,
+        "seen": 0,
+        "bad": [],
+        "seconds": 0.0,
+    }
+    if resume_path.is_file():
+        state = load_resume(resume_path, network, optimizer, scaler, ranks)
+    step, earlier_seconds = state["step"], state["seconds"]
+    total_steps = recipe.epochs * sampler.steps_per_epoch
+    if ranks.is_main:
+        runs.start(folder, recipe, fold=fold, ranks=ranks.world_size, device=device_name(ranks), dtype=str(dtype))
+        metrics, board = (
+            runs.Metrics(folder / "metrics.jsonl", step),
+            SummaryWriter(folder / "tensorboard", purge_step=step),
+        )
+        print(
+            f"{recipe.prefix}, fold {fold}: {len(sampler.group_sizes):,} training prompts ({len(training_rows):,} images), "
+            f"{len(validation_rows):,} validation images, mean-prompt baseline {baseline:.4f}\n"
+            f"{recipe.epochs} epochs of {sampler.steps_per_epoch:,} updates of {recipe.global_batch_size} images = "
+            f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {device_name(ranks)} in "
+            f"{str(dtype).removeprefix('torch.')}" + (f"; going on after update {step:,}" if step else ""),
+            flush=True,
+        )
+        shown = progress.Progress(total_steps, step)
+
+    def save_state(epoch: int) -> float:
+        """Write all that the next start needs; returns when, for the clock of checkpoint_every_minutes."""
+        random = ranks.gather_objects(random_state(ranks))
+        if ranks.is_main:
+            state.update(epoch=epoch, step=step, seconds=earlier_seconds + time.monotonic() - started)
+            state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), model=network.state_dict())
+            checkpoints.save(resume_path, {**state, "random": random, "world_size": ranks.world_size})
+        return time.monotonic()
+
+    # ---------------------------------------------------------------- epochs
+    log_interval = max(1, min(50, sampler.steps_per_epoch // 10))
+    stop_requested = watch_for_sigterm()
+    saved_at = time.monotonic()
+    for epoch in range(state["epoch"], recipe.epochs):
+        # ------------------------------------------------------------ train
+        if epoch < recipe.freeze_epochs:
+            network.freeze_backbone()
+        else:
+            network.unfreeze()
+        model = engine.distribute(network, ranks).train()
+        batches = list(sampler.batches(epoch, first_step=step - epoch * sampler.steps_per_epoch))
+        loader = iter(DataLoader(training_images, batch_sampler=batches, **loader_options(recipe, ranks)))
+        interval = progress.Interval(ranks.device)
+        while step < (epoch + 1) * sampler.steps_per_epoch:
+            asked_at = time.monotonic()
+            local_batches = list(itertools.islice(loader, accumulation))
+            waited = time.monotonic() - asked_at
+            schedule.step_update(step)
+            loss = engine.update(model, local_batches, optimizer, scaler, recipe, dtype)
+            interval.add(loss, local_batches, waited)
+            step += 1
+            last_of_epoch = step % sampler.steps_per_epoch == 0
+            save_due = recipe.checkpoint_every_steps > 0 and step % recipe.checkpoint_every_steps == 0
+            if step % log_interval and not last_of_epoch and not save_due:
+                continue
+            too_long = 0 < 60 * recipe.checkpoint_every_minutes < time.monotonic() - saved_at
+            report = interval.close(ranks, step, stop=stop_requested(), save=save_due or too_long)
+            state["seen"] += report["images"]
+            state["bad"] += report["bad"]
+            check_bad_images(state["bad"], state["seen"], folder, data, ranks)
+            if ranks.is_main:
+                line = {"epoch": epoch + 1, "step": step, "loss": report["loss"], "lr": optimizer.param_groups[0]["lr"]}
+                line |= {"images_per_second": report["images_per_second"], "data_wait": report["data_wait"]}
+                metrics.add(**line)
+                for name in ("loss", "lr", "images_per_second", "data_wait"):
+                    board.add_scalar(f"train/{name}", line[name], step)
+                shown.show(step, f"epoch {epoch + 1}/{recipe.epochs}", line)
+            if (report["save"] or report["stop"]) and not last_of_epoch:
+                saved_at = save_state(epoch)
+            if report["stop"]:
+                raise TrainingError(f"stopped by a signal after update {step}; the same command goes on from there")
+
+        # ------------------------------------------------------------ evaluate
+        predicted = engine.predict_rows(network, validation_loader, recipe, dtype, ranks, len(validation_rows))
+        score = engine.mean_cosine(predicted, targets)
+        clean_score = None if clean is None else engine.mean_cosine(predicted, targets, clean)
+        if not np.isfinite(score):
+            raise TrainingError(
+                f"the validation cosine after epoch {epoch + 1} is {score}; the best checkpoint is untouched"
+            )
+
+        # ------------------------------------------------------------ log, save
+        if ranks.is_main:
+            metrics.add(epoch=epoch + 1, step=step, cosine_similarity=score, cosine_similarity_clean=clean_score)
+            board.add_scalar("validation/cosine_similarity", score, step)
+            shown.say(f"epoch {epoch + 1}/{recipe.epochs}: validation cosine {score:.4f}")
+            facts = {"fold": fold, "folds_hashes": data.folds_hashes, "epoch": epoch + 1, "cosine_similarity": score}
+            if score > state["best"]:
+                checkpoints.save_checkpoint(best_path, network, recipe, **facts)
+                save_predictions(recipe, fold, data, predicted, targets)
+            if epoch + 1 == recipe.epochs:
+                checkpoints.save_checkpoint(last_path, network, recipe, **facts)
+        if score > state["best"]:
+            state.update(best=score, best_epoch=epoch + 1, best_clean=clean_score)
+        saved_at = save_state(epoch + 1)
+
+    # ---------------------------------------------------------------- result
+    result = {
+        "prefix": recipe.prefix,
+        "fold": fold,
+        "cosine_similarity": state["best"],
+        "cosine_similarity_clean": state["best_clean"],
+        "best_epoch": state["best_epoch"],
+        "epochs": recipe.epochs,
+        "mean_prompt_baseline": baseline,
+        "validation_rows": len(validation_rows),
+        "clean_rows": None if clean is None else int(clean.sum()),
+        "unreadable_images": len({row for row, _ in state["bad"]}),
+        "updates": total_steps,
+        "seconds": earlier_seconds + time.monotonic() - started,
+        "checkpoint": str(best_path.relative_to(recipe.models_folder())),
+    }
+    if ranks.is_main:
+        board.close()
+        shown.close()
+        runs.write_json(folder / "result.json", result)
+        resume_path.unlink()  # four times the size of the checkpoint, and of no more use
+        print(f"finished: {runs.describe(result)}\nsaved {best_path}", flush=True)
+    ranks.barrier()
+    return result
+
+
+def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
+    """Local batch size and number of accumulated batches; ValueError if they do not make up the global batch."""
+    local = min(recipe.max_local_batch_size, recipe.global_batch_size // world_size)
+    if local == 0 or recipe.global_batch_size % (world_size * local):
+        raise TrainingError(
+            f"global_batch_size={recipe.global_batch_size} is no multiple of {world_size} ranks x "
+            f"max_local_batch_size={recipe.max_local_batch_size}; change one of them"
+        )
+    return local, recipe.global_batch_size // (world_size * local)
+
+
+def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
+    pinned = ranks.device.type == "cuda"
+    return {"num_workers": recipe.num_workers, "collate_fn": datasets.collate, "pin_memory": pinned}
+
+
+def mean_prompt_baseline(data: datasets.PromptImages, training_rows: np.ndarray, targets: np.ndarray) -> float:
+    """Mean cosine of every validation embedding with the mean training embedding: the score without looking."""
+    blocks = np.array_split(training_rows, 1 + len(training_rows) // 65536)
+    mean = sum(data.targets(block).sum(axis=0, dtype=np.float64) for block in blocks)
+    return engine.mean_cosine(np.broadcast_to(mean, targets.shape), targets)
+
+
+def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, ranks: Ranks) -> None:
+    """List unreadable training images in the run folder; TrainingError above 0.1 % of at least 1,000 images."""
+    if not bad:
+        return
+    path = folder / "unreadable_images.tsv"
+    if ranks.is_main:
+        lines = [f"{row}\t{data.images[row].as_py()}\t{reason}\n" for row, reason in sorted(set(bad))]
+        with paths.atomic_path(path) as temporary:
+            temporary.write_text("row\timage\treason\n" + "".join(lines), encoding="utf-8")
+    if seen >= 1000 and len(bad) > MOST_BAD_IMAGES * seen:
+        raise TrainingError(
+            f"{len(bad)} of {seen} training images could not be read, more than {MOST_BAD_IMAGES:.1%}; they are listed in "
+            f"{path}. Make them anew or remove their rows, and start again"
+        )
+
+
+def save_predictions(recipe: Recipe, fold: int, data: datasets.PromptImages, predicted, targets) -> None:
+    """The fold's out-of-fold predictions, from which the ensemble is fitted: `fold<k>_predictions.npz`."""
+    number, row = data.origin(data.validation_rows(fold))
+    with paths.atomic_path(recipe.run_folder(fold) / f"fold{fold}_predictions.npz") as temporary:
+        np.savez(
+            temporary,
+            dataset=np.array(data.names)[number],
+            row=row,
+            embeddings=predicted.astype(np.float32),
+            targets_hash=hashlib.sha256(np.ascontiguousarray(targets)).hexdigest(),
+            fold=fold,
+            folds_hash=json.dumps(data.folds_hashes, sort_keys=True),
+            prefix=recipe.prefix,
+            checkpoint=str(recipe.checkpoint_path(fold).relative_to(recipe.models_folder())),
+        )
+
+
+def random_state(ranks: Ranks) -> dict:
+    """torch's generators of this rank; augmentation and sampling need none, they are keyed by seed, epoch and row."""
+    state = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return state
+
+
+def load_resume(path: Path, network, optimizer, scaler, ranks: Ranks) -> dict:
+    """Put a cut run's state back; returns epoch, step, best score and counts."""
+    content = checkpoints.read(path)
+    checkpoints.load_weights(network, content.pop("model"), path)
+    optimizer.load_state_dict(content.pop("optimizer"))
+    scaler.load_state_dict(content.pop("scaler"))
+    random, world_size = content.pop("random"), content.pop("world_size")
+    if world_size == ranks.world_size:
+        torch.set_rng_state(random[ranks.rank]["cpu"])
+        if ranks.device.type == "cuda" and "cuda" in random[ranks.rank]:
+            torch.cuda.set_rng_state(random[ranks.rank]["cuda"], ranks.device)
+    elif ranks.is_main:
+        print(
+            f"warning: cut with {world_size} ranks, going on with {ranks.world_size}: drop path is drawn anew",
+            flush=True,
+        )
+    return content
+
+
+def device_name(ranks: Ranks) -> str:
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+
+
+def watch_for_sigterm():
+    """Turn SIGTERM into a question for the next log line, so that the state is saved between two updates."""
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    return lambda: bool(received)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.train",
+        description="Train one fold of a recipe (alone, or as a rank of torchrun). The same command goes on where it was cut.",
+        epilog=f"keys of a recipe, for key=value:\n{config.describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="recipe file, as given or below the repository's conf/")
+    parser.add_argument("--fold", required=True, type=int, choices=range(10), help="validation fold")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change for this run")
+    return parser.parse_args(argv)
+
+
+@record
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
+        launch.end_with_parent()
+    try:
+        recipe = config.load_recipe(arguments.config, arguments.overrides)
+        train(recipe, arguments.fold, devices.join_ranks(recipe.device))
+    except ValueError as error:  # what a user can put right; anything else is a bug and shows its traceback
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        devices.leave_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
