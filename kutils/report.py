@@ -1,0 +1,61 @@
+"""What a finished run shows: examples as the network saw them, and its validation predictions beside the truth."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kutils import datasets, transforms
+from kutils.config import Recipe
+from kutils.retrieval import PromptBank
+
+
+def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[np.ndarray], list[str]]:
+    """Training images as the network gets them in the first epoch, and their prompts.
+
+    Returns: uint8 [S, S, 3] arrays with crop and colour jitter, and the prompts.
+    """
+    data = datasets.load_datasets(recipe.datasets)
+    rows = data.training_rows(fold)
+    chosen = np.random.default_rng(recipe.seed).choice(rows, min(count, len(rows)), replace=False)
+    examples = datasets.collate([datasets.TrainingImages(data, rows, recipe)[0, int(row)] for row in chosen])
+    images = transforms.normalize(examples["image"], (0, 0, 0), (1, 1, 1), examples["jitter"] if recipe.augment else None)
+    pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    return list(pixels), [data.prompts[int(row)].as_py() for row in examples["row"]]
+
+
+def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.DataFrame:
+    """One row per validation image, worst first: image (path), prompt, cosine, and the predicted embedding's row.
+
+    Raises: DataError if the predictions were made for other data than lies in `input/` now.
+    """
+    data = datasets.load_datasets(recipe.datasets)
+    rows = data.validation_rows(fold)
+    targets = data.targets(rows)
+    with np.load(predictions_path, allow_pickle=False) as saved:
+        embeddings, targets_hash = saved["embeddings"], str(saved["targets_hash"])
+    if targets_hash != hashlib.sha256(np.ascontiguousarray(targets)).hexdigest():
+        raise datasets.DataError(f"{predictions_path} was made for other validation rows than those of fold {fold} now")
+    table = pd.DataFrame(
+        {
+            "image": [str(data.image_path(int(row))) for row in rows],
+            "prompt": data.prompts.take(pa.array(rows)).to_pylist(),
+            "cosine": np.einsum("nd,nd->n", embeddings, targets),
+            "clean": data.clean[rows] if data.clean is not None else None,
+            "embedding": list(embeddings),
+        }
+    )
+    return table.sort_values("cosine", ignore_index=True)
+
+
+def add_nearest_prompts(table: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
+    """The table's rows with the nearest prompt of all data sets to each prediction: columns nearest, nearest_cosine."""
+    data = datasets.load_datasets(recipe.datasets)
+    distinct = pc.unique(data.prompts)
+    first_rows = pc.index_in(distinct, value_set=data.prompts.combine_chunks()).to_numpy()
+    bank = PromptBank(distinct.to_pylist(), data.targets(first_rows))
+    indices, cosines = bank.nearest(np.stack(table["embedding"]), k=1)
+    return table.assign(nearest=[bank.prompts[index] for index in indices[:, 0]], nearest_cosine=cosines[:, 0])

@@ -1,0 +1,105 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Refine: stages 2 and 3
+#
+# **What it does.** Stage 2 goes on from stage 1's best checkpoint of the same fold with sharpness-aware minimisation (SAM), all data
+# sets and no augmentation; stage 3 adds one epoch to stage 2.
+# `papermill notebooks/refine.ipynb working/runs/refine_tiny_convnext_fold0.ipynb -p model tiny_convnext -p fold 0`
+#
+# **What it needs.** The checkpoint of the stage before, trained on the same folds, and the recipe's data sets in `input/`.
+#
+# **How long it takes.** The tiny models: one to two minutes on two CPU cores. The large ones: as the head of each recipe in `conf/`
+# estimates; a step costs twice one of stage 1.
+
+# %% tags=["parameters"]
+model: str = "tiny_convnext"  # a model that has a recipe in conf/
+stage: int = 2  # 2: SAM from stage 1; 3: one more epoch from stage 2
+fold: int = 0  # validation fold, 0..9
+num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU
+overrides: str = ""  # keys of the recipe to change, as in "epochs=1 lr=3e-5"
+recipe: str = ""  # a recipe file of conf/ instead of a model's own
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
+    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
+from kutils import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## What will run?
+# The recipe of this model, with the overrides applied. A wrong model, key or value stops here and names the nearest right one.
+
+# %%
+from kutils import plots, runs
+
+run = launch.plan_run(model, stage, fold, overrides, recipe)
+print(run.config_path.name, *run.overrides)
+print(run.recipe.to_yaml())
+
+# %% [markdown]
+# ## Train
+# One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is shown as it
+# is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not there.
+
+# %%
+launch.prepare_shapes(run.recipe)
+processes = launch.count_processes(num_processes, run.recipe.device)
+launch.torchrun("kutils.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs")
+result = runs.result_of(run.folder)
+
+# %% [markdown]
+# ## Did it learn, and did it stop too early?
+# Loss and validation cosine should flatten together with the learning rate; a cosine that still climbs asks for more epochs, one
+# that falls while the loss does too is overfitting.
+
+# %%
+plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"]);
+
+# %%
+print(runs.describe(result))
+print(f"{result['cosine_similarity'] - result['mean_prompt_baseline']:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
+
+# %% [markdown]
+# ## What did it look at?
+# Training images as the network gets them (no augmentation in these stages), with their prompts.
+
+# %%
+from kutils import report
+
+images, prompts = report.training_examples(run.recipe, run.fold)
+plots.image_grid(images, prompts, columns=4);
+
+# %% [markdown]
+# ## How good is a single prediction?
+# The cosine of every validation image with its own prompt; the score is their mean.
+
+# %%
+table = report.validation_table(run.recipe, run.fold, run.predictions_path)
+plots.similarity_histogram(table["cosine"], threshold=None)
+table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T
+
+# %% [markdown]
+# ## Where is it right, and where is it lost?
+# Best and worst validation images: the true prompt, and the nearest prompt of all data sets to what the network predicted.
+
+# %%
+shown = report.add_nearest_prompts(table.iloc[[0, 1, 2, 3, -4, -3, -2, -1]], run.recipe)
+plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4);

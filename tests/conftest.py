@@ -1,0 +1,83 @@
+"""A small data set and a small recipe that many tests start from. Everything is on the CPU and without network."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch processes side by side would spin away each other's time
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kutils.config import Recipe
+from kutils.tables import write_table
+
+torch.set_num_threads(1)
+
+TINY = {
+    "prefix": "tiny",
+    "save_dir": "tiny",
+    "model": "tiny",
+    "stage": 1,
+    "train_folds": (0,),
+    "datasets": ("toy",),
+    "backbone": "test_convnext",
+    "pretrained": False,
+    "input_size": 32,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "augment": True,
+    "epochs": 2,
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+    "weight_decay": 0.05,
+    "global_batch_size": 8,
+    "max_local_batch_size": 8,
+    "num_workers": 0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def tiny_recipe():
+    """Make a Recipe of the smallest network; keyword arguments change keys."""
+    return lambda **changes: Recipe(**{**TINY, **changes})
+
+
+def unit_rows(count: int, seed: int = 0) -> np.ndarray:
+    """float32 [count, 384] random unit rows."""
+    rows = np.random.default_rng(seed).standard_normal((count, 384)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def make_dataset(root: Path, name: str = "toy", num_prompts: int = 40, images_per_prompt: int = 2, size: int = 40) -> None:
+    """A data set of noise images whose mean colour goes with the prompt, fold = prompt number % 10."""
+    random = np.random.default_rng(len(name))
+    folder = root / f"{name}_images"
+    folder.mkdir(parents=True, exist_ok=True)
+    embeddings, images, prompts, folds, rows = unit_rows(num_prompts, seed=1), [], [], [], []
+    for prompt in range(num_prompts):
+        color = random.integers(0, 200, 3)
+        for number in range(images_per_prompt):
+            pixels = (color + random.integers(0, 56, (size, size, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{prompt:04d}_{number}.png")
+            images.append(f"{name}_images/{prompt:04d}_{number}.png")
+            prompts.append(f'{name} prompt "{prompt}, with a comma')
+            folds.append(prompt % 10)
+            rows.append(embeddings[prompt])
+    write_table(root / f"{name}.tsv", {"image": images, "prompt": prompts, "fold": folds})
+    np.save(root / f"{name}.npy", np.stack(rows))
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder with `input/` (holding the data set `toy`: 80 images of 40 prompts) and `working/`, which kutils uses."""
+    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
+    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
+    (tmp_path / "input").mkdir()
+    (tmp_path / "working").mkdir()
+    make_dataset(tmp_path / "input")
+    return tmp_path

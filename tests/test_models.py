@@ -1,0 +1,138 @@
+"""Networks: what the head sees, freezing, patch modes, weights from files, clear errors."""
+
+import safetensors.torch
+import timm
+import torch
+import pytest
+
+from kutils import config, heads
+from kutils.models import WeightsError, build_model, stride_patches
+
+
+def images(size: int, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head", "size", "features"),
+    [
+        ("test_convnext", "pooled", 32, 64),
+        ("test_vit", "pooled", 32, 64),
+        ("eva02_tiny_patch14_224", "cls_avg", 56, 384),
+        ("eva02_tiny_patch14_224", "cls_only", 56, 192),
+    ],
+)
+def test_output_is_a_unit_vector(tiny_recipe, backbone, head, size, features):
+    model = build_model(tiny_recipe(backbone=backbone, head=head, input_size=size)).eval()
+    assert model.fc.weight.shape == (384, features) and model.fc.bias is None
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images(size))
+    assert output.dtype == torch.float32 and output.shape == (2, 384)
+    torch.testing.assert_close(output.norm(dim=1), torch.ones(2))
+
+
+def test_tokens_of_the_last_block_by_hand(tiny_recipe):
+    model = build_model(tiny_recipe(backbone="eva02_tiny_patch14_224", head="cls_avg", input_size=56)).eval()
+    caught = []
+    model.backbone.blocks[-1].register_forward_hook(lambda module, inputs, output: caught.append(output))
+    features = heads.features(model.backbone, images(56), "cls_avg")
+    tokens = caught[0]  # [2, 1 + 16, 192]: no norm comes after it
+    assert tokens.shape == (2, 17, 192)
+    torch.testing.assert_close(features[:, :192], tokens[:, 0])
+    torch.testing.assert_close(features[:, 192:], tokens[:, 1:].mean(dim=1))
+
+
+def test_xavier_head():
+    weight = heads.linear_head(1024).weight
+    assert weight.std().item() == pytest.approx((2 / (1024 + 384)) ** 0.5, rel=0.01)
+
+
+def test_a_frozen_backbone_gets_no_gradient_and_stays_in_evaluation_mode(tiny_recipe):
+    model = build_model(tiny_recipe(drop_path_rate=0.5))
+    model.freeze_backbone()
+    model.train()
+    assert not model.backbone.training and model.fc.training
+    torch.testing.assert_close(model(images(32)), model(images(32)))  # no drop path
+    model(images(32)).sum().backward()
+    assert model.fc.weight.grad is not None and all(p.grad is None for p in model.backbone.parameters())
+    model.unfreeze()
+    model.train()
+    assert model.backbone.training
+    model(images(32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
+
+
+def test_every_trainable_parameter_gets_a_gradient(tiny_recipe):
+    """DDP waits for each of them."""
+    model = build_model(tiny_recipe(backbone="eva02_tiny_patch14_224", head="cls_avg", input_size=56))
+    model(images(56)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert not model.backbone.fc_norm.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("model", "features"),
+    [
+        ("convnext_large", 768),
+        ("vit_large", 768),
+        ("convnext_xxlarge", 1024),
+        ("eva02_large_clsavg", 2048),
+        ("eva02_large_clsonly", 1024),
+    ],
+)
+def test_the_five_networks_of_the_recipes(model, features):
+    """Built without memory ("meta"): names, sizes and shapes are those of the recipes."""
+    recipe = config.load_recipe(config.find_recipe(model, 1))
+    with torch.device("meta"):
+        network = build_model(recipe, pretrained=False)
+        output = network(torch.zeros(1, 3, recipe.input_size, recipe.input_size))
+    assert output.shape == (1, 384) and network.fc.in_features == features
+    rates = [module.drop_prob for module in network.modules() if type(module).__name__ == "DropPath"]
+    assert max(rates, default=0.0) == pytest.approx(recipe.drop_path_rate)
+    if recipe.head == "clip_projection":  # CLIP's projection has no bias
+        assert not network.backbone.get_classifier().bias.requires_grad
+
+
+def test_strided_patches_keep_the_grid(tiny_recipe):
+    with torch.device("meta"):
+        vit = build_model(config.load_recipe(config.find_recipe("vit_large", 1)), pretrained=False).backbone
+        assert vit.patch_embed(torch.zeros(1, 3, 336, 336)).shape == (1, 256, 1024)
+        assert vit.pos_embed.shape == (1, 257, 1024) and vit.patch_embed.proj.stride == (21, 21)
+    recipe = config.load_recipe(config.find_recipe("vit_large", 1), ["patch_mode=interpolated"])
+    with torch.device("meta"):
+        assert build_model(recipe, pretrained=False).backbone.pos_embed.shape == (1, 577, 1024)  # 24 x 24 + 1
+    with pytest.raises(ValueError, match="no multiple of the 10 x 10 tokens"):
+        stride_patches(timm.create_model("test_vit"), 225)
+
+
+def test_weights_from_a_file(tmp_path, tiny_recipe):
+    source = timm.create_model("test_convnext", pretrained=False)
+    with torch.no_grad():
+        source.stem[0].bias.fill_(0.125)
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(source.state_dict(), path)
+    model = build_model(tiny_recipe(pretrained=str(path)))
+    assert torch.equal(model.backbone.stem[0].weight, source.stem[0].weight)
+    assert (model.backbone.stem[0].bias == 0.125).all()
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "no such file"), (b"rubbish", "could not be loaded from")])
+def test_weights_that_cannot_be_had(tmp_path, tiny_recipe, content, said):
+    path = tmp_path / "weights.safetensors"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(WeightsError, match=said) as caught:
+        build_model(tiny_recipe(pretrained=str(path)))
+    assert str(path) in str(caught.value)
+
+
+def test_the_hub_out_of_reach(tiny_recipe):
+    """HF_HUB_OFFLINE is set for all tests."""
+    with pytest.raises(WeightsError, match="pretrained=PATH takes a weights file"):
+        build_model(tiny_recipe(backbone="test_convnext.r160_in1k", pretrained=True))
+
+
+def test_unknown_backbone(tiny_recipe):
+    with pytest.raises(ValueError, match="has no model 'convnext_gigantic'; it has convnext"):
+        build_model(tiny_recipe(backbone="convnext_gigantic"))

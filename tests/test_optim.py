@@ -1,0 +1,127 @@
+"""MADGRAD with a count per parameter, parameter groups, and the schedule of the recipes."""
+
+import math
+
+import madgrad
+import pytest
+import timm.optim
+import torch
+
+from kutils import config, optim
+from kutils.models import build_model
+
+
+def weights_and_gradients(steps: int, shapes=((5, 3), (7,), (2, 2, 2))):
+    random = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=random) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=random) for shape in shapes] for _ in range(steps)]
+    return start, gradients
+
+
+def run(optimizer_of, start, gradients, rates):
+    parameters = [torch.nn.Parameter(value.clone()) for value in start]
+    optimizer = optimizer_of(parameters)
+    for step_gradients, rate in zip(gradients, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for parameter, gradient in zip(parameters, step_gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+    return parameters
+
+
+def test_numbers_are_those_of_madgrad():
+    start, gradients = weights_and_gradients(30)
+    rates = [1e-2 * (1 - step / 40) for step in range(30)]
+    ours = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-2, weight_decay=0.05), start, gradients, rates)
+    theirs = run(
+        lambda p: madgrad.MADGRAD(p, lr=1e-2, momentum=0.9, weight_decay=0.05, decouple_decay=True), start, gradients, rates
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_that_joins_late_starts_like_a_fresh_optimizer():
+    """timm's MADGRAD counts per parameter too; madgrad's own would step 10 times too far here."""
+    start, gradients = weights_and_gradients(100 + 5)
+    late = [[g[0], None, None] for g in gradients[:100]] + gradients[100:]
+    rates = [1e-3] * len(late)
+    ours = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-3), start, late, rates)
+    fresh = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-3), start, gradients[100:], rates[100:])
+    timms = run(lambda p: timm.optim.MADGRAD(p, lr=1e-3, momentum=0.9, eps=1e-6), start, late, rates)
+    shared = run(lambda p: madgrad.MADGRAD(p, lr=1e-3, momentum=0.9), start, late, rates)
+    for number in (1, 2):
+        torch.testing.assert_close(ours[number], fresh[number])
+        torch.testing.assert_close(ours[number], timms[number], rtol=1e-4, atol=1e-6)
+        ratio = (shared[number] - start[number]).norm() / (ours[number] - start[number]).norm()
+        assert ratio > 2
+
+
+def test_first_step_by_hand():
+    """p0 = 2, g = 3, lr = 0.1: nu = lr g^2, s = lr g, z = p0 - s / cbrt(nu), p = 0.9 p0 + 0.1 z - lr * decay * p0."""
+    parameter = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = optim.PerParameterMADGRAD([parameter], lr=0.1, weight_decay=0.5, eps=0.0)
+    parameter.grad = torch.tensor([3.0])
+    optimizer.step()
+    z = 2 - 0.3 / (0.1 * 9) ** (1 / 3)
+    assert parameter.item() == pytest.approx(0.9 * 2 + 0.1 * z - 0.1 * 0.5 * 2, rel=1e-6)
+
+
+def test_state_survives_saving(tmp_path):
+    start, gradients = weights_and_gradients(6)
+    whole = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-2), start, gradients, [1e-2] * 6)
+    parameters = [torch.nn.Parameter(value.clone()) for value in start]
+    optimizer = optim.PerParameterMADGRAD(parameters, lr=1e-2)
+    for step, step_gradients in enumerate(gradients):
+        if step == 3:
+            torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+            optimizer = optim.PerParameterMADGRAD(parameters, lr=1e-2)
+            optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+        for parameter, gradient in zip(parameters, step_gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for one, other in zip(parameters, whole, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_vit", "eva02_tiny_patch14_224"])
+def test_no_decay_on_vectors_and_embeddings(tiny_recipe, backbone):
+    size = 28 if "eva" in backbone else 32
+    model = build_model(tiny_recipe(backbone=backbone, input_size=size))
+    with_decay, without = optim.parameter_groups(model, 0.05)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed = {names[parameter] for parameter in with_decay["params"]}
+    spared = {names[parameter] for parameter in without["params"]}
+    assert decayed | spared == set(names.values()) and not decayed & spared
+    assert (with_decay["weight_decay"], without["weight_decay"]) == (0.05, 0.0)
+    assert "fc.weight" in decayed
+    for name, parameter in model.named_parameters():
+        embedding = name in ("backbone.pos_embed", "backbone.cls_token")
+        assert (name in spared) == (parameter.ndim <= 1 or embedding), name
+
+
+def published_rate(update: int, recipe, steps_per_epoch: int) -> float:
+    """The schedule in closed form: linear warm-up, then a cosine whose clock started at 0."""
+    total, warmup = recipe.epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
+    if update < warmup:
+        return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * update / warmup
+    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * update / total))
+
+
+@pytest.mark.parametrize(("model", "stage", "steps"), [(m, s, n) for (m, s), n in {
+    ("convnext_large", 1): 2259, ("convnext_xxlarge", 1): 2259, ("convnext_large", 2): 23755,
+    ("convnext_xxlarge", 2): 23755, ("convnext_xxlarge", 3): 23755}.items()])  # fmt: skip
+def test_schedule_over_a_recipes_real_length(model, stage, steps):
+    recipe = config.load_recipe(config.find_recipe(model, stage))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    schedule = optim.build_schedule(optimizer, recipe, steps)
+    total, warmup = recipe.epochs * steps, recipe.warmup_epochs * steps
+    for update in {0, 1, warmup - 1, warmup, warmup + 1, total // 2, total - 1} - {-1}:
+        schedule.step_update(update)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(published_rate(update, recipe, steps), rel=1e-9)
+    if warmup:
+        schedule.step_update(0)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
+        schedule.step_update(warmup)  # falls from 1e-4, as published
+        expected = {15: 9.05e-5, 10: 9.76e-5}[recipe.epochs]
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,27 @@
+"""Files appear whole or not at all, and no path leaves its root."""
+
+import pytest
+
+from kutils import paths
+
+
+def test_a_block_that_raises_leaves_the_former_file(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    with paths.atomic_path(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists() and temporary.suffix == ".txt"
+    with pytest.raises(RuntimeError), paths.atomic_path(path) as temporary:
+        temporary.write_text("half of the sec")
+        raise RuntimeError
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["a/b.png", "b.png", "a/b..c/d.png", "./a.png"])
+def test_safe(path):
+    assert paths.is_safe_relative(path)
+
+
+@pytest.mark.parametrize("path", ["/a/b.png", "../b.png", "a/../../b.png", "", ".", "C:\\x.png", "a\\b.png", "C:/x"])
+def test_unsafe(path):
+    assert not paths.is_safe_relative(path)

@@ -1,0 +1,130 @@
+"""Decoding agrees with Pillow, augmentation with torchvision."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+from kutils import transforms
+
+
+def gradient(mode: str = "RGB", size=(50, 34)) -> Image.Image:
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    return Image.fromarray(np.stack([x * 5, y * 7, (x + y) * 3], -1).astype(np.uint8)).convert(mode)
+
+
+def encoded(picture: Image.Image, format: str, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def alpha() -> Image.Image:
+    picture = gradient("RGBA")
+    picture.putalpha(gradient("L"))
+    return picture
+
+
+FILES = {
+    "rgb.png": lambda: encoded(gradient(), "PNG"),
+    "grey.png": lambda: encoded(gradient("L"), "PNG"),
+    "palette.png": lambda: encoded(gradient("P"), "PNG"),
+    "palette_alpha.png": lambda: encoded(gradient("P"), "PNG", transparency=bytes(range(256))),
+    "alpha.png": lambda: encoded(alpha(), "PNG"),
+    "grey.jpg": lambda: encoded(gradient("L"), "JPEG"),
+    "cmyk.jpg": lambda: encoded(gradient("CMYK"), "JPEG"),
+    "lossy.webp": lambda: encoded(gradient(), "WEBP", quality=80),
+    "alpha.webp": lambda: encoded(alpha(), "WEBP", lossless=True),
+    "rgb.bmp": lambda: encoded(gradient(), "BMP"),
+    "animated.webp": lambda: encoded(gradient(), "WEBP", lossless=True, save_all=True, append_images=[gradient("L")]),
+    "animated.gif": lambda: encoded(gradient("P"), "GIF", save_all=True, append_images=[gradient("L")]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_decoding_is_that_of_pillow(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FILES[name]())
+    with Image.open(path) as picture:
+        expected = np.asarray(picture.convert("RGB"))
+    image = transforms.decode_rgb(path)
+    assert image.dtype == torch.uint8 and image.shape == (3, 34, 50)
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    values = (np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey16.png")
+    image = transforms.decode_rgb(tmp_path / "grey16.png")
+    np.testing.assert_array_equal(image.numpy(), np.broadcast_to(values >> 8, (3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "is empty"), (b"hello", "cannot be decoded"), (None, "No such file"), ("cut", "cannot be decoded")],
+)
+def test_what_cannot_be_read_is_named(tmp_path, content, said):
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(encoded(gradient(), "JPEG")[:-200] if content == "cut" else content)
+    with pytest.raises(transforms.ImageError, match=said) as caught:
+        transforms.decode_rgb(path)
+    assert str(path) in str(caught.value)
+
+
+def test_crop_boxes_and_factors_are_torchvisions_for_the_same_random_numbers():
+    image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seed = int(np.random.SeedSequence((71, 3, 12)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    torch.manual_seed(seed)
+    crop = v2.RandomResizedCrop(
+        32, scale=(0.5, 1.0), ratio=(0.9, 1.1), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+    )
+    expected = crop(image)
+    factors = v2.ColorJitter(0.05, 0.05, 0.05, 0.05).make_params([image])
+    cropped, jitter = transforms.random_crop_and_jitter(image, 32, (71, 3, 12))
+    assert torch.equal(cropped, expected)
+    names = ("brightness", "contrast", "saturation", "hue")
+    assert jitter[:4].tolist() == pytest.approx([factors[f"{name}_factor"] for name in names])
+    assert jitter[4:].tolist() == factors["fn_idx"].tolist()
+
+
+def test_batched_jitter_is_torchvisions_image_by_image():
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 3, 9, 7, generator=random)
+    images[0] = 0.5  # grey: no hue
+    images[1, :, 0] = 0.0
+    jitter = torch.stack([transforms.random_crop_and_jitter(torch.zeros(3, 8, 8, dtype=torch.uint8), 8, (n,))[1] for n in range(12)])
+    jitter[:, :3] += torch.linspace(-0.5, 0.9, 12)[:, None]  # far beyond the recipe's 0.05, so that clamping is met
+    jitter[:, 3] *= 9
+    operations = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+    expected = []
+    for image, drawn in zip(images, jitter, strict=True):
+        for number in drawn[4:].long().tolist():
+            image = operations[number](image, float(drawn[number]))
+        expected.append(image)
+    torch.testing.assert_close(transforms.color_jitter(images, jitter), torch.stack(expected), rtol=0, atol=3e-6)
+
+
+def test_every_image_has_factors_and_an_order_of_its_own():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    jitter = torch.stack([transforms.random_crop_and_jitter(image, 8, (71, 0, row))[1] for row in range(400)])
+    assert jitter[:, 0].unique().numel() > 390
+    assert jitter[:, :3].min() >= 0.95 and jitter[:, :3].max() <= 1.05 and jitter[:, 3].abs().max() <= 0.05
+    assert len({tuple(order) for order in jitter[:, 4:].tolist()}) == 24  # all orders of four operations
+
+
+def test_normalisation_by_hand():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    values = transforms.normalize(images, (0.0, 0.2, 0.5), (1.0, 0.5, 0.25)).flatten()
+    assert values.tolist() == pytest.approx([0.0, 0.0, 2.0], abs=1e-6)
+
+
+def test_resize_is_close_to_pillows():
+    picture = gradient(size=(120, 90))
+    expected = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
+    resized = transforms.resize_square(F.pil_to_tensor(picture), 48).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(resized - expected).mean() < 0.5
