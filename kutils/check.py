@@ -32,7 +32,7 @@ def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: 
     Raises: DataError on every rank, listing the first ten that cannot be read.
     """
     share = DecodeCheck(data, rows[ranks.rank :: ranks.world_size])
-    loader = DataLoader(share, batch_size=64, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(share, batch_size=64, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
     found = [message for batch in loader for message in batch if message]
     found = [message for messages in ranks.gather_objects(found) for message in messages]
     if found:

@@ -36,9 +36,9 @@ class Ranks:
         """[D] of every rank -> [world_size, D] on the CPU, on every rank: one synchronisation with the device."""
         if self.world_size == 1:
             return vector[None].cpu()
-        gathered = vector.new_empty(self.world_size, len(vector))
+        gathered = vector.new_empty(self.world_size * len(vector))
         dist.all_gather_into_tensor(gathered, vector)
-        return gathered.cpu()
+        return gathered.view(self.world_size, -1).cpu()
 
     def gather_interleaved(self, local: torch.Tensor, total: int) -> np.ndarray:
         """Rows dealt as rank, rank + world_size, ... put back in order.

@@ -75,7 +75,7 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
     """Open a text encoder in float32.
 
     Args:
-        name_or_path: a sentence-transformers folder or hub id; None: the packaged all-MiniLM-L6-v2, which needs no network.
+        name_or_path: a sentence-transformers folder or hub id; None: the packaged all-MiniLM-L6-v2 (no network needed).
         device: auto, cpu or cuda.
     Raises: EncoderError if it is not there, is damaged, or has no 384 dimensions.
     """
@@ -85,8 +85,8 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
         location = Path(name_or_path)
         if location.is_dir() and not (location / "modules.json").is_file():
             raise EncoderError(
-                f"{location} holds no modules.json, so its pooling is unknown; give the folder that sentence-transformers' "
-                "save() or a download of the whole hub repository made"
+                f"{location} holds no modules.json, so its pooling is unknown; give a folder that sentence-transformers "
+                "saved, or a download of the whole hub repository"
             )
     is_folder = location.is_dir()
     from sentence_transformers import SentenceTransformer  # 5 s to import, and absent where only images are predicted
@@ -104,7 +104,7 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
             "the folder seems damaged; copy it again"
             if is_folder
             else "it is no folder here, and the hub does not have it or cannot be reached; on a machine with network, "
-            "download it and give its folder, or leave the encoder out: all-MiniLM-L6-v2 is installed with this repository"
+            "download it and give its folder, or leave the encoder out: all-MiniLM-L6-v2 is installed already"
         )
         reason = str(error).strip().split("\n")[0]
         raise EncoderError(f"text encoder {str(name_or_path or location)!r}: {advice} ({reason})") from error
@@ -213,8 +213,8 @@ def embed_table(
 ) -> Path:
     """Write `<name>.npy` beside `<name>.tsv`: float32 [rows, 384], one row per row of the table, atomically.
 
-    What was embedded is recorded in `<name>.npy.json`; a file whose record fits the table's prompts and the encoder is left
-    as it is. (Neither row count nor file times would do: shuffled rows have the same count, and folds rewrite the table.)
+    What was embedded is recorded in `<name>.npy.json`; a file whose record fits the table's prompts and the encoder is
+    left as it is. (Neither row count nor file times would do: shuffled rows keep the count, and folds rewrite the table.)
 
     Args:
         tsv_path: a data set or a prompts file; only its `prompt` column matters.
@@ -277,7 +277,7 @@ def hash_prompts(prompts: pa.Array | pa.ChunkedArray) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="gen_prompt_embedding.py",
-        description="Embed the prompt column of TSV files: FILE.npy beside each FILE.tsv, float32 [rows, 384], same order.",
+        description="Embed the prompts of TSV files: FILE.npy beside each FILE.tsv, float32 [rows, 384], in row order.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.tsv", help="data sets or prompts files")

@@ -246,8 +246,12 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
 
 
 def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
-    pinned = ranks.device.type == "cuda"
-    return {"num_workers": recipe.num_workers, "collate_fn": datasets.collate, "pin_memory": pinned}
+    return {
+        "num_workers": recipe.num_workers,
+        "collate_fn": datasets.collate,
+        "pin_memory": ranks.device.type == "cuda",
+        "generator": torch.Generator(),  # a loader draws a seed when it starts; drop path's generator must not notice
+    }
 
 
 def mean_prompt_baseline(data: datasets.PromptImages, training_rows: np.ndarray, targets: np.ndarray) -> float:

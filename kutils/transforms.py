@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
@@ -57,6 +57,8 @@ def decode_rgb(path: Path | str) -> Tensor:
                     .expand(3, -1, -1)
                 )
             return F.pil_to_tensor(picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ImageError(f"{path} is no image of a known format ({len(data)} bytes)") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
         raise ImageError(f"{path} cannot be decoded: {error}") from error
 

@@ -65,7 +65,7 @@ def test_sixteen_bits_become_eight(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "is empty"), (b"hello", "cannot be decoded"), (None, "No such file"), ("cut", "cannot be decoded")],
+    [(b"", "is empty"), (b"hello", r"no image of a known format \(5 bytes\)"), (None, "No such file"), ("cut", "cannot be decoded")],
 )
 def test_what_cannot_be_read_is_named(tmp_path, content, said):
     path = tmp_path / "x.png"

@@ -1,0 +1,283 @@
+"""Training from the command line: what it writes, that ranks agree, that nothing is lost, that bad input stops it early."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset
+
+from kutils import checkpoints, datasets, engine, train, transforms
+from kutils.config import load_recipe
+from kutils.runs import read_metrics
+from kutils.tables import read_table, write_table
+
+
+@pytest.fixture
+def recipe_file(workspace, tiny_recipe):
+    """Write a recipe file; keyword arguments change keys."""
+
+    def write(name="tiny", **changes):
+        path = workspace / f"{name}.yaml"
+        path.write_text(tiny_recipe(prefix=name, **changes).to_yaml())
+        return path
+
+    return write
+
+
+def start(path, *overrides, fold=0):
+    return train.main(["--config", str(path), "--fold", str(fold), *overrides])
+
+
+def contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "tensorboard" not in str(path))
+
+
+def test_a_run_leaves_what_the_next_steps_need(workspace, recipe_file):
+    assert start(recipe_file(epochs=3, warmup_epochs=1, freeze_epochs=1, warmup_lr=1e-2)) == 0
+    working = workspace / "working"
+    assert contents(working) == [
+        "models/tiny/tiny_fold0_best_cossim.pth",
+        "models/tiny/tiny_fold0_epoch3.pth",
+        "runs/tiny_fold0/config.yaml",
+        "runs/tiny_fold0/environment.json",
+        "runs/tiny_fold0/fold0_predictions.npz",
+        "runs/tiny_fold0/metrics.jsonl",
+        "runs/tiny_fold0/result.json",
+    ]
+    run = working / "runs" / "tiny_fold0"
+    assert list((run / "tensorboard").iterdir())
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == list(range(1, 13))  # 36 prompts, batch 8: 4 updates
+    scores = [line["cosine_similarity"] for line in metrics if "cosine_similarity" in line]
+    assert all(line["cosine_similarity_clean"] is None for line in metrics if "cosine_similarity" in line)
+    assert metrics[0]["lr"] == pytest.approx(1e-2) and metrics[-2]["lr"] < 2e-4
+    result = json.loads((run / "result.json").read_text())
+    assert result["cosine_similarity"] == max(scores) and result["best_epoch"] == 1 + int(np.argmax(scores))
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["ranks"] == 1
+
+    # the score is the mean cosine over every row of the fold once, of the checkpoint's own predictions: plain NumPy
+    data = datasets.load_datasets(["toy"])
+    rows = np.flatnonzero(data.folds == 0)
+    targets = np.load(workspace / "input" / "toy.npy")[rows]
+    model, recipe, facts = checkpoints.load_model(working / "models" / "tiny" / "tiny_fold0_best_cossim.pth")
+    images = [transforms.resize_square(transforms.decode_rgb(data.image_path(row)), 32) for row in rows]
+    with torch.no_grad():
+        expected = model(transforms.normalize(torch.stack(images), recipe.mean, recipe.std)).numpy()
+    saved = np.load(run / "fold0_predictions.npz", allow_pickle=False)
+    np.testing.assert_allclose(saved["embeddings"], expected, atol=2e-5)
+    assert saved["row"].tolist() == rows.tolist() and set(saved["dataset"]) == {"toy"}
+    assert facts["cosine_similarity"] == pytest.approx((expected * targets).sum(1).mean(), abs=1e-5)
+    assert json.loads(str(saved["folds_hash"])) == facts["folds_hashes"] == data.folds_hashes
+
+    # the baseline by its definition
+    others = np.load(workspace / "input" / "toy.npy")[data.folds != 0]
+    mean = others.mean(0) / np.linalg.norm(others.mean(0))
+    assert result["mean_prompt_baseline"] == pytest.approx((targets @ mean).mean(), abs=1e-6)
+
+
+def test_a_second_start_shows_the_result_and_another_configuration_is_refused(workspace, recipe_file, capsys):
+    path = recipe_file()
+    assert start(path) == 0
+    before = {name: (workspace / "working" / name).read_bytes() for name in contents(workspace / "working")}
+    assert start(path, "num_workers=1") == 0  # does not change what is computed
+    assert "already finished: tiny fold 0: cosine" in capsys.readouterr().out
+    assert start(path, "lr=2e-3") == 1
+    error = capsys.readouterr().err
+    assert "lr was 0.001, is 0.002" in error and "prefix=NAME" in error and "resume=never" in error
+    assert {name: (workspace / "working" / name).read_bytes() for name in contents(workspace / "working")} == before
+    assert start(path, "lr=2e-3", "resume=never") == 0
+    aside = workspace / "working" / "runs" / "tiny_fold0.1"
+    assert (aside / "result.json").read_bytes() == before["runs/tiny_fold0/result.json"]
+    assert (aside / "tiny_fold0_best_cossim.pth").read_bytes() == before["models/tiny/tiny_fold0_best_cossim.pth"]
+
+
+def test_a_checkpoint_without_its_run_is_not_overwritten(workspace, recipe_file, capsys):
+    path = workspace / "working" / "models" / "tiny" / "tiny_fold0_best_cossim.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"dear")
+    assert start(recipe_file()) == 1
+    assert "exists and" in capsys.readouterr().err and path.read_bytes() == b"dear"
+
+
+def test_refining_starts_from_the_checkpoint_of_the_same_folds(workspace, recipe_file, capsys):
+    refine = recipe_file(
+        "refined", stage=2, sam_rho=0.05, augment=False, initialize_from="tiny/tiny_fold{fold}_best_cossim.pth", lr=1e-9, min_lr=0.0
+    )
+    assert start(refine) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
+    assert contents(workspace / "working") == []
+    assert start(recipe_file()) == 0
+    assert start(refine) == 0
+    working = workspace / "working"
+    before = checkpoints.read(working / "models" / "tiny" / "tiny_fold0_best_cossim.pth")
+    after = checkpoints.read(working / "models" / "tiny" / "refined_fold0_best_cossim.pth")
+    for name, value in before["model"].items():  # at this rate nothing moves
+        torch.testing.assert_close(after["model"][name], value, rtol=0, atol=1e-4)
+    assert after["cosine_similarity"] == pytest.approx(before["cosine_similarity"], abs=1e-3)
+
+    table = read_table(workspace / "input" / "toy.tsv", ["fold"]).to_pydict()
+    write_table(workspace / "input" / "toy.tsv", table | {"fold": [(fold + 1) % 10 for fold in table["fold"]]})
+    assert start(refine, "prefix=again") == 1
+    assert "other folds of toy" in capsys.readouterr().err
+    assert not (working / "runs" / "again_fold0").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["global_batch_size=12"], "no multiple of 1 ranks x max_local_batch_size=8"),
+        (["datasets=toy,gone"], "data set 'gone': gone.tsv and gone.npy not in"),
+        (["device=cuda"], "needs a GPU of its own and 0 are visible"),
+        (["lr=fast"], "lr is 'fast'"),
+        (["pretrained=/nowhere.safetensors"], "no such file"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_and_leaves_nothing(workspace, recipe_file, capsys, overrides, said):
+    if "device=cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert start(recipe_file(), *overrides) == 1
+    assert said in capsys.readouterr().err
+    assert contents(workspace / "working") == []
+
+
+def test_a_broken_validation_image_stops_before_the_first_step(workspace, recipe_file, capsys):
+    data = datasets.load_datasets(["toy"])
+    for row in data.validation_rows(0)[:2]:
+        data.image_path(int(row)).write_bytes(b"")
+    assert start(recipe_file()) == 1
+    error = capsys.readouterr().err
+    assert "2 of 8 validation images cannot be read" in error and "0000_0.png is empty" in error
+    assert contents(workspace / "working") == []
+
+
+def test_a_broken_training_image_is_listed_and_too_many_stop_the_run(workspace, recipe_file, capsys):
+    make_dataset(workspace / "input", "large", num_prompts=300, images_per_prompt=2, size=8)
+    data = datasets.load_datasets(["large"])
+    broken = data.image_path(int(data.training_rows(0)[3]))
+    broken.write_bytes(b"x")
+    path = recipe_file("once", datasets=("large",), global_batch_size=30, max_local_batch_size=30, epochs=1, input_size=32)
+    assert start(path, "epochs=2", "prefix=twice") in (0, 1)  # 540 images: too few to judge by a share
+    listed = (workspace / "working" / "runs" / "twice_fold0" / "unreadable_images.tsv").read_text()
+    assert f"large_images/{broken.name}\t" in listed and "no image of a known format" in listed
+    for row in data.training_rows(0)[10:40]:
+        data.image_path(int(row)).write_bytes(b"x")
+    assert start(path, "epochs=5") == 1
+    assert "training images could not be read, more than 0.1%" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(workspace, recipe_file, capsys, monkeypatch):
+    calls = []
+
+    def exploding(*arguments):
+        calls.append(1)
+        loss = original(*arguments)
+        return loss * float("nan") if len(calls) == 6 else loss
+
+    original = engine.update
+    monkeypatch.setattr(engine, "update", exploding)
+    assert start(recipe_file(epochs=3)) == 1
+    assert "not finite on rank 0 between updates 6 and 6" in capsys.readouterr().err
+    working = workspace / "working"
+    assert checkpoints.read(working / "models" / "tiny" / "tiny_fold0_best_cossim.pth")["epoch"] == 1
+    assert checkpoints.read(working / "runs" / "tiny_fold0" / "resume.pt")["step"] == 4
+
+
+def command(path, *overrides, ranks=1):
+    arguments = ["kutils.train", "--config", str(path), "--fold", "0", *overrides]
+    if ranks == 1:
+        return [sys.executable, "-m", *arguments]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", *arguments]
+
+
+def run_ranks(path, *overrides, ranks=1):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(path, *overrides, ranks=ranks), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one_and_score_every_row_once(workspace, recipe_file):
+    """Same global batch, augmentation on; the fold holds 11 rows, which 2 does not divide."""
+    make_dataset(workspace / "input", "odd", num_prompts=101, images_per_prompt=1)
+    recipe_of = lambda name: recipe_file(name, datasets=("odd",), lr=1e-3, max_local_batch_size=4)  # noqa: E731
+    run_ranks(recipe_of("alone"))
+    run_ranks(recipe_of("both"), ranks=2)
+    runs = workspace / "working" / "runs"
+    alone, both = (read_metrics(runs / f"{name}_fold0" / "metrics.jsonl") for name in ("alone", "both"))
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (alone, both)]
+    assert len(losses[0]) == 22 and losses[0][0] - losses[0][-1] > 0.01
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
+    saved = np.load(runs / "both_fold0" / "fold0_predictions.npz")
+    targets = np.load(workspace / "input" / "odd.npy")[saved["row"]]
+    assert saved["row"].tolist() == list(range(0, 101, 10))
+    best = max(line["cosine_similarity"] for line in both if "cosine_similarity" in line)
+    assert best == pytest.approx(float((saved["embeddings"] * targets).sum(1).mean()), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, stage):
+    """SIGKILL in the second epoch, with drop path (random numbers), and the head alone in the first epoch."""
+    changes = {"epochs": 3, "drop_path_rate": 0.2, "num_workers": 1, "freeze_epochs": 1, "checkpoint_every_steps": 3}
+    if stage == 2:
+        changes |= {"sam_rho": 0.05, "max_local_batch_size": 4}
+    whole, killed = recipe_file("whole", **changes), recipe_file("killed", **changes)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run_ranks(whole)
+    metrics = workspace / "working" / "runs" / "killed_fold0" / "metrics.jsonl"
+    child = subprocess.Popen(command(killed), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    while child.poll() is None and sum("loss" in line for line in read_metrics(metrics)) < 7:
+        time.sleep(0.002)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    cut = checkpoints.read(metrics.parent / "resume.pt")["step"]
+    assert cut >= 6
+    run_ranks(killed)
+    models = workspace / "working" / "models" / "tiny"
+    one, other = (checkpoints.read(models / f"{name}_fold0_epoch3.pth") for name in ("whole", "killed"))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert one["cosine_similarity"] == other["cosine_similarity"]
+    drop = ("images_per_second", "data_wait")
+    lines = [
+        [{key: value for key, value in line.items() if key not in drop} for line in read_metrics(path)]
+        for path in (metrics, metrics.parent.parent / "whole_fold0" / "metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys):
+    path = recipe_file(epochs=3)
+    real = engine.update
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "update", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    assert start(path) == 1
+    assert "stopped by a signal after update 6; the same command goes on from there" in capsys.readouterr().err
+    assert start(path) == 0
+    assert "going on after update 6" in capsys.readouterr().out and len(calls) == 12
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_help_lists_every_key(capsys):
+    assert not train.main(["--help"])
+    text = capsys.readouterr().out
+    assert "sam_rho" in text and "key=value" in text
+
+
+def test_the_tiny_recipes_load():
+    for stem in ("tiny_convnext_stage1", "tiny_convnext_stage2", "tiny_vit_stage1", "tiny_vit_stage2"):
+        assert load_recipe(f"conf/{stem}.yaml").datasets == ("shapes",)
