@@ -1,11 +1,11 @@
-"""Embed the prompts of data sets: `python gen_prompt_embedding.py FILE.tsv [FILE.tsv ...]` writes FILE.npy beside each."""
+"""`python gen_prompt_embedding.py FILE.tsv [FILE.tsv ...]` embeds their prompts: FILE.npy beside each."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the clone's kutils, from any current folder
 
-from kutils.prompts import main  # noqa: E402
+from kutils.prompts import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Recipes: one complete YAML file each, read strictly into a frozen dataclass; `key=value` overrides go through the same checks."""
+"""Recipes: one complete YAML file each, read strictly into a frozen dataclass; overrides go through the same checks."""
 
 import dataclasses
 import difflib
@@ -115,7 +115,7 @@ class Recipe:
             raise ConfigError(f"train_folds is {self.train_folds}; folds are 0 to 9")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ConfigError(
-                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; lower one or raise the other"
+                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; lower it or raise them"
             )
         if self.stage > 1 and self.initialize_from is None:
             raise ConfigError(f"stage {self.stage} starts from a checkpoint; set initialize_from")
@@ -168,7 +168,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; ConfigError (naming the file) for anything else."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):

@@ -1,7 +1,7 @@
-"""Data sets of a recipe, concatenated: rows of (image, prompt, fold) with memory-mapped embeddings, and what an epoch draws.
+"""Data sets of a recipe, concatenated: rows of image, prompt and fold, mapped embeddings, and what an epoch draws.
 
-A data set is `input/<name>.tsv`, `input/<name>.npy` (float32 [rows, 384], unit rows, same order) and the images that the
-TSV names, relative to `input/`.
+A data set is `input/<name>.tsv`, `input/<name>.npy` (float32 [rows, 384], unit rows, same order) and the images that
+the TSV names, relative to `input/`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -73,8 +73,8 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
     Args:
         names: data sets, in the order that row numbers follow.
         need_folds: refuse rows without a fold (-1).
-    Raises: DataError or TableError for a missing file or column, an empty prompt, an absolute image path or one with `..`,
-        a fold outside 0-9, embeddings of another number of rows or dimension, with NaN or not of unit length.
+    Raises: DataError or TableError for a missing file or column, an empty prompt, an absolute image path or one with
+        `..`, a fold outside 0-9, embeddings of another number of rows or dimension, with NaN or not of unit length.
     """
     root = paths.input_dir()
     missing = [name for name in names if not (root / f"{name}.tsv").is_file() or not (root / f"{name}.npy").is_file()]
@@ -220,7 +220,7 @@ class TrainingImages(torch.utils.data.Dataset):
         self.data, self.rows, self.recipe = data, rows, recipe
 
     def __getitem__(self, index: tuple[int, int]) -> dict:
-        """Keys: image uint8 [3, S, S], jitter float32 [8] (zeros without augmentation), target float32 [384], row, bad."""
+        """Keys: image uint8 [3, S, S], jitter float32 [8] (0 without augmentation), target float32 [384], row, bad."""
         epoch, row = index
         bad = []
         for candidate in self.candidates(epoch, row):

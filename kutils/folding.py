@@ -194,8 +194,9 @@ def format_report(report: dict) -> str:
     lines = [
         f"{report['rows']:,} rows, {report['prompts']:,} distinct prompts; folds by {report['method']} at cosine "
         f">= {report['threshold']:g}",
-        f"{report['edges']:,} similar pairs, {report['edges_cut_share']:.1%} of them across folds; "
-        f"{report['neighbour_share']:.1%} of the prompts have a similar one, {report['leaked_share']:.1%} in another fold",
+        f"{report['edges']:,} similar pairs, {report['edges_cut_share']:.1%} of them across folds",
+        f"{report['neighbour_share']:.1%} of the prompts have a similar one, {report['leaked_share']:.1%} have one in "
+        "another fold",
         f"largest connected component: {report['largest_component_rows_share']:.1%} of the rows",
         f"{'fold':>6}{'rows':>12}{'share':>8}{'prompts':>12}{'leaked':>8}",
     ]

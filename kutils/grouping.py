@@ -78,7 +78,7 @@ def assign_folds(
     """Give the prompts of all data sets folds together, and rewrite the fold columns in place.
 
     Per data set, the former table is kept as `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar
-    prompt in another fold, and `<name>.folds.json` holds the report. The JSON files go first and come last: after a kill
+    prompt in another fold, and `<name>.folds.json` holds the report. The reports go first and come last: after a kill
     in between there are none, `read_report` says so, and the same call again completes the work.
 
     Args:
@@ -95,8 +95,8 @@ def assign_folds(
         raise GroupingError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
     if method not in METHODS:
         raise GroupingError(f"method {method!r}: choose one of {', '.join(METHODS)}")
-    if not tsv_paths or len({path.resolve() for path in tsv_paths}) < len(tsv_paths):
-        raise GroupingError("give each data set once")
+    if len({path.stem for path in tsv_paths}) < len(tsv_paths):
+        raise GroupingError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
     distinct = read_distinct(tsv_paths)
     num_prompts = len(distinct.num_rows)
     if num_prompts < num_folds:
@@ -117,6 +117,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
         rows = {"rows": table.num_rows, "folds_hash": folds_hash(table["prompt"], folds[distinct.codes[path]])}
         report["datasets"][path.stem] = rows
         report_path(path).unlink(missing_ok=True)
+        path.with_suffix(".clean.npz").unlink(missing_ok=True)
     for path, table in distinct.tables.items():
         codes = distinct.codes[path]
         if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # else the same work again: keep the older .bak
@@ -139,7 +140,7 @@ def report_path(tsv_path: Path | str) -> Path:
 def read_report(tsv_path: Path | str) -> dict:
     """The report written with a data set's folds.
 
-    Raises: GroupingError if there is none or the table has other folds by now; the message names the command that helps.
+    Raises: GroupingError if there is none or the table has other folds by now.
     """
     path = report_path(tsv_path)
     again = f"assign folds again: python -m kutils.grouping folds {tsv_path}"

@@ -1,4 +1,4 @@
-"""Start training and other commands from a notebook cell or the shell: output live, failures loud, nothing left running.
+"""Start training and other commands from a cell or the shell: output live, failures loud, nothing left running.
 
 This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
 """
@@ -133,8 +133,8 @@ def count_processes(wanted: int, device: str) -> int:
         return wanted or 1
     if gpus < max(wanted, 1):
         raise LaunchError(
-            f"{max(wanted, 1)} GPUs are asked for and {gpus} are visible; start fewer processes, or train on the CPU with "
-            "device=cpu (minutes become weeks for the large models)"
+            f"{max(wanted, 1)} GPUs are asked for and {gpus} are visible; start fewer processes, or train on the CPU "
+            "with device=cpu (minutes become weeks for the large models)"
         )
     return wanted or gpus
 
@@ -209,7 +209,7 @@ def end(child: subprocess.Popen) -> None:
 
 
 def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies, however it dies; a rank under torchrun or a notebook's child needs it."""
+    """Ask Linux for SIGTERM when the parent dies, however it dies: torchrun's ranks and a notebook's children need it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 

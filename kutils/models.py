@@ -104,8 +104,8 @@ def create_backbone(recipe: Recipe, options: dict, weights: bool | str) -> nn.Mo
 def stride_patches(vit: nn.Module, input_size: int) -> None:
     """Keep a ViT's token grid at a larger input by moving its patch window in larger steps, as published.
 
-    At 336 px a 14 px window moves by 21 px, so that 16 x 16 tokens see 44 % of the pixels. Needed to use weights trained
-    that way; `interpolated` sees all of them.
+    At 336 px a 14 px window moves by 21 px, so that 16 x 16 tokens see 44 % of the pixels. Needed to use weights
+    trained that way; `interpolated` sees all of them.
 
     Raises: ValueError if the input is no multiple of the grid.
     """

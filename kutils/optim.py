@@ -13,11 +13,11 @@ CHUNK = 32  # tensors per fused operation: bounds the temporary memory to a few 
 
 
 class PerParameterMADGRAD(MADGRAD):
-    """MADGRAD (Defazio and Jelassi 2021, algorithm 1) with a step count of each parameter's own, decoupled weight decay.
+    """MADGRAD (Defazio and Jelassi 2021, algorithm 1), a step count of each parameter's own, decoupled weight decay.
 
     `madgrad.MADGRAD` counts once for the whole optimiser, and its step grows with the square root of the count: a
-    backbone unfrozen after 6,777 updates of the head would start with a step 19 times too large. Here a parameter's first
-    step is that of a fresh optimiser. The arithmetic is that of `madgrad`, over many tensors at once.
+    backbone unfrozen after 6,777 updates of the head would start with a step 19 times too large. Here a parameter's
+    first step is that of a fresh optimiser. The arithmetic is that of `madgrad`, over many tensors at once.
 
     Args: see `madgrad.MADGRAD`; momentum must be above 0.
     """
@@ -73,7 +73,7 @@ class PerParameterMADGRAD(MADGRAD):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: with decay, and without for 1-D parameters (norms, biases, layer scale) and class and position embeddings.
+    """With decay, and without: 1-D parameters (norms, biases, layer scale) and class and position embeddings.
 
     Which embeddings those are is what the backbone itself says (timm's `no_weight_decay`), not a list of substrings.
     """
@@ -86,17 +86,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> PerParameterMADGRAD:
-    """MADGRAD over all parameters, frozen ones too: without a gradient they are passed over and their count stays at 0."""
+    """MADGRAD over all parameters; frozen ones, without a gradient, are passed over and their count stays at 0."""
     return PerParameterMADGRAD(
         parameter_groups(model, recipe.weight_decay), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up from warmup_lr to lr, then the cosine to min_lr, per update: call `step_update(n)` before update n.
+    """Linear warm-up from warmup_lr to lr, then the cosine to min_lr: call `step_update(n)` before update n.
 
-    The cosine's clock starts at 0, not at the warm-up's end (timm's `warmup_prefix=False`, as published): after 3 warm-up
-    epochs of 15 the rate goes on at 9.05e-5, not 1e-4.
+    The cosine's clock starts at 0, not at the warm-up's end (timm's `warmup_prefix=False`, as published): after 3
+    warm-up epochs of 15 the rate goes on at 9.05e-5, not 1e-4.
     """
     return CosineLRScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""Where the repository, `input/` and `working/` are (here and on Kaggle), and how files are written: whole or not at all."""
+"""Where the repository, `input/` and `working/` are, here and on Kaggle; files written whole or not at all."""
 
 import os
 import secrets
@@ -34,7 +34,7 @@ def working_dir() -> Path:
 
 
 def is_safe_relative(path: str) -> bool:
-    """True if `path` is relative and cannot leave the folder it is joined to (no `..`, no root, no drive, no backslash)."""
+    """True if `path` is relative and cannot leave the folder it is joined to: no `..`, root, drive or backslash."""
     parts = PurePosixPath(path).parts
     return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in parts[0]
 

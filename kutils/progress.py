@@ -27,7 +27,7 @@ class Interval:
         self.waited, self.began = 0.0, time.monotonic()
 
     def add(self, loss: torch.Tensor, batches: list[dict], waited: float) -> None:
-        """Count one update: its mean loss (on the device), its local batches, and the seconds spent waiting for them."""
+        """Count one update: its mean loss (on the device), its local batches, the seconds spent waiting for them."""
         self.losses.append(loss)
         self.images += sum(len(batch["row"]) for batch in batches)
         self.bad += [item for batch in batches for item in batch["bad"]]
@@ -39,8 +39,8 @@ class Interval:
         Args:
             step: updates done so far, for the message.
             stop, save: this rank was asked to stop; it is time to save the state. One rank is enough for either.
-        Returns: loss (mean over the interval and ranks), images, images_per_second, data_wait (share of this rank's time),
-            bad (row, reason) of every rank, stop, save.
+        Returns: loss (mean over the interval and ranks), images, images_per_second, data_wait (share of this rank's
+            time), bad (row, reason) of every rank, stop, save.
         Raises: NonFiniteLossError on every rank, naming steps and rank.
         """
         counts = [float(self.images), float(len(self.bad)), float(stop), float(save)]

@@ -85,8 +85,8 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
         location = Path(name_or_path)
         if location.is_dir() and not (location / "modules.json").is_file():
             raise EncoderError(
-                f"{location} holds no modules.json, so its pooling is unknown; give a folder that sentence-transformers "
-                "saved, or a download of the whole hub repository"
+                f"{location} holds no modules.json, so its pooling is unknown; give a folder that "
+                "sentence-transformers saved, or a download of the whole hub repository"
             )
     is_folder = location.is_dir()
     from sentence_transformers import SentenceTransformer  # 5 s to import, and absent where only images are predicted
@@ -214,7 +214,7 @@ def embed_table(
     """Write `<name>.npy` beside `<name>.tsv`: float32 [rows, 384], one row per row of the table, atomically.
 
     What was embedded is recorded in `<name>.npy.json`; a file whose record fits the table's prompts and the encoder is
-    left as it is. (Neither row count nor file times would do: shuffled rows keep the count, and folds rewrite the table.)
+    left as it is. (Row count and file times would not do: shuffled rows keep the count, and folds rewrite the table.)
 
     Args:
         tsv_path: a data set or a prompts file; only its `prompt` column matters.

@@ -40,7 +40,7 @@ def check_same_configuration(folder: Path, recipe: Recipe) -> None:
     if differing:
         changes = ", ".join(f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in differing[:5])
         raise RunError(
-            f"{folder} holds a run of another configuration ({changes}); give this one a name of its own with prefix=NAME, "
+            f"{folder} holds a run of another configuration ({changes}); give this one a name with prefix=NAME, "
             "or start over with resume=never, which moves the former run and its checkpoints aside"
         )
 
@@ -150,6 +150,7 @@ def describe(result: dict) -> str:
     clean = result.get("cosine_similarity_clean")
     clean_text = f", {clean:.4f} on rows without a similar training prompt" if clean is not None else ""
     return (
-        f"{result['prefix']} fold {result['fold']}: cosine {result['cosine_similarity']:.4f} (epoch {result['best_epoch']} of "
-        f"{result['epochs']}{clean_text}); mean-prompt baseline {result['mean_prompt_baseline']:.4f}"
+        f"{result['prefix']} fold {result['fold']}: cosine {result['cosine_similarity']:.4f} (epoch "
+        f"{result['best_epoch']} of {result['epochs']}{clean_text}); "
+        f"mean-prompt baseline {result['mean_prompt_baseline']:.4f}"
     )

@@ -40,7 +40,7 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
 
 @contextmanager
 def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are inside the block: the perturbed weights must not leave a trace."""
+    """Keep BatchNorm's running statistics as they are inside the block: perturbed weights must leave no trace."""
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     counts = [layer.num_batches_tracked.clone() if layer.num_batches_tracked is not None else None for layer in layers]

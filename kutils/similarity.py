@@ -44,23 +44,22 @@ def similar_pairs(
     check_threshold(threshold)
     rows = unit_rows(embeddings).to(pick_device(device))
     blocks = range(0, len(rows), block_rows)
-    found = [[], [], []]
-    seconds = 0.1 if sys.stderr.isatty() else 30
     num_blocks = len(blocks) * (len(blocks) + 1) // 2
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
     with tqdm(total=num_blocks, unit="block", desc="pairs", mininterval=seconds, delay=5, disable=not progress) as bar:
         for top in blocks:
-            strip = [[], [], []]
             for left in range(top, len(rows), block_rows):
-                block = pairs_between(rows[top : top + block_rows], rows[left : left + block_rows], threshold)
-                above = block[0] + top < block[1] + left  # on the diagonal: each pair once, no row with itself
-                for part, values, offset in zip(strip, block, (top, left, 0), strict=True):
-                    part.append((values[above] + offset).cpu().numpy())
+                first, second, cosine = pairs_between(
+                    rows[top : top + block_rows], rows[left : left + block_rows], threshold
+                )
+                first, second = first + top, second + left
+                above = first < second  # on the diagonal: each pair once, and no row with itself
+                found.append(tuple(values[above].cpu().numpy() for values in (first, second, cosine)))
                 bar.update()
-            order = np.argsort(np.concatenate(strip[0]), kind="stable")  # blocks came by rising second
-            for part, parts in zip(found, strip, strict=True):
-                part.append(np.concatenate(parts)[order])
-    dtypes = (np.int64, np.int64, np.float32)
-    return SimilarPairs(*(np.concatenate([np.empty(0, t), *part]) for t, part in zip(dtypes, found, strict=True)))
+    first, second, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((second, first))
+    return SimilarPairs(first[order], second[order], cosine[order])
 
 
 def pairs_between(left: Tensor, right: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

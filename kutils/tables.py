@@ -18,15 +18,15 @@ class TableError(ValueError):
 
 
 def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
-    """Read a TSV whole. `fold` becomes int8, every other column string; further columns than those asked for come along.
+    """Read a TSV whole. `fold` becomes int8, every other column string; columns that were not asked for come along.
 
     Reads 5 M rows in seconds; pandas' default quoting would glue rows together wherever a prompt holds a `"`.
 
     Args:
         path: the file. The line number of row i is i + 2.
         columns: names that the header must have.
-    Raises: TableError for a missing file or column, a row of another length, bytes that are not UTF-8, a fold that is no
-        integer of -1 to 9, or an empty line.
+    Raises: TableError for a missing file or column, a row of another length, bytes that are not UTF-8, a fold that is
+        no integer of -1 to 9, or an empty line.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,7 +66,8 @@ def first_bad_line(path: Path, header: Sequence[str]) -> str | None:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8 (byte {error.start}: {line[error.start : error.start + 4]!r}); save it as UTF-8"
+                found = line[error.start : error.start + 4]
+                return f"line {number} is not UTF-8 (byte {error.start}: {found!r}); save it as UTF-8"
             text = text.removesuffix("\n").removesuffix("\r")
             values = text.split("\t")
             if "\r" in text:

@@ -123,8 +123,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
             SummaryWriter(folder / "tensorboard", purge_step=step),
         )
         print(
-            f"{recipe.prefix}, fold {fold}: {len(sampler.group_sizes):,} training prompts ({len(training_rows):,} images), "
-            f"{len(validation_rows):,} validation images, mean-prompt baseline {baseline:.4f}\n"
+            f"{recipe.prefix}, fold {fold}: {len(sampler.group_sizes):,} training prompts with {len(training_rows):,} "
+            f"images, {len(validation_rows):,} validation images, mean-prompt baseline {baseline:.4f}\n"
             f"{recipe.epochs} epochs of {sampler.steps_per_epoch:,} updates of {recipe.global_batch_size} images = "
             f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {device_name(ranks)} in "
             f"{str(dtype).removeprefix('torch.')}" + (f"; going on after update {step:,}" if step else ""),
@@ -272,8 +272,8 @@ def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, 
             temporary.write_text("row\timage\treason\n" + "".join(lines), encoding="utf-8")
     if seen >= 1000 and len(bad) > MOST_BAD_IMAGES * seen:
         raise TrainingError(
-            f"{len(bad)} of {seen} training images could not be read, more than {MOST_BAD_IMAGES:.1%}; they are listed in "
-            f"{path}. Make them anew or remove their rows, and start again"
+            f"{len(bad)} of {seen} training images could not be read, more than {MOST_BAD_IMAGES:.1%}; they are listed "
+            f"in {path}. Make them anew or remove their rows, and start again"
         )
 
 
@@ -335,7 +335,7 @@ def watch_for_sigterm():
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kutils.train",
-        description="Train one fold of a recipe (alone, or as a rank of torchrun). The same command goes on where it was cut.",
+        description="Train one fold of a recipe, alone or as a rank of torchrun. The same command goes on where it was cut.",
         epilog=f"keys of a recipe, for key=value:\n{config.describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

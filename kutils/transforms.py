@@ -147,7 +147,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean, std, jitter: Tensor | None = None) -> Tensor:
-    """uint8 [B, 3, H, W] to the network's input: float32, jittered where factors are given, standardised per channel."""
+    """uint8 [B, 3, H, W] to the network's input: float32, jittered if factors are given, standardised per channel."""
     images = images.float().div(255)
     if jitter is not None:
         images = color_jitter(images, jitter)

@@ -53,8 +53,10 @@ def unit_rows(count: int, seed: int = 0) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def make_dataset(root: Path, name: str = "toy", num_prompts: int = 40, images_per_prompt: int = 2, size: int = 40) -> None:
-    """A data set of noise images whose mean colour goes with the prompt, fold = prompt number % 10."""
+def make_dataset(
+    root: Path, name: str = "toy", num_prompts: int = 40, images_per_prompt: int = 2, size: int = 40
+) -> None:
+    """A data set of noise images whose mean colour goes with the prompt; fold = number % 10."""
     random = np.random.default_rng(len(name))
     folder = root / f"{name}_images"
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def make_dataset(root: Path, name: str = "toy", num_prompts: int = 40, images_pe
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A folder with `input/` (holding the data set `toy`: 80 images of 40 prompts) and `working/`, which kutils uses."""
+    """A folder with `input/` (with the data set `toy`: 80 images of 40 prompts) and `working/`, which kutils uses."""
     monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
     monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
     (tmp_path / "input").mkdir()

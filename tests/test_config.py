@@ -7,17 +7,37 @@ from kutils.config import ConfigError, Recipe, find_recipe, load_recipe, recipe_
 
 # the 5th-place solution's file stems: model, stage, folds
 PUBLISHED = {
-    "convnext_large_3data_input384_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup3_15epoch": ("convnext_large", 1, (0, 1, 2, 3)),
+    "convnext_large_3data_input384_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup3_15epoch": (
+        "convnext_large",
+        1,
+        (0, 1, 2, 3),
+    ),
     "vit_large_3data_input336_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup3_15epoch": ("vit_large", 1, (0, 3, 4, 8)),
-    "convnext_xxlarge_3data_input384_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup1_10epoch": ("convnext_xxlarge", 1, (0, 1, 6, 7)),
-    "eva02_large_clsavg_3data_input448_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup1_10epoch": ("eva02_large_clsavg", 1, (0, 2)),
-    "eva02_large_clsonly_3data_input448_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup1_10epoch": ("eva02_large_clsonly", 1, (5, 9)),
+    "convnext_xxlarge_3data_input384_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup1_10epoch": (
+        "convnext_xxlarge",
+        1,
+        (0, 1, 6, 7),
+    ),
+    "eva02_large_clsavg_3data_input448_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup1_10epoch": (
+        "eva02_large_clsavg",
+        1,
+        (0, 2),
+    ),
+    "eva02_large_clsonly_3data_input448_bs32_lr1e-4_1e-6_wd5e-2_madgrad_wawrmup1_10epoch": (
+        "eva02_large_clsonly",
+        1,
+        (5, 9),
+    ),
     "convnext_large_8data_noaug_input384_bs16_lr1e-5_1e-7_wd5e-2_sam_madgrad_wawrmup0_5epoch": (
         "convnext_large",
         2,
         (0, 1, 2, 3),
     ),
-    "vit_large_8data_noaug_input336_bs16_lr1e-5_1e-7_wd5e-2_sam_madgrad_wawrmup0_5epoch": ("vit_large", 2, (0, 3, 4, 8)),
+    "vit_large_8data_noaug_input336_bs16_lr1e-5_1e-7_wd5e-2_sam_madgrad_wawrmup0_5epoch": (
+        "vit_large",
+        2,
+        (0, 3, 4, 8),
+    ),
     "convnext_xxlarge_8data_noaug_input384_bs16_lr1e-6_1e-7_wd5e-2_sam_madgrad_wawrmup0_3epoch": (
         "convnext_xxlarge",
         2,
@@ -136,7 +156,13 @@ def test_a_bad_override_is_refused(tmp_path, tiny_recipe, override, said):
 
 def test_overrides_take_lists_none_and_paths(tmp_path, tiny_recipe):
     path = write(tmp_path, tiny_recipe)
-    changes = ["datasets=a,b", "train_folds=1,2", "pretrained=/w/file.safetensors", "initialize_from=none", "mean=0,0,1"]
+    changes = [
+        "datasets=a,b",
+        "train_folds=1,2",
+        "pretrained=/w/file.safetensors",
+        "initialize_from=none",
+        "mean=0,0,1",
+    ]
     recipe = load_recipe(path, changes)
     assert recipe.datasets == ("a", "b") and recipe.train_folds == (1, 2) and recipe.mean == (0.0, 0.0, 1.0)
     assert recipe.pretrained == "/w/file.safetensors" and recipe.initialize_from is None
@@ -153,9 +179,9 @@ def test_a_recipe_survives_being_saved(tmp_path, tiny_recipe):
 def test_unknown_models_and_files_name_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'convnext_large'"):
         find_recipe("convnxt_large", 1)
-    with pytest.raises(ConfigError, match="recipes for stages 1, 2, none for stage 3"):
+    with pytest.raises(ConfigError, match=r"recipes for stages 1, 2, none for stage 3"):
         find_recipe("vit_large", 3)
-    with pytest.raises(ConfigError, match="did you mean 'tiny_vit_stage1.yaml'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'tiny_vit_stage1\.yaml'"):
         config.find_config("conf/tiny_vit_stage.yaml")
 
 

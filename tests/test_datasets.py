@@ -29,7 +29,7 @@ def test_two_sets_are_one_list_of_rows(workspace):
 def spoil(workspace, what):
     """Break the data set `toy` in one way."""
     tsv, npy = workspace / "input" / "toy.tsv", workspace / "input" / "toy.npy"
-    table = {name: column.to_pylist() for name, column in zip(("image", "prompt", "fold"), read_table(tsv, ["fold"]).columns)}
+    table = read_table(tsv, ["fold"]).to_pydict()
     embeddings = np.load(npy)
     if what in ("image", "prompt", "fold"):
         table[what][5] = {"image": "../secret.png", "prompt": "  ", "fold": -1}[what]
@@ -123,12 +123,16 @@ def test_any_number_of_ranks_deals_the_same_global_batches(world_size, local, fi
     rows = np.arange(70)
     whole = sampler_of(data, rows, local_batch_size=8)
     expected = [{row for _, row in batch} for batch in whole.batches(3, first)]
-    ranks = [sampler_of(data, rows, local_batch_size=local, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        sampler_of(data, rows, local_batch_size=local, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     dealt = [list(sampler.batches(3, first)) for sampler in ranks]
     per_update = 8 // (world_size * local)
     assert len(expected) == 35 // 8 - first
     for update, wanted in enumerate(expected):
-        found = [row for rank in dealt for batch in rank[update * per_update : (update + 1) * per_update] for _, row in batch]
+        found = [
+            row for rank in dealt for batch in rank[update * per_update : (update + 1) * per_update] for _, row in batch
+        ]
         assert len(found) == 8 and set(found) == wanted
 
 
@@ -194,7 +198,9 @@ def test_real_pairs_are_read_whole(monkeypatch, tmp_path):
     assert table.num_rows == 1015 and len(set(table["prompt"].to_pylist())) == 879
     assert sum('"' in prompt for prompt in set(table["prompt"].to_pylist())) == 4
     (tmp_path / "images").symlink_to(pairs / "images")
-    write_table(tmp_path / "pairs.tsv", {"image": table["image"], "prompt": table["prompt"], "fold": [0, 1] * 507 + [0]})
+    write_table(
+        tmp_path / "pairs.tsv", {"image": table["image"], "prompt": table["prompt"], "fold": [0, 1] * 507 + [0]}
+    )
     np.save(tmp_path / "pairs.npy", unit_rows(1015))
     monkeypatch.setenv("KUTILS_INPUT", str(tmp_path))
     data = load_datasets(["pairs"])

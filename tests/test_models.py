@@ -1,9 +1,9 @@
 """Networks: what the head sees, freezing, patch modes, weights from files, clear errors."""
 
+import pytest
 import safetensors.torch
 import timm
 import torch
-import pytest
 
 from kutils import config, heads
 from kutils.models import WeightsError, build_model, stride_patches

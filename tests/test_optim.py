@@ -35,7 +35,10 @@ def test_numbers_are_those_of_madgrad():
     rates = [1e-2 * (1 - step / 40) for step in range(30)]
     ours = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-2, weight_decay=0.05), start, gradients, rates)
     theirs = run(
-        lambda p: madgrad.MADGRAD(p, lr=1e-2, momentum=0.9, weight_decay=0.05, decouple_decay=True), start, gradients, rates
+        lambda p: madgrad.MADGRAD(p, lr=1e-2, momentum=0.9, weight_decay=0.05, decouple_decay=True),
+        start,
+        gradients,
+        rates,
     )
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Training from the command line: what it writes, that ranks agree, that nothing is lost, that bad input stops it early."""
+"""Training by its command: what it writes, that ranks agree, that nothing is lost, that bad input stops it early."""
 
 import json
 import os
@@ -35,7 +35,9 @@ def start(path, *overrides, fold=0):
 
 
 def contents(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "tensorboard" not in str(path))
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "tensorboard" not in str(path)
+    )
 
 
 def test_a_run_leaves_what_the_next_steps_need(workspace, recipe_file):
@@ -108,7 +110,13 @@ def test_a_checkpoint_without_its_run_is_not_overwritten(workspace, recipe_file,
 
 def test_refining_starts_from_the_checkpoint_of_the_same_folds(workspace, recipe_file, capsys):
     refine = recipe_file(
-        "refined", stage=2, sam_rho=0.05, augment=False, initialize_from="tiny/tiny_fold{fold}_best_cossim.pth", lr=1e-9, min_lr=0.0
+        "refined",
+        stage=2,
+        sam_rho=0.05,
+        augment=False,
+        initialize_from="tiny/tiny_fold{fold}_best_cossim.pth",
+        lr=1e-9,
+        min_lr=0.0,
     )
     assert start(refine) == 1
     assert "no checkpoint at" in capsys.readouterr().err
@@ -162,7 +170,9 @@ def test_a_broken_training_image_is_listed_and_too_many_stop_the_run(workspace, 
     data = datasets.load_datasets(["large"])
     broken = data.image_path(int(data.training_rows(0)[3]))
     broken.write_bytes(b"x")
-    path = recipe_file("once", datasets=("large",), global_batch_size=30, max_local_batch_size=30, epochs=1, input_size=32)
+    path = recipe_file(
+        "once", datasets=("large",), global_batch_size=30, max_local_batch_size=30, epochs=1, input_size=32
+    )
     assert start(path, "epochs=2", "prefix=twice") in (0, 1)  # 540 images: too few to judge by a share
     listed = (workspace / "working" / "runs" / "twice_fold0" / "unreadable_images.tsv").read_text()
     assert f"large_images/{broken.name}\t" in listed and "no image of a known format" in listed
@@ -193,7 +203,15 @@ def command(path, *overrides, ranks=1):
     arguments = ["kutils.train", "--config", str(path), "--fold", "0", *overrides]
     if ranks == 1:
         return [sys.executable, "-m", *arguments]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        *arguments,
+    ]
 
 
 def run_ranks(path, *overrides, ranks=1):
@@ -206,9 +224,9 @@ def run_ranks(path, *overrides, ranks=1):
 def test_two_ranks_train_like_one_and_score_every_row_once(workspace, recipe_file):
     """Same global batch, augmentation on; the fold holds 11 rows, which 2 does not divide."""
     make_dataset(workspace / "input", "odd", num_prompts=101, images_per_prompt=1)
-    recipe_of = lambda name: recipe_file(name, datasets=("odd",), lr=1e-3, max_local_batch_size=4)  # noqa: E731
-    run_ranks(recipe_of("alone"))
-    run_ranks(recipe_of("both"), ranks=2)
+    changes = {"datasets": ("odd",), "lr": 1e-3, "max_local_batch_size": 4}
+    run_ranks(recipe_file("alone", **changes))
+    run_ranks(recipe_file("both", **changes), ranks=2)
     runs = workspace / "working" / "runs"
     alone, both = (read_metrics(runs / f"{name}_fold0" / "metrics.jsonl") for name in ("alone", "both"))
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (alone, both)]

@@ -65,7 +65,12 @@ def test_sixteen_bits_become_eight(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "is empty"), (b"hello", r"no image of a known format \(5 bytes\)"), (None, "No such file"), ("cut", "cannot be decoded")],
+    [
+        (b"", "is empty"),
+        (b"hello", r"no image of a known format \(5 bytes\)"),
+        (None, "No such file"),
+        ("cut", "cannot be decoded"),
+    ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, content, said):
     path = tmp_path / "x.png"
@@ -97,7 +102,9 @@ def test_batched_jitter_is_torchvisions_image_by_image():
     images = torch.rand(12, 3, 9, 7, generator=random)
     images[0] = 0.5  # grey: no hue
     images[1, :, 0] = 0.0
-    jitter = torch.stack([transforms.random_crop_and_jitter(torch.zeros(3, 8, 8, dtype=torch.uint8), 8, (n,))[1] for n in range(12)])
+    jitter = torch.stack(
+        [transforms.random_crop_and_jitter(torch.zeros(3, 8, 8, dtype=torch.uint8), 8, (n,))[1] for n in range(12)]
+    )
     jitter[:, :3] += torch.linspace(-0.5, 0.9, 12)[:, None]  # far beyond the recipe's 0.05, so that clamping is met
     jitter[:, 3] *= 9
     operations = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]

@@ -1,0 +1,167 @@
+"""Launching: failures are loud, nothing is left running, wrong parameters stop a notebook."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kutils import launch
+from kutils.config import ConfigError
+from kutils.launch import CommandFailed, LaunchError, check_parameters
+
+CELLS = ["", 'model: str = "tiny"  # a model\nfold: int = 0', '# Parameters\nmodel = "other"\nfold = 3\n', "import sys"]
+
+
+def test_known_parameters_pass():
+    check_parameters(CELLS)
+    check_parameters(["", "model = 1", "x = 5"])  # not run by papermill: nothing to look at
+
+
+def test_an_unknown_parameter_stops_and_names_the_nearest():
+    with pytest.raises(LaunchError, match=r"no parameter 'modle'; did you mean 'model'\? \(it has fold, model\)"):
+        check_parameters([*CELLS[:2], "# Parameters\nmodle = 1\n"])
+
+
+def test_a_plan_resolves_model_overrides_and_folder(workspace):
+    run = launch.plan_run("convnext_large", 2, 3, "epochs=1 prefix=mine")
+    assert run.recipe.epochs == 1 and run.folder == workspace / "working" / "runs" / "mine_fold3"
+    assert run.arguments == ["--config", str(run.config_path), "--fold", "3", "epochs=1", "prefix=mine"]
+    assert launch.plan_run("x", 1, 0, recipe="conf/tiny_vit_stage2.yaml").recipe.model == "tiny_vit"
+
+
+@pytest.mark.parametrize(
+    ("model", "fold", "overrides", "said"),
+    [
+        ("convnext_lrge", 0, "", "did you mean 'convnext_large'"),
+        ("convnext_large", 11, "", "fold is 11"),
+        ("convnext_large", "0", "", "fold is '0'"),
+        ("convnext_large", 0, "epoch=1", "did you mean 'epochs'"),
+    ],
+)
+def test_a_wrong_plan_stops_at_once(model, fold, overrides, said):
+    with pytest.raises((ConfigError, LaunchError), match=said):
+        launch.plan_run(model, 1, fold, overrides)
+
+
+def test_gpus_are_counted_without_touching_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
+    assert launch.visible_gpus() == 3 == launch.count_processes(0, "auto")
+    assert launch.count_processes(2, "cuda") == 2
+    with pytest.raises(LaunchError, match="8 GPUs are asked for and 3 are visible"):
+        launch.count_processes(8, "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch.visible_gpus() == 0 and launch.count_processes(0, "auto") == 1
+    with pytest.raises(LaunchError, match="1 GPUs are asked for and 0 are visible"):
+        launch.count_processes(0, "cuda")
+
+
+def test_cpu_ranks_are_said(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch.count_processes(2, "auto") == 2
+    assert "2 ranks on the CPU (gloo)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module that a child process can run."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(text):
+        (tmp_path / "job.py").write_text(text)
+        return "job"
+
+    return write
+
+
+def test_output_is_shown_and_a_failure_ends_with_the_last_lines(module, capsys):
+    name = module("import sys\nfor n in range(60): print('line', n)\nsys.exit(3 if sys.argv[1:] == ['fail'] else 0)")
+    launch.run_module(name)
+    assert capsys.readouterr().out.splitlines()[-1] == "line 59"
+    with pytest.raises(CommandFailed, match="job fail ended with exit code 3") as caught:
+        launch.run_module(name, "fail")
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "line 20" and lines[-1] == "line 59" and len(lines) == 41
+
+
+def test_a_clear_error_is_repeated_alone(module):
+    name = module("import sys\nprint('noise')\nprint('error: the file x is not there', file=sys.stderr)\nsys.exit(1)")
+    with pytest.raises(CommandFailed) as caught:
+        launch.run_module(name)
+    assert str(caught.value).splitlines()[1:] == ["error: the file x is not there"]
+
+
+def test_an_interrupt_ends_the_child(module, tmp_path):
+    name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    code = f"from kutils import launch\nlaunch.run_module({name!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
+    child = wait_for_pid(tmp_path / "pid")
+    parent.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in parent.communicate(timeout=60)[1]
+    assert gone(child)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_killed_parent_takes_its_child_along(module, tmp_path):
+    name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"from kutils import launch\nlaunch.run_module({name!r})"], cwd=tmp_path
+    )
+    child = wait_for_pid(tmp_path / "pid")
+    parent.kill()
+    parent.wait()
+    assert gone(child)
+
+
+def wait_for_pid(path) -> int:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def gone(pid: int) -> bool:
+    """True as soon as no such process runs (a zombie has ended), False after 30 s."""
+    for _ in range(600):
+        try:
+            with Path(f"/proc/{pid}/stat").open() as stat:
+                if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+def test_torchrun_shows_rank_0_keeps_every_log_and_fails_loudly(module, tmp_path, capsys):
+    name = module(
+        "import os, sys\nprint('I am rank', os.environ['RANK'], sys.argv[1:])\n"
+        "sys.exit(5 if 'fail' in sys.argv and os.environ['RANK'] == '1' else 0)"
+    )
+    launch.torchrun(name, ["go"], num_processes=2, log_dir=tmp_path / "logs")
+    shown = capsys.readouterr().out
+    assert "I am rank 0 ['go']" in shown.splitlines() and "rank 1" not in shown
+    logs = [path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")]
+    assert sorted(logs) == ["I am rank 0 ['go']\n", "I am rank 1 ['go']\n"]
+    with pytest.raises(CommandFailed, match="exitcode  : 5"):
+        launch.torchrun(name, ["fail"], num_processes=2, log_dir=tmp_path / "logs")
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_ends_every_rank(module, tmp_path):
+    name = module(
+        "import os, time\nfrom kutils import launch\nlaunch.end_with_parent()\n"
+        "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    call = f"launch.torchrun({name!r}, [], num_processes=2, log_dir=Path('l'))"
+    code = f"from pathlib import Path\nfrom kutils import launch\n{call}"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    ranks = [wait_for_pid(tmp_path / f"pid{rank}") for rank in (0, 1)]
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert all(gone(rank) for rank in ranks)
