@@ -26,15 +26,25 @@ class DecodeCheck(torch.utils.data.Dataset):
         return ""
 
 
+def unreadable(data: PromptImages, rows: np.ndarray, num_workers: int = 0) -> list[str]:
+    """Decode the images of the given rows; what is wrong with each that cannot be read, in row order."""
+    loader = DataLoader(
+        DecodeCheck(data, rows),
+        batch_size=64,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the loader's own seed must not come from the generator of drop path
+    )
+    return [message for batch in loader for message in batch if message]
+
+
 def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: Ranks) -> None:
     """Decode the images of all rows once, shared among ranks and workers.
 
     Raises: DataError on every rank, listing the first ten that cannot be read.
     """
-    share = DecodeCheck(data, rows[ranks.rank :: ranks.world_size])
-    loader = DataLoader(share, batch_size=64, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
-    found = [message for batch in loader for message in batch if message]
-    found = [message for messages in ranks.gather_objects(found) for message in messages]
+    own = unreadable(data, rows[ranks.rank :: ranks.world_size], num_workers)
+    found = [message for messages in ranks.gather_objects(own) for message in messages]
     if found:
         listed = "\n  ".join(found[:10])
         raise DataError(

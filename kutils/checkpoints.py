@@ -110,6 +110,6 @@ def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path
     if changed:
         raise CheckpointError(
             f"{path} was trained on other folds of {', '.join(changed)} (folds hash {saved[changed[0]][:12]}, now "
-            f"{folds_hashes[changed[0]][:12]}): rows it has trained on would be validated. Train the stage before again, or "
+            f"{folds_hashes[changed[0]][:12]}): rows it has trained on would be validated. Train that stage again, or "
             f"put the former input/{changed[0]}.tsv.bak back"
         )

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kutils import paths, prompts
+from kutils import paths
+from kutils.config import EMBEDDING_DIM
 from kutils.datasets import check_rows, open_embeddings
 from kutils.folding import METHODS, assign, format_report, leakage_report, leaked_prompts, report_warnings
+from kutils.prompts import embed_table
 from kutils.similarity import GroupingError, check_threshold, deduplicate, similar_pairs
 from kutils.tables import folds_hash, read_table, write_table
 
@@ -24,7 +26,7 @@ class DistinctPrompts:
     """The prompts of several data sets, each once."""
 
     tables: dict[Path, pa.Table]
-    codes: dict[Path, np.ndarray]  # int [rows of the set]: which distinct prompt a row has
+    codes: dict[Path, np.ndarray]  # int32 [rows of the set]: which distinct prompt a row has
     num_rows: np.ndarray  # int64 [distinct], over all sets
     embeddings: np.ndarray  # float32 [distinct, 384]
 
@@ -36,33 +38,33 @@ def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
     """
     tables, maps = {}, {}
     for path in tsv_paths:
-        table = read_table(path, ["image", "prompt", "fold"])
-        check_rows(path, table, need_folds=False)
-        tables[path], maps[path] = table, open_embeddings(path.with_suffix(".npy"), table.num_rows)
-    columns = [chunk for table in tables.values() for chunk in table["prompt"].chunks]
-    encoded = pa.chunked_array(columns).combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy().astype(np.int64)
-    num_distinct = len(encoded.dictionary)
+        tables[path] = read_table(path, ["image", "prompt", "fold"])
+        check_rows(path, tables[path], need_folds=False)
+        maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
+    prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])
+    encoded = prompts.combine_chunks().dictionary_encode()
+    all_codes = encoded.indices.to_numpy()
     starts = np.cumsum([table.num_rows for table in tables.values()])[:-1]
-    codes = dict(zip(tables, np.split(codes, starts), strict=True))
-    embeddings, known = np.empty((num_distinct, maps[tsv_paths[0]].shape[1]), np.float32), np.zeros(num_distinct, bool)
-    for path in tsv_paths:
-        new, first_rows = np.unique(codes[path], return_index=True)
-        new, first_rows = new[~known[new]], first_rows[~known[new]]
-        embeddings[new] = maps[path][first_rows]
-        known[new] = True
-        for start in range(0, len(codes[path]), 65536):
-            block = maps[path][start : start + 65536]
-            cosine = np.einsum("nd,nd->n", block, embeddings[codes[path][start : start + 65536]])
-            if (cosine < 0.99).any():  # another device or precision stays far above
-                row = start + int(np.argmax(cosine < 0.99))
-                raise GroupingError(
-                    f"{path.with_suffix('.npy')}, row {row} (line {row + 2} of the TSV): the same prompt has another "
-                    f"embedding elsewhere (cosine {cosine[row - start]:.3f}), so one of the files is not of its "
-                    f"prompts; make it again: python input/gen_prompt_embedding.py {path} --overwrite"
-                )
-    num_rows = np.sum([np.bincount(rows, minlength=num_distinct) for rows in codes.values()], axis=0)
-    return DistinctPrompts(tables, codes, num_rows, embeddings)
+    codes = dict(zip(tables, np.split(all_codes, starts), strict=True))
+    embeddings = np.empty((len(encoded.dictionary), EMBEDDING_DIM), np.float32)
+    for path in tables:
+        embeddings[codes[path]] = maps[path]
+    for path in tables:
+        check_agreement(path, codes[path], maps[path], embeddings)
+    return DistinctPrompts(tables, codes, np.bincount(all_codes), embeddings)
+
+
+def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddings: np.ndarray) -> None:
+    """Raise GroupingError where a row's embedding is not its prompt's: the sign of an .npy file of other rows."""
+    for start in range(0, len(codes), 65536):
+        cosine = np.einsum("nd,nd->n", rows[start : start + 65536], embeddings[codes[start : start + 65536]])
+        if (cosine < 0.99).any():  # another device or precision stays far above
+            row = start + int(np.argmax(cosine < 0.99))
+            raise GroupingError(
+                f"{tsv_path.with_suffix('.npy')}, row {row} (line {row + 2} of the TSV): the same prompt has another "
+                f"embedding elsewhere (cosine {cosine[row - start]:.3f}), so that one of the files is not of its "
+                f"prompts; make them again: python input/gen_prompt_embedding.py {tsv_path} --overwrite"
+            )
 
 
 def assign_folds(
@@ -85,7 +87,8 @@ def assign_folds(
         tsv_paths: data sets with their .npy beside them.
         threshold: cosine from which prompts are similar, in (0, 1].
         num_folds: 2 to 10.
-        method: partition, components, leader or kmeans.
+        method: partition, components or leader.
+        seed: of the partition.
     Returns: the report, with the folds hash of every data set.
     Raises: TableError, DataError or GroupingError, before anything is written.
     """
@@ -102,7 +105,7 @@ def assign_folds(
     if num_prompts < num_folds:
         raise GroupingError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
     pairs = similar_pairs(distinct.embeddings, threshold, device=device, progress=progress)
-    folds = assign(distinct.embeddings, distinct.num_rows, pairs, num_folds, method, seed)
+    folds = assign(distinct.num_rows, pairs, num_folds, method, seed)
     report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
     report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
     report["warnings"] = report_warnings(report)
@@ -146,7 +149,10 @@ def read_report(tsv_path: Path | str) -> dict:
     again = f"assign folds again: python -m kutils.grouping folds {tsv_path}"
     if not path.is_file():
         raise GroupingError(f"{path} is not there (never made, or cut off while being made); {again}")
-    report = json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_text())
+    except ValueError as error:
+        raise GroupingError(f"{path} cannot be read ({error}); {again}") from error
     table = read_table(tsv_path, ["prompt", "fold"])
     if report["folds_hash"] != folds_hash(table["prompt"], table["fold"].to_numpy()):
         raise GroupingError(f"{path} describes other folds than those in {tsv_path}; {again}")
@@ -154,24 +160,35 @@ def read_report(tsv_path: Path | str) -> dict:
 
 
 def deduplicate_table(
-    tsv_path: Path | str, kept_path: Path | str, rest_path: Path | str, threshold: float = 0.9, *, device: str = "auto"
+    tsv_path: Path | str,
+    kept_path: Path | str,
+    rest_path: Path | str,
+    threshold: float = 0.9,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
 ) -> tuple[int, int]:
     """Split a prompts file in two: those that no earlier kept one resembles, and the rest (the recipe's part 2 sets).
 
     Embeds the prompts first where that has not been done. Both files have the columns of the input.
 
+    Args:
+        overwrite: write over other content of the two files; without, a second call has to lead to the same.
     Returns: number of rows kept, number of the rest.
+    Raises: TableError, PromptError, EncoderError or GroupingError, before anything but the embeddings is written.
     """
-    tsv_path = Path(tsv_path)
     check_threshold(threshold)
     if len({Path(path).resolve() for path in (tsv_path, kept_path, rest_path)}) < 3:
         raise GroupingError("PROMPTS.tsv, --kept and --rest have to be three different files")
     table = read_table(tsv_path, ["prompt"])
-    embeddings = open_embeddings(prompts.embed_table(tsv_path, device=device), table.num_rows)
+    embeddings = open_embeddings(embed_table(tsv_path, device=device), table.num_rows)
     keep = deduplicate(embeddings, threshold, device=device, progress=True)
-    for path, mask in ((kept_path, keep), (rest_path, ~keep)):
-        part = table.filter(pa.array(mask))
-        write_table(path, {name: part[name] for name in part.column_names})
+    parts = {kept_path: table.filter(pa.array(keep)), rest_path: table.filter(pa.array(~keep))}
+    for path, part in parts.items():
+        if Path(path).exists() and not overwrite and not read_table(path, []).equals(part.combine_chunks()):
+            raise GroupingError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
+    for path, part in parts.items():
+        write_table(path, dict(zip(part.column_names, part.columns, strict=True)))
     return int(keep.sum()), int((~keep).sum())
 
 
@@ -186,12 +203,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     folds.add_argument("--threshold", type=float, default=0.7, help="cosine from which prompts are similar")
     folds.add_argument("--folds", type=int, default=10, help="number of folds, 2 to 10")
     folds.add_argument("--method", choices=METHODS, default="partition", help="how similar prompts are kept together")
-    folds.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
+    folds.add_argument("--seed", type=int, default=0, help="of the partition")
     dedup = commands.add_parser("dedup", help="leave out prompts that resemble an earlier one", **defaults)
     dedup.add_argument("file", type=Path, metavar="PROMPTS.tsv", help="prompts file, the most wanted first")
     dedup.add_argument("--threshold", type=float, default=0.9, help="cosine from which prompts are near-duplicates")
-    dedup.add_argument("--kept", type=Path, required=True, help="prompts file to write: one of each neighbourhood")
-    dedup.add_argument("--rest", type=Path, required=True, help="prompts file to write: all others")
+    for name, text in (("--kept", "one of each neighbourhood"), ("--rest", "all others")):
+        dedup.add_argument(
+            name, type=Path, required=True, default=argparse.SUPPRESS, help=f"prompts file to write: {text}"
+        )
+    dedup.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
     for command in (folds, dedup):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)
@@ -200,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = assign_folds(args.files, args.threshold, args.folds, args.method, args.seed, device=args.device)
             print(format_report(report))
         else:
-            kept, rest = deduplicate_table(args.file, args.kept, args.rest, args.threshold, device=args.device)
+            options = {"device": args.device, "overwrite": args.overwrite}
+            kept, rest = deduplicate_table(args.file, args.kept, args.rest, args.threshold, **options)
             print(f"{kept:,} prompts kept in {args.kept}, {rest:,} near-duplicates in {args.rest}")
     except (ValueError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error

@@ -104,7 +104,7 @@ def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str
 
 def prepare_shapes(recipe: config.Recipe) -> None:
     """Make the built-in `shapes` data set where the recipe names it and it is not there yet."""
-    if "shapes" in recipe.datasets and not (paths.input_dir() / "shapes.npy").is_file():
+    if "shapes" in recipe.datasets and not (paths.input_dir() / "shapes.folds.json").is_file():
         run_module("kutils.generate", "--shapes-dataset", "shapes")
 
 
@@ -209,7 +209,7 @@ def end(child: subprocess.Popen) -> None:
 
 
 def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies, however it dies: torchrun's ranks and a notebook's children need it."""
+    """Ask Linux for SIGTERM when the parent dies, however it dies: ranks and a notebook's children need it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 

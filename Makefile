@@ -1,0 +1,64 @@
+# `make` lists the targets. Each makes the environment first where it is not there or its requirements have changed.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check notebooks train refine lab test-install
+
+PYTHON ?= python3
+SCALE ?= quick
+MODEL ?= tiny_convnext
+FOLD ?= 0
+STAGE ?= 2
+OVERRIDES ?=
+bin := .venv/bin
+stamp := .venv/requirements-are-installed
+export OMP_WAIT_POLICY := PASSIVE# torch processes side by side would spin away each other's time
+
+# papermill: rank 0's lines are shown; without </dev/null it takes a piped stdin for the path of its output
+papermill = mkdir -p working/runs && $(bin)/papermill --log-output --no-progress-bar
+parameters = -p model $(MODEL) -p fold $(FOLD) $(if $(OVERRIDES),-r overrides "$(OVERRIDES)") </dev/null
+
+# one way only: --sync would trust file times, and could take an old .ipynb for the newer one
+build_notebooks = $(bin)/jupytext --quiet --to ipynb --update $(1)/*.py && \
+	$(bin)/nbstripout --extra-keys "metadata.language_info cell.metadata.papermill metadata.papermill" $(1)/*.ipynb
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(stamp) ## the environment in .venv, exact versions of constraints.txt (PYTHON=python3.12 chooses another Python)
+
+$(stamp): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: $(PYTHON) is no Python 3.11 to 3.13; choose one: make env PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(bin)/python -m pip install --quiet --upgrade pip
+	$(bin)/python -m pip install --quiet -r requirements.txt -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 10 minutes (SCALE=full: 40)
+	$(bin)/python -m kutils.demo --scale $(SCALE)
+
+test: env ## all quick tests
+	$(bin)/python -m pytest
+
+check: env ## style, format, notebooks built from their scripts and without outputs
+	$(bin)/ruff check --output-format concise
+	$(bin)/ruff format --check
+	@built=$$(mktemp -d); trap 'rm -r "$$built"' EXIT; cp notebooks/*.py notebooks/*.ipynb notebooks/*.toml "$$built"; \
+		$(call build_notebooks,"$$built"); diff -rq --exclude=.ipynb_checkpoints notebooks "$$built" || \
+		{ echo "error: the notebooks are not what their scripts make, or hold outputs: make notebooks" >&2; exit 1; }
+
+notebooks: env ## build every notebooks/*.ipynb from its .py, without outputs
+	$(call build_notebooks,notebooks)
+
+train: env ## stage 1 of MODEL on FOLD; OVERRIDES="epochs=1 lr=3e-5" changes the recipe
+	$(papermill) notebooks/train.ipynb working/runs/train_$(MODEL)_fold$(FOLD).ipynb $(parameters)
+
+refine: env ## stage 2 (STAGE=3: 3) of MODEL on FOLD, from the stage before
+	$(papermill) notebooks/refine.ipynb working/runs/refine$(STAGE)_$(MODEL)_fold$(FOLD).ipynb -p stage $(STAGE) $(parameters)
+
+lab: env ## JupyterLab on the notebooks
+	$(bin)/jupyter lab notebooks
+
+test-install: env ## a fresh copy with nothing but requirements.txt installed runs every command of the README
+	$(bin)/python tests/install_check.py

@@ -1,0 +1,191 @@
+"""Predictions of several model families as one, and the weights for it: the ensemble's mathematics, without files."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import minimize
+
+METHODS = ("equal", "family", "dimension")
+# of the pull of `dimension` towards the weights of `family`, in units of a dimension's mean square; infinite: no change
+RIDGE_STRENGTHS = (np.inf, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
+
+
+class BlendingError(ValueError):
+    """Predictions that weights cannot be fitted on."""
+
+
+# ---------------------------------------------------------------- combining
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """[n, D] scaled to length 1, float32; a row that is zero or not finite becomes zero: no prediction."""
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0).astype(np.float32, copy=False)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, lengths, out=rows, where=lengths > 0)
+
+
+def combine(
+    predictions: Mapping[str, np.ndarray], weights: Mapping[str, float | Sequence[float]], fallback=np.nan
+) -> np.ndarray:
+    """Weighted sum of unit rows, scaled to unit length; a family without a prediction of a row is left out there.
+
+    Args:
+        predictions: family -> float [n, D], at least one family; NaN in a row: no prediction of it.
+        weights: family -> a number, or one per dimension.
+        fallback: [D] or a number, for rows that no family predicts.
+    Returns: float32 [n, D], unit rows.
+    """
+    total = unit(sum(np.asarray(weights[name], np.float32) * unit(rows) for name, rows in predictions.items()))
+    return np.where(total.any(axis=1, keepdims=True), total, np.asarray(fallback, np.float32))
+
+
+def average(members: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean of the predictions of a family's members, as one of unit length: float32 [n, D]; NaN where none has one.
+
+    Scaled to length 1, several members count as much as the single one that the family's weight was fitted with.
+    """
+    return combine(dict(enumerate(members)), dict.fromkeys(range(len(members)), 1.0))
+
+
+def agreement(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Mean cosine between the families' predictions of each image: [n]; NaN where fewer than two predict it."""
+    rows = np.stack([unit(values) for values in predictions.values()])
+    count = rows.any(axis=2).sum(axis=0)
+    squared = np.square(rows.sum(axis=0)).sum(axis=1)  # = count + the cosines of all ordered pairs
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(count > 1, (squared - count) / (count * (count - 1)), np.nan)
+
+
+def mean_cosine(predicted: np.ndarray, targets: np.ndarray) -> float:
+    """Of the rows of two arrays [n, D] of any length."""
+    return float(np.einsum("nd,nd->n", unit(predicted), unit(targets)).mean(dtype=np.float64))
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def fit_family_weights(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Nonnegative weights, summing to 1, that maximise the mean cosine of the weighted sum with the targets.
+
+    Equal weights and every family alone are among the candidates: on these rows nothing simpler is better.
+
+    Args:
+        predictions: [F, n, D], unit rows.
+        targets: [n, D], unit rows.
+    Returns: float64 [F].
+    """
+    to_target = np.einsum("fnd,nd->nf", predictions, targets).astype(np.float64)
+    products = np.einsum("fnd,gnd->nfg", predictions, predictions).astype(np.float64)
+
+    def loss_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        pulled = products @ weights
+        lengths = np.sqrt(np.maximum(pulled @ weights, 1e-24))
+        cosines = to_target @ weights / lengths
+        gradient = to_target / lengths[:, None] - (cosines / lengths**2)[:, None] * pulled
+        return -cosines.mean(), -gradient.mean(axis=0)
+
+    num_families = len(predictions)
+    candidates = [np.full(num_families, 1 / num_families), *np.eye(num_families)]
+    for start in list(candidates):
+        found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * num_families).x
+        candidates.append(found / max(found.sum(), 1e-12))
+    return min(candidates, key=lambda weights: loss_and_gradient(weights)[0])
+
+
+def fit_dimension_weights(
+    predictions: np.ndarray, targets: np.ndarray, family_weights: np.ndarray, groups: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """One weight per family and dimension: least squares, pulled towards the family weights.
+
+    How strong the pull is, is tried out between two halves of these rows; where none helps, the family weights stay.
+
+    Args:
+        predictions, targets: as in `fit_family_weights`.
+        family_weights: [F].
+        groups: int [n]; rows of one group are never in both halves.
+    Returns: float64 [F, D]; over the families they sum to 1 in the mean of all dimensions.
+    """
+    first = split_groups(groups, seed)
+
+    def tried_out(strength: float) -> float:
+        scores = []
+        for a, b in ((first, ~first), (~first, first)):
+            weights = ridge(predictions[:, a], targets[a], family_weights, strength)
+            scores.append(mean_cosine(np.einsum("fd,fnd->nd", weights, predictions[:, b]), targets[b]))
+        return sum(scores)
+
+    strength = np.inf if first.all() else max(RIDGE_STRENGTHS, key=tried_out)
+    return ridge(predictions, targets, family_weights, strength)
+
+
+def ridge(predictions: np.ndarray, targets: np.ndarray, family_weights: np.ndarray, strength: float) -> np.ndarray:
+    """Per dimension, minimise |targets - weighted predictions|^2 + strength * |weights - scaled family weights|^2.
+
+    Returns: float64 [F, D], scaled as in `fit_dimension_weights`.
+    """
+    prior = np.repeat(family_weights[:, None], targets.shape[1], axis=1)
+    if np.isinf(strength):
+        return prior
+    combined = np.einsum("f,fnd->nd", family_weights, predictions)
+    scaled = prior * (np.vdot(combined, targets) / np.vdot(combined, combined))  # the sum is shorter than its targets
+    products = np.einsum("fnd,gnd->dfg", predictions, predictions).astype(np.float64)
+    pull = strength * np.einsum("dff->df", products).mean()
+    right = np.einsum("fnd,nd->df", predictions, targets) + pull * scaled.T
+    weights = np.linalg.solve(products + pull * np.eye(len(predictions)), right[:, :, None])[:, :, 0].T
+    return weights / weights.sum(axis=0).mean()
+
+
+def split_groups(groups: np.ndarray, seed: int) -> np.ndarray:
+    """bool [n]: the rows of a random half of the groups."""
+    distinct, numbers = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    return (order < len(distinct) / 2)[numbers]
+
+
+def fit_and_score(
+    predictions: Mapping[str, np.ndarray], targets: np.ndarray, groups: np.ndarray, seed: int = 0
+) -> tuple[dict[str, dict], dict]:
+    """Fit every method on half of the groups; score them, and the families alone, on the other half.
+
+    Args:
+        predictions: family -> float32 [n, D], unit rows: out-of-fold predictions of one member each.
+        targets: float32 [n, D], unit rows.
+        groups: int [n]: the rows' prompts, so that no prompt is in both halves.
+    Returns: method -> family -> weight (a number, or a list per dimension); and a report with scores (members by
+        family, and one number per method), leave_one_out (score of `family` refitted without one), error_correlations
+        (of predictions minus targets), rows (fit, unseen).
+    Raises: BlendingError for a single group.
+    """
+    names, stacked = list(predictions), np.stack([unit(rows) for rows in predictions.values()])
+    seen = split_groups(groups, seed)
+    if seen.all():
+        raise BlendingError(f"{len(targets)} rows of one prompt: a fit and its test need rows of at least two")
+    inside, outside, fit_targets, targets = stacked[:, seen], stacked[:, ~seen], targets[seen], targets[~seen]
+    family = fit_family_weights(inside, fit_targets)
+    weights = {
+        "equal": np.full(len(names), 1 / len(names)),
+        "family": family,
+        "dimension": fit_dimension_weights(inside, fit_targets, family, groups[seen], seed),
+    }
+
+    def score(rows: np.ndarray, values: np.ndarray) -> float:
+        return mean_cosine(combine(dict(enumerate(rows)), dict(enumerate(values))), targets)
+
+    without = {name: [other for other in range(len(names)) if other != index] for index, name in enumerate(names)}
+    correlations = np.corrcoef((outside - targets).reshape(len(names), -1)).reshape(len(names), -1)
+    report = {
+        "scores": {
+            "members": {name: mean_cosine(rows, targets) for name, rows in zip(names, outside, strict=True)},
+            **{method: score(outside, values) for method, values in weights.items()},
+        },
+        "leave_one_out": {
+            name: score(outside[kept], fit_family_weights(inside[kept], fit_targets))
+            for name, kept in without.items()
+            if kept
+        },
+        "error_correlations": {
+            name: dict(zip(names, row, strict=True)) for name, row in zip(names, correlations.tolist(), strict=True)
+        },
+        "rows": {"fit": int(seen.sum()), "unseen": int((~seen).sum())},
+    }
+    return {method: dict(zip(names, values.tolist(), strict=True)) for method, values in weights.items()}, report

@@ -1,0 +1,290 @@
+"""The ensemble of a configuration: its members, and weights fitted on the predictions of rows they have not seen.
+
+Members of a family (one recipe, trained on several folds) are averaged; families are added by weights. These are fitted
+on fold 0 with exactly one member per family, the one validated on that fold: the others have trained on its rows and
+would look better than they are. They inherit the weight of their family.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kutils import blending, checkpoints, config, datasets, paths
+
+FIT_FOLD = 0
+KIND = "kutils ensemble"  # how the JSON file is known, wherever it is mounted
+
+
+class EnsembleError(ValueError):
+    """Members, predictions or a file of weights that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained model."""
+
+    recipe: str  # recipe file, as given or below conf/
+    fold: int  # validation fold
+    checkpoint: str = ""  # relative to the folder of models
+    sha256: str = ""  # of the checkpoint
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.recipe).stem} fold {self.fold}"
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A fitted ensemble: what its JSON file holds."""
+
+    method: str  # one of blending.METHODS
+    families: dict[str, list[Member]]
+    weights: dict[str, float | list[float]]  # by family: a number, or 384 of them
+    mean_embedding: list[float]  # [384], unit: the mean training embedding, for images without a prediction
+    scores: dict  # mean cosine on the half of fold 0 that the fit has not seen: members, methods, chosen, baseline
+    leave_one_out: dict[str, float]
+    error_correlations: dict[str, dict[str, float]]
+    rows: dict[str, int]  # of fold 0: fit, unseen
+    folds_hash: str
+    targets_hash: str
+
+    def mean_weights(self) -> dict[str, float]:
+        """One number per family, also where every dimension has its own."""
+        return {family: float(np.mean(weight)) for family, weight in self.weights.items()}
+
+    def members(self) -> list[Member]:
+        return [member for members in self.families.values() for member in members]
+
+
+# ---------------------------------------------------------------- members and their predictions
+
+
+def read_config(path: str | Path) -> tuple[str, dict[str, list[Member]]]:
+    """Method and families of a `conf/ensemble_<name>.yaml`.
+
+    Raises: ConfigError or EnsembleError for an unknown key (naming the nearest), method, recipe or fold, a family with
+        no or several members validated on fold 0, or a member given twice.
+    """
+    path = config.find_config(path)
+    values = config.read_yaml(path)
+    check_keys(path, "an ensemble", values, ("method", "families"))
+    if values["method"] not in blending.METHODS:
+        raise EnsembleError(f"{path}: method is {values['method']!r}; it can be {', '.join(blending.METHODS)}")
+    if not isinstance(values["families"], dict) or not values["families"]:
+        raise EnsembleError(f"{path}: families holds no `name:` with a list of members")
+    families: dict[str, list[Member]] = {}
+    for family, entries in values["families"].items():
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise EnsembleError(f"{path}: {family} is no list of members like `- {{recipe: conf/x.yaml, fold: 0}}`")
+        for entry in entries:
+            check_keys(path, f"a member of {family}", entry, ("recipe", "fold"))
+            if type(entry["recipe"]) is not str or type(entry["fold"]) is not int or not 0 <= entry["fold"] <= 9:
+                raise EnsembleError(f"{path}: {family}: {entry} is no recipe file with a fold of 0 to 9")
+        families[str(family)] = [Member(**entry) for entry in entries]
+        fitted = [member.name for member in families[family] if member.fold == FIT_FOLD]
+        if len(fitted) != 1:
+            raise EnsembleError(
+                f"{path}: {family} has {len(fitted)} members validated on fold {FIT_FOLD}"
+                f"{': ' if fitted else ''}{', '.join(fitted)}; the weights are fitted with exactly one per family"
+            )
+    members = [(config.find_config(member.recipe), member.fold) for entries in families.values() for member in entries]
+    if len(set(members)) < len(members):
+        raise EnsembleError(f"{path} names the same recipe and fold twice")
+    return values["method"], families
+
+
+def check_keys(path: Path, what: str, values: Mapping, keys: Sequence[str]) -> None:
+    for key in values:
+        if key not in keys:
+            raise EnsembleError(f"{path}: {what} has no key {key!r}{config.nearest(str(key), keys)}")
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise EnsembleError(f"{path}: {what} lacks {', '.join(missing)}")
+
+
+def add_checkpoint(member: Member) -> Member:
+    """The member with path and hash of its checkpoint; EnsembleError if that is missing or of another fold."""
+    recipe = config.load_recipe(member.recipe)
+    path = recipe.checkpoint_path(member.fold)
+    if not path.is_file():
+        raise EnsembleError(f"{path} is not there; {how_to_train(member)}")
+    fold = checkpoints.read(path).get("fold")
+    if fold != member.fold:
+        raise EnsembleError(f"{path} was validated on fold {fold}, not {member.fold}; {how_to_train(member)}")
+    return replace(member, checkpoint=str(path.relative_to(recipe.models_folder())), sha256=sha256_of(path))
+
+
+def how_to_train(member: Member) -> str:
+    return f"train it: python -m kutils.train --config {member.recipe} --fold {member.fold}"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str, np.ndarray], dict]:
+    """Out-of-fold predictions of every family's member of fold 0, and what they have in common.
+
+    Returns: family -> float32 [n, 384]; and dataset [n], row [n], folds_hash, targets_hash.
+    Raises: EnsembleError for a missing or unreadable file, one of another fold, or members validated on different rows,
+        targets or folds (naming both files); CheckpointError for a checkpoint trained on other folds.
+    """
+    predictions: dict[str, np.ndarray] = {}
+    common: dict = {}
+    for family, members in families.items():
+        member = next(member for member in members if member.fold == FIT_FOLD)
+        recipe = config.load_recipe(member.recipe)
+        path = recipe.run_folder(FIT_FOLD) / f"fold{FIT_FOLD}_predictions.npz"
+        saved = read_predictions(path, member)
+        if saved["fold"] != FIT_FOLD:
+            raise EnsembleError(f"{path} was validated on fold {saved['fold']}; the fit needs fold {FIT_FOLD}")
+        common = common or {**saved, "path": path}
+        for key, what in (("folds_hash", "folds"), ("dataset", "rows"), ("row", "rows"), ("targets_hash", "targets")):
+            if not np.array_equal(common[key], saved[key]):
+                raise EnsembleError(
+                    f"{common['path']} and {path} were validated on different {what}; train both on the same data sets "
+                    "with the same folds"
+                )
+        checkpoint = recipe.checkpoint_path(FIT_FOLD)
+        checkpoints.check_folds(checkpoints.read(checkpoint), FIT_FOLD, json.loads(saved["folds_hash"]), checkpoint)
+        predictions[family] = saved["embeddings"]
+    return predictions, common
+
+
+def read_predictions(path: Path, member: Member) -> dict:
+    """The arrays and texts of a run's out-of-fold predictions; EnsembleError if they are not there or damaged."""
+    if not path.is_file():
+        raise EnsembleError(f"{path} is not there; {how_to_train(member)}")
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = {key: saved[key] for key in ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")}
+    except Exception as error:  # NumPy and zipfile raise errors of many kinds
+        raise EnsembleError(f"{path} cannot be read ({error}); {how_to_train(member)}") from error
+    return {key: value if value.ndim else value.item() for key, value in arrays.items()}
+
+
+def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the predicted rows should have been, and the mean prompt, from the data sets in `input/`.
+
+    Returns: targets float32 [n, 384]; the number of each row's prompt, int [n]; the mean training embedding, float32
+        [384] of unit length.
+    Raises: DataError, or EnsembleError if the data sets are not what they were when the members were validated.
+    """
+    hashes = json.loads(common["folds_hash"])
+    names = sorted(hashes)
+    data = datasets.load_datasets(names)
+    changed = [name for name in names if data.folds_hashes[name] != hashes[name]]
+    if changed:
+        raise EnsembleError(
+            f"{', '.join(changed)}: other prompts or folds now than the members were trained on; train them again, or "
+            f"put the former input/{changed[0]}.tsv.bak back"
+        )
+    rows = data.starts[[names.index(name) for name in common["dataset"]]] + common["row"]
+    targets = data.targets(rows)
+    if hashlib.sha256(np.ascontiguousarray(targets)).hexdigest() != common["targets_hash"]:
+        raise EnsembleError(f"{', '.join(names)}: other rows or embeddings now than the members were validated on")
+    prompts = pc.dictionary_encode(data.prompts.combine_chunks().take(pa.array(rows))).indices.to_numpy()
+    training = data.training_rows(FIT_FOLD)
+    blocks = np.array_split(training, 1 + len(training) // 65536)
+    mean = sum(data.targets(block).sum(axis=0, dtype=np.float64) for block in blocks)
+    return targets, prompts, (mean / np.linalg.norm(mean)).astype(np.float32)
+
+
+# ---------------------------------------------------------------- fit, write, read
+
+
+def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tuple[Ensemble, Path]:
+    """Fit the ensemble of a configuration and write its JSON file.
+
+    The weights are those of the half of fold 0 that the fit saw, so that the scores, of the other half, are theirs.
+
+    Args:
+        config_name: `conf/ensemble_<name>.yaml`.
+        output: the file; empty: `working/models/ensemble_<name>.json`, beside the checkpoints that it goes with. A
+            former file that differs is kept as `<output>.bak`.
+        seed: of the halves.
+    Raises: a ValueError that says what is missing or does not fit, before anything is written.
+    """
+    method, families = read_config(config_name)
+    families = {family: [add_checkpoint(member) for member in members] for family, members in families.items()}
+    predictions, common = load_predictions(families)
+    targets, prompts, mean = load_targets(common)
+    weights, report = blending.fit_and_score(predictions, targets, prompts, seed)
+    unseen = targets[~blending.split_groups(prompts, seed)]
+    report["scores"] |= {
+        "chosen": report["scores"][method],
+        "baseline": blending.mean_cosine(np.broadcast_to(mean, unseen.shape), unseen),
+    }
+    fitted = Ensemble(
+        method=method,
+        families=families,
+        weights=weights[method],
+        mean_embedding=mean.tolist(),
+        folds_hash=common["folds_hash"],
+        targets_hash=common["targets_hash"],
+        **report,
+    )
+    path = Path(output) if output else paths.working_dir() / "models" / f"{Path(config_name).stem}.json"
+    text = json.dumps({"kind": KIND, **asdict(fitted)}, indent=2) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        shutil.copy2(path, f"{path}.bak")
+    with paths.atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return fitted, path
+
+
+def load_ensemble(path: Path | str) -> Ensemble:
+    """Read a file that `fit` wrote; EnsembleError for anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = {item.name: content[item.name] for item in fields(Ensemble)}
+        families = {family: [Member(**member) for member in members] for family, members in values["families"].items()}
+    except OSError as error:
+        raise EnsembleError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EnsembleError(f"{path} holds no weights ({error!r}); make them: python -m kutils.ensemble fit") from error
+    return Ensemble(**values | {"families": families})
+
+
+def describe(fitted: Ensemble) -> str:
+    """The scores as lines for a person."""
+    rows, scores, weights = fitted.rows, fitted.scores, fitted.mean_weights()
+    lines = [f"fitted on {rows['fit']:,} rows of fold {FIT_FOLD}; mean cosine on its {rows['unseen']:,} other rows:"]
+    lines.append(f"  {'mean prompt':24} {scores['baseline']:.4f}")
+    for family, score in scores["members"].items():
+        without = f"   (without it {fitted.leave_one_out[family]:.4f})" if family in fitted.leave_one_out else ""
+        lines.append(f"  {family:24} {score:.4f}   weight {weights[family]:.3f}{without}")
+    for method in blending.METHODS:
+        lines.append(f"  {method + ' weights':24} {scores[method]:.4f}{'   chosen' if method == fitted.method else ''}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kutils.ensemble", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    options = commands.add_parser("fit", help="fit the weights on fold 0 and write them to a JSON file")
+    options.add_argument("--config", required=True, help="ensemble file, as given or below the repository's conf/")
+    options.add_argument("--output", default="", help="JSON file (default: working/models/<config>.json)")
+    options.add_argument("--seed", type=int, default=0, help="of the halves of fold 0 (default: 0)")
+    arguments = parser.parse_args(argv)
+    try:
+        fitted, path = fit(arguments.config, arguments.output, arguments.seed)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(f"{describe(fitted)}\nwrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""Figures of the notebooks and reports: each function draws one and returns it.
+
+A notebook shows a figure that is open when its cell ends, so a `;` after the call keeps it from being shown twice.
+Elsewhere figures stay open until they are closed: `save` writes one and closes it.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image, ImageOps
+
+from kutils import paths
+from kutils.runs import read_metrics
+
+BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9772b", "#3b8f4a", "#6b6b6b"
+TILE_PX = 384  # images are shown no larger: a grid of 4-megapixel files would make a notebook of 50 MB
+LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches
+
+
+class PlotError(ValueError):
+    """Nothing to draw, or lists that do not go together."""
+
+
+def save(figure: Figure, path: Path | str, dpi: int = 110) -> None:
+    """Write a figure to an image file, atomically, and close it."""
+    with paths.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, bbox_inches="tight")
+    plt.close(figure)
+
+
+def new_axes(
+    columns: int = 1, rows: int = 1, *, width: float = 8, height: float = 3.6, share_x: bool = False
+) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x columns axes, [rows * columns]; width and height are the whole figure's, in inches."""
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=share_x, squeeze=False).ravel()
+
+
+def check_same_length(**lists: Sequence) -> None:
+    """Raise PlotError for empty lists, or lists of different lengths."""
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise PlotError(f"one of each is needed: {', '.join(f'{count} {name}' for name, count in lengths.items())}")
+    if 0 in lengths.values():
+        raise PlotError(f"nothing to draw: no {' and no '.join(lengths)}")
+
+
+def finite(values, what: str) -> np.ndarray:
+    """float64 [n]; PlotError if there are none, or one is not finite."""
+    values = np.asarray(values, np.float64).ravel()
+    if not len(values):
+        raise PlotError(f"nothing to draw: no {what}")
+    if not np.isfinite(values).all():
+        raise PlotError(f"{what} number {int(np.argmax(~np.isfinite(values)))} is not finite")
+    return values
+
+
+def despine(axes: Axes, grid: str = "both") -> None:
+    """Only the left and lower border, and a faint grid below the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def legend_below(axes: Axes) -> None:
+    """A legend under the axis label, where it is never on the data."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+
+
+def wrap(text: str, width: int = LINE_CHARACTERS) -> str:
+    return textwrap.fill(str(text), width, max_lines=5, placeholder=" ...")
+
+
+# ---------------------------------------------------------------- training
+
+
+def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> Figure:
+    """Loss, learning rate and validation cosine of one run, also while it is going on.
+
+    Args:
+        metrics_path: the run's metrics.jsonl.
+        baseline: the mean-prompt baseline, drawn as a line.
+    Raises: PlotError if nothing has been logged yet.
+    """
+    lines = read_metrics(Path(metrics_path))
+    logged = [line for line in lines if "loss" in line]
+    scored = [line for line in lines if "cosine_similarity" in line]
+    if not logged:
+        raise PlotError(f"nothing to draw: {metrics_path} has no logged update yet")
+    steps, losses = [line["step"] for line in logged], np.array([line["loss"] for line in logged])
+    figure, (loss_axes, rate_axes, score_axes) = new_axes(3, width=14, height=4.4, share_x=True)
+
+    window = max(1, len(losses) // 30)
+    loss_axes.plot(steps, losses, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1.2)
+    if window > 1:
+        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        loss_axes.plot(steps[window - 1 :], smooth, color=BLUE, label=f"mean of {window} log intervals")
+        loss_axes.legend(frameon=False)
+    loss_axes.set(title="Training loss", ylabel="1 - cosine similarity")
+
+    rate_axes.semilogy(steps, [line["lr"] for line in logged], color=ORANGE)
+    rate_axes.set(title="Learning rate", ylabel="learning rate (log scale)")
+
+    draw_scores(score_axes, scored, baseline)
+    score_axes.set(title="Validation", ylabel="mean cosine similarity")
+    for axes in (loss_axes, rate_axes, score_axes):
+        despine(axes)
+        axes.set_xlabel("optimiser updates")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure
+
+
+def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
+    """Validation cosine after every epoch: all rows, rows without a similar training prompt, and the baseline."""
+    for key, color, name in (
+        ("cosine_similarity", GREEN, "all rows"),
+        ("cosine_similarity_clean", BLUE, "rows without a similar training prompt"),
+    ):
+        points = [line for line in scored if line.get(key) is not None]
+        if points:
+            best = max(points, key=lambda line: line[key])
+            label = f"{name}: best {best[key]:.4f} (epoch {best['epoch']})"
+            values = [line[key] for line in points]
+            axes.plot([line["step"] for line in points], values, "o-", color=color, markersize=4, label=label)
+    if not scored:
+        axes.text(0.5, 0.6, "no epoch is finished yet", ha="center", transform=axes.transAxes, color=GREY)
+    if baseline is not None:
+        axes.axhline(baseline, color=GREY, linestyle="--", label=f"mean prompt: {baseline:.4f}")
+    if scored or baseline is not None:
+        legend_below(axes)
+
+
+# ---------------------------------------------------------------- images
+
+
+def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Figure:
+    """Images with a text above each.
+
+    Args:
+        images: paths, Pillow images or uint8 [H, W, 3] arrays; a file that cannot be read leaves an empty tile.
+        titles: one text per image, such as its prompt; long ones are wrapped and cut after five lines.
+        columns: images side by side.
+    Raises: PlotError for no image, or another number of titles.
+    """
+    check_same_length(images=images, titles=titles)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    texts = [wrap(title) for title in titles]
+    lines = max(text.count("\n") + 1 for text in texts)
+    figure, all_axes = new_axes(columns, rows, width=3 * columns, height=(3 + 0.17 * lines) * rows)
+    for axes in all_axes:
+        axes.axis("off")
+    for axes, image, text in zip(all_axes, images, texts, strict=False):
+        show_image(axes, image)
+        axes.set_title(text, fontsize=9, parse_math=False)
+    return figure
+
+
+def best_and_worst(
+    image_paths: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], count: int = 4
+) -> Figure:
+    """The best predictions above the worst: image, cosine, true prompt, and the nearest prompt of a bank.
+
+    Args:
+        image_paths: as the images of `image_grid`, in any order.
+        prompts: the true prompts.
+        nearest: for each prediction, the prompt nearest to it.
+        cosines: of prediction and true prompt.
+        count: images per row; fewer where there are less than twice as many.
+    Raises: PlotError for no image, or lists of different lengths.
+    """
+    check_same_length(images=image_paths, prompts=prompts, nearest_prompts=nearest, cosines=cosines)
+    image_paths, prompts, nearest = list(image_paths), list(prompts), list(nearest)
+    cosines = finite(cosines, "cosines")
+    order = np.argsort(-cosines, kind="stable")
+    count = min(count, -(-len(order) // 2))
+    texts = [f"{wrap(f'true: {a}', 44)}\n{wrap(f'nearest: {b}', 44)}" for a, b in zip(prompts, nearest, strict=True)]
+    lines = max(text.count("\n") + 1 for text in texts)
+    figure, all_axes = new_axes(count, 2, width=max(3.2 * count, 6), height=2 * (3.75 + 0.16 * lines))
+    for axes in all_axes:
+        axes.axis("off")
+    best, worst = order[:count], order[max(count, len(order) - count) :][::-1]
+    for name, color, chosen, row in (("best", GREEN, best, 0), ("worst", ORANGE, worst, count)):
+        for axes, index in zip(all_axes[row:], chosen, strict=False):
+            show_image(axes, image_paths[index])
+            axes.set_title(f"{name}: cosine {cosines[index]:.3f}", color=color, fontsize=11, fontweight="bold")
+            axes.text(0, -0.03, texts[index], transform=axes.transAxes, va="top", fontsize=9, parse_math=False)
+    return figure
+
+
+def show_image(axes: Axes, image) -> None:
+    """Draw a path, a Pillow image or a uint8 array; say so in the tile where a file cannot be read."""
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing and broken files
+            reason = wrap(f"{Path(image).name}: {type(error).__name__}")
+            axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes, color=ORANGE)
+            image = Image.new("RGB", (1, 1), "white")
+    side = min(TILE_PX, max(image.size))
+    axes.imshow(ImageOps.pad(image.convert("RGB"), (side, side), color="white"))
+
+
+# ---------------------------------------------------------------- prompts and folds
+
+
+def prompt_lengths(prompts: Sequence[str]) -> Figure:
+    """Histogram of words per prompt. Raises: PlotError for no prompt."""
+    words = finite([len(prompt.split()) for prompt in prompts], "prompts")
+    width = -(-int(words.max()) // 60) or 1
+    figure, (axes,) = new_axes()
+    axes.hist(
+        words, bins=np.arange(0.5, words.max() + 1.5 + width, width), color=BLUE, edgecolor="white", linewidth=0.4
+    )
+    median, most = np.median(words), np.percentile(words, 95)
+    axes.axvline(median, color=ORANGE, label=f"median: {median:g}")
+    axes.axvline(most, color=ORANGE, linestyle="--", label=f"95 % have at most {most:g}")
+    title = f"{len(words):,} prompts, the longest of {words.max():g} words"
+    axes.set(title=title, xlabel="words per prompt", ylabel="prompts")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    despine(axes, grid="y")
+    return figure
+
+
+def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]], threshold: float | None = None):
+    """Histogram of cosine similarities, or of several sets of them in one picture.
+
+    Args:
+        cosines: in [-1, 1]; or name -> cosines.
+        threshold: drawn as a line, with the share of each set that lies at or above it.
+    Returns: the figure.
+    Raises: PlotError for an empty set or a value that is not finite.
+    """
+    named = cosines if isinstance(cosines, Mapping) else {"": cosines}
+    sets = {name: finite(values, "cosines") for name, values in named.items()}
+    if not sets:
+        raise PlotError("nothing to draw: no cosines")
+    bins = np.linspace(min(values.min() for values in sets.values()), max(values.max() for values in sets.values()), 51)
+    if bins[0] == bins[-1]:
+        bins = np.linspace(bins[0] - 0.05, bins[0] + 0.05, 51)
+    figure, (axes,) = new_axes()
+    for (name, values), color in zip(sets.items(), (BLUE, ORANGE, GREEN, GREY) * len(sets), strict=False):
+        told = f"mean {values.mean():.3f}"
+        if threshold is not None:
+            told += f", {np.mean(values >= threshold):.1%} at or above {threshold:g}"
+        label = f"{name} ({len(values):,}): {told}" if name else told
+        shares = np.full(len(values), 1 / len(values))
+        axes.hist(values, bins=bins, weights=shares, color=color, alpha=0.6 if len(sets) > 1 else 1, label=label)
+        if threshold is None:
+            axes.axvline(values.mean(), color=color if len(sets) > 1 else ORANGE, linestyle="--")
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--")
+    axes.set(xlabel="cosine similarity", ylabel="share", title="Cosine similarity")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    legend_below(axes)
+    despine(axes, grid="y")
+    return figure
+
+
+def fold_report(report: dict) -> Figure:
+    """Rows of every fold, and the share of its prompts that have a similar prompt in another fold.
+
+    Args:
+        report: of `grouping.assign_folds` or `grouping.read_report`.
+    Raises: PlotError for a report without folds.
+    """
+    folds = report.get("folds") or []
+    check_same_length(folds=folds)
+    figure, (size_axes, leak_axes) = new_axes(2, width=11)
+    numbers = [fold["fold"] for fold in folds]
+    rows = [fold["rows"] for fold in folds]
+    size_axes.bar(numbers, rows, color=BLUE)
+    size_axes.axhline(np.mean(rows), color=GREY, linestyle="--", label=f"mean: {np.mean(rows):,.0f}")
+    size_axes.set(title=f"Fold sizes: {report['rows']:,} rows", ylabel="rows")
+    leak_axes.bar(numbers, [fold["leaked_share"] for fold in folds], color=ORANGE)
+    leaked = report["leaked_share"]
+    leak_axes.axhline(leaked, color=GREY, linestyle="--", label=f"all folds: {leaked:.1%}")
+    told = f"prompts with a similar one (cosine >= {report['threshold']:g}) elsewhere"
+    leak_axes.set(title=f"Leakage: {told}", ylabel="share of the fold's prompts", ylim=(0, None))
+    leak_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    for axes in (size_axes, leak_axes):
+        axes.set(xlabel="fold", xticks=numbers)
+        legend_below(axes)
+        despine(axes, grid="y")
+    return figure
+
+
+# ---------------------------------------------------------------- scores, weights, seconds
+
+
+def bar_scores(
+    scores: Mapping[str, float], baseline: float | None = None, title: str = "Validation cosine similarity"
+) -> Figure:
+    """One bar per score, in the order given, drawn from the baseline: a bar's length is the gain over it.
+
+    Args:
+        scores: name -> mean cosine similarity.
+        baseline: the mean-prompt baseline; None: bars start at 0.
+    Raises: PlotError for no score, or one that is not finite.
+    """
+    start = 0.0 if baseline is None else baseline
+    told = [f"{value:.4f}" + ("" if baseline is None else f" ({value - start:+.4f})") for value in scores.values()]
+    figure, axes = bars(scores, told, start, color=GREEN)
+    where = "" if baseline is None else f"; bars begin at the mean prompt's {baseline:.4f}"
+    axes.set(title=title, xlabel=f"mean cosine similarity{where}")
+    return figure
+
+
+def weights(values: Mapping[str, float]) -> Figure:
+    """One bar per ensemble weight. Raises: PlotError for no weight, or one that is not finite."""
+    figure, axes = bars(values, [f"{value:.3f}" for value in values.values()], 0.0, color=BLUE)
+    axes.set(title="Ensemble weights", xlabel="weight")
+    return figure
+
+
+def timing(seconds: Mapping[str, float], title: str = "Time", unit: str = "seconds") -> Figure:
+    """One bar per duration. Raises: PlotError for no duration, or one that is not finite."""
+    figure, axes = bars(seconds, [f"{value:.3g}" for value in seconds.values()], 0.0, color=ORANGE)
+    axes.set(title=title, xlabel=unit)
+    return figure
+
+
+def bars(values: Mapping[str, float], told: Sequence[str], start: float, *, color: str) -> tuple[Figure, Axes]:
+    """Horizontal bars from `start`, the first on top, each with its text at the end."""
+    ends = finite(list(values.values()), "values")
+    figure, (axes,) = new_axes(height=1.5 + 0.36 * len(ends))
+    axes.barh(range(len(ends)), ends - start, left=start, color=color, height=0.65)
+    for number, (end, text) in enumerate(zip(ends, told, strict=True)):
+        axes.annotate(text, (max(end, start), number), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    names = [textwrap.fill(name, 44) for name in values]
+    axes.set_yticks(range(len(ends)), names, parse_math=False)
+    axes.invert_yaxis()
+    low, high = min(start, ends.min()), max(start, ends.max())
+    axes.set_xlim(low - 0.02 * (high - low), high + 0.3 * (high - low or 1))  # room for the texts
+    axes.axvline(start, color="black", linewidth=0.8)
+    despine(axes, grid="x")
+    return figure, axes

@@ -1,0 +1,133 @@
+"""Bring data sets to the state that training needs, and look at what they hold before anything is trained on them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kutils import check, grouping, paths, prompts
+from kutils.datasets import load_datasets
+from kutils.folding import leakage_report, report_warnings
+from kutils.grouping import GroupingError
+from kutils.retrieval import PromptBank
+from kutils.similarity import similar_pairs
+from kutils.tables import read_table
+
+MOST_QUERIES = 2_000  # prompts whose nearest neighbours are looked up
+MOST_DECODED = 20_000  # images; a share of broken files worth stopping for shows in them
+
+
+def prepare(
+    names: Sequence[str],
+    threshold: float = 0.7,
+    num_folds: int = 10,
+    method: str = "partition",
+    *,
+    refold: bool = False,
+) -> dict:
+    """Embed the prompts of data sets where that has not been done, and assign folds where there are none.
+
+    Embeddings and folds that are there are kept, those made elsewhere too; embeddings of other prompts than the table's
+    (the record beside them says so) are made again.
+
+    Args:
+        names: data sets of `input/`, folded together; threshold, num_folds, method: as in `grouping.assign_folds`.
+        refold: replace folds that are there. Checkpoints of the former folds can then not be refined any more.
+    Returns: the report of the folds.
+    Raises: TableError, DataError or PromptError naming file and row; GroupingError where the folds that are there are
+        not those asked for.
+    """
+    tsv_paths = [paths.input_dir() / f"{name}.tsv" for name in names]
+    folds = np.concatenate([read_table(path, ["image", "prompt", "fold"])["fold"].to_numpy() for path in tsv_paths])
+    for path in tsv_paths:
+        if not path.with_suffix(".npy").is_file() or path.with_suffix(".npy.json").is_file():
+            prompts.embed_table(path)
+    if refold or (folds < 0).all():
+        return grouping.assign_folds(tsv_paths, threshold, num_folds, method)
+    if (folds < 0).any():
+        raise GroupingError(
+            f"{(folds < 0).sum():,} of {len(folds):,} rows have no fold and the others have one; folds are assigned to "
+            "all rows together: refold=True replaces those that are there"
+        )
+    if not all(grouping.report_path(path).is_file() for path in tsv_paths):
+        print("the folds were not assigned by this repository; they are kept as they are", flush=True)
+        return measure_folds(tsv_paths, threshold)
+    asked = {"threshold": threshold, "num_folds": num_folds, "method": method}
+    for path in tsv_paths:
+        report = grouping.read_report(path)
+        differing = [f"{key} {report[key]}, not {value}" for key, value in asked.items() if report[key] != value]
+        if not set(names) <= set(report["datasets"]):
+            differing.append(f"{', '.join(report['datasets'])} alone, not {', '.join(names)} together")
+        if differing:
+            raise GroupingError(
+                f"{path} has folds already, made with {'; '.join(differing)}. Ask for what is there, or replace it "
+                "with refold=True (checkpoints of the former folds can then not be refined any more)"
+            )
+    return report
+
+
+def measure_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
+    """The report of folds that are there already, whoever assigned them; nothing is written.
+
+    Raises: GroupingError naming the first row whose prompt is in another fold too.
+    """
+    distinct = grouping.read_distinct(tsv_paths)
+    folds = np.full(len(distinct.num_rows), -1, np.int8)
+    for path, table in distinct.tables.items():
+        codes, row_folds = distinct.codes[path], table["fold"].to_numpy()
+        new = folds[codes] < 0
+        folds[codes[new]] = row_folds[new]
+        if (torn := folds[codes] != row_folds).any():
+            row = int(np.argmax(torn))
+            raise GroupingError(
+                f"{path}, line {row + 2}: its prompt is in fold {row_folds[row]} here and in fold {folds[codes[row]]} "
+                "elsewhere, so that validation would know it from training; refold=True assigns folds anew"
+            )
+    num_folds = int(folds.max()) + 1
+    pairs = similar_pairs(distinct.embeddings, threshold, progress=True)
+    report = {"method": "their maker", "threshold": threshold, "num_folds": num_folds}
+    report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
+    return report | {"warnings": report_warnings(report)}
+
+
+def examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tuple[list[Path], list[str]]:
+    """Random images of data sets, of different prompts as far as there are so many, and their prompts."""
+    data = load_datasets(names, need_folds=False)
+    rows = np.random.default_rng(seed).permutation(len(data))[: 20 * count]
+    image_of = {data.prompts[int(row)].as_py(): data.image_path(int(row)) for row in rows}
+    chosen = list(image_of)[:count]
+    return [image_of[prompt] for prompt in chosen], chosen
+
+
+def cosines_between(bank: PromptBank, seed: int = 0) -> dict[str, np.ndarray]:
+    """How similar prompts are: `random pairs`, and `nearest other prompt` of a sample, looked up among all.
+
+    Args:
+        bank: of at least two prompts.
+        seed: of the samples.
+    Returns: two float32 arrays, of 5 x MOST_QUERIES and up to MOST_QUERIES cosines.
+    Raises: ValueError for a bank of one prompt.
+    """
+    count = len(bank.prompts)
+    if count < 2:
+        raise ValueError("one distinct prompt has no other to be compared with")
+    random = np.random.default_rng(seed)
+    first = random.integers(0, count, 5 * MOST_QUERIES)
+    second = (first + random.integers(1, count, len(first))) % count  # never the prompt itself
+    pairs = np.einsum("nd,nd->n", bank.embeddings[first], bank.embeddings[second])
+    queries = random.permutation(count)[:MOST_QUERIES]
+    _, cosines = bank.nearest(bank.embeddings[queries], k=2)  # the nearest is the prompt itself
+    return {"random pairs": pairs, "nearest other prompt": cosines[:, 1]}
+
+
+def check_readable(names: Sequence[str], limit: int = MOST_DECODED) -> list[str]:
+    """Decode images (all, or a random sample of `limit`) and say how many cannot be read.
+
+    Returns: what is wrong with each of those.
+    """
+    data = load_datasets(names, need_folds=False)
+    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:limit])
+    found = check.unreadable(data, rows, num_workers=min(8, os.cpu_count() or 1))
+    print(f"{len(rows):,} of {len(data):,} images decoded: {len(found):,} cannot be read")
+    return found

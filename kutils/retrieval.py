@@ -1,0 +1,109 @@
+"""The nearest prompts to an embedding: what a prediction means, in words."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from kutils import checkpoints, config, transforms
+from kutils.config import EMBEDDING_DIM
+from kutils.datasets import load_datasets
+from kutils.devices import pick_device
+from kutils.similarity import unit_rows
+
+BLOCK_PROMPTS, BLOCK_QUERIES = 65_536, 256  # of one matrix product: 100 MB of embeddings, 67 MB of cosines
+
+
+class PromptBank:
+    """Prompts to be looked up by embedding.
+
+    Args:
+        prompts: n texts, at least one.
+        embeddings: float32 [n, 384], unit rows; a memory map is read block by block.
+    Raises: ValueError if the two do not fit together.
+    """
+
+    def __init__(self, prompts: Sequence[str], embeddings: np.ndarray):
+        if not len(prompts) or embeddings.shape != (len(prompts), EMBEDDING_DIM):
+            raise ValueError(
+                f"{len(prompts)} prompts with embeddings {list(embeddings.shape)}: a bank needs [prompts, "
+                f"{EMBEDDING_DIM}] and at least one prompt"
+            )
+        self.prompts, self.embeddings = prompts, embeddings
+
+    @classmethod
+    def from_datasets(cls, names: Sequence[str]) -> "PromptBank":
+        """Every distinct prompt of data sets in `input/`, in order of first appearance.
+
+        Raises: DataError or TableError as `load_datasets` does.
+        """
+        data = load_datasets(names, need_folds=False)
+        prompts = data.prompts.combine_chunks()
+        distinct = pc.unique(prompts)
+        return cls(distinct.to_pylist(), data.targets(pc.index_in(distinct, value_set=prompts).to_numpy()))
+
+    def nearest(self, queries: np.ndarray, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+        """The k prompts of highest cosine for each query, best first: all are compared, in blocks of bounded memory.
+
+        Args:
+            queries: float32 [q, 384], unit rows.
+            k: number of prompts; all of them where the bank holds fewer.
+        Returns: indices into `prompts` int64 [q, k], cosines float32 [q, k].
+        Raises: ValueError for queries of another shape, not finite or not of unit length, or k below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}; ask for at least one prompt")
+        if queries.ndim != 2 or queries.shape[1] != EMBEDDING_DIM:
+            raise ValueError(f"queries are {list(queries.shape)}, not [queries, {EMBEDDING_DIM}]")
+        queries = unit_rows(queries)
+        parts = queries.split(BLOCK_QUERIES)
+        cosines, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        for start in range(0, len(self.prompts), BLOCK_PROMPTS):
+            block = torch.from_numpy(np.array(self.embeddings[start : start + BLOCK_PROMPTS], np.float32)).T
+            best = [torch.topk(part @ block, min(k, block.shape[1])) for part in parts]
+            cosines = torch.cat([cosines, torch.cat([top.values for top in best])], dim=1)
+            indices = torch.cat([indices, torch.cat([top.indices for top in best]) + start], dim=1)
+            cosines, order = torch.topk(cosines, min(k, cosines.shape[1]))
+            indices = indices.gather(1, order)
+        return indices.numpy(), cosines.numpy()
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> None:
+    """Print the nearest prompts to what a model predicts for each image; ValueError naming what cannot be read."""
+    recipe = config.load_recipe(args.config) if args.config else None
+    model, recipe, _ = checkpoints.load_model(args.checkpoint, recipe)
+    bank = PromptBank.from_datasets(args.datasets.split(",") if args.datasets else recipe.datasets)
+    device = pick_device(args.device)
+    model.to(device)
+    for path in args.images:
+        image = transforms.resize_square(transforms.decode_rgb(path), recipe.input_size)
+        predicted = model(transforms.normalize(image[None].to(device), recipe.mean, recipe.std))
+        indices, cosines = bank.nearest(predicted.cpu().numpy(), args.k)
+        print(path)
+        for index, cosine in zip(indices[0], cosines[0], strict=True):
+            print(f"  {cosine:7.4f}  {bank.prompts[index]}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.retrieval",
+        description="Print, for each image, the prompts nearest to the embedding that a model predicts.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="trained model")
+    parser.add_argument("--config", help="recipe (default: the one in the checkpoint)")
+    parser.add_argument("--datasets", metavar="A,B", help="data sets to take prompts from (default: the recipe's)")
+    parser.add_argument("-k", type=int, default=5, help="prompts per image (default: 5)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

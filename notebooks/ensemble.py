@@ -1,0 +1,89 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Ensemble: how much does each family count?
+#
+# **What it does.** Fits one weight per family of models on predictions of images that no member has trained on, and
+# scores the result on images that the fit has not seen either.
+# `papermill notebooks/ensemble.ipynb working/runs/ensemble_tiny.ipynb -p config conf/ensemble_tiny.yaml`
+#
+# **What it needs.** The members that the configuration names, trained: their checkpoints, and the out-of-fold
+# predictions in the run folders of those validated on fold 0.
+#
+# **How long it takes.** Seconds.
+
+# %% tags=["parameters"]
+config: str = "conf/ensemble_tiny.yaml"  # families, members and method
+output: str = ""  # JSON file of the weights; empty: working/models/<config>.json (a former one is kept as .bak)
+seed: int = 0  # of the two halves of fold 0
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
+    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
+from kutils import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## Do several models know more than one?
+# Fold 0 is split in two by prompt. Every method of weighting is fitted on one half; the other half says what it is
+# worth.
+
+# %%
+from kutils import blending, ensemble, plots
+
+fitted, path = ensemble.fit(config, output, seed)
+print(f"{ensemble.describe(fitted)}\nwrote {path}")
+
+# %%
+methods = {f"{method} weights": fitted.scores[method] for method in blending.METHODS}
+title = f"Fold 0, {fitted.rows['unseen']:,} unseen images"
+plots.bar_scores(fitted.scores["members"] | methods, baseline=fitted.scores["baseline"], title=title);
+
+# %%
+best = max(fitted.scores["members"], key=fitted.scores["members"].get)
+gain = fitted.scores["chosen"] - fitted.scores["members"][best]
+print(f"{fitted.method} weights: {fitted.scores['chosen']:.4f}, {gain:+.4f} over the best family alone ({best})")
+
+# %% [markdown]
+# ## Who counts how much?
+# A family whose errors another one shares gets little weight, however good it is alone.
+
+# %%
+plots.weights(fitted.mean_weights());
+
+# %% [markdown]
+# ## What would be lost without one of them?
+# The same fit with one family left out, on the same unseen images: a family that costs nothing to leave out need not be
+# run.
+
+# %%
+import pandas as pd
+
+without = pd.Series(fitted.leave_one_out, name="score without it", dtype=float).to_frame()
+without.assign(loss=fitted.scores["family"] - without["score without it"]).style.format("{:.4f}")
+
+# %% [markdown]
+# ## Do they err alike?
+# Correlation of the families' errors (prediction minus truth, over all dimensions): the lower, the more there is to gain
+# from averaging.
+
+# %%
+correlations = pd.DataFrame(fitted.error_correlations)
+correlations.style.format("{:.3f}").background_gradient(cmap="Blues", vmin=0, vmax=1)

@@ -1,0 +1,123 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Prepare data: embeddings, folds, and a look
+#
+# **What it does.** Embeds the prompts of a data set where that has not been done, keeps similar prompts together in one
+# of ten folds, and shows what is in it.
+# `papermill notebooks/prepare_data.ipynb working/runs/prepare_data.ipynb -p dataset shapes`
+#
+# **What it needs.** `input/<name>.tsv` (columns `image`, `prompt`, `fold`; fold -1 where there is none yet) and its
+# images. The data set `shapes` needs nothing: its prompts and pictures are made here.
+#
+# **How long it takes.** The shapes: two to three minutes on two CPU cores. Real prompts: most of it is embedding,
+# minutes per million on a GPU.
+
+# %% tags=["parameters"]
+dataset: str = "shapes"  # a data set of input/; several, folded together, as "cc3m,lexica"
+num_prompts: int = 5000  # prompts of `shapes`, where it is not there yet
+images_per_prompt: int = 2  # images of each, where `shapes` is not there yet
+threshold: float = 0.7  # cosine from which prompts are similar
+num_folds: int = 10  # number of folds, 2..10
+method: str = "partition"  # partition, components, leader or kmeans
+refold: bool = False  # replace folds that are there; their checkpoints can then not be refined
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
+    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
+from kutils import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## Is everything there?
+# Prompts that are not embedded yet are embedded, and folds assigned where there are none. What is there stays as it is.
+
+# %%
+from kutils import grouping, paths, plots, preparation
+
+names = [name.strip() for name in dataset.split(",")]
+if names == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
+    counts = ["--num-prompts", str(num_prompts), "--images-per-prompt", str(images_per_prompt)]
+    launch.run_module("kutils.generate", "--shapes-dataset", "shapes", *counts)
+    refold = True  # by this notebook's threshold and method
+report = preparation.prepare(names, threshold, num_folds, method, refold=refold)
+
+# %% [markdown]
+# ## What do the rows look like?
+# Image paths are relative to `input/`; the embedding of row i is row i of the `.npy` file.
+
+# %%
+from kutils.tables import read_table
+
+table = read_table(paths.input_dir() / f"{names[0]}.tsv", ["image", "prompt", "fold"])
+print(f"{table.num_rows:,} rows")
+table.slice(0, 6).to_pandas()
+
+# %% [markdown]
+# ## Can the images be read?
+# Training replaces a broken image and counts it; validation refuses to start with one. Make those listed here anew.
+
+# %%
+unreadable = preparation.check_readable(names)
+print("\n".join(unreadable[:20]))
+
+# %% [markdown]
+# ## Do the images show their prompts?
+# Random images with their prompts; where one has nothing to do with the other, image paths and rows have slipped.
+
+# %%
+images, prompts = preparation.examples(names, count=8)
+plots.image_grid(images, prompts, columns=4);
+
+# %% [markdown]
+# ## How long are the prompts?
+# The text encoder reads 256 tokens, about 190 words, and no more, as the competition's did.
+
+# %%
+from kutils.retrieval import PromptBank
+
+bank = PromptBank.from_datasets(names)
+plots.prompt_lengths(bank.prompts);
+
+# %% [markdown]
+# ## How similar are the prompts to each other?
+# Random pairs lie far below the threshold. The share of nearest neighbours above it is the share of prompts that a
+# random split would tear from their like, and so give away the answer.
+
+# %%
+plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
+
+# %% [markdown]
+# ## Are the folds even, and what leaks between them?
+# A leaked prompt has a similar one in another fold. Where many are, look at the cosine on clean rows beside the one on
+# all rows: training reports both.
+
+# %%
+print(grouping.format_report(report))
+plots.fold_report(report);
+
+# %% [markdown]
+# ## What is next?
+# The data set can be trained on.
+
+# %%
+changes = "" if names == ["shapes"] else f' -p overrides "datasets={",".join(names)}"'
+model = "convnext_large" if changes else "tiny_convnext"
+print(f"papermill notebooks/train.ipynb working/runs/train_{model}_fold0.ipynb -p model {model} -p fold 0{changes}")

@@ -1,0 +1,231 @@
+"""Fitting an ensemble of trained runs: the JSON file by independent NumPy, and everything that must be refused."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import TINY, make_dataset
+
+from kutils import blending, checkpoints, ensemble, train
+from kutils.config import ConfigError, Recipe
+from kutils.tables import read_table, write_table
+
+FAMILIES = {"convnext": "test_convnext", "vit": "test_vit"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """input/ and working/ with two families trained on fold 0 for one epoch, and one of them on fold 1 too."""
+    root = tmp_path_factory.mktemp("ensemble")
+    (root / "input").mkdir()
+    make_dataset(root / "input", num_prompts=120)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUTILS_INPUT", str(root / "input"))
+        patch.setenv("KUTILS_WORKING", str(root / "working"))
+        for name, backbone in FAMILIES.items():
+            recipe = Recipe(**TINY | {"prefix": name, "save_dir": name, "backbone": backbone, "epochs": 1})
+            path = root / f"{name}.yaml"
+            path.write_text(recipe.to_yaml())
+            for fold in (0, 1) if name == "vit" else (0,):
+                assert train.main(["--config", str(path), "--fold", str(fold)]) == 0
+    return root
+
+
+@pytest.fixture
+def world(trained, tmp_path, monkeypatch):
+    """A copy of the trained runs, to be broken, and a writer of ensemble files."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
+    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
+    write_config(tmp_path)
+    return tmp_path
+
+
+def write_config(root, method="family", **folds):
+    members = {
+        name: [{"recipe": str(root / f"{name}.yaml"), "fold": fold} for fold in folds.get(name, [0])]
+        for name in FAMILIES
+    }
+    (root / "ensemble_toy.yaml").write_text(yaml.safe_dump({"method": method, "families": members}))
+    return root / "ensemble_toy.yaml"
+
+
+def predictions_path(root, name):
+    return root / "working" / "runs" / f"{name}_fold0" / "fold0_predictions.npz"
+
+
+def change_predictions(root, name, **changes):
+    path = predictions_path(root, name)
+    with np.load(path) as saved:
+        content = dict(saved)
+    np.savez(path, **content | changes)
+
+
+def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys):
+    config = write_config(world, vit=[0, 1])
+    output = world / "ensemble_toy.json"
+    assert ensemble.main(["fit", "--config", str(config), "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    content = json.loads(output.read_text())
+    assert content["kind"] == "kutils ensemble" and content["method"] == "family"
+
+    # members, with what they are known by
+    vit = content["families"]["vit"]
+    assert [member["fold"] for member in vit] == [0, 1] and len(content["families"]["convnext"]) == 1
+    for member in [*vit, *content["families"]["convnext"]]:
+        checkpoint = world / "working" / "models" / member["checkpoint"]
+        assert member["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+    # the mean training embedding, weights and scores of the unseen half by plain NumPy
+    table = read_table(world / "input" / "toy.tsv", ["fold"])
+    folds, prompts = table["fold"].to_numpy(), np.array(table["prompt"].to_pylist())
+    embeddings = np.load(world / "input" / "toy.npy")
+    mean = embeddings[folds != 0].mean(axis=0)
+    mean /= np.linalg.norm(mean)
+    np.testing.assert_allclose(content["mean_embedding"], mean, atol=1e-6)
+    rows = {name: np.load(predictions_path(world, name))["embeddings"] for name in FAMILIES}
+    targets, numbers = embeddings[folds == 0], pd.factorize(prompts[folds == 0])[0]
+    weights = blending.fit_and_score(rows, targets, numbers)[0]
+    assert content["weights"] == pytest.approx(weights["family"])
+    assert sum(content["weights"].values()) == pytest.approx(1)
+    unseen = ~blending.split_groups(numbers, 0)
+    assert content["rows"] == {"fit": int((~unseen).sum()), "unseen": int(unseen.sum())} == {"fit": 12, "unseen": 12}
+    scores = content["scores"]
+    total = sum(content["weights"][name] * rows[name] for name in FAMILIES)
+    expected = np.sum(total * targets, axis=1) / np.linalg.norm(total, axis=1)
+    assert scores["chosen"] == scores["family"] == pytest.approx(expected[unseen].mean(), abs=1e-6)
+    assert scores["members"]["vit"] == pytest.approx(np.sum(rows["vit"] * targets, axis=1)[unseen].mean(), abs=1e-6)
+    assert scores["baseline"] == pytest.approx((targets @ mean)[unseen].mean(), abs=1e-6)
+    assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
+    assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
+    assert ensemble.load_ensemble(output).members()[2] == ensemble.Member(**vit[1])
+
+
+@pytest.mark.parametrize("method", ["equal", "dimension"])
+def test_other_methods(world, method):
+    fitted, path = ensemble.fit(write_config(world, method=method))
+    assert path == world / "working" / "models" / "ensemble_toy.json"
+    assert fitted.scores["chosen"] == fitted.scores[method]
+    assert np.shape(fitted.weights["vit"]) == {"equal": (), "dimension": (384,)}[method]
+    assert sum(fitted.mean_weights().values()) == pytest.approx(1)
+    assert ensemble.load_ensemble(path) == fitted
+
+
+def test_a_former_file_that_differs_is_kept(world):
+    _, path = ensemble.fit(world / "ensemble_toy.yaml")
+    first = path.read_bytes()
+    ensemble.fit(world / "ensemble_toy.yaml")
+    assert path.read_bytes() == first and not path.with_name("ensemble_toy.json.bak").exists()
+    ensemble.fit(world / "ensemble_toy.yaml", seed=1)
+    assert path.read_bytes() != first and path.with_name("ensemble_toy.json.bak").read_bytes() == first
+
+
+def refused(world, capsys):
+    """The error of a fit that must fail and write nothing."""
+    assert ensemble.main(["fit", "--config", str(world / "ensemble_toy.yaml")]) == 1
+    assert not list((world / "working" / "models").glob("*.json"))
+    return capsys.readouterr().err
+
+
+def test_members_validated_on_different_folds_rows_or_targets_are_refused(world, capsys):
+    saved = dict(np.load(predictions_path(world, "vit")))
+    change_predictions(world, "vit", folds_hash=json.dumps({"toy": "0" * 64}))
+    said = refused(world, capsys)
+    assert "different folds" in said and str(predictions_path(world, "convnext")) in said
+    assert str(predictions_path(world, "vit")) in said
+    change_predictions(world, "vit", folds_hash=saved["folds_hash"], row=saved["row"] + 1)
+    assert "different rows" in refused(world, capsys)
+    change_predictions(world, "vit", row=saved["row"], targets_hash="0" * 64)
+    assert "different targets" in refused(world, capsys)
+    change_predictions(world, "vit", targets_hash=saved["targets_hash"], fold=1)
+    assert "was validated on fold 1" in refused(world, capsys)
+
+
+def test_a_member_that_has_trained_on_fold_0_is_refused(world, capsys):
+    models = world / "working" / "models" / "vit"
+    shutil.copy(models / "vit_fold1_best_cossim.pth", models / "vit_fold0_best_cossim.pth")
+    assert "was validated on fold 1, not 0" in refused(world, capsys)
+
+
+def test_a_checkpoint_of_other_folds_than_its_predictions_is_refused(world, capsys):
+    path = world / "working" / "models" / "vit" / "vit_fold0_best_cossim.pth"
+    content = checkpoints.read(path)
+    path.unlink()
+    checkpoints.save(path, content | {"folds_hashes": {"toy": "0" * 64}})
+    assert "other folds of toy" in refused(world, capsys)
+
+
+def test_data_that_changed_since_is_refused(world, capsys):
+    table = read_table(world / "input" / "toy.tsv", ["fold"]).to_pydict()
+    write_table(world / "input" / "toy.tsv", table | {"fold": [(fold + 1) % 10 for fold in table["fold"]]})
+    assert "toy: other prompts or folds now" in refused(world, capsys)
+    write_table(world / "input" / "toy.tsv", table)
+    embeddings = np.load(world / "input" / "toy.npy")
+    np.save(world / "input" / "toy.npy", np.roll(embeddings, 1, axis=1))
+    assert "toy: other rows or embeddings now" in refused(world, capsys)
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(world, capsys):
+    predictions_path(world, "vit").write_bytes(b"PK\x03\x04 half a file")
+    assert "fold0_predictions.npz cannot be read" in refused(world, capsys)
+    predictions_path(world, "vit").unlink()
+    said = refused(world, capsys)
+    assert "fold0_predictions.npz is not there" in said and f"--config {world}/vit.yaml --fold 0" in said
+    write_config(world, convnext=[0, 3])
+    assert "convnext_fold3_best_cossim.pth is not there" in refused(world, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"metod": "equal"}, "no key 'metod'; did you mean 'method'?"),
+        ({"method": "best"}, "method is 'best'; it can be equal, family, dimension"),
+        ({"families": {}}, "families holds no"),
+        ({"families": {"vit": "vit.yaml"}}, "vit is no list of members"),
+        ({"families": {"vit": [{"recipe": "vit.yaml", "folds": 0}]}}, "no key 'folds'; did you mean 'fold'?"),
+        ({"families": {"vit": [{"recipe": "vit.yaml"}]}}, "a member of vit lacks fold"),
+        ({"families": {"vit": [{"recipe": "vit.yaml", "fold": 10}]}}, "with a fold of 0 to 9"),
+        ({"families": {"vit": [{"recipe": "vit.yaml", "fold": True}]}}, "with a fold of 0 to 9"),
+        ({"families": {"vit": [{"recipe": "vit.yaml", "fold": 1}]}}, "vit has 0 members validated on fold 0"),
+        (
+            {"families": {"vit": [{"recipe": f"{name}.yaml", "fold": 0} for name in ("a", "b")]}},
+            "vit has 2 members validated on fold 0: a fold 0, b fold 0",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_says_why(tmp_path, change, said):
+    values = {"method": "family", "families": {"vit": [{"recipe": "vit.yaml", "fold": 0}]}}
+    (tmp_path / "ensemble_x.yaml").write_text(yaml.safe_dump(values | change))
+    with pytest.raises(ensemble.EnsembleError) as caught:
+        ensemble.read_config(tmp_path / "ensemble_x.yaml")
+    assert said in str(caught.value) and "ensemble_x.yaml" in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_or_named_twice(world):
+    text = (world / "ensemble_toy.yaml").read_text()
+    (world / "ensemble_toy.yaml").write_text(text.replace("vit.yaml", "vti.yaml"))
+    with pytest.raises(ConfigError, match="no recipe file"):
+        ensemble.read_config(world / "ensemble_toy.yaml")
+    (world / "ensemble_toy.yaml").write_text(text.replace("vit.yaml", "convnext.yaml"))
+    with pytest.raises(ensemble.EnsembleError, match="same recipe and fold twice"):
+        ensemble.read_config(world / "ensemble_toy.yaml")
+
+
+def test_a_file_that_holds_no_weights(tmp_path):
+    (tmp_path / "x.json").write_text('{"method": "family"}')
+    with pytest.raises(ensemble.EnsembleError, match=r"x.json holds no weights"):
+        ensemble.load_ensemble(tmp_path / "x.json")
+    with pytest.raises(ensemble.EnsembleError, match="No such file"):
+        ensemble.load_ensemble(tmp_path / "y.json")
+
+
+def test_the_ensemble_in_conf_is_read():
+    method, families = ensemble.read_config("conf/ensemble_tiny.yaml")
+    assert method == "family" and {name: len(members) for name, members in families.items()} == {
+        "tiny_convnext": 1,
+        "tiny_vit": 1,
+    }

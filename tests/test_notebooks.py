@@ -1,0 +1,283 @@
+"""Notebooks: built from their scripts, thin, and they run: from any folder, with figures, and failing loudly."""
+
+import ast
+import base64
+import io
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import jupytext
+import numpy as np
+import papermill
+import pytest
+from conftest import make_dataset
+from papermill.exceptions import PapermillExecutionError
+from PIL import Image
+
+from kutils.tables import read_table, write_table
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
+TOOLS = Path(sys.executable).parent
+FAST = (
+    "datasets=toy epochs=1 warmup_epochs=0 freeze_epochs=0 input_size=32 backbone=test_convnext num_workers=0 "
+    "global_batch_size=16 max_local_batch_size=16 device=cpu"
+)
+
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def cells(path: Path) -> list[tuple[str, str, list[str]]]:
+    """(type, source, tags) of every cell of a notebook or of its script."""
+    return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in jupytext.read(path).cells]
+
+
+def code_cells(path: Path) -> list[str]:
+    return [source for kind, source, _ in cells(path) if kind == "code"]
+
+
+def parameters(path: Path) -> list[ast.stmt]:
+    (source,) = [source for _, source, tags in cells(path) if "parameters" in tags]
+    return ast.parse(source).body
+
+
+# ---------------------------------------------------------------- what is in them
+
+
+def test_every_script_has_its_notebook_and_every_notebook_its_script():
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {script.stem for script in SCRIPTS}
+    assert {"prepare_data", "train", "refine", "ensemble", "submission"} <= {script.stem for script in SCRIPTS}
+
+
+@each_script
+def test_notebook_is_built_from_its_script(script):
+    assert cells(script) == cells(script.with_suffix(".ipynb")), "run `make notebooks`"
+
+
+@each_script
+def test_notebook_is_free_of_outputs_and_names_its_kernel(script):
+    notebook = json.loads(script.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    assert notebook["metadata"]["kernelspec"] == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+        assert set(cell["metadata"]) <= {"tags"}
+
+
+def test_building_again_changes_no_byte(tmp_path):
+    for path in [*NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb"), NOTEBOOKS / "jupytext.toml"]:
+        shutil.copy(path, tmp_path)
+    executed = tmp_path / "train.ipynb"  # as Jupyter saves it after a run
+    notebook = json.loads(executed.read_text())
+    notebook["metadata"]["language_info"] = {"name": "python", "version": "3.11.7"}
+    notebook["cells"][1] |= {"execution_count": 1, "metadata": {"tags": ["parameters"], "scrolled": True}}
+    notebook["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["1"]}]
+    executed.write_text(json.dumps(notebook))
+    rule = (ROOT / "Makefile").read_text().split("build_notebooks = ")[1].split("\n\n")[0].replace("\\\n", "")
+    command = rule.replace("$(bin)", str(TOOLS)).replace("$(1)", str(tmp_path))
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+        for path in NOTEBOOKS.glob("*.ipynb"):
+            assert (tmp_path / path.name).read_bytes() == path.read_bytes(), "run `make notebooks`"
+
+
+@each_script
+def test_header_says_what_it_does_needs_and_takes(script):
+    kind, source, _ = cells(script)[0]
+    assert kind == "markdown" and source.startswith("# ")
+    for field in ("**What it does.**", "**What it needs.**", "**How long it takes.**"):
+        assert source.count(field) == 1
+    assert f"papermill notebooks/{script.stem}.ipynb working/runs/" in source
+
+
+@each_script
+def test_parameters_are_typed_literals_with_help(script):
+    kind, source, tags = cells(script)[1]
+    assert kind == "code" and tags == ["parameters"]
+    for line, statement in zip(source.splitlines(), parameters(script), strict=True):
+        assert isinstance(statement, ast.AnnAssign) and len(line.partition("  # ")[2]) > 5, line
+        assert type(ast.literal_eval(statement.value)).__name__ == statement.annotation.id, line
+    listed = papermill.inspect_notebook(str(script.with_suffix(".ipynb")))  # `papermill --help-notebook` shows these
+    assert list(listed) == [statement.target.id for statement in parameters(script)], "a help text holds a `=`"
+
+
+def test_the_setup_cell_is_the_same_everywhere():
+    assert len({code_cells(script)[1] for script in SCRIPTS}) == 1
+    assert code_cells(SCRIPTS[0])[1].endswith(
+        "launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)"
+    )
+
+
+@each_script
+def test_notebook_is_thin(script):
+    sources = code_cells(script)
+    assert len(sources) <= 14
+    for source in sources:
+        assert len(source.splitlines()) <= 15, source
+        tree = ast.parse(source)  # so there is no magic and no `!` either
+        forbidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+        assert not any(isinstance(node, forbidden) for node in ast.walk(tree)), source
+
+
+@each_script
+def test_every_section_asks_and_says_something(script):
+    sections = [source for kind, source, _ in cells(script)[1:] if kind == "markdown"]
+    for source in sections:
+        title, _, text = source.partition("\n")
+        assert title.startswith("## ") and text.strip(), source
+    assert any(section.split("\n")[0].endswith("?") for section in sections)
+
+
+@each_script
+def test_a_figure_is_not_shown_twice(script):
+    for source in code_cells(script):
+        last = ast.parse(source).body[-1]
+        if isinstance(last, ast.Expr) and ast.unparse(last).startswith("plots."):
+            assert source.endswith(";"), source
+
+
+# ---------------------------------------------------------------- what they do
+
+
+def execute(name: str, output: Path, cwd: Path = ROOT, **values) -> list[dict]:
+    """Run a notebook and return its executed cells; PapermillExecutionError if a cell fails."""
+    papermill.execute_notebook(
+        NOTEBOOKS / f"{name}.ipynb", output, parameters=values, cwd=str(cwd), progress_bar=False, kernel_name="python3"
+    )
+    return json.loads(output.read_text(encoding="utf-8"))["cells"]
+
+
+def figures(executed: list[dict]) -> list[Image.Image]:
+    """All pictures among the outputs, in order."""
+    data = [output.get("data", {}) for cell in executed for output in cell.get("outputs", [])]
+    return [Image.open(io.BytesIO(base64.b64decode(item["image/png"]))) for item in data if "image/png" in item]
+
+
+def printed(executed: list[dict]) -> str:
+    return "".join(
+        "".join(output["text"])
+        for cell in executed
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "stream"
+    )
+
+
+def assert_readable(pictures: list[Image.Image], count: int) -> None:
+    """Each figure once, large enough to read, and something in it."""
+    assert len(pictures) == count
+    assert len({picture.tobytes() for picture in pictures}) == count
+    for picture in pictures:
+        assert picture.width >= 600 and picture.height >= 300
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+@pytest.fixture
+def bare_kernel(tmp_path, monkeypatch):
+    """A Python without kutils, as where nobody has run pip: a kernel named `bare`, and a way to run a piece of code."""
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    environment = {"PYTHONPATH": ":".join(libraries)}  # folders of PYTHONPATH are searched, their .pth files not read
+    folder = tmp_path / "share" / "jupyter" / "kernels" / "bare"
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-S", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "bare", "language": "python", "env": environment}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share" / "jupyter"))
+
+    def run(code: str, cwd: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-S", "-c", code]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_the_setup_cell_finds_kutils_in_a_clone_and_on_kaggle(tmp_path, bare_kernel):
+    kaggle = tmp_path / "kaggle" / "input" / "datasets" / "owner" / "code"
+    shutil.copytree(ROOT / "kutils", kaggle / "kutils", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "working").mkdir()
+    setup = code_cells(NOTEBOOKS / "train.py")[1].replace("/kaggle/input", str(tmp_path / "kaggle" / "input"))
+    code = f"In = ['']\n{setup}\nimport kutils\nprint(kutils.__path__[0])"
+    for folder, found in ((ROOT, ROOT), (NOTEBOOKS, ROOT), (tmp_path / "working", kaggle)):
+        done = bare_kernel(code, folder)
+        assert done.stdout.strip() == str(found / "kutils"), done.stderr
+    nowhere = bare_kernel(code.replace(str(tmp_path / "kaggle"), "/nowhere"), tmp_path / "working")
+    assert "No module named 'kutils'" in nowhere.stderr
+
+
+@each_script
+def test_an_unknown_parameter_stops_at_once_and_names_the_nearest(script, workspace):
+    name = parameters(script)[0].target.id
+    with pytest.raises(PapermillExecutionError, match=f"no parameter '{name}s'; did you mean '{name}'"):
+        execute(script.stem, workspace / "out.ipynb", **{f"{name}s": "x"})
+    assert [path.name for path in (workspace / "working").iterdir()] == []
+
+
+@pytest.mark.slow
+def test_train_runs_and_shows_what_a_reader_wants(workspace, bare_kernel):
+    executed = execute("train", workspace / "out.ipynb", model="tiny_convnext", fold=0, overrides=FAST)
+    assert_readable(figures(executed), 4)  # curves, training images, histogram, best and worst
+    assert "tiny_convnext_stage1 fold 0: cosine 0." in printed(executed)
+    run = workspace / "working" / "runs" / "tiny_convnext_stage1_fold0"
+    assert (run / "result.json").is_file() and list((run / "logs").rglob("stdout.log"))
+
+    # again, the short form: from notebooks/, without an output path, and where kutils is not installed
+    command = [TOOLS / "papermill", "train.ipynb", "-k", "bare", "-p", "model", "tiny_convnext", "-p", "fold", "0"]
+    command += ["-r", "overrides", FAST]
+    done = subprocess.run(command, cwd=NOTEBOOKS, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = json.loads(done.stdout)["cells"]
+    assert "already finished" in printed(again)
+    assert_readable(figures(again), 4)
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_fails_the_notebook(workspace):
+    (workspace / "input" / "toy_images" / "0000_0.png").write_bytes(b"no image")  # of fold 0
+    with pytest.raises(PapermillExecutionError, match="1 of 8 validation images cannot be read"):
+        execute("train", workspace / "out.ipynb", model="tiny_convnext", fold=0, overrides=FAST)
+    assert not list((workspace / "working").rglob("result.json"))
+    assert not list((workspace / "working").rglob("*.pth"))
+
+
+def test_missing_data_sets_of_a_large_recipe_are_named_in_seconds(workspace):
+    began = time.monotonic()
+    with pytest.raises(PapermillExecutionError) as failure:
+        execute("train", workspace / "out.ipynb", model="convnext_large", fold=0)
+    assert time.monotonic() - began < 60
+    for said in ("cc3m.tsv", "lexica.tsv", "diffusiondb.tsv", "python -m kutils.generate", "datasets="):
+        assert said in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model": "convnext_lrge"}, "did you mean 'convnext_large'"),
+        ({"model": "tiny_convnext", "overrides": "epoch=1"}, "did you mean 'epochs'"),
+    ],
+    ids=["model", "override"],
+)
+def test_a_wrong_model_or_override_names_the_nearest(workspace, values, said):
+    with pytest.raises(PapermillExecutionError, match=said):
+        execute("train", workspace / "out.ipynb", **values)
+
+
+@pytest.mark.slow
+def test_prepare_data_embeds_folds_and_shows(workspace):
+    make_dataset(workspace / "input", "mine", num_prompts=30)
+    (workspace / "input" / "mine.npy").unlink()
+    path = workspace / "input" / "mine.tsv"
+    table = read_table(path, ["image", "prompt"])
+    prompts = [
+        prompt.replace("mine", "a cost of $5, $\\frac{1}{2}$ or 100 %") for prompt in table["prompt"].to_pylist()
+    ]
+    write_table(path, {"image": table["image"], "prompt": prompts, "fold": [-1] * 60})
+    executed = execute("prepare_data", workspace / "out.ipynb", dataset="mine", num_folds=5, cwd=NOTEBOOKS)
+    assert_readable(figures(executed), 4)  # images, lengths, similarities, folds
+    assert "60 of 60 images decoded: 0 cannot be read" in printed(executed)
+    assert "datasets=mine" in printed(executed)
+    assert set(read_table(path, ["fold"])["fold"].to_numpy()) == set(range(5))
+    assert np.load(path.with_suffix(".npy")).shape == (60, 384)

@@ -1,0 +1,208 @@
+"""Figures: what they draw is what they were given, prompts are text and not formulas, nothing to draw is said."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from kutils import plots
+from kutils.plots import PlotError
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left_open():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """Write metrics.jsonl: 4 updates, 2 epochs; `cut` adds an unfinished last line."""
+
+    def write(scored=True, clean=0.4, cut=False):
+        lines = []
+        for step, loss, lr in ((1, 0.8, 1e-3), (2, 0.6, 8e-4), (3, 0.5, 4e-4), (4, 0.45, 1e-4)):
+            lines.append({"epoch": 1 + (step - 1) // 2, "step": step, "loss": loss, "lr": lr})
+            if scored and step % 2 == 0:
+                score = {"cosine_similarity": 0.5 + step / 100, "cosine_similarity_clean": clean}
+                lines.append({"epoch": step // 2, "step": step, **score})
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines) + ('{"epoch": 3, "st' if cut else ""))
+        return path
+
+    return write
+
+
+def points(line):
+    return [tuple(point) for point in line.get_xydata().tolist()]
+
+
+def texts(figure):
+    """Every text of a figure, as it is drawn."""
+    figure.canvas.draw()
+    return [item.get_text() for item in figure.findobj(lambda artist: hasattr(artist, "get_text")) if item.get_text()]
+
+
+def test_a_learning_curve_shows_the_lines_of_the_file(metrics):
+    figure = plots.learning_curve(metrics(cut=True), baseline=0.3)
+    loss, rate, score = figure.axes
+    assert points(loss.lines[0]) == [(1, 0.8), (2, 0.6), (3, 0.5), (4, 0.45)]
+    assert points(rate.lines[0])[-1] == (4, 1e-4) and rate.get_yscale() == "log"
+    assert points(score.lines[0]) == [(2, 0.52), (4, 0.54)]
+    assert points(score.lines[1]) == [(2, 0.4), (4, 0.4)]
+    assert score.lines[2].get_ydata() == [0.3, 0.3]
+    labels = [text.get_text() for text in score.get_legend().get_texts()]
+    assert labels == [
+        "all rows: best 0.5400 (epoch 2)",
+        "rows without a similar training prompt: best 0.4000 (epoch 1)",
+        "mean prompt: 0.3000",
+    ]
+    assert all(axes.get_title() and axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
+
+
+def test_a_learning_curve_without_clean_rows_or_before_the_first_epoch_ends(metrics):
+    assert len(plots.learning_curve(metrics(clean=None)).axes[2].lines) == 1
+    assert "no epoch is finished yet" in texts(plots.learning_curve(metrics(scored=False)))
+
+
+def test_many_log_intervals_are_smoothed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"epoch": 1, "step": step, "loss": float(step % 2), "lr": 1e-3} for step in range(60)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    smooth = plots.learning_curve(path).axes[0].lines[1]
+    assert points(smooth)[:2] == [(1, 0.5), (2, 0.5)]  # the mean of an interval and the one before it
+
+
+def test_prompts_are_text_not_formulas(tmp_path):
+    prompt = r"a sign: $x_1^2$ and $\frac{1}{2}, 100 % of \alpha"  # a wrong formula would raise when it is drawn
+    Image.new("RGB", (60, 20), "red").save(tmp_path / "a_$b$.png")
+    drawn = [tmp_path / "a_$b$.png"]
+    assert plots.wrap(prompt) in texts(plots.image_grid(drawn, [prompt]))
+    shown = texts(plots.best_and_worst(drawn, [prompt], [prompt], [0.5]))
+    assert any(r"nearest: a sign: $x_1^2$ and $\frac{1}{2}," in text for text in shown)
+    assert prompt in " ".join(texts(plots.bar_scores({prompt: 0.5}))).replace("\n", " ")
+
+
+def test_long_prompts_are_wrapped_and_cut():
+    figure = plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["word " * 300])
+    lines = figure.axes[0].get_title().split("\n")
+    assert len(lines) == 5 and max(map(len, lines)) <= plots.LINE_CHARACTERS and lines[-1].endswith(" ...")
+
+
+def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
+    rgba = Image.new("RGBA", (900, 300), (0, 0, 255, 255))
+    rgba.convert("RGB").convert("P").save(tmp_path / "palette.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = [np.full((4, 4, 3), 7, np.uint8), rgba, tmp_path / "palette.png", tmp_path / "broken.png", "/no/where.png"]
+    figure = plots.image_grid(images, list("abcde"), columns=3)
+    assert len(figure.axes) == 6
+    shown = [axes.images[0].get_array() for axes in figure.axes[:5]]
+    assert shown[0].shape == (4, 4, 3) and (shown[0] == 7).all()
+    assert shown[1].shape == shown[2].shape == (plots.TILE_PX, plots.TILE_PX, 3)  # made square with white borders
+    assert tuple(shown[2][192, 192]) == (0, 0, 255) and tuple(shown[2][0, 0]) == (255, 255, 255)
+    told = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert told == ["broken.png: UnidentifiedImageError", "where.png: FileNotFoundError"]
+
+
+def test_best_and_worst_are_found_in_any_order():
+    images = [np.full((2, 2, 3), number, np.uint8) for number in range(6)]
+    names = list("abcdef")
+    figure = plots.best_and_worst(images, names, names, [0.3, 0.9, 0.1, 0.5, 0.8, 0.2], count=2)
+    drawn = [(axes.get_title(), int(axes.images[0].get_array()[0, 0, 0])) for axes in figure.axes]
+    assert drawn == [
+        ("best: cosine 0.900", 1),
+        ("best: cosine 0.800", 4),
+        ("worst: cosine 0.100", 2),
+        ("worst: cosine 0.200", 5),
+    ]
+    assert figure.axes[2].texts[0].get_text() == "true: c\nnearest: c"
+    few = plots.best_and_worst(images[:3], names[:3], names[:3], [0.3, 0.9, 0.1], count=4)  # none is shown twice
+    assert [axes.get_title() for axes in few.axes] == [
+        "best: cosine 0.900",
+        "best: cosine 0.300",
+        "worst: cosine 0.100",
+        "",
+    ]
+
+
+def test_prompt_lengths_counts_words():
+    figure = plots.prompt_lengths(["one", "two words", "two  words", "now three words"])
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert heights[:3] == [1, 2, 1] and sum(heights) == 4
+    assert figure.axes[0].get_title() == "4 prompts, the longest of 3 words"
+
+
+def test_a_histogram_says_shares_and_what_lies_above_the_threshold():
+    sets = {"random pairs": [0.0, 0.1, 0.2, 0.9], "nearest": [0.7, 0.8]}
+    axes = plots.similarity_histogram(sets, threshold=0.7).axes[0]
+    assert sum(patch.get_height() for patch in axes.patches) == pytest.approx(2)  # each set sums to 1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "random pairs (4): mean 0.300, 25.0% at or above 0.7",
+        "nearest (2): mean 0.750, 100.0% at or above 0.7",
+    ]
+    assert plots.similarity_histogram([0.5, 0.5]).axes[0].get_legend().get_texts()[0].get_text() == "mean 0.500"
+
+
+def test_a_fold_report_is_drawn():
+    folds = [{"fold": fold, "rows": 10 * fold, "leaked_share": fold / 10} for fold in range(1, 4)]
+    sizes, leaks = plots.fold_report({"rows": 60, "threshold": 0.7, "leaked_share": 0.2, "folds": folds}).axes
+    assert [patch.get_height() for patch in sizes.patches] == [10, 20, 30]
+    assert [patch.get_height() for patch in leaks.patches] == [0.1, 0.2, 0.3]
+    assert sizes.lines[0].get_ydata()[0] == 20 and leaks.lines[0].get_ydata()[0] == 0.2
+
+
+def test_score_bars_begin_at_the_baseline():
+    axes = plots.bar_scores({"a": 0.7, "b": 0.5}, baseline=0.55, title="Scores").axes[0]
+    assert [patch.get_x() for patch in axes.patches] == [0.55, 0.55]
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx([0.15, -0.05])
+    assert [text.get_text() for text in axes.texts] == ["0.7000 (+0.1500)", "0.5000 (-0.0500)"]
+    assert axes.get_title() == "Scores" and [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_weights_and_timing_bars_begin_at_zero():
+    for axes in (plots.weights({"a": 0.6, "b": -0.1}).axes[0], plots.timing({"a": 0.6, "b": -0.1}, "T").axes[0]):
+        assert [patch.get_width() for patch in axes.patches] == [0.6, -0.1]
+        assert {patch.get_x() for patch in axes.patches} == {0}
+
+
+def test_saving_closes(tmp_path):
+    before = len(plt.get_fignums())
+    plots.save(plots.weights({"a": 1.0}), tmp_path / "new" / "w.png")
+    assert Image.open(tmp_path / "new" / "w.png").width > 400 and len(plt.get_fignums()) == before
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda: plots.learning_curve("/no/metrics.jsonl"), "/no/metrics.jsonl has no logged update"),
+        (lambda: plots.image_grid([], []), "no images and no titles"),
+        (lambda: plots.image_grid([np.zeros((2, 2, 3), np.uint8)], []), "1 images, 0 titles"),
+        (lambda: plots.best_and_worst([], [], [], []), "nothing to draw"),
+        (lambda: plots.prompt_lengths([]), "no prompts"),
+        (lambda: plots.similarity_histogram([]), "no cosines"),
+        (lambda: plots.similarity_histogram({}), "no cosines"),
+        (lambda: plots.similarity_histogram([0.1, float("nan")]), "cosines number 1 is not finite"),
+        (lambda: plots.fold_report({}), "no folds"),
+        (lambda: plots.bar_scores({}), "no values"),
+        (lambda: plots.weights({"a": float("inf")}), "values number 0 is not finite"),
+        (lambda: plots.timing({}), "no values"),
+    ],
+)
+def test_nothing_to_draw_is_said_and_leaves_no_figure(draw, said):
+    with pytest.raises(PlotError, match=said):
+        draw()
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("text", ["short", "a long prompt of many words " * 20])
+@pytest.mark.parametrize("count", [1, 4])
+def test_no_text_of_best_and_worst_lies_on_the_row_below(text, count):
+    images = [np.zeros((8, 8, 3), np.uint8)] * 8
+    figure = plots.best_and_worst(images, [text] * 8, [text] * 8, np.linspace(0, 1, 8), count=count)
+    figure.canvas.draw()
+    above, below = figure.axes[:count], figure.axes[count:]
+    lowest = min(axes.texts[0].get_window_extent().y0 for axes in above)
+    assert lowest > max(axes.title.get_window_extent().y1 for axes in below)
+    assert min(axes.texts[0].get_window_extent().y0 for axes in below) >= 0
