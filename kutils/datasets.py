@@ -77,9 +77,8 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
         `..`, a fold outside 0-9, embeddings of another number of rows or dimension, with NaN or not of unit length.
     """
     root = paths.input_dir()
-    missing = [name for name in names if not (root / f"{name}.tsv").is_file() or not (root / f"{name}.npy").is_file()]
-    if missing:
-        raise DataError(missing_message(missing, root))
+    if missing := paths.missing_datasets(names):
+        raise DataError(missing)
     tables, embeddings, hashes, clean = [], [], {}, []
     for name in names:
         table = read_table(root / f"{name}.tsv", ["image", "prompt", "fold"])
@@ -100,23 +99,6 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
         starts=np.cumsum([0] + [table.num_rows for table in tables]),
         folds_hashes=hashes,
     )
-
-
-def missing_message(names: Sequence[str], root: Path) -> str:
-    """What is missing and the commands that make it."""
-    lines = []
-    for name in names:
-        tsv, npy = root / f"{name}.tsv", root / f"{name}.npy"
-        absent = [path.name for path in (tsv, npy) if not path.is_file()]
-        lines.append(f"data set {name!r}: {' and '.join(absent)} not in {root}")
-        if not tsv.is_file():
-            lines.append(f"  python -m kutils.generate PROMPTS.tsv --images-per-prompt 3 --output input/{name}")
-        if not npy.is_file():
-            lines.append(f"  python input/gen_prompt_embedding.py input/{name}.tsv")
-        if not tsv.is_file():
-            lines.append(f"  python -m kutils.grouping folds input/{name}.tsv")
-    lines.append("or train on other data sets with datasets=NAME,NAME; datasets=shapes is made on the spot")
-    return "\n".join(lines)
 
 
 def check_rows(path: Path, table: pa.Table, need_folds: bool) -> None:

@@ -123,7 +123,7 @@ def check_made_alike(tsv_path: Path, folder: Path, prompts: Sequence[str], **set
 
 
 def make_shapes_dataset(
-    name: str = "shapes", *, num_prompts: int = 5000, images_per_prompt: int = 2, size: int = 128, seed: int = 0
+    name: str = "shapes", *, num_prompts: int = 4000, images_per_prompt: int = 2, size: int = 128, seed: int = 0
 ) -> Path:
     """The embedded data set, ready for training: prompts, images, embeddings and folds below `input/`.
 
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes_group.add_argument(
         "--shapes-dataset", metavar="NAME", help="make input/NAME from the renderer's own prompts"
     )
-    shapes_group.add_argument("--num-prompts", type=int, default=5000, help="prompts of --shapes-dataset")
+    shapes_group.add_argument("--num-prompts", type=int, default=4000, help="prompts of --shapes-dataset")
     shapes_group.add_argument("--seed", type=int, default=0, help="of the prompts of --shapes-dataset")
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.shapes_dataset is None):

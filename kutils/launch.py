@@ -103,7 +103,12 @@ def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str
 
 
 def prepare_shapes(recipe: config.Recipe) -> None:
-    """Make the built-in `shapes` data set where the recipe names it and it is not there yet."""
+    """Make the built-in `shapes` data set where the recipe names it and it is not there yet.
+
+    Raises: LaunchError naming what other data sets of the recipe lack, and the commands that make it.
+    """
+    if missing := paths.missing_datasets(name for name in recipe.datasets if name != "shapes"):
+        raise LaunchError(missing)
     if "shapes" in recipe.datasets and not (paths.input_dir() / "shapes.folds.json").is_file():
         run_module("kutils.generate", "--shapes-dataset", "shapes")
 
@@ -179,19 +184,22 @@ def run_module(module: str, *arguments: str, environment: dict[str, str] | None 
         env=os.environ | settings | (environment or {}) | {"PYTHONPATH": search_path},
         start_new_session=True,  # an interrupt goes to this process, which ends the child in order
     )
-    last = collections.deque(maxlen=LAST_LINES)
+    last, error, speaker = collections.deque(maxlen=LAST_LINES), [], None
     try:
         for line in child.stdout:
-            line = re.sub(r"^\[[a-z]+\d+\]:", "", line.rstrip("\n"))  # torchrun's prefix of rank 0
+            rank, line = re.fullmatch(r"(\[[a-z]+\d+\]:)?(.*)", line.rstrip("\n")).groups()
             last.append(line)
+            if line.startswith("error: "):
+                error, speaker = [line], rank
+            elif error and rank == speaker:  # its further lines, not torchrun's own traceback without a rank's prefix
+                error.append(line)
             print(line, flush=True)
         code = child.wait()
     except BaseException:
         end(child)
         raise
     if code:
-        errors = [line for line in last if line.startswith("error: ")]
-        told = "\n".join(errors[-1:] or last)
+        told = "\n".join(error[:LAST_LINES] or last)
         raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}")
 
 

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -31,6 +31,25 @@ def working_dir() -> Path:
     """The folder of results: `KUTILS_WORKING` if set, `/kaggle/working` on Kaggle, else the repository's `working/`."""
     default = "/kaggle/working" if on_kaggle() else repository_root() / "working"
     return Path(os.environ.get("KUTILS_WORKING", default)).absolute()
+
+
+def missing_datasets(names: Iterable[str]) -> str:
+    """What data sets lack of their files in `input/`, and the commands that make it; empty if nothing is missing."""
+    root, lines = input_dir(), []
+    for name in names:
+        tsv, npy = root / f"{name}.tsv", root / f"{name}.npy"
+        absent = [path.name for path in (tsv, npy) if not path.is_file()]
+        if absent:
+            lines.append(f"data set {name!r}: {' and '.join(absent)} not in {root}")
+        if not tsv.is_file():
+            lines.append(f"  python -m kutils.generate PROMPTS.tsv --images-per-prompt 3 --output input/{name}")
+        if not npy.is_file():
+            lines.append(f"  python input/gen_prompt_embedding.py input/{name}.tsv")
+        if not tsv.is_file():
+            lines.append(f"  python -m kutils.grouping folds input/{name}.tsv")
+    if lines:
+        lines.append("or train on other data sets with datasets=NAME,NAME; datasets=shapes is made on the spot")
+    return "\n".join(lines)
 
 
 def is_safe_relative(path: str) -> bool:

@@ -218,7 +218,7 @@ def prompt_lengths(prompts: Sequence[str]) -> Figure:
     axes.hist(
         words, bins=np.arange(0.5, words.max() + 1.5 + width, width), color=BLUE, edgecolor="white", linewidth=0.4
     )
-    median, most = np.median(words), np.percentile(words, 95)
+    median, most = np.median(words), np.percentile(words, 95, method="higher")
     axes.axvline(median, color=ORANGE, label=f"median: {median:g}")
     axes.axvline(most, color=ORANGE, linestyle="--", label=f"95 % have at most {most:g}")
     title = f"{len(words):,} prompts, the longest of {words.max():g} words"

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from kutils import check, grouping, paths, prompts
-from kutils.datasets import load_datasets
+from kutils.config import nearest
+from kutils.datasets import DataError, load_datasets
 from kutils.folding import leakage_report, report_warnings
 from kutils.grouping import GroupingError
 from kutils.retrieval import PromptBank
@@ -39,6 +40,11 @@ def prepare(
         not those asked for.
     """
     tsv_paths = [paths.input_dir() / f"{name}.tsv" for name in names]
+    for path in tsv_paths:
+        if not path.is_file():
+            close = nearest(path.stem, [found.stem for found in path.parent.glob("*.tsv")])
+            made = f"python -m kutils.generate PROMPTS.tsv --images-per-prompt 3 --output input/{path.stem}"
+            raise DataError(f"{path} is not there{close}; from a list of prompts it is made by: {made}")
     folds = np.concatenate([read_table(path, ["image", "prompt", "fold"])["fold"].to_numpy() for path in tsv_paths])
     for path in tsv_paths:
         if not path.with_suffix(".npy").is_file() or path.with_suffix(".npy.json").is_file():

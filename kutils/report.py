@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kutils import datasets, transforms
 from kutils.config import Recipe
@@ -53,11 +52,13 @@ def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.Da
     return table.sort_values("cosine", ignore_index=True)
 
 
-def add_nearest_prompts(table: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
-    """The table's rows with the nearest prompt of all data sets to each prediction: columns nearest, nearest_cosine."""
-    data = datasets.load_datasets(recipe.datasets)
-    distinct = pc.unique(data.prompts)
-    first_rows = pc.index_in(distinct, value_set=data.prompts.combine_chunks()).to_numpy()
-    bank = PromptBank(distinct.to_pylist(), data.targets(first_rows))
-    indices, cosines = bank.nearest(np.stack(table["embedding"]), k=1)
-    return table.assign(nearest=[bank.prompts[index] for index in indices[:, 0]], nearest_cosine=cosines[:, 0])
+def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
+    """The `count` worst and best rows of a validation table, one per prompt, with what the network took them for.
+
+    Returns: the table's columns, and `nearest`: the prompt of all data sets that is nearest to the prediction.
+    """
+    distinct = table.drop_duplicates("prompt")
+    shown = pd.concat([distinct.head(count), distinct.tail(count)]).drop_duplicates("prompt")
+    bank = PromptBank.from_datasets(recipe.datasets)
+    indices, _ = bank.nearest(np.stack(shown["embedding"]), k=1)
+    return shown.assign(nearest=[bank.prompts[index] for index in indices[:, 0]])

@@ -335,7 +335,7 @@ def watch_for_sigterm():
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kutils.train",
-        description="Train one fold of a recipe, alone or as a rank of torchrun. Run again, it goes on where it was cut.",
+        description="Train one fold of a recipe, alone or as a rank of torchrun. Run again, it goes on after a cut.",
         epilog=f"keys of a recipe, for key=value:\n{config.describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

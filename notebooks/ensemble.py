@@ -34,7 +34,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
     sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
 from kutils import launch
 
@@ -81,8 +82,8 @@ without.assign(loss=fitted.scores["family"] - without["score without it"]).style
 
 # %% [markdown]
 # ## Do they err alike?
-# Correlation of the families' errors (prediction minus truth, over all dimensions): the lower, the more there is to gain
-# from averaging.
+# Correlation of the families' errors (prediction minus truth, over all dimensions): the lower, the more there is to
+# gain from averaging.
 
 # %%
 correlations = pd.DataFrame(fitted.error_correlations)

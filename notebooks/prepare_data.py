@@ -26,11 +26,11 @@
 
 # %% tags=["parameters"]
 dataset: str = "shapes"  # a data set of input/; several, folded together, as "cc3m,lexica"
-num_prompts: int = 5000  # prompts of `shapes`, where it is not there yet
+num_prompts: int = 4000  # prompts of `shapes`, where it is not there yet
 images_per_prompt: int = 2  # images of each, where `shapes` is not there yet
 threshold: float = 0.7  # cosine from which prompts are similar
 num_folds: int = 10  # number of folds, 2..10
-method: str = "partition"  # partition, components, leader or kmeans
+method: str = "partition"  # partition, components or leader
 refold: bool = False  # replace folds that are there; their checkpoints can then not be refined
 
 # %%
@@ -39,7 +39,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
     sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
 from kutils import launch
 

@@ -14,21 +14,22 @@
 # %% [markdown]
 # # Refine: stages 2 and 3
 #
-# **What it does.** Stage 2 goes on from stage 1's best checkpoint of the same fold with sharpness-aware minimisation (SAM), all data
-# sets and no augmentation; stage 3 adds one epoch to stage 2.
+# **What it does.** Stage 2 goes on from stage 1's best checkpoint of the same fold with sharpness-aware minimisation
+# (SAM), all data sets and no augmentation; stage 3 adds one epoch to stage 2.
 # `papermill notebooks/refine.ipynb working/runs/refine_tiny_convnext_fold0.ipynb -p model tiny_convnext -p fold 0`
 #
-# **What it needs.** The checkpoint of the stage before, trained on the same folds, and the recipe's data sets in `input/`.
+# **What it needs.** The checkpoint of the stage before, trained on the same folds, and the recipe's data sets in
+# `input/`.
 #
-# **How long it takes.** The tiny models: one to two minutes on two CPU cores. The large ones: as the head of each recipe in `conf/`
-# estimates; a step costs twice one of stage 1.
+# **How long it takes.** The tiny models: one to two minutes on two CPU cores. The large ones: as the head of each
+# recipe in `conf/` estimates; a step costs twice one of stage 1.
 
 # %% tags=["parameters"]
 model: str = "tiny_convnext"  # a model that has a recipe in conf/
 stage: int = 2  # 2: SAM from stage 1; 3: one more epoch from stage 2
 fold: int = 0  # validation fold, 0..9
 num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU
-overrides: str = ""  # keys of the recipe to change, as in "epochs=1 lr=3e-5"
+overrides: str = ""  # keys of the recipe to change, as for dist_train.sh
 recipe: str = ""  # a recipe file of conf/ instead of a model's own
 
 # %%
@@ -37,7 +38,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
     sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
 from kutils import launch
 
@@ -45,7 +47,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## What will run?
-# The recipe of this model, with the overrides applied. A wrong model, key or value stops here and names the nearest right one.
+# The recipe of this model, with the overrides applied. A wrong model, key or value stops here and names the nearest
+# right one.
 
 # %%
 from kutils import plots, runs
@@ -56,8 +59,9 @@ print(run.recipe.to_yaml())
 
 # %% [markdown]
 # ## Train
-# One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is shown as it
-# is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not there.
+# One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is
+# shown as it is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not
+# there.
 
 # %%
 launch.prepare_shapes(run.recipe)
@@ -67,15 +71,16 @@ result = runs.result_of(run.folder)
 
 # %% [markdown]
 # ## Did it learn, and did it stop too early?
-# Loss and validation cosine should flatten together with the learning rate; a cosine that still climbs asks for more epochs, one
-# that falls while the loss does too is overfitting.
+# Loss and validation cosine should flatten together with the learning rate; a cosine that still climbs asks for more
+# epochs, one that falls while the loss does too is overfitting.
 
 # %%
 plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"]);
 
 # %%
 print(runs.describe(result))
-print(f"{result['cosine_similarity'] - result['mean_prompt_baseline']:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
+gain = result["cosine_similarity"] - result["mean_prompt_baseline"]
+print(f"{gain:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
 
 # %% [markdown]
 # ## What did it look at?
@@ -98,8 +103,9 @@ table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T
 
 # %% [markdown]
 # ## Where is it right, and where is it lost?
-# Best and worst validation images: the true prompt, and the nearest prompt of all data sets to what the network predicted.
+# Best and worst validation images: the true prompt, and the nearest prompt of all data sets to what the network
+# predicted.
 
 # %%
-shown = report.add_nearest_prompts(table.iloc[[0, 1, 2, 3, -4, -3, -2, -1]], run.recipe)
+shown = report.best_and_worst(table, run.recipe, count=4)
 plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4);

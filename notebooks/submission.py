@@ -37,7 +37,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
     sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
 from kutils import launch
 

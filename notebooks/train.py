@@ -14,20 +14,21 @@
 # %% [markdown]
 # # Train: stage 1
 #
-# **What it does.** Fine-tunes one encoder on one fold: backbone, linear head, unit vector; MADGRAD, cosine loss, the head alone during
-# the warm-up epochs. `papermill notebooks/train.ipynb working/runs/train_tiny_convnext_fold0.ipynb -p model tiny_convnext -p fold 0`
+# **What it does.** Fine-tunes one encoder on one fold: backbone, linear head, unit vector; MADGRAD, cosine loss, the
+# head alone during the warm-up epochs.
+# `papermill notebooks/train.ipynb working/runs/train_tiny_convnext_fold0.ipynb -p model tiny_convnext -p fold 0`
 #
-# **What it needs.** The recipe's data sets in `input/` and its pretrained weights (the tiny models need neither: their pictures are
-# made on the spot).
+# **What it needs.** The recipe's data sets in `input/` and its pretrained weights (the tiny models need neither: their
+# pictures are made on the spot).
 #
-# **How long it takes.** The tiny models: two to three minutes on two CPU cores. The large ones: hours on 8 GPUs, as the head of each
-# recipe in `conf/` estimates.
+# **How long it takes.** The tiny models: two to three minutes on two CPU cores. The large ones: hours on 8 GPUs, as the
+# head of each recipe in `conf/` estimates.
 
 # %% tags=["parameters"]
 model: str = "tiny_convnext"  # a model that has a recipe in conf/
 fold: int = 0  # validation fold, 0..9
 num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU
-overrides: str = ""  # keys of the recipe to change, as in "epochs=1 lr=3e-5"
+overrides: str = ""  # keys of the recipe to change, as for dist_train.sh
 recipe: str = ""  # a recipe file of conf/ instead of a model's own
 
 # %%
@@ -36,7 +37,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    nearby = [Path.cwd(), Path.cwd().parent, *(found.parent.parent for found in Path("/kaggle/input").glob("**/kutils/paths.py"))]
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
     sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
 from kutils import launch
 
@@ -44,7 +46,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## What will run?
-# The recipe of this model, with the overrides applied. A wrong model, key or value stops here and names the nearest right one.
+# The recipe of this model, with the overrides applied. A wrong model, key or value stops here and names the nearest
+# right one.
 
 # %%
 from kutils import plots, runs
@@ -55,8 +58,9 @@ print(run.recipe.to_yaml())
 
 # %% [markdown]
 # ## Train
-# One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is shown as it
-# is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not there.
+# One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is
+# shown as it is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not
+# there.
 
 # %%
 launch.prepare_shapes(run.recipe)
@@ -66,15 +70,16 @@ result = runs.result_of(run.folder)
 
 # %% [markdown]
 # ## Did it learn, and did it stop too early?
-# Loss and validation cosine should flatten together with the learning rate; a cosine that still climbs asks for more epochs, one
-# that falls while the loss does too is overfitting.
+# Loss and validation cosine should flatten together with the learning rate; a cosine that still climbs asks for more
+# epochs, one that falls while the loss does too is overfitting.
 
 # %%
 plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"]);
 
 # %%
 print(runs.describe(result))
-print(f"{result['cosine_similarity'] - result['mean_prompt_baseline']:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
+gain = result["cosine_similarity"] - result["mean_prompt_baseline"]
+print(f"{gain:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
 
 # %% [markdown]
 # ## What did it look at?
@@ -97,8 +102,9 @@ table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T
 
 # %% [markdown]
 # ## Where is it right, and where is it lost?
-# Best and worst validation images: the true prompt, and the nearest prompt of all data sets to what the network predicted.
+# Best and worst validation images: the true prompt, and the nearest prompt of all data sets to what the network
+# predicted.
 
 # %%
-shown = report.add_nearest_prompts(table.iloc[[0, 1, 2, 3, -4, -3, -2, -1]], run.recipe)
+shown = report.best_and_worst(table, run.recipe, count=4)
 plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4);

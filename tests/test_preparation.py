@@ -8,6 +8,7 @@ import pytest
 from conftest import make_dataset
 
 from kutils import grouping, preparation
+from kutils.datasets import DataError
 from kutils.grouping import GroupingError
 from kutils.retrieval import PromptBank
 from kutils.tables import read_table, write_table
@@ -74,6 +75,11 @@ def test_folds_that_are_there_are_not_replaced_unless_asked(inputs):
     set_folds(path, folds)
     with pytest.raises(GroupingError, match="3 of 80 rows have no fold and the others have one"):
         preparation.prepare(["toy"], num_folds=5, method="leader")
+
+
+def test_a_data_set_that_is_not_there_is_named_with_the_nearest(inputs):
+    with pytest.raises(DataError, match=r"tay.tsv is not there; did you mean 'toy'\?; .*--output input/tay"):
+        preparation.prepare(["toy", "tay"])
 
 
 def test_data_sets_are_folded_together(inputs):

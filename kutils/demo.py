@@ -1,0 +1,198 @@
+"""The whole pipeline at small scale: data, folds, training, SAM, ensemble, submission, and one table of scores.
+
+It executes the notebooks as a user would, in folders of its own below `working/demo/<scale>/`. Run again, it keeps what
+is there: data, finished runs and their checkpoints.
+"""
+
+import argparse
+import base64
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kutils import generate, launch, paths, prompts, runs, shapes
+from kutils.ensemble import load_ensemble
+from kutils.tables import read_table
+
+FAMILIES = ("tiny_convnext", "tiny_vit")
+FOLD = 0
+ENSEMBLE_SLACK = 0.002  # the ensemble may be this much below its best member on the unseen half
+NUM_TEST_IMAGES = 64  # of the competition-like folder: prompts that no data set holds
+
+
+class DemoError(ValueError):
+    """The pipeline ran, and the scores are not what they should be."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is made and trained; `epochs` of a recipe, by model and stage, where it differs from the recipe's."""
+
+    num_prompts: int
+    images_per_prompt: int
+    epochs: dict[tuple[str, int], int]
+    margin: float  # cosine above the mean-prompt baseline that every model must reach
+    minutes: int  # on two CPU cores, once the environment is there
+
+
+SCALES = {
+    "quick": Scale(4000, 2, {}, 0.05, 10),
+    "full": Scale(8000, 2, {("tiny_convnext", 1): 12, ("tiny_vit", 1): 40, ("tiny_vit", 2): 4}, 0.10, 40),
+}
+
+
+class Demo:
+    """One execution: where its files are, and how long its steps took."""
+
+    def __init__(self, scale_name: str):
+        self.root = paths.working_dir() / "demo"
+        self.folder = self.root / scale_name
+        self.scale = SCALES[scale_name]
+        self.seconds: dict[str, float] = {}
+        os.environ["KUTILS_INPUT"] = str(self.folder / "input")
+        os.environ["KUTILS_WORKING"] = str(self.folder)
+
+    def execute(self, step: str, notebook: str, **parameters) -> None:
+        """Run a notebook by papermill; its record goes to `notebooks/<step>.ipynb`, its figures to `figures/`."""
+        print(f"\n=== {step}", flush=True)
+        began = time.monotonic()
+        record = self.folder / "notebooks" / f"{step}.ipynb"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        given = [text for name, value in parameters.items() for text in ("-p", name, str(value))]
+        source = paths.repository_root() / "notebooks" / f"{notebook}.ipynb"
+        launch.run_module("papermill", str(source), str(record), *given, "--log-output", "--no-progress-bar")
+        self.seconds[step] = round(time.monotonic() - began, 1)
+        save_figures(record, self.folder / "figures")
+
+    def train(self, model: str, stage: int) -> dict:
+        """Train or refine a model; the run's result."""
+        epochs = self.scale.epochs.get((model, stage))
+        overrides = f"epochs={epochs}" if epochs else ""
+        step, parameters = f"train_{model}", {"model": model, "fold": FOLD, "overrides": overrides}
+        if stage > 1:
+            step, parameters = f"refine_{model}", {**parameters, "stage": stage}
+        self.execute(step, step.split("_")[0], **{name: value for name, value in parameters.items() if value != ""})
+        return runs.result_of(launch.plan_run(model, stage, FOLD, overrides).folder)
+
+    def make_test_images(self) -> tuple[Path, list[str]]:
+        """A folder like the competition's, of prompts that are not in the data set: its path, and the prompts."""
+        known = set(read_table(paths.input_dir() / "shapes.tsv", ["prompt"])["prompt"].to_pylist())
+        fresh = [prompt for prompt in shapes.generate_prompts(2 * NUM_TEST_IMAGES, seed=1) if prompt not in known]
+        fresh, folder = fresh[:NUM_TEST_IMAGES], paths.input_dir() / "competition" / "images"
+        for number, prompt in enumerate(fresh):
+            with paths.atomic_path(folder / f"{number:04d}.png") as temporary:
+                shapes.render(prompt, generate.image_seed(prompt, 0)).save(temporary)
+        header = "imgId_eId,val\n"
+        with paths.atomic_path(folder.parent / "sample_submission.csv") as temporary:
+            temporary.write_text(header + "".join(f"0000_{dimension},0.0\n" for dimension in range(384)))
+        return folder, fresh
+
+
+def save_figures(record: Path, folder: Path) -> None:
+    """Write the figures of an executed notebook as PNG files."""
+    outputs = [output for cell in json.loads(record.read_text())["cells"] for output in cell.get("outputs", [])]
+    figures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    for number, figure in enumerate(figures, start=1):
+        with paths.atomic_path(folder / f"{record.stem}_{number}.png") as temporary:
+            temporary.write_bytes(base64.b64decode(figure))
+
+
+def score_submission(path: Path, truth: np.ndarray) -> float:
+    """Mean cosine of a submission's rows with the embeddings of the prompts, as the competition computes it."""
+    values = np.loadtxt(path, delimiter=",", skiprows=1, usecols=1, dtype=np.float32).reshape(truth.shape)
+    cosine = np.einsum("nd,nd->n", values, truth) / np.linalg.norm(values, axis=1) / np.linalg.norm(truth, axis=1)
+    return float(cosine.mean())
+
+
+def run(scale_name: str) -> dict:
+    """Everything in order; writes `working/demo/scores.json`.
+
+    Returns: what is in that file.
+    Raises: CommandFailed where a notebook fails; DemoError where a score is not what it should be.
+    """
+    demo, results = Demo(scale_name), {}
+    sizes = {"num_prompts": demo.scale.num_prompts, "images_per_prompt": demo.scale.images_per_prompt}
+    demo.execute("prepare_data", "prepare_data", **sizes)
+    for model in FAMILIES:
+        results[f"{model} stage 1"] = demo.train(model, 1)
+        results[f"{model} stage 2"] = demo.train(model, 2)
+    demo.execute("ensemble", "ensemble", config="conf/ensemble_tiny.yaml")
+    fitted = load_ensemble(paths.working_dir() / "models" / "ensemble_tiny.json")
+    images, test_prompts = demo.make_test_images()
+    demo.execute("submission", "submission", images=images)
+    submission_path = paths.working_dir() / "submission.csv"
+    truth = prompts.encode_prompts(test_prompts, progress=False)
+    scores = {
+        "scale": scale_name,
+        "mean_prompt_baseline": next(iter(results.values()))["mean_prompt_baseline"],
+        "models": {name: result["cosine_similarity"] for name, result in results.items()},
+        "models_clean": {name: result["cosine_similarity_clean"] for name, result in results.items()},
+        "ensemble": fitted.scores["chosen"],
+        "ensemble_members": fitted.scores["members"],
+        "submission_cosine": score_submission(submission_path, truth),
+        "submission_baseline": float((truth @ np.array(fitted.mean_embedding, np.float32)).mean()),
+        "submission_rows": truth.size,
+        "seconds": demo.seconds | {"total": round(sum(demo.seconds.values()), 1)},
+    }
+    runs.write_json(demo.root / "scores.json", scores)
+    print(describe(scores, demo))
+    check(scores, demo.scale)
+    return scores
+
+
+def describe(scores: dict, demo: Demo) -> str:
+    """The table at the end."""
+    baseline = scores["mean_prompt_baseline"]
+    lines = [f"\n{'validation, fold 0':32}{'cosine':>8}{'gain':>9}{'clean rows':>12}"]
+    lines.append(f"{'mean prompt (baseline)':32}{baseline:>8.4f}")
+    for name, score in scores["models"].items():
+        clean = scores["models_clean"][name]
+        name = name.replace("stage 2", "stage 2 (SAM)")
+        lines.append(f"{name:32}{score:>8.4f}{score - baseline:>+9.4f}" + (f"{clean:>12.4f}" if clean else ""))
+    lines.append(f"\n{'unseen half of fold 0':32}{'cosine':>8}")
+    lines += [f"{name:32}{score:>8.4f}" for name, score in scores["ensemble_members"].items()]
+    lines.append(f"{'ensemble':32}{scores['ensemble']:>8.4f}")
+    lines.append(f"\n{f'submission, {NUM_TEST_IMAGES} new prompts':32}{'cosine':>8}")
+    lines.append(f"{'mean prompt (baseline)':32}{scores['submission_baseline']:>8.4f}")
+    lines.append(f"{'submission.csv':32}{scores['submission_cosine']:>8.4f}{scores['submission_rows']:>9,} rows")
+    lines.append(f"\n{'step':32}{'seconds':>8}")
+    lines += [f"{step:32}{seconds:>8.0f}" for step, seconds in scores["seconds"].items()]
+    lines.append(f"\nexecuted notebooks, figures and submission.csv: {demo.folder}")
+    lines.append(f"scores: {demo.root / 'scores.json'}")
+    return "\n".join(lines)
+
+
+def check(scores: dict, scale: Scale) -> None:
+    """Raise DemoError unless every model is well above the baseline and the ensemble is worth its members."""
+    for name, score in scores["models"].items():
+        if not score >= scores["mean_prompt_baseline"] + scale.margin:
+            raise DemoError(f"{name} has {score:.4f}, less than {scale.margin} above the mean-prompt baseline")
+    best = max(scores["ensemble_members"].values())
+    if not scores["ensemble"] >= best - ENSEMBLE_SLACK:
+        raise DemoError(f"the ensemble has {scores['ensemble']:.4f} on the unseen half, its best member {best:.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.demo",
+        description="The whole pipeline at small scale on the CPU: data, training, ensemble, submission, scores.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    times = ", ".join(f"{name}: at most {scale.minutes} minutes on two cores" for name, scale in SCALES.items())
+    parser.add_argument("--scale", choices=tuple(SCALES), default="quick", help=times)
+    try:
+        run(parser.parse_args(argv).scale)
+    except (ValueError, OSError, launch.CommandFailed) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The demo's own arithmetic; the pipeline itself is run by `make demo`."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from conftest import unit_rows
+
+from kutils import demo
+from kutils.submission import write_submission
+
+SCORES = {"mean_prompt_baseline": 0.5, "models": {"a stage 1": 0.56, "b stage 1": 0.551}, "ensemble": 0.559}
+SCORES |= {"ensemble_members": {"a": 0.56, "b": 0.55}}
+
+
+def test_scores_that_are_good_enough_pass():
+    demo.check(SCORES, demo.SCALES["quick"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {"a": 0.56, "b": 0.549}}, r"b has 0.5490"),
+        ({"models": {"a": float("nan")}}, r"a has nan"),
+        ({"ensemble": 0.557}, r"ensemble has 0.5570.*best member 0.5600"),
+    ],
+)
+def test_scores_that_are_not_good_enough_stop_it(change, message):
+    with pytest.raises(demo.DemoError, match=message):
+        demo.check(SCORES | change, demo.SCALES["quick"])
+
+
+def test_submission_is_scored_as_the_competition_does(tmp_path):
+    truth, noise = unit_rows(5, seed=1), unit_rows(5, seed=2)
+    write_submission(tmp_path / "s.csv", [str(number) for number in range(5)], truth)
+    assert demo.score_submission(tmp_path / "s.csv", truth) == pytest.approx(1, abs=1e-5)
+    expected = np.mean([truth[number] @ noise[number] for number in range(5)])
+    assert demo.score_submission(tmp_path / "s.csv", noise) == pytest.approx(expected, abs=1e-5)
+
+
+def test_figures_are_taken_out_of_a_notebook(tmp_path):
+    png = base64.b64encode(b"a figure").decode()
+    cells = [{"outputs": [{"data": {"image/png": png, "text/plain": "x"}}, {"name": "stdout"}]}, {"source": "text"}]
+    (tmp_path / "train.ipynb").write_text(json.dumps({"cells": cells}))
+    demo.save_figures(tmp_path / "train.ipynb", tmp_path / "figures")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["train_1.png"]
+    assert (tmp_path / "figures" / "train_1.png").read_bytes() == b"a figure"

@@ -1,0 +1,104 @@
+"""Images from prompts: the same whatever the order of work, complete after a kill, nothing overwritten."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kutils import datasets, generate, grouping
+from kutils.tables import read_table, write_table
+
+PROMPTS = ["a red apple", 'two "blue" hats, in falling snow', "a cat under a starry night sky"]
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_data_set_is_in_the_format_of_the_recipes(tmp_path):
+    path = generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=2, size=32, num_workers=1)
+    table = read_table(path, ["image", "prompt", "fold"])
+    assert path == tmp_path / "set.tsv"
+    assert table["prompt"].to_pylist() == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert table["fold"].to_pylist() == [-1] * 6
+    images = [Image.open(tmp_path / name) for name in table["image"].to_pylist()]
+    assert {image.size for image in images} == {(32, 32)}
+    differences = np.abs(np.asarray(images[0], float) - np.asarray(images[1], float)).mean()
+    assert differences > 3  # two images of one prompt are two pictures
+
+
+def test_image_depends_on_its_prompt_alone(tmp_path):
+    generate.generate_images(PROMPTS, tmp_path / "a", images_per_prompt=1, size=32, num_workers=2)
+    generate.generate_images(PROMPTS[::-1], tmp_path / "b", images_per_prompt=1, size=32, num_workers=1)
+    first = (tmp_path / generate.image_name("a", 0, 0)).read_bytes()
+    assert first == (tmp_path / generate.image_name("b", 2, 0)).read_bytes()
+    assert generate.image_seed("a red apple", 0) != generate.image_seed("a red apple", 1)
+    assert 0 <= generate.image_seed("x", 3) < 2**63
+
+
+def test_what_is_missing_is_made_again_and_the_rest_is_kept(tmp_path, monkeypatch):
+    generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=2, size=32, num_workers=1)
+    whole = files_of(tmp_path)
+    (tmp_path / "set.tsv").unlink()
+    (tmp_path / generate.image_name("set", 1, 1)).unlink()
+    generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=2, size=32, num_workers=1)
+    assert files_of(tmp_path) == whole
+
+    table = read_table(tmp_path / "set.tsv", ["image"])
+    folds = {name: table[name] for name in table.column_names} | {"fold": [3] * 6}
+    write_table(tmp_path / "set.tsv", folds)
+    monkeypatch.setattr(generate, "render_missing", None)  # nothing is left to make
+    generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=2, size=32)
+    assert read_table(tmp_path / "set.tsv", ["fold"])["fold"].to_pylist() == [3] * 6
+
+
+def test_another_data_set_of_the_same_name_is_not_touched(tmp_path):
+    generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=1, size=32, num_workers=1)
+    before = files_of(tmp_path)
+    with pytest.raises(generate.GenerateError, match=r"set.tsv was made with size 32 \(now 48\)"):
+        generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=1, size=48)
+    with pytest.raises(generate.GenerateError, match="prompts_sha256"):
+        generate.generate_images(PROMPTS[::-1], tmp_path / "set", images_per_prompt=1, size=32)
+    write_table(tmp_path / "own.tsv", {"image": ["a.png"], "prompt": ["a"], "fold": [0]})
+    with pytest.raises(generate.GenerateError, match=r"own.tsv was not made by this command"):
+        generate.generate_images(PROMPTS, tmp_path / "own", images_per_prompt=1, size=32)
+    (tmp_path / "own.tsv").unlink()
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([], "none"), (["a cat", "a cat"], "twice"), (["a cat", "nothing known"], "'nothing known' names nothing")],
+)
+def test_bad_prompts_stop_it_before_anything_is_written(tmp_path, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate.generate_images(prompts, tmp_path / "set")
+    assert not list(tmp_path.iterdir())
+
+
+def test_embedded_data_set_is_ready_for_training(workspace):
+    path = generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
+    data = datasets.load_datasets(["little"])
+    assert len(data) == 120 and set(data.folds.tolist()) == set(range(10))
+    assert grouping.read_report(path)["prompts"] == 60
+    before = files_of(workspace / "input")
+    generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
+    assert files_of(workspace / "input") == before
+    with pytest.raises(generate.GenerateError, match="cannot name a data set"):
+        generate.make_shapes_dataset("../little")
+
+
+def test_command(tmp_path):
+    write_table(tmp_path / "p.tsv", {"prompt": [*PROMPTS, PROMPTS[0]], "source": ["me"] * 4})
+    command = [sys.executable, "-m", "kutils.generate"]
+    options = ["p.tsv", "--output", "set", "--images-per-prompt", "1", "--size", "32"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 images of 3 prompts" in done.stdout
+    done = subprocess.run([*command, "p.tsv"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "--output" in done.stderr
+    write_table(tmp_path / "bad.tsv", {"prompt": ["abstract"], "source": ["me"]})
+    done = subprocess.run([*command, "bad.tsv", "--output", "bad"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "names nothing that can be drawn" in done.stderr and "Traceback" not in done.stderr
