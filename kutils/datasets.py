@@ -60,6 +60,12 @@ class PromptImages:
             result[number == index] = self.embeddings[index][local[number == index]]
         return result
 
+    def mean_embedding(self, rows: np.ndarray) -> np.ndarray:
+        """Mean of the given rows' prompt embeddings, scaled to length 1: float32 [384]."""
+        blocks = np.array_split(rows, 1 + len(rows) // 65536)
+        total = sum(self.targets(block).sum(axis=0, dtype=np.float64) for block in blocks)
+        return (total / np.linalg.norm(total)).astype(np.float32)
+
     def training_rows(self, fold: int) -> np.ndarray:
         return np.flatnonzero(self.folds != fold)
 
@@ -74,7 +80,8 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
         names: data sets, in the order that row numbers follow.
         need_folds: refuse rows without a fold (-1).
     Raises: DataError or TableError for a missing file or column, an empty prompt, an absolute image path or one with
-        `..`, a fold outside 0-9, embeddings of another number of rows or dimension, with NaN or not of unit length.
+        `..`, a fold outside 0-9, a prompt in two folds, embeddings of another number of rows or dimension, with NaN or
+        not of unit length.
     """
     root = paths.input_dir()
     if missing := paths.missing_datasets(names):
@@ -88,6 +95,8 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
         hashes[name] = folds_hash(table["prompt"], table["fold"].to_numpy())
         clean.append(read_clean_mark(root / f"{name}.clean.npz", table.num_rows, hashes[name]))
     whole = pa.concat_tables(tables).combine_chunks()
+    if need_folds:
+        check_one_fold_per_prompt(whole, names)
     return PromptImages(
         names=tuple(names),
         root=root,
@@ -114,6 +123,19 @@ def check_rows(path: Path, table: pa.Table, need_folds: bool) -> None:
         row = pc.index(bad, True).as_py()
         if row >= 0 and (column != "fold" or need_folds):
             raise DataError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")
+
+
+def check_one_fold_per_prompt(table: pa.Table, names: Sequence[str]) -> None:
+    """Raise DataError if a prompt is in two folds, as happens when data sets are folded one by one."""
+    folds = table.group_by("prompt").aggregate([("fold", "min"), ("fold", "max")])
+    torn = folds.filter(pc.not_equal(folds["fold_min"], folds["fold_max"]))
+    if torn.num_rows:
+        files = " ".join(f"input/{name}.tsv" for name in names)
+        raise DataError(
+            f"{torn.num_rows:,} prompts are in two folds, the first is {torn['prompt'][0].as_py()!r} (folds "
+            f"{torn['fold_min'][0]} and {torn['fold_max'][0]}): validation would know them from training. Assign folds "
+            f"to all data sets in one call: python -m kutils.grouping folds {files}"
+        )
 
 
 def open_embeddings(path: Path, num_rows: int) -> np.ndarray:

@@ -194,10 +194,7 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if hashlib.sha256(np.ascontiguousarray(targets)).hexdigest() != common["targets_hash"]:
         raise EnsembleError(f"{', '.join(names)}: other rows or embeddings now than the members were validated on")
     prompts = pc.dictionary_encode(data.prompts.combine_chunks().take(pa.array(rows))).indices.to_numpy()
-    training = data.training_rows(FIT_FOLD)
-    blocks = np.array_split(training, 1 + len(training) // 65536)
-    mean = sum(data.targets(block).sum(axis=0, dtype=np.float64) for block in blocks)
-    return targets, prompts, (mean / np.linalg.norm(mean)).astype(np.float32)
+    return targets, prompts, data.mean_embedding(data.training_rows(FIT_FOLD))
 
 
 # ---------------------------------------------------------------- fit, write, read

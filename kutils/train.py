@@ -256,9 +256,7 @@ def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
 
 def mean_prompt_baseline(data: datasets.PromptImages, training_rows: np.ndarray, targets: np.ndarray) -> float:
     """Mean cosine of every validation embedding with the mean training embedding: the score without looking."""
-    blocks = np.array_split(training_rows, 1 + len(training_rows) // 65536)
-    mean = sum(data.targets(block).sum(axis=0, dtype=np.float64) for block in blocks)
-    return engine.mean_cosine(np.broadcast_to(mean, targets.shape), targets)
+    return engine.mean_cosine(np.broadcast_to(data.mean_embedding(training_rows), targets.shape), targets)
 
 
 def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, ranks: Ranks) -> None:

@@ -100,7 +100,8 @@ def test_an_epoch_holds_every_prompt_once_over_all_sets(workspace):
     make_dataset(workspace / "input", "other", num_prompts=7, images_per_prompt=1)
     table = read_table(workspace / "input" / "other.tsv", ["fold"])
     repeated = ['toy prompt "3, with a comma'] + table["prompt"].to_pylist()[1:]  # one prompt is in both sets
-    write_table(workspace / "input" / "other.tsv", {**table.to_pydict(), "prompt": repeated})
+    folds = [3, *table["fold"].to_pylist()[1:]]
+    write_table(workspace / "input" / "other.tsv", {**table.to_pydict(), "prompt": repeated, "fold": folds})
     data = load_datasets(["toy", "other"])
     sampler = sampler_of(data, np.arange(len(data)))
     prompts = np.array(data.prompts.to_pylist())
@@ -206,3 +207,27 @@ def test_real_pairs_are_read_whole(monkeypatch, tmp_path):
     data = load_datasets(["pairs"])
     assert data.prompts.to_pylist() == table["prompt"].to_pylist()
     assert ValidationImages(data, np.array([1000]), 32)[0]["image"].shape == (3, 32, 32)
+
+
+def test_a_prompt_in_two_folds_is_refused(workspace):
+    root = workspace / "input"
+    make_dataset(root, "other")
+    table = read_table(root / "other.tsv", ["image", "prompt", "fold"])
+    prompts = [text.replace("other", "toy") for text in table["prompt"].to_pylist()]
+    folds = table["fold"].to_numpy()
+    write_table(root / "other.tsv", {"image": table["image"], "prompt": prompts, "fold": folds})
+    assert len(load_datasets(["toy", "other"])) == 160  # the same prompts, in the same folds
+    write_table(
+        root / "other.tsv", {"image": table["image"], "prompt": prompts, "fold": np.where(folds == 4, 5, folds)}
+    )
+    with pytest.raises(
+        DataError, match=r"4 prompts are in two folds.*folds 4 and 5.*folds input/toy.tsv input/other.tsv"
+    ):
+        load_datasets(["toy", "other"])
+
+
+def test_mean_embedding(workspace):
+    data = load_datasets(["toy"])
+    rows = np.array([0, 7, 7, 30])
+    mean = np.load(workspace / "input" / "toy.npy")[rows].mean(axis=0)
+    np.testing.assert_allclose(data.mean_embedding(rows), mean / np.linalg.norm(mean), atol=1e-6)
