@@ -235,7 +235,7 @@ def find_config(name: str | Path) -> Path:
             return path.absolute()
     known = [path.name for path in sorted(paths.conf_dir().glob("*.yaml"))]
     raise ConfigError(
-        f"no recipe file {name}{nearest(given.name, known)} (looked at {', '.join(map(str, candidates))})"
+        f"no recipe file {name}{nearest(given.name, known)} (looked at {', '.join(map(str, dict.fromkeys(candidates)))})"
     )
 
 

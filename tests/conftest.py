@@ -38,6 +38,7 @@ TINY = {
     "max_local_batch_size": 8,
     "num_workers": 0,
     "device": "cpu",
+    "amp_dtype": "float32",  # auto would be bfloat16 on some machines
 }
 
 

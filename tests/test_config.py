@@ -182,7 +182,7 @@ def test_unknown_models_and_files_name_the_nearest():
     with pytest.raises(ConfigError, match=r"recipes for stages 1, 2, none for stage 3"):
         find_recipe("vit_large", 3)
     with pytest.raises(ConfigError, match=r"did you mean 'tiny_vit_stage1\.yaml'"):
-        config.find_config("conf/tiny_vit_stage.yaml")
+        config.find_config("conf/tiny_vit_stag1.yaml")
 
 
 def test_a_config_path_is_found_from_any_folder(tmp_path, monkeypatch):
