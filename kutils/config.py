@@ -234,9 +234,8 @@ def find_config(name: str | Path) -> Path:
         if path.is_file():
             return path.absolute()
     known = [path.name for path in sorted(paths.conf_dir().glob("*.yaml"))]
-    raise ConfigError(
-        f"no recipe file {name}{nearest(given.name, known)} (looked at {', '.join(map(str, dict.fromkeys(candidates)))})"
-    )
+    places = ", ".join(map(str, dict.fromkeys(candidates)))
+    raise ConfigError(f"no recipe file {name}{nearest(given.name, known)} (looked at {places})")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
