@@ -35,18 +35,19 @@ def working_dir() -> Path:
 
 def missing_datasets(names: Iterable[str]) -> str:
     """What data sets lack of their files in `input/`, and the commands that make it; empty if nothing is missing."""
-    root, lines = input_dir(), []
+    root, names, lines, new_tables = input_dir(), list(names), [], False
     for name in names:
         tsv, npy = root / f"{name}.tsv", root / f"{name}.npy"
         absent = [path.name for path in (tsv, npy) if not path.is_file()]
         if absent:
             lines.append(f"data set {name!r}: {' and '.join(absent)} not in {root}")
         if not tsv.is_file():
-            lines.append(f"  python -m kutils.generate PROMPTS.tsv --images-per-prompt 3 --output input/{name}")
+            new_tables = True
+            lines.append(f"  python -m kutils.generate PROMPTS.tsv --output input/{name}  (or a table of your own)")
         if not npy.is_file():
             lines.append(f"  python input/gen_prompt_embedding.py input/{name}.tsv")
-        if not tsv.is_file():
-            lines.append(f"  python -m kutils.grouping folds input/{name}.tsv")
+    if new_tables:  # all at once, or a prompt could be in two folds
+        lines.append(f"then  python -m kutils.grouping folds {' '.join(f'input/{name}.tsv' for name in names)}")
     if lines:
         lines.append("or train on other data sets with datasets=NAME,NAME; datasets=shapes is made on the spot")
     return "\n".join(lines)

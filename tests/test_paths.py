@@ -25,3 +25,12 @@ def test_safe(path):
 @pytest.mark.parametrize("path", ["/a/b.png", "../b.png", "a/../../b.png", "", ".", "C:\\x.png", "a\\b.png", "C:/x"])
 def test_unsafe(path):
     assert not paths.is_safe_relative(path)
+
+
+def test_missing_data_sets_are_told_with_the_commands_that_make_them(workspace):
+    assert paths.missing_datasets(["toy"]) == ""
+    (workspace / "input" / "toy.npy").unlink()
+    told = paths.missing_datasets(["toy", "other"])
+    assert "'toy': toy.npy not in" in told and "gen_prompt_embedding.py input/toy.tsv" in told
+    assert "'other': other.tsv and other.npy not in" in told and "--output input/other" in told
+    assert told.count("kutils.grouping folds input/toy.tsv input/other.tsv") == 1
