@@ -199,9 +199,8 @@ def test_real_pairs_are_read_whole(monkeypatch, tmp_path):
     assert table.num_rows == 1015 and len(set(table["prompt"].to_pylist())) == 879
     assert sum('"' in prompt for prompt in set(table["prompt"].to_pylist())) == 4
     (tmp_path / "images").symlink_to(pairs / "images")
-    write_table(
-        tmp_path / "pairs.tsv", {"image": table["image"], "prompt": table["prompt"], "fold": [0, 1] * 507 + [0]}
-    )
+    folds = [len(prompt) % 10 for prompt in table["prompt"].to_pylist()]
+    write_table(tmp_path / "pairs.tsv", {"image": table["image"], "prompt": table["prompt"], "fold": folds})
     np.save(tmp_path / "pairs.npy", unit_rows(1015))
     monkeypatch.setenv("KUTILS_INPUT", str(tmp_path))
     data = load_datasets(["pairs"])
