@@ -44,7 +44,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # %% [markdown]
 # ## Do several models know more than one?
 # Fold 0 is split in two by prompt. Every method of weighting is fitted on one half; the other half says what it is
-# worth.
+# worth, as far as fold 0 is like the images to come: one weight per dimension has room to learn a fold's own mix of
+# prompts, and a warning says where there is one.
 
 # %%
 from kutils import blending, ensemble, plots

@@ -1,5 +1,6 @@
 """Fitting an ensemble of trained runs: the JSON file by independent NumPy, and everything that must be refused."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -100,6 +101,12 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     assert scores["chosen"] == scores["family"] == pytest.approx(expected[unseen].mean(), abs=1e-6)
     assert scores["members"]["vit"] == pytest.approx(np.sum(rows["vit"] * targets, axis=1)[unseen].mean(), abs=1e-6)
     assert scores["baseline"] == pytest.approx((targets @ mean)[unseen].mean(), abs=1e-6)
+    center = targets.mean(axis=0)
+    assert scores["fold_likeness"] == pytest.approx(center @ mean / np.linalg.norm(center), abs=1e-6)
+    assert "another mix than the rest" in shown  # random embeddings have no mean in common
+    fitted = ensemble.load_ensemble(output)
+    alike = dataclasses.replace(fitted, scores=scores | {"fold_likeness": 0.99})
+    assert "another mix" in ensemble.describe(fitted) and "another mix" not in ensemble.describe(alike)
     assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
     assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
     assert ensemble.load_ensemble(output).members()[2] == ensemble.Member(**vit[1])

@@ -158,7 +158,9 @@ def weights(tmp_path, tiny_recipe):
         name = str(path.relative_to(folder / "models"))
         families[family] = [ensemble.Member(f"conf/{family}.yaml", 0, name, ensemble.sha256_of(path))]
     mean = unit_rows(1, seed=8)[0]
-    scores = dict.fromkeys(("equal", "family", "dimension", "baseline"), 0.5) | {"members": {"a": 0.5, "b": 0.5}}
+    scores = dict.fromkeys(("equal", "family", "dimension", "baseline", "fold_likeness"), 0.5) | {
+        "members": {"a": 0.5, "b": 0.5}
+    }
     report = {"scores": scores, "rows": {"fit": 1, "unseen": 1}}
     return write_ensemble(folder, families, {"a": 0.8, "b": 0.2}, mean, **report).parent, mean, built
 
