@@ -43,7 +43,8 @@ class Scale:
 
 SCALES = {
     "quick": Scale(4000, 2, {}, 0.05, 10),
-    "full": Scale(8000, 2, {("tiny_convnext", 1): 12, ("tiny_vit", 1): 40, ("tiny_vit", 2): 4}, 0.10, 40),
+    # more images and epochs, not more prompts: the denser their graph, the more a fold is of objects of its own
+    "full": Scale(4000, 4, {("tiny_convnext", 1): 24, ("tiny_vit", 1): 60, ("tiny_vit", 2): 4}, 0.10, 40),
 }
 
 
