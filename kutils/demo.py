@@ -23,6 +23,7 @@ from kutils.tables import read_table
 FAMILIES = ("tiny_convnext", "tiny_vit")
 FOLD = 0
 ENSEMBLE_SLACK = 0.002  # the ensemble may be this much below its best member on the unseen half
+PAPERMILL_CHATTER = r"\s*|(Executing|Ending) Cell .*|<Figure .*>"
 NUM_TEST_IMAGES = 64  # of the competition-like folder: prompts that no data set holds
 
 
@@ -67,7 +68,8 @@ class Demo:
         record.parent.mkdir(parents=True, exist_ok=True)
         given = [text for name, value in parameters.items() for text in ("-p", name, str(value))]
         source = paths.repository_root() / "notebooks" / f"{notebook}.ipynb"
-        launch.run_module("papermill", str(source), str(record), *given, "--log-output", "--no-progress-bar")
+        command = ["papermill", str(source), str(record), *given, "--log-output", "--no-progress-bar"]
+        launch.run_module(*command, hide=PAPERMILL_CHATTER)
         self.seconds[step] = round(time.monotonic() - began, 1)
         save_figures(record, self.folder / "figures")
 

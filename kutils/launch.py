@@ -165,11 +165,17 @@ def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_d
     run_module(*ranks, *arguments, environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
 
 
-def run_module(module: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
+def run_module(
+    module: str, *arguments: str, environment: dict[str, str] | None = None, hide: str | None = None
+) -> None:
     """Run `python -m <module> <arguments>` as a child: output line by line as it comes, an exception when it fails.
 
     The child ends when this process does, however that ends.
 
+    Args:
+        module, arguments: what to run.
+        environment: variables to set for it.
+        hide: regular expression of whole lines that are not shown.
     Raises: CommandFailed with the command's last lines.
     """
     settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -193,7 +199,8 @@ def run_module(module: str, *arguments: str, environment: dict[str, str] | None 
                 error, speaker = [line], rank
             elif error and rank == speaker:  # its further lines, not torchrun's own traceback without a rank's prefix
                 error.append(line)
-            print(line, flush=True)
+            if hide is None or not re.fullmatch(hide, line):
+                print(line, flush=True)
         code = child.wait()
     except BaseException:
         end(child)

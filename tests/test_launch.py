@@ -165,3 +165,10 @@ def test_killing_the_launcher_ends_every_rank(module, tmp_path):
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert all(gone(rank) for rank in ranks)
+
+
+def test_lines_that_are_hidden_are_not_shown(capsys):
+    launch.run_module("this", hide=r".* is better than .*|\s*")
+    shown = capsys.readouterr().out.splitlines()
+    assert "The Zen of Python, by Tim Peters" in shown and "Readability counts." in shown
+    assert "" not in shown and not any("is better than" in line for line in shown)
