@@ -23,7 +23,7 @@ from kutils.tables import read_table
 FAMILIES = ("tiny_convnext", "tiny_vit")
 FOLD = 0
 ENSEMBLE_SLACK = 0.002  # the ensemble may be this much below its best member on the unseen half
-PAPERMILL_CHATTER = r"\s*|(Executing|Ending) Cell .*|<Figure .*>"
+PAPERMILL_CHATTER = r"\s*|(Executing|Ending) Cell .*|<Figure .*>|\[IPKernelApp\] ERROR \| KeyboardInterrupt caught.*"
 NUM_TEST_IMAGES = 64  # of the competition-like folder: prompts that no data set holds
 
 
