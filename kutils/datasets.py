@@ -4,6 +4,7 @@ A data set is `input/<name>.tsv`, `input/<name>.npy` (float32 [rows, 384], unit 
 the TSV names, relative to `input/`.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,11 @@ class PromptImages:
 
     def validation_rows(self, fold: int) -> np.ndarray:
         return np.flatnonzero(self.folds == fold)
+
+
+def hash_targets(targets: np.ndarray) -> str:
+    """Hex SHA-256 of prompt embeddings [n, 384] in row order: what predictions were compared with."""
+    return hashlib.sha256(np.ascontiguousarray(targets)).hexdigest()
 
 
 def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages:

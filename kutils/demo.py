@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from kutils import generate, launch, paths, prompts, runs, shapes
+from kutils.blending import mean_cosine
+from kutils.config import EMBEDDING_DIM
 from kutils.ensemble import load_ensemble
+from kutils.submission import HEADER
 from kutils.tables import read_table
 
 FAMILIES = ("tiny_convnext", "tiny_vit")
@@ -80,11 +83,12 @@ class Demo:
 
     def train(self, model: str, stage: int) -> dict:
         """Train or refine a model; the run's result."""
+        notebook = "train" if stage == 1 else "refine"
+        parameters = {"model": model, "fold": FOLD} | ({"stage": stage} if stage > 1 else {})
         overrides = self.scale.overrides.get((model, stage), "")
-        step, parameters = f"train_{model}", {"model": model, "fold": FOLD, "overrides": overrides}
-        if stage > 1:
-            step, parameters = f"refine_{model}", {**parameters, "stage": stage}
-        self.execute(step, step.split("_")[0], **{name: value for name, value in parameters.items() if value != ""})
+        if overrides:
+            parameters["overrides"] = overrides
+        self.execute(f"{notebook}_{model}", notebook, **parameters)
         return runs.result_of(launch.plan_run(model, stage, FOLD, overrides).folder)
 
     def make_test_images(self) -> tuple[Path, list[str]]:
@@ -95,9 +99,9 @@ class Demo:
         for number, prompt in enumerate(fresh):
             with paths.atomic_path(folder / f"{number:04d}.png") as temporary:
                 shapes.render(prompt, generate.image_seed(prompt, 0)).save(temporary)
-        header = "imgId_eId,val\n"
         with paths.atomic_path(folder.parent / "sample_submission.csv") as temporary:
-            temporary.write_text(header + "".join(f"0000_{dimension},0.0\n" for dimension in range(384)))
+            rows = [f"0000_{dimension},0.0" for dimension in range(EMBEDDING_DIM)]
+            temporary.write_text("\n".join([HEADER, *rows, ""]))
         return folder, fresh
 
 
@@ -112,9 +116,8 @@ def save_figures(record: Path, folder: Path) -> None:
 
 def score_submission(path: Path, truth: np.ndarray) -> float:
     """Mean cosine of a submission's rows with the embeddings of the prompts, as the competition computes it."""
-    values = np.loadtxt(path, delimiter=",", skiprows=1, usecols=1, dtype=np.float32).reshape(truth.shape)
-    cosine = np.einsum("nd,nd->n", values, truth) / np.linalg.norm(values, axis=1) / np.linalg.norm(truth, axis=1)
-    return float(cosine.mean())
+    values = np.loadtxt(path, delimiter=",", skiprows=1, usecols=1, dtype=np.float32)
+    return mean_cosine(values.reshape(truth.shape), truth)
 
 
 def run(scale_name: str) -> dict:
@@ -143,11 +146,11 @@ def run(scale_name: str) -> dict:
         "ensemble": fitted.scores["chosen"],
         "ensemble_members": fitted.scores["members"],
         "submission_cosine": score_submission(submission_path, truth),
-        "submission_baseline": float((truth @ np.array(fitted.mean_embedding, np.float32)).mean()),
+        "submission_baseline": mean_cosine(np.tile(fitted.mean_embedding, (len(truth), 1)), truth),
         "submission_rows": truth.size,
         "seconds": demo.seconds | {"total": round(sum(demo.seconds.values()), 1)},
     }
-    runs.write_json(demo.root / "scores.json", scores)
+    paths.write_json(demo.root / "scores.json", scores)
     print(describe(scores, demo))
     check(scores, demo.scale)
     return scores

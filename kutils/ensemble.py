@@ -193,7 +193,7 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         )
     rows = data.starts[[names.index(name) for name in common["dataset"]]] + common["row"]
     targets = data.targets(rows)
-    if hashlib.sha256(np.ascontiguousarray(targets)).hexdigest() != common["targets_hash"]:
+    if datasets.hash_targets(targets) != common["targets_hash"]:
         raise EnsembleError(f"{', '.join(names)}: other rows or embeddings now than the members were validated on")
     prompts = pc.dictionary_encode(data.prompts.combine_chunks().take(pa.array(rows))).indices.to_numpy()
     return targets, prompts, data.mean_embedding(data.training_rows(FIT_FOLD))

@@ -5,19 +5,20 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from tqdm import tqdm
+import pyarrow as pa
 
 from kutils import paths, shapes
-from kutils.tables import read_table, write_table
+from kutils.progress import progress_bar
+from kutils.tables import hash_prompts, read_table, write_table
 
 CHUNK_PROMPTS = 32  # rendered by a worker between two reports
 PROMPTS_PER_FOLDER = 1000  # a folder with millions of files is slow to list
 JPEG_QUALITY = 92
+RECORD = "generation.json"  # in the folder of images: what they were made from
 
 
 class GenerateError(ValueError):
@@ -67,7 +68,10 @@ def generate_images(
         raise GenerateError("the prompts are none, or one is there twice; give each once")
     for prompt in prompts:
         shapes.parse(prompt)
-    check_made_alike(tsv_path, folder, prompts, images_per_prompt=images_per_prompt, size=size)
+    record = {"backend": "shapes", "images_per_prompt": images_per_prompt, "size": size, "num_prompts": len(prompts)}
+    record["prompts_sha256"] = hash_prompts(pa.array(prompts))
+    check_made_alike(tsv_path, folder, record)
+    paths.write_json(folder / RECORD, record)
     jobs = [
         (prompt, number, output.parent / image_name(output.name, row, number))
         for row, prompt in enumerate(prompts)
@@ -83,7 +87,7 @@ def generate_images(
     # not fork: a notebook's process may hold threads of PyTorch
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
-        tqdm(total=len(missing), desc="rendering", unit="image", mininterval=bar_seconds()) as bar,
+        progress_bar(len(missing), "image", "rendering") as bar,
     ):
         for done in as_completed([pool.submit(render_missing, chunk, size) for chunk in chunks]):
             bar.update(done.result())
@@ -94,32 +98,18 @@ def generate_images(
     return tsv_path
 
 
-def bar_seconds() -> float:
-    """Seconds between two states of a progress bar: often on a terminal, seldom where each one stays as a line."""
-    return 0.1 if sys.stderr.isatty() else 30.0
-
-
-def check_made_alike(tsv_path: Path, folder: Path, prompts: Sequence[str], **settings) -> None:
-    """Compare with the record of an earlier call, or leave one; GenerateError where the data set is another."""
-    record = {"backend": "shapes", **settings, "num_prompts": len(prompts)}
-    record["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    record_path = folder / "generation.json"
+def check_made_alike(tsv_path: Path, folder: Path, record: dict) -> None:
+    """Raise GenerateError where a data set of this name is there and was not made as `record` says."""
+    record_path = folder / RECORD
     if record_path.is_file():
         former = json.loads(record_path.read_text())
-        differing = [
-            f"{key} {former.get(key)} (now {value})" for key, value in record.items() if former.get(key) != value
-        ]
+        differing = [key for key in record if former.get(key) != record[key]]
         if differing:
-            raise GenerateError(
-                f"{tsv_path} was made with {', '.join(differing)}; choose another name, or delete it with {folder}"
-            )
+            told = ", ".join(f"{key} {former.get(key)} (now {record[key]})" for key in differing)
+            raise GenerateError(f"{tsv_path} was made with {told}; choose another name, or delete it with {folder}")
     elif tsv_path.exists() or folder.exists():
-        raise GenerateError(
-            f"{tsv_path if tsv_path.exists() else folder} was not made by this command; choose another name"
-        )
-    else:
-        with paths.atomic_path(record_path) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
+        found = tsv_path if tsv_path.exists() else folder
+        raise GenerateError(f"{found} was not made by this command; choose another name")
 
 
 def make_shapes_dataset(
@@ -134,19 +124,14 @@ def make_shapes_dataset(
     Returns: path of the table.
     Raises: GenerateError where a data set of this name was made otherwise.
     """
-    from kutils import grouping  # these load PyTorch; rendering alone does without
-    from kutils.prompts import embed_table
+    from kutils import grouping, preparation  # these load PyTorch; rendering alone does without
 
     if not paths.is_safe_relative(name) or "/" in name:
         raise GenerateError(f"{name!r} cannot name a data set below {paths.input_dir()}")
     prompts = shapes.generate_prompts(num_prompts, seed)
     output = paths.input_dir() / name
     tsv_path = generate_images(prompts, output, images_per_prompt=images_per_prompt, size=size)
-    embed_table(tsv_path)
-    try:
-        grouping.read_report(tsv_path)
-    except grouping.GroupingError:
-        print(grouping.format_report(grouping.assign_folds([tsv_path])))
+    print(grouping.format_report(preparation.prepare([name])))
     return tsv_path
 
 

@@ -132,8 +132,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
             np.savez(temporary, clean=clean[codes], folds_hash=np.array(report["datasets"][path.stem]["folds_hash"]))
     for path in distinct.tables:
         own = {"folds_hash": report["datasets"][path.stem]["folds_hash"], **report}
-        with paths.atomic_path(report_path(path)) as temporary:
-            temporary.write_text(json.dumps(own, indent=2) + "\n")
+        paths.write_json(report_path(path), own)
 
 
 def report_path(tsv_path: Path | str) -> Path:

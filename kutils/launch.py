@@ -102,10 +102,10 @@ def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str
     return Run(path, config.load_recipe(path, changes), fold, changes)
 
 
-def prepare_shapes(recipe: config.Recipe) -> None:
-    """Make the built-in `shapes` data set where the recipe names it and it is not there yet.
+def ensure_datasets(recipe: config.Recipe) -> None:
+    """Stop if data sets of the recipe are missing; the built-in `shapes` is made on the spot instead.
 
-    Raises: LaunchError naming what other data sets of the recipe lack, and the commands that make it.
+    Raises: LaunchError naming what is missing, and the commands that make it.
     """
     if missing := paths.missing_datasets(name for name in recipe.datasets if name != "shapes"):
         raise LaunchError(missing)

@@ -1,5 +1,6 @@
 """Where the repository, `input/` and `working/` are, here and on Kaggle; files written whole or not at all."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,12 @@ def is_safe_relative(path: str) -> bool:
     """True if `path` is relative and cannot leave the folder it is joined to: no `..`, root, drive or backslash."""
     parts = PurePosixPath(path).parts
     return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in parts[0]
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Write a JSON file, atomically; replaced if it is there."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

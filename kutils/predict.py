@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from kutils import blending, checkpoints, config, datasets, devices, ensemble, paths, transforms
 from kutils.config import EMBEDDING_DIM, Recipe
 from kutils.devices import Ranks
+from kutils.progress import progress_bar
 
 BATCH_SIZE = 64
 
@@ -110,8 +110,7 @@ def predict(
     model.to(ranks.device, memory_format=torch.channels_last)
     forward = HalvingForward(model, batch_size)
     predicted, bad, done = [torch.empty(0, EMBEDDING_DIM, device=ranks.device)], [], 0
-    seconds = 0.1 if sys.stderr.isatty() else 30  # between two states of the bar; a notebook keeps every one of them
-    with tqdm(total=len(loader.sampler), unit="image", mininterval=seconds, delay=5, disable=ranks.rank > 0) as bar:
+    with progress_bar(len(loader.sampler), "image", delay=5, disable=ranks.rank > 0) as bar:
         for batch in loader:
             pixels = transforms.normalize(batch["image"].to(ranks.device, non_blocking=True), recipe.mean, recipe.std)
             pixels = pixels.contiguous(memory_format=torch.channels_last)

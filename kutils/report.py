@@ -1,6 +1,5 @@
 """What a finished run shows: examples as the network saw them, and its validation predictions beside the truth."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.Da
     targets = data.targets(rows)
     with np.load(predictions_path, allow_pickle=False) as saved:
         embeddings, targets_hash = saved["embeddings"], str(saved["targets_hash"])
-    if targets_hash != hashlib.sha256(np.ascontiguousarray(targets)).hexdigest():
+    if targets_hash != datasets.hash_targets(targets):
         raise datasets.DataError(f"{predictions_path} was made for other validation rows than those of fold {fold} now")
     table = pd.DataFrame(
         {

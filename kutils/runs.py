@@ -85,11 +85,6 @@ def check_writable(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def write_json(path: Path, content: dict) -> None:
-    with paths.atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def start(folder: Path, recipe: Recipe, **facts) -> None:
     """Save the resolved configuration and the environment, before the first step."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +99,7 @@ def start(folder: Path, recipe: Recipe, **facts) -> None:
         "packages": {name: version_of(name) for name in PACKAGES},
         **facts,
     }
-    write_json(folder / "environment.json", environment)
+    paths.write_json(folder / "environment.json", environment)
 
 
 def version_of(package: str) -> str | None:

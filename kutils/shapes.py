@@ -4,6 +4,7 @@ It stands in for a diffusion model where there is none: the whole pipeline runs 
 word that counts is visible, a network has something to learn. Prompt and picture are functions of their seeds alone.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -222,7 +223,7 @@ def compose(rng: np.random.Generator) -> str:
         noun = wording("object")
         size = wording("size") if rng.random() < 0.3 else ""
         colour = wording("colour") if rng.random() < 0.85 else ""
-        words = " ".join(filter(None, (size, colour, plural(noun) if count > 1 else noun)))
+        words = joined(" ", size, colour, plural(noun) if count > 1 else noun)
         options = COUNTS[count]
         number = options[rng.integers(len(options))]
         return f"an {words}" if number == "a" and words[0] in "aeiou" else f"{number} {words}"
@@ -234,14 +235,20 @@ def compose(rng: np.random.Generator) -> str:
     style = wording("style") if rng.random() < 0.85 else ""
     extra = EXTRAS[rng.integers(len(EXTRAS))] if rng.random() < 0.15 else ""
     order = rng.integers(4)
+    shown = joined(" ", subject, background)
     if style and order == 0:
         article = "an" if style[0] in "aeiou8" else "a"
-        return ", ".join(filter(None, (" ".join(filter(None, (article, style, "of", subject, background))), extra)))
+        return joined(", ", f"{article} {style} of {shown}", extra)
     if style and order == 1:
-        return ", ".join(filter(None, (style, " ".join(filter(None, (subject, background))), extra)))
+        return joined(", ", style, shown, extra)
     if order == 2:
-        return ", ".join(filter(None, (subject, background, style, extra)))
-    return ", ".join(filter(None, (" ".join(filter(None, (subject, background))), style, extra)))
+        return joined(", ", subject, background, style, extra)
+    return joined(", ", shown, style, extra)
+
+
+def joined(separator: str, *parts: str) -> str:
+    """The parts that are not empty, with the separator between them."""
+    return separator.join(filter(None, parts))
 
 
 def render(prompt: str, seed: int, size: int = 128) -> Image.Image:
@@ -255,8 +262,8 @@ def render(prompt: str, seed: int, size: int = 128) -> Image.Image:
     image = scenery.BACKGROUNDS[scene.background](large, rng)
     for thing, (left, top, right, bottom), scale in layout(scene, rng):
         colour = thing.colour or list(RGB)[rng.integers(len(RGB))]
-        columns = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3}[thing.count]
-        rows = -(-thing.count // columns)
+        columns = math.ceil(math.sqrt(thing.count))
+        rows = math.ceil(thing.count / columns)
         cell_width, cell_height = (right - left) / columns, (bottom - top) / rows
         scale *= {"small": 0.55, "large": 1.3}.get(thing.size, 0.88) * min(cell_width, cell_height)
         for number in range(thing.count):

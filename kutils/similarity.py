@@ -1,15 +1,14 @@
 """Similar prompts: all pairs above a cosine, exactly, and a list without near-duplicates."""
 
-import sys
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kutils.devices import pick_device
+from kutils.progress import progress_bar
 
 UNIT_TOLERANCE = 1e-3  # of an embedding's length
 
@@ -46,9 +45,8 @@ def similar_pairs(
     rows = unit_rows(embeddings).to(pick_device(device))
     blocks = range(0, len(rows), block_rows)
     num_blocks = len(blocks) * (len(blocks) + 1) // 2
-    seconds = 0.1 if sys.stderr.isatty() else 30
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
-    with tqdm(total=num_blocks, unit="block", desc="pairs", mininterval=seconds, delay=5, disable=not progress) as bar:
+    with progress_bar(num_blocks, "block", "pairs", delay=5, disable=not progress) as bar:
         for top in blocks:
             for left in range(top, len(rows), block_rows):
                 first, second, cosine = pairs_between(

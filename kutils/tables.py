@@ -108,6 +108,15 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence]) -> None:
             stream.write("".join("\t".join(row) + "\n" for row in rows).encode())
 
 
+def hash_prompts(prompts: pa.Array | pa.ChunkedArray) -> str:
+    """Hex SHA-256 of the prompts in row order, one per line."""
+    digest = hashlib.sha256()
+    for start in range(0, len(prompts), 100_000):
+        lines = prompts.slice(start, 100_000).to_pylist()
+        digest.update("".join(line + "\n" for line in lines).encode())
+    return digest.hexdigest()
+
+
 def folds_hash(prompts: pa.Array | Sequence[str], folds: np.ndarray) -> str:
     """Hex SHA-256 of the assignment of prompts to folds: the same for any order of rows and number of images."""
     pairs = pa.table(

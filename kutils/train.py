@@ -5,7 +5,6 @@ optimiser, then epoch by epoch: train, evaluate, save.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kutils import check, checkpoints, config, datasets, devices, engine, launch, models, optim, paths, progress, runs
 from kutils.config import Recipe
 from kutils.devices import Ranks
+from kutils.interval import Interval
 
 MOST_BAD_IMAGES = 0.001  # share of unreadable training images that stops a run, once 1,000 images have been seen
 
@@ -154,7 +154,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
         model = engine.distribute(network, ranks).train()
         batches = list(sampler.batches(epoch, first_step=step - epoch * sampler.steps_per_epoch))
         loader = iter(DataLoader(training_images, batch_sampler=batches, **loader_options(recipe, ranks)))
-        interval = progress.Interval(ranks.device)
+        interval = Interval(ranks.device)
         while step < (epoch + 1) * sampler.steps_per_epoch:
             asked_at = time.monotonic()
             local_batches = list(itertools.islice(loader, accumulation))
@@ -227,7 +227,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
     if ranks.is_main:
         board.close()
         shown.close()
-        runs.write_json(folder / "result.json", result)
+        paths.write_json(folder / "result.json", result)
         resume_path.unlink()  # four times the size of the checkpoint, and of no more use
         print(f"finished: {runs.describe(result)}\nsaved {best_path}", flush=True)
     ranks.barrier()
@@ -284,7 +284,7 @@ def save_predictions(recipe: Recipe, fold: int, data: datasets.PromptImages, pre
             dataset=np.array(data.names)[number],
             row=row,
             embeddings=predicted.astype(np.float32),
-            targets_hash=hashlib.sha256(np.ascontiguousarray(targets)).hexdigest(),
+            targets_hash=datasets.hash_targets(targets),
             fold=fold,
             folds_hash=json.dumps(data.folds_hashes, sort_keys=True),
             prefix=recipe.prefix,

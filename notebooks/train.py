@@ -63,7 +63,7 @@ print(run.recipe.to_yaml())
 # there.
 
 # %%
-launch.prepare_shapes(run.recipe)
+launch.ensure_datasets(run.recipe)
 processes = launch.count_processes(num_processes, run.recipe.device)
 launch.torchrun("kutils.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs")
 result = runs.result_of(run.folder)

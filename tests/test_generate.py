@@ -86,6 +86,12 @@ def test_embedded_data_set_is_ready_for_training(workspace):
     before = files_of(workspace / "input")
     generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
     assert files_of(workspace / "input") == before
+    report_path, own = grouping.report_path(path), np.arange(120) // 2 % 3
+    report_path.unlink()
+    table = read_table(path, ["image", "prompt"])
+    write_table(path, {"image": table["image"], "prompt": table["prompt"], "fold": own})
+    generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
+    assert datasets.load_datasets(["little"]).folds.tolist() == own.tolist()  # folds of someone else stay
     with pytest.raises(generate.GenerateError, match="cannot name a data set"):
         generate.make_shapes_dataset("../little")
 

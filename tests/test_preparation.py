@@ -57,7 +57,7 @@ def test_a_prompt_in_two_folds_is_an_error(inputs):
     folds = folds_of(inputs / "toy.tsv").copy()
     folds[5] = 9  # row 4 has the same prompt and fold 2
     set_folds(inputs / "toy.tsv", folds)
-    with pytest.raises(GroupingError, match=r"toy.tsv, line \d+: its prompt is in fold .* refold=True"):
+    with pytest.raises(DataError, match=r"1 prompts are in two folds.*toy prompt .*folds 2 and 9.*folds input/toy.tsv"):
         preparation.prepare(["toy"])
 
 
