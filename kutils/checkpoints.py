@@ -6,9 +6,8 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from kutils import paths
+from kutils import paths, published
 from kutils.config import HINTS, ConfigError, Recipe, convert
 from kutils.models import PromptEmbedder, build_model
 
@@ -18,7 +17,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, model: PromptEmbedder, recipe: Recipe, **facts) -> None:
-    """Write `{"model": state_dict, "recipe": ..., **facts}`, atomically: `backbone.*` and `fc.weight`, as published.
+    """Write `{"model": weights, "recipe": ..., **facts}`, atomically, the weights in the published layout.
 
     Args:
         path: replaced if it is there; the caller decides whether it may be.
@@ -26,8 +25,7 @@ def save_checkpoint(path: Path, model: PromptEmbedder, recipe: Recipe, **facts) 
         recipe: as resolved for the run.
         facts: fold, folds_hashes, epoch, cosine_similarity: plain values, so that `weights_only` loading takes them.
     """
-    weights = {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
-    save(path, {"model": weights, "recipe": dataclasses.asdict(recipe), **facts})
+    save(path, {"model": published.to_published(model), "recipe": dataclasses.asdict(recipe), **facts})
 
 
 def save(path: Path, content: dict) -> None:
@@ -54,20 +52,12 @@ def read(path: Path) -> dict:
     return content
 
 
-def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
-    """Load strictly; CheckpointError naming what is missing, left over or of another shape."""
-    own = model.state_dict()
-    differences = [f"lacks {name}" for name in own if name not in weights]
-    differences += [f"has {name} too" for name in weights if name not in own]
-    differences += [
-        f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if differences:
-        more = f" and {len(differences) - 5} more differences" if len(differences) > 5 else ""
-        raise CheckpointError(f"{path} is of another network: it {'; '.join(differences[:5])}{more}")
-    model.load_state_dict(weights)
+def load_weights(model: PromptEmbedder, weights: dict, path: Path) -> None:
+    """Load weights of the published layout strictly; CheckpointError naming what is missing, left over or misshapen."""
+    if found := published.differences(model, weights):
+        more = f" and {len(found) - 5} more differences" if len(found) > 5 else ""
+        raise CheckpointError(f"{path} is of another network: it {'; '.join(found[:5])}{more}")
+    published.load_published(model, weights)
 
 
 def recipe_of(content: dict, path: Path) -> Recipe:
@@ -85,7 +75,7 @@ def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder
     """A trained network, ready to predict, in float32 on the CPU.
 
     Args:
-        path: a checkpoint written by `save_checkpoint`.
+        path: a checkpoint written by `save_checkpoint`, or a published one, which carries no recipe.
         recipe: None takes the checkpoint's own.
     Returns: the model in evaluation mode, its recipe, and the facts beside the weights (fold, folds_hashes, epoch,
         cosine_similarity).

@@ -1,7 +1,6 @@
 """What of a backbone the head sees, and the head itself."""
 
 import torch
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from kutils.config import EMBEDDING_DIM
@@ -17,14 +16,14 @@ def num_features(backbone: nn.Module, head: str) -> int:
     }[head]
 
 
-def num_classes(backbone_name: str, head: str) -> int:
-    """Size of timm's own last layer: the CLIP projection (without its bias, which CLIP has not), or none (0)."""
-    if head != "clip_projection":
-        return 0
-    config = get_pretrained_cfg(backbone_name)
-    if config is None or "clip" not in backbone_name:
+def keeps_projection(backbone_name: str, head: str) -> bool:
+    """True if the head sees CLIP's projection, the backbone's own last layer, and not what lies before it.
+
+    Raises: ValueError if the backbone has no such layer.
+    """
+    if head == "clip_projection" and not ("clip" in backbone_name and "." in backbone_name):
         raise ValueError(f"head=clip_projection needs a CLIP backbone with a weights tag, not {backbone_name!r}")
-    return config.num_classes
+    return head == "clip_projection"
 
 
 def features(backbone: nn.Module, images: Tensor, head: str) -> Tensor:
@@ -42,13 +41,13 @@ def features(backbone: nn.Module, images: Tensor, head: str) -> Tensor:
     return torch.cat([class_token, tokens[:, backbone.num_prefix_tokens :].mean(dim=1)], dim=-1)
 
 
-def unused_parameters(backbone: nn.Module, head: str) -> list[nn.Parameter]:
-    """Parameters that no gradient reaches, or that must stay as they are: DDP must not wait for them."""
-    if head == "clip_projection":  # timm gives the projection a bias; CLIP has none, so it stays at zero
-        return [layer.bias for layer in [backbone.get_classifier()] if layer.bias is not None]
-    if head in ("cls_only", "cls_avg"):
-        return [parameter for name in ("norm", "fc_norm") for parameter in getattr(backbone, name).parameters()]
-    return []
+def strip_unused(backbone: nn.Module, head: str) -> None:
+    """Take out of the backbone what the head does not see: DDP would wait for it, checkpoints would hold it."""
+    if head == "clip_projection":  # timm gives the projection a bias of zeros; CLIP has none
+        backbone.get_classifier().register_parameter("bias", None)
+    elif head in ("cls_only", "cls_avg"):  # tokens are taken before any final norm
+        for name in ("norm", "fc_norm"):
+            setattr(backbone, name, nn.Identity())
 
 
 def linear_head(in_features: int) -> nn.Linear:

@@ -1,7 +1,5 @@
 """The network of a recipe: timm backbone -> linear head -> unit vector, the prompt's embedding."""
 
-from pathlib import Path
-
 import timm
 import torch
 import torch.nn.functional as F
@@ -9,10 +7,7 @@ from torch import Tensor, nn
 
 from kutils import heads
 from kutils.config import Recipe
-
-
-class WeightsError(ValueError):
-    """Pretrained weights that cannot be had; the message says how to point at a file or do without."""
+from kutils.pretrained import check_backbone, create_backbone
 
 
 class PromptEmbedder(nn.Module):
@@ -47,8 +42,6 @@ class PromptEmbedder(nn.Module):
     def unfreeze(self) -> None:
         self.frozen = False
         self.backbone.requires_grad_(True)
-        for parameter in heads.unused_parameters(self.backbone, self.head):
-            parameter.requires_grad_(False)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -65,40 +58,18 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
         pretrained: False leaves the recipe's pretrained weights out, for a checkpoint that is loaded next.
     Raises: ValueError for a backbone that timm does not have; WeightsError where pretrained weights cannot be had.
     """
-    if not timm.is_model(recipe.backbone):
-        close = timm.list_models(f"*{recipe.backbone.split('.')[0].split('_')[0]}*")[:5]
-        raise ValueError(
-            f"timm {timm.__version__} has no model {recipe.backbone!r}; it has {', '.join(close) or 'others'}"
-        )
-    options = {"num_classes": heads.num_classes(recipe.backbone, recipe.head), "drop_path_rate": recipe.drop_path_rate}
-    config = timm.get_pretrained_cfg(recipe.backbone)
-    strided = recipe.patch_mode == "strided"
-    if config is not None and config.fixed_input_size and not strided:
+    check_backbone(recipe.backbone)
+    options, strided = {"drop_path_rate": recipe.drop_path_rate}, recipe.patch_mode == "strided"
+    if timm.get_pretrained_cfg(recipe.backbone).fixed_input_size and not strided:
         options["img_size"] = recipe.input_size  # timm resamples the position embeddings of loaded weights
-    backbone = create_backbone(recipe, options, recipe.pretrained if pretrained else False)
+    options["keep_projection"] = heads.keeps_projection(recipe.backbone, recipe.head)
+    backbone = create_backbone(recipe.backbone, recipe.pretrained if pretrained else False, **options)
+    heads.strip_unused(backbone, recipe.head)
     if strided:
         stride_patches(backbone, recipe.input_size)
     if recipe.gradient_checkpointing:
         backbone.set_grad_checkpointing(True)
     return PromptEmbedder(backbone, recipe.head)
-
-
-def create_backbone(recipe: Recipe, options: dict, weights: bool | str) -> nn.Module:
-    if weights is False:
-        return timm.create_model(recipe.backbone, pretrained=False, **options)
-    if weights is True:
-        overlay, where = None, "the model hub"
-    else:
-        if not Path(weights).is_file():
-            raise WeightsError(f"pretrained={weights}: no such file; give the path of a weights file, true or false")
-        overlay, where = {"file": weights}, weights
-    try:
-        return timm.create_model(recipe.backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except Exception as error:  # the hub's client and the readers of weights files raise errors of many kinds
-        raise WeightsError(
-            f"the weights of {recipe.backbone} could not be loaded from {where}: {str(error).splitlines()[0]}\n"
-            f"pretrained=PATH takes a weights file on this machine, pretrained=false starts from random weights"
-        ) from error
 
 
 def stride_patches(vit: nn.Module, input_size: int) -> None:
