@@ -63,6 +63,11 @@ class Recipe:
     min_lr: float = setting("learning rate at the end of the cosine")
     weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
     sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
+    sam_gradient: str = setting(
+        "SAM perturbs by each rank's and batch's own gradient, or by the average over the global batch (less memory)",
+        "local",
+        choices=("local", "averaged"),
+    )
     global_batch_size: int = setting("images per optimiser update over all ranks")
     max_local_batch_size: int = setting("most images per rank and forward pass; the rest is gradient accumulation")
     gradient_checkpointing: bool = setting("less memory for about a third more time", False)

@@ -1,11 +1,12 @@
 """One optimiser update, and one pass over the validation rows."""
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kutils import transforms
@@ -13,7 +14,7 @@ from kutils.config import Recipe
 from kutils.devices import Ranks
 from kutils.losses import cosine_embedding_loss
 from kutils.models import PromptEmbedder
-from kutils.sam import frozen_batch_statistics, perturbed
+from kutils.sam import frozen_batch_statistics, gradient_norm, perturbed
 
 
 def distribute(network: PromptEmbedder, ranks: Ranks) -> nn.Module:
@@ -23,7 +24,7 @@ def distribute(network: PromptEmbedder, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
 
-def to_network_input(batch: dict, recipe: Recipe, device: torch.device) -> torch.Tensor:
+def to_network_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor:
     """The batch's uint8 images, augmented and normalised on the device: float32 [B, 3, S, S]."""
     images = batch["image"].to(device, non_blocking=True)
     jitter = batch["jitter"] if recipe.augment and "jitter" in batch else None
@@ -38,51 +39,79 @@ def update(
     scaler: torch.amp.GradScaler,
     recipe: Recipe,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """One optimiser update from the local batches of a global batch (more than one: gradient accumulation).
 
-    With SAM each local batch perturbs the weights by its own gradient (m-sharpness, Foret et al. 2021, section 4.1), so
-    that 8 ranks of 16 images and one rank accumulating 8 times 16 images do the same.
+    SAM with `sam_gradient: local` perturbs the weights by each local batch's own gradient (m-sharpness, Foret et al.
+    2021, section 4.1): 8 ranks of 16 images and one rank that accumulates 8 times 16 images do the same. `averaged`
+    perturbs by the gradient of the whole global batch, and holds one set of gradients less.
 
     Args:
         model: the network, wrapped by `distribute`.
         batches: from the training loader.
-        scaler: enabled for float16 alone; skips the update when a gradient is not finite, and scales less from then on.
-    Returns: scalar float32, the mean loss at the unperturbed weights, on the device (not synchronised).
+        scaler: enabled for float16 alone; skips the update when a gradient of either pass is not finite, and scales
+            less from then on.
+    Returns: scalar float32, the mean loss at the unperturbed weights, on the device (not synchronised); NaN if a
+        gradient was not finite and nobody skipped the update.
     """
-    device = next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    average = isinstance(model, DistributedDataParallel)
-    total = torch.zeros((), device=device)
-    for number, batch in enumerate(batches, start=1):
-        images = to_network_input(batch, recipe, device)
-        targets = batch["target"].to(device, non_blocking=True)
-        local = model.no_sync if average else nullcontext
-        last = local if number < len(batches) else nullcontext
-
-        def backward(images=images, targets=targets):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = cosine_embedding_loss(model(images), targets) / len(batches)
-            scaler.scale(loss).backward()
-            return loss.detach()
-
-        if recipe.sam_rho == 0:
-            with last():
-                total += backward()
-            continue
-        earlier = [parameter.grad for parameter in parameters]
-        optimizer.zero_grad(set_to_none=True)
-        with local():  # forward and backward: with the forward outside, DDP would average this gradient too
-            total += backward()
-        with perturbed(parameters, recipe.sam_rho), frozen_batch_statistics(model):
-            for parameter, gradient in zip(parameters, earlier, strict=True):
-                parameter.grad = gradient
-            with last():
-                backward()
+    add_gradient = functools.partial(backward, model, scaler, recipe, dtype, share=1 / len(batches))
+    total, last = torch.zeros((), device=parameters[0].device), len(batches) - 1
+    if recipe.sam_rho == 0:
+        for number, batch in enumerate(batches):
+            total += add_gradient(batch, average=number == last)
+    elif recipe.sam_gradient == "averaged":
+        for number, batch in enumerate(batches):
+            total += add_gradient(batch, average=number == last)
+        with perturbed(parameters, recipe.sam_rho) as finite, frozen_batch_statistics(model):
+            for number, batch in enumerate(batches):
+                add_gradient(batch, average=number == last, valid=finite)
+    else:
+        for number, batch in enumerate(batches):
+            earlier = [parameter.grad for parameter in parameters]
+            optimizer.zero_grad(set_to_none=True)
+            total += add_gradient(batch, average=False)
+            with perturbed(parameters, recipe.sam_rho) as finite, frozen_batch_statistics(model):
+                for parameter, gradient in zip(parameters, earlier, strict=True):
+                    parameter.grad = gradient
+                add_gradient(batch, average=number == last, valid=finite)
+    if not scaler.is_enabled():  # weights that are lost now must not be saved before the next loss shows it
+        total = torch.where(torch.isfinite(gradient_norm(parameters)), total, torch.nan)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def backward(
+    model: nn.Module,
+    scaler: torch.amp.GradScaler,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    batch: dict,
+    *,
+    share: float,
+    average: bool,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Add one local batch's gradient to the parameters'; returns its share of the loss, detached.
+
+    Args:
+        share: of the batch in the update's loss.
+        average: average all gradients added so far over ranks.
+        valid: bool scalar; False makes every gradient NaN, on every rank that averages.
+    """
+    device = next(model.parameters()).device
+    images = to_network_input(batch, recipe, device)
+    targets = batch["target"].to(device, non_blocking=True)
+    # forward and backward inside: with the forward outside of no_sync, DDP would average this gradient too
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not average else nullcontext():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = cosine_embedding_loss(model(images), targets) * share
+        if valid is not None:
+            loss = loss * torch.where(valid, 1.0, torch.nan)
+        scaler.scale(loss).backward()
+    return loss.detach()
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Parameter groups, MADGRAD and the learning-rate schedule of the recipes."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import torch
 from madgrad import MADGRAD
@@ -9,7 +10,7 @@ from torch import nn
 
 from kutils.config import Recipe
 
-CHUNK = 32  # tensors per fused operation: bounds the temporary memory to a few layers' weights
+CHUNK = 2**25  # elements per fused operation, or one tensor if it is larger: 3 temporary copies of 134 MB
 
 
 class PerParameterMADGRAD(MADGRAD):
@@ -39,8 +40,8 @@ class PerParameterMADGRAD(MADGRAD):
                 if parameter.grad is not None:
                     by_count[self.state_of(parameter)["step"]].append(parameter)
             for count, parameters in by_count.items():
-                for start in range(0, len(parameters), CHUNK):
-                    self.update(parameters[start : start + CHUNK], group, count)
+                for chunk in chunks(parameters):
+                    self.update(chunk, group, count)
         return loss
 
     def state_of(self, parameter: nn.Parameter) -> dict:
@@ -70,6 +71,18 @@ class PerParameterMADGRAD(MADGRAD):
             torch._foreach_sub_(parameters, decay)
         for state in states:
             state["step"] += 1
+
+
+def chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of at most CHUNK elements together; a larger one stands alone."""
+    chunk, size = [], 0
+    for parameter in parameters:
+        if chunk and size + parameter.numel() > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(parameter)
+        size += parameter.numel()
+    yield chunk
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,9 +1,16 @@
 """SAM: along the gradient and back, exactly, whatever happens in between."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from sam_on_ranks import Toy, loss_of, toy_batch
 
 from kutils import engine
+from kutils.models import build_model
 from kutils.sam import frozen_batch_statistics, perturbed
 
 
@@ -38,8 +45,9 @@ def test_weights_come_back_to_the_last_bit_even_after_an_error():
 def test_a_gradient_without_direction_moves_nothing(gradient):
     w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     w.grad = torch.tensor(gradient)
-    with perturbed([w], rho=0.05):
+    with perturbed([w], rho=0.05) as finite:
         assert torch.equal(w.detach(), torch.tensor([1.0, 2.0]))
+        assert finite.item() == (gradient == [0.0, 0.0])
 
 
 def test_batch_statistics_see_the_unperturbed_pass_alone():
@@ -53,50 +61,96 @@ def test_batch_statistics_see_the_unperturbed_pass_alone():
     assert layer.num_batches_tracked == 2 and not torch.equal(before["running_mean"], layer.running_mean)
 
 
-class Toy(torch.nn.Module):
-    """Two weights on the mean of each image: small enough to redo by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = torch.nn.Parameter(torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.4, -0.3]]))
-
-    def forward(self, images):
-        return images.mean(dim=(2, 3)) @ self.a.T
-
-
-def toy_batch(seed: int) -> dict:
-    random = torch.Generator().manual_seed(seed)
-    return {
-        "image": torch.randint(90, 256, (4, 3, 4, 4), dtype=torch.uint8, generator=random),
-        "jitter": torch.zeros(4, 8),
-        "target": torch.nn.functional.normalize(torch.randn(4, 2, generator=random), dim=1),
-        "row": torch.arange(4),
-        "bad": [],
-    }
-
-
-def loss_of(weights: torch.Tensor, batch: dict) -> torch.Tensor:
-    features = (batch["image"].double() / 255 - 0.5).div(0.5).mean(dim=(2, 3))
-    return 1 - torch.nn.functional.cosine_similarity(features @ weights.T, batch["target"].double(), dim=1).mean()
-
-
-def test_fifty_updates_are_those_of_an_independent_sam(tiny_recipe):
+@pytest.mark.parametrize("sam_gradient", ["local", "averaged"])
+def test_fifty_updates_are_those_of_an_independent_sam(tiny_recipe, sam_gradient):
     """The reference: float64, autograd.grad, no in-place moves, accumulation over two local batches, plain SGD."""
-    recipe = tiny_recipe(augment=False, sam_rho=0.05)
+    recipe = tiny_recipe(augment=False, sam_rho=0.05, sam_gradient=sam_gradient)
     model, reference = Toy(), Toy().a.detach().double().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for step in range(50):
         batches = [toy_batch(2 * step), toy_batch(2 * step + 1)]
         loss = engine.update(model, batches, optimizer, scaler, recipe, torch.float32)
-        total, losses = torch.zeros_like(reference), []
-        for batch in batches:
-            w = reference.clone().requires_grad_(True)
-            losses.append(loss_of(w, batch))
-            gradient = torch.autograd.grad(losses[-1], w)[0]
-            there = (reference + 0.05 * gradient / gradient.norm()).requires_grad_(True)
+        w = reference.clone().requires_grad_(True)
+        losses = [loss_of(w, batch) for batch in batches]
+        directions = [torch.autograd.grad(item, w, retain_graph=True)[0] for item in losses]
+        if sam_gradient == "averaged":
+            directions = [sum(directions)] * 2
+        total = torch.zeros_like(reference)
+        for batch, direction in zip(batches, directions, strict=True):
+            there = (reference + 0.05 * direction / direction.norm()).requires_grad_(True)
             total += torch.autograd.grad(loss_of(there, batch), there)[0] / 2
         reference -= 0.3 * total
         assert loss.item() == pytest.approx(sum(item.item() for item in losses) / 2, abs=1e-5)
         assert all(parameter.grad is None for parameter in model.parameters())
     torch.testing.assert_close(model.a.detach().double(), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_perturb_by_their_own_gradient_or_by_the_average():
+    """The ranks check their weights against gradients worked out in float64: tests/sam_on_ranks.py."""
+    script = Path(__file__).with_name("sam_on_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines().count("all cases agree") == 2
+
+
+@pytest.mark.parametrize("sam_gradient", ["local", "averaged"])
+@pytest.mark.parametrize("broken_pass", [1, 2])
+def test_in_float16_an_overflow_of_either_pass_skips_the_update_and_scales_less(tiny_recipe, sam_gradient, broken_pass):
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    passes = []
+
+    def overflow(gradient):
+        passes.append(1)
+        return gradient * (float("inf") if len(passes) == broken_pass else 1.0)
+
+    model.a.register_hook(overflow)
+    before = model.a.detach().clone()
+    recipe = tiny_recipe(augment=False, sam_rho=0.05, sam_gradient=sam_gradient)
+    loss = engine.update(model, [toy_batch(0)], optimizer, scaler, recipe, torch.float16)
+    assert len(passes) == 2 and torch.equal(model.a.detach(), before)
+    assert scaler.get_scale() == 512.0 and torch.isfinite(loss)
+    engine.update(model, [toy_batch(0)], optimizer, scaler, recipe, torch.float16)
+    assert not torch.equal(model.a.detach(), before) and scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_without_a_scaler_an_overflow_makes_the_loss_nan(tiny_recipe, sam_rho):
+    """Training stops at a loss that is not finite, before anything is saved."""
+    model = Toy()
+    model.a.register_hook(lambda gradient: gradient * float("inf"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    recipe = tiny_recipe(augment=False, sam_rho=sam_rho)
+    assert engine.update(model, [toy_batch(0)], optimizer, scaler, recipe, torch.bfloat16).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_vit", "eva02_tiny_patch14_224"])
+def test_gradient_checkpointing_changes_no_number(tiny_recipe, backbone, dtype):
+    """With drop path, whose random numbers the second forward pass of a checkpoint must repeat, and accumulation."""
+    outcomes = []
+    for checkpointing in (False, True):
+        recipe = tiny_recipe(
+            backbone=backbone,
+            input_size=56 if "eva" in backbone else 32,
+            head="cls_avg" if "eva" in backbone else "pooled",
+            drop_path_rate=0.3,
+            gradient_checkpointing=checkpointing,
+            augment=False,
+            sam_rho=0.05,
+        )
+        torch.manual_seed(0)
+        model = build_model(recipe).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        batches = [toy_batch(number, size=recipe.input_size, dimension=384) for number in range(2)]
+        loss = engine.update(model, batches, optimizer, torch.amp.GradScaler("cpu", enabled=False), recipe, dtype)
+        outcomes.append([loss, *(parameter.detach() for parameter in model.parameters())])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
