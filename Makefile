@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check notebooks train refine lab test-install
+.PHONY: help env demo test check notebooks train refine lab test-install test-recipes
 
 PYTHON ?= python3
 SCALE ?= quick
@@ -59,6 +59,9 @@ refine: env ## stage 2 (STAGE=3: 3) of MODEL on FOLD, from the stage before
 
 lab: env ## JupyterLab on the notebooks
 	$(bin)/jupyter lab notebooks
+
+test-recipes: env ## the five real networks, and the twelve recipes in a chain on miniature data: 15 minutes
+	$(bin)/python -m pytest -m recipes tests/test_recipes.py
 
 test-install: env ## a fresh copy with nothing but requirements.txt installed runs every command of the README
 	$(bin)/python tests/install_check.py

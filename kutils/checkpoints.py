@@ -88,11 +88,14 @@ def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder
     return model.eval(), recipe, {key: value for key, value in content.items() if key not in ("model", "recipe")}
 
 
-def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path) -> None:
+def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path) -> bool:
     """Refuse a checkpoint that has seen other folds than the data's: its training rows would be validation rows now.
 
+    Returns: False for a checkpoint that names no fold, as the published ones: nobody knows what it has seen.
     Raises: CheckpointError naming the data set whose folds differ, or the fold.
     """
+    if "fold" not in facts:
+        return False
     if facts.get("fold") != fold:
         raise CheckpointError(f"{path} was validated on fold {facts.get('fold')}, this run is for fold {fold}")
     saved = facts.get("folds_hashes", {})
@@ -103,3 +106,4 @@ def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path
             f"{folds_hashes[changed[0]][:12]}): rows it has trained on would be validated. Train that stage again, or "
             f"put the former input/{changed[0]}.tsv.bak back"
         )
+    return True

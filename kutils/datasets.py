@@ -6,41 +6,57 @@ the TSV names, relative to `input/`.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from kutils import paths, transforms
 from kutils.config import EMBEDDING_DIM
-from kutils.tables import folds_hash, read_table
+from kutils.dataset_index import DataError, DatasetIndex, map_embeddings, open_index
 
-UNIT_TOLERANCE = 1e-3  # of an embedding's length; float16 storage would still pass
-
-
-class DataError(ValueError):
-    """A data set that cannot be trained on; the message names file and row and says what to do."""
+BLOCK = 65_536  # rows of embeddings that are copied at a time
 
 
 @dataclass(frozen=True)
 class PromptImages:
-    """Several data sets as one list of rows; row numbers run over all of them in the order given."""
+    """Several data sets as one list of rows; row numbers run over all of them in the order given.
+
+    Everything that grows with the rows is memory-mapped, and shared by all ranks and workers of a machine.
+    """
 
     names: tuple[str, ...]
     root: Path  # image paths are relative to it
-    images: pa.ChunkedArray  # string [n]
-    prompts: pa.ChunkedArray  # string [n]
-    folds: np.ndarray  # int8 [n]
-    clean: (
-        np.ndarray | None
-    )  # bool [n]: no similar prompt in another fold; None where a set was folded without that mark
+    index: DatasetIndex
+    clean: np.ndarray | None  # bool [n]: no similar prompt in another fold; None where a set lacks that mark
     embeddings: tuple[np.ndarray, ...]  # one float32 [rows, 384] memory map per data set
     starts: np.ndarray  # int64 [sets + 1]: first row of each set, and the number of rows
-    folds_hashes: dict[str, str] = field(default_factory=dict)  # of every data set's assignment of prompts to folds
+
+    @property
+    def images(self) -> pa.ChunkedArray:  # string [n]
+        return self.index.images
+
+    @property
+    def prompts(self) -> pa.ChunkedArray:  # string [n]
+        return self.index.prompts
+
+    @property
+    def prompt_codes(self) -> np.ndarray:  # int32 [n], the same number for the same prompt
+        return self.index.prompt_codes
+
+    @property
+    def folds(self) -> np.ndarray:  # int8 [n]
+        return self.index.folds
+
+    @property
+    def folds_hashes(self) -> dict[str, str]:  # of every data set's assignment of prompts to folds
+        return self.index.folds_hashes
+
+    def __reduce__(self):  # a worker that is not forked maps the files itself
+        return load_datasets, (self.names, False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -61,22 +77,27 @@ class PromptImages:
             result[number == index] = self.embeddings[index][local[number == index]]
         return result
 
-    def mean_embedding(self, rows: np.ndarray) -> np.ndarray:
-        """Mean of the given rows' prompt embeddings, scaled to length 1: float32 [384]."""
-        blocks = np.array_split(rows, 1 + len(rows) // 65536)
-        total = sum(self.targets(block).sum(axis=0, dtype=np.float64) for block in blocks)
+    def training_mean(self, fold: int) -> np.ndarray:
+        """Mean prompt embedding of all rows outside of the fold, scaled to length 1: float32 [384]."""
+        total = np.delete(self.index.fold_sums, fold, axis=0).sum(axis=0)
         return (total / np.linalg.norm(total)).astype(np.float32)
 
+    def mean_prompt_baseline(self, fold: int) -> float:
+        """Mean cosine of the fold's embeddings with the mean training embedding: the score without looking."""
+        return float(self.index.fold_sums[fold] @ self.training_mean(fold) / self.index.fold_counts[fold])
+
+    def hash_targets(self, rows: np.ndarray) -> str:
+        """Hex SHA-256 of the rows' prompt embeddings, in order: what predictions were compared with."""
+        digest = hashlib.sha256()
+        for start in range(0, len(rows), BLOCK):
+            digest.update(self.targets(rows[start : start + BLOCK]))
+        return digest.hexdigest()
+
     def training_rows(self, fold: int) -> np.ndarray:
-        return np.flatnonzero(self.folds != fold)
+        return np.flatnonzero(self.folds != fold).astype(np.int32)
 
     def validation_rows(self, fold: int) -> np.ndarray:
-        return np.flatnonzero(self.folds == fold)
-
-
-def hash_targets(targets: np.ndarray) -> str:
-    """Hex SHA-256 of prompt embeddings [n, 384] in row order: what predictions were compared with."""
-    return hashlib.sha256(np.ascontiguousarray(targets)).hexdigest()
+        return np.flatnonzero(self.folds == fold).astype(np.int32)
 
 
 def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages:
@@ -92,78 +113,47 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
     root = paths.input_dir()
     if missing := paths.missing_datasets(names):
         raise DataError(missing)
-    tables, embeddings, hashes, clean = [], [], {}, []
-    for name in names:
-        table = read_table(root / f"{name}.tsv", ["image", "prompt", "fold"])
-        check_rows(root / f"{name}.tsv", table, need_folds)
-        tables.append(table.select(["image", "prompt", "fold"]))
-        embeddings.append(open_embeddings(root / f"{name}.npy", table.num_rows))
-        hashes[name] = folds_hash(table["prompt"], table["fold"].to_numpy())
-        clean.append(read_clean_mark(root / f"{name}.clean.npz", table.num_rows, hashes[name]))
-    whole = pa.concat_tables(tables).combine_chunks()
+    index = open_index(root, names)
+    starts = np.cumsum([0, *index.num_rows])
     if need_folds:
-        check_one_fold_per_prompt(whole, names)
+        check_folds(root, names, index, starts)
+    marks = [
+        read_clean_mark(root / f"{name}.clean.npz", num_rows, index.folds_hashes[name])
+        for name, num_rows in zip(names, index.num_rows, strict=True)
+    ]
     return PromptImages(
         names=tuple(names),
         root=root,
-        images=whole["image"],
-        prompts=whole["prompt"],
-        folds=whole["fold"].to_numpy(),
-        clean=None if any(mark is None for mark in clean) else np.concatenate(clean),
-        embeddings=tuple(embeddings),
-        starts=np.cumsum([0] + [table.num_rows for table in tables]),
-        folds_hashes=hashes,
+        index=index,
+        clean=None if any(mark is None for mark in marks) else np.concatenate(marks),
+        embeddings=tuple(
+            map_embeddings(root / f"{name}.npy", num_rows) for name, num_rows in zip(names, index.num_rows, strict=True)
+        ),
+        starts=starts,
     )
 
 
-def check_rows(path: Path, table: pa.Table, need_folds: bool) -> None:
-    """Raise DataError for the first row that training could not use."""
-    if table.num_rows == 0:
-        raise DataError(f"{path} has a header and no rows")
-    unsafe = r"^[/~]|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|^\s*$"
-    for column, bad, advice in (
-        ("prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt"),
-        ("image", pc.match_substring_regex(table["image"], unsafe), "image paths are relative to input/, without .."),
-        ("fold", pc.less(table["fold"], 0), f"assign folds first: python -m kutils.grouping folds {path}"),
-    ):
-        row = pc.index(bad, True).as_py()
-        if row >= 0 and (column != "fold" or need_folds):
-            raise DataError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")
-
-
-def check_one_fold_per_prompt(table: pa.Table, names: Sequence[str]) -> None:
-    """Raise DataError if a prompt is in two folds, as happens when data sets are folded one by one."""
-    folds = table.group_by("prompt").aggregate([("fold", "min"), ("fold", "max")])
-    torn = folds.filter(pc.not_equal(folds["fold_min"], folds["fold_max"]))
-    if torn.num_rows:
-        files = " ".join(f"input/{name}.tsv" for name in names)
+def check_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: np.ndarray) -> None:
+    """Raise DataError for a row without a fold, or for a prompt in two, as when data sets are folded one by one."""
+    without = np.flatnonzero(index.folds < 0)
+    if len(without):
+        number = np.searchsorted(starts, without[0], side="right") - 1
+        path = root / f"{names[number]}.tsv"
         raise DataError(
-            f"{torn.num_rows:,} prompts are in two folds, the first is {torn['prompt'][0].as_py()!r} (folds "
-            f"{torn['fold_min'][0]} and {torn['fold_max'][0]}): validation would know them from training. Assign folds "
-            f"to all data sets in one call: python -m kutils.grouping folds {files}"
+            f"{path}, line {without[0] - starts[number] + 2}: fold is -1; assign folds first: python -m "
+            f"kutils.grouping folds {path}"
         )
-
-
-def open_embeddings(path: Path, num_rows: int) -> np.ndarray:
-    """Memory-map float32 [num_rows, 384] unit rows; DataError (naming file and row) for anything else."""
-    redo = f"make it again: python input/gen_prompt_embedding.py {path.with_suffix('.tsv')} --overwrite"
-    try:
-        embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {redo}") from error
-    if embeddings.shape != (num_rows, EMBEDDING_DIM) or embeddings.dtype != np.float32:
-        found = f"{embeddings.dtype} {list(embeddings.shape)}"
-        raise DataError(f"{path} is {found}, its TSV needs float32 [{num_rows}, {EMBEDDING_DIM}]; {redo}")
-    for start in range(0, num_rows, 65536):
-        block = np.asarray(embeddings[start : start + 65536])
-        lengths = np.sqrt(np.einsum("nd,nd->n", block, block))
-        bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT_TOLERANCE))  # NaN compares false
-        if len(bad):
-            raise DataError(
-                f"{path}, row {start + bad[0]} (line {start + bad[0] + 2} of the TSV) has length {lengths[bad[0]]}, "
-                f"not 1; {redo}"
-            )
-    return embeddings
+    fold_of = np.empty(index.prompt_codes.max() + 1, np.int8)
+    fold_of[index.prompt_codes] = index.folds  # of each prompt's last row
+    torn = np.flatnonzero(fold_of[index.prompt_codes] != index.folds)
+    if len(torn):
+        prompt, files = index.prompts[torn[0]].as_py(), " ".join(f"input/{name}.tsv" for name in names)
+        folds = sorted({int(index.folds[torn[0]]), int(fold_of[index.prompt_codes[torn[0]]])})
+        raise DataError(
+            f"{len(np.unique(index.prompt_codes[torn])):,} prompts are in two folds, the first is {prompt!r} (folds "
+            f"{folds[0]} and {folds[1]}): validation would know them from training. Assign folds to all data sets in "
+            f"one call: python -m kutils.grouping folds {files}"
+        )
 
 
 def read_clean_mark(path: Path, num_rows: int, expected_hash: str) -> np.ndarray | None:
@@ -182,7 +172,7 @@ class EpochSampler:
 
     Args:
         data: the data sets.
-        rows: int64, the training rows.
+        rows: int, the training rows.
         seed: of the recipe.
         global_batch_size, local_batch_size, rank, world_size: how the epoch's rows are dealt; an optimiser update takes
             global_batch_size / (world_size * local_batch_size) forward passes on every rank.
@@ -191,11 +181,11 @@ class EpochSampler:
     def __init__(self, data, rows, seed, *, global_batch_size, local_batch_size, rank=0, world_size=1):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
-        codes = pc.dictionary_encode(data.prompts.combine_chunks().take(pa.array(rows))).indices.to_numpy()
+        codes = data.prompt_codes[rows]
         order = np.argsort(codes, kind="stable")
-        self.grouped_rows = np.asarray(rows)[order]  # images of one prompt side by side
-        self.group_starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
-        self.group_sizes = np.diff(self.group_starts, append=len(codes))
+        self.grouped_rows = np.asarray(rows, np.int32)[order]  # images of one prompt side by side
+        self.group_starts = np.flatnonzero(np.diff(codes[order], prepend=-1)).astype(np.int32)
+        self.group_sizes = np.diff(self.group_starts, append=np.int32(len(codes)))
         self.steps_per_epoch = len(self.group_sizes) // global_batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
@@ -204,7 +194,7 @@ class EpochSampler:
             )
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """int64 [number of prompts]: the epoch's rows in the order in which they are trained on."""
+        """int32 [number of prompts]: the epoch's rows in the order in which they are trained on."""
         random = np.random.default_rng([self.seed, epoch])
         chosen = self.grouped_rows[self.group_starts + random.integers(0, self.group_sizes)]
         return random.permutation(chosen)
@@ -252,14 +242,14 @@ class TrainingImages(torch.utils.data.Dataset):
     def candidates(self, epoch: int, row: int) -> Iterator[int]:
         """The row itself, the other images of its prompt, then 20 rows at random."""
         yield row
-        prompt = self.data.prompts[row]
-        same = pc.equal(self.data.prompts, prompt).to_numpy()  # a scan, only ever needed for a broken image
-        yield from (int(other) for other in self.rows[same[self.rows]] if other != row)
+        codes = self.data.prompt_codes
+        same = self.rows[codes[self.rows] == codes[row]]  # a scan, only ever needed for a broken image
+        yield from (int(other) for other in same if other != row)
         yield from (int(other) for other in np.random.default_rng([self.recipe.seed, epoch, row]).choice(self.rows, 20))
 
 
 class ValidationImages(torch.utils.data.Dataset):
-    """position -> one validation example, resized to the square; an image that cannot be read raises ImageError."""
+    """position -> one row's image, resized to the square, and its target; a broken image raises ImageError."""
 
     def __init__(self, data: PromptImages, rows: np.ndarray, input_size: int):
         self.data, self.rows, self.input_size = data, rows, input_size
@@ -270,7 +260,7 @@ class ValidationImages(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> dict:
         row = int(self.rows[position])
         image = transforms.resize_square(transforms.decode_rgb(self.data.image_path(row)), self.input_size)
-        return {"image": image, "row": row}
+        return {"image": image, "target": torch.from_numpy(self.data.targets(np.array([row]))[0]), "row": row}
 
 
 def collate(examples: list[dict]) -> dict:

@@ -24,6 +24,10 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def any(self, flag: bool) -> bool:
+        """True on every rank if the flag is set on one: a synchronisation with the device where there are several."""
+        return bool(self.gather_vectors(torch.tensor([float(flag)], device=self.device)).any())
+
     def gather_objects(self, value) -> list:
         """`value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kutils import transforms
 from kutils.config import Recipe
 from kutils.devices import Ranks
-from kutils.losses import cosine_embedding_loss
+from kutils.losses import cosine_embedding_loss, cosine_similarity
 from kutils.models import PromptEmbedder
 from kutils.sam import frozen_batch_statistics, gradient_norm, perturbed
 
@@ -114,36 +115,52 @@ def backward(
     return loss.detach()
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass over the validation rows gives."""
+
+    cosines: np.ndarray  # float32 [n], of every row with its own prompt, in order, on every rank
+    embeddings: Tensor  # float32 [n of this rank, 384], on the device
+    features: Tensor | None  # [n of this rank, C], on the device: what the head saw
+
+
 @torch.inference_mode()
-def predict_rows(network: PromptEmbedder, loader, recipe: Recipe, dtype: torch.dtype, ranks: Ranks, total: int):
-    """Predict this rank's share of the validation rows and gather all: float32 [total, 384] on every rank.
+def evaluate(
+    network: PromptEmbedder,
+    loader,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    total: int,
+    keep_features: bool = False,
+) -> Evaluation:
+    """Predict this rank's share of the validation rows, and compare each with its target.
 
     Args:
         network: not wrapped.
-        loader: over rows rank, rank + world_size, ... of the fold.
-        total: rows of the fold; every one is predicted exactly once, whatever the number of ranks.
+        loader: over rows rank, rank + world_size, ... of all.
+        total: rows over all ranks; every one is predicted exactly once, whatever the number of ranks.
+        keep_features: keep what the head saw, too.
     """
     network.eval()
-    local = [torch.zeros(0, network.fc.out_features, device=ranks.device)]
+    empty = torch.zeros(0, network.fc.out_features, device=ranks.device)
+    embeddings, cosines = [empty], [empty[:, 0]]
+    features = [torch.zeros(0, network.fc.in_features, device=ranks.device)]
     for batch in loader:
         images = to_network_input(batch, recipe, ranks.device)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-            local.append(network(images))
+            seen = network.features(images)
+            predicted = network.embed(seen)
+        embeddings.append(predicted)
+        cosines.append(cosine_similarity(predicted, batch["target"].to(ranks.device, non_blocking=True)))
+        if keep_features:
+            features.append(seen.float())
     network.train()
-    return ranks.gather_interleaved(torch.cat(local), total)
+    ordered = ranks.gather_interleaved(torch.cat(cosines)[:, None], total)[:, 0]
+    return Evaluation(ordered, torch.cat(embeddings), torch.cat(features) if keep_features else None)
 
 
-def mean_cosine(predicted: np.ndarray, target: np.ndarray, chosen: np.ndarray | None = None) -> float | None:
-    """Mean cosine similarity over rows, or over the chosen ones, in float64; None where there are none.
-
-    Args:
-        predicted, target: float32 [n, 384].
-        chosen: bool [n] or None for all rows.
-    """
-    if chosen is not None:
-        predicted, target = predicted[chosen], target[chosen]
-    if not len(predicted):
-        return None
-    predicted, target = predicted.astype(np.float64), target.astype(np.float64)
-    lengths = np.linalg.norm(predicted, axis=1) * np.linalg.norm(target, axis=1)
-    return float(np.mean(np.einsum("nd,nd->n", predicted, target) / lengths))
+def mean(cosines: np.ndarray, chosen: np.ndarray | None = None) -> float | None:
+    """Mean over rows, or over the chosen ones (bool [n]), in float64; None where there are none."""
+    kept = cosines if chosen is None else cosines[chosen]
+    return float(kept.mean(dtype=np.float64)) if len(kept) else None

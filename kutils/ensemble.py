@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from kutils import blending, checkpoints, config, datasets, paths
 
@@ -192,11 +190,9 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             f"put the former input/{changed[0]}.tsv.bak back"
         )
     rows = data.starts[[names.index(name) for name in common["dataset"]]] + common["row"]
-    targets = data.targets(rows)
-    if datasets.hash_targets(targets) != common["targets_hash"]:
+    if data.hash_targets(rows) != common["targets_hash"]:
         raise EnsembleError(f"{', '.join(names)}: other rows or embeddings now than the members were validated on")
-    prompts = pc.dictionary_encode(data.prompts.combine_chunks().take(pa.array(rows))).indices.to_numpy()
-    return targets, prompts, data.mean_embedding(data.training_rows(FIT_FOLD))
+    return data.targets(rows), data.prompt_codes[rows], data.training_mean(FIT_FOLD)
 
 
 # ---------------------------------------------------------------- fit, write, read

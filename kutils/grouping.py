@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from kutils import paths
 from kutils.config import EMBEDDING_DIM
-from kutils.datasets import check_rows, open_embeddings
+from kutils.dataset_index import check_rows, open_embeddings
 from kutils.folding import METHODS, assign, format_report, leakage_report, leaked_prompts, report_warnings
 from kutils.prompts import embed_table
 from kutils.similarity import GroupingError, check_threshold, deduplicate, similar_pairs
@@ -39,7 +39,7 @@ def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
     tables, maps = {}, {}
     for path in tsv_paths:
         tables[path] = read_table(path, ["image", "prompt", "fold"])
-        check_rows(path, tables[path], need_folds=False)
+        check_rows(path, tables[path])
         maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
     prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])
     encoded = prompts.combine_chunks().dictionary_encode()

@@ -29,37 +29,37 @@ class Interval:
         self.bad += [item for batch in batches for item in batch["bad"]]
         self.waited += waited
 
-    def close(self, ranks: Ranks, step: int, stop: bool, save: bool) -> dict:
-        """Sum over ranks and begin anew.
+    def close(self, ranks: Ranks, step: int) -> dict:
+        """Sum over ranks and begin anew; every rank gets the same.
 
         Args:
             step: updates done so far, for the message.
-            stop, save: this rank was asked to stop; it is time to save the state. One rank is enough for either.
-        Returns: loss (mean over the interval and ranks), images, images_per_second, data_wait (share of this rank's
-            time), bad (row, reason) of every rank, stop, save.
-        Raises: NonFiniteLossError on every rank, naming steps and rank.
+        Returns: loss (mean over the interval and ranks), images, images_per_second, updates_per_second, data_wait
+            (share of the time, mean over ranks), bad (row, reason).
+        Raises: NonFiniteLossError on every rank, naming each broken rank and its first broken update.
         """
-        counts = [float(self.images), float(len(self.bad)), float(stop), float(save)]
-        mine = torch.cat([torch.stack(self.losses).mean()[None], torch.tensor(counts, device=self.device)])
+        losses = torch.stack(self.losses)
+        first_broken = (~torch.isfinite(losses)).int().argmax()  # of no interest where the mean is finite
+        counts = [float(self.images), float(len(self.bad)), self.waited, time.monotonic() - self.began]
+        mine = torch.cat([torch.stack([losses.mean(), first_broken]), torch.tensor(counts, device=self.device)])
         gathered = ranks.gather_vectors(mine)
         broken = torch.nonzero(~torch.isfinite(gathered[:, 0])).flatten().tolist()
         if broken:
+            begin = step - len(self.losses) + 1
+            where = ", ".join(f"rank {rank} at update {begin + int(gathered[rank, 1])}" for rank in broken)
             raise NonFiniteLossError(
-                f"the loss is not finite on rank {', '.join(map(str, broken))} between updates "
-                f"{step - len(self.losses) + 1} and {step}; the best checkpoint is untouched. "
+                f"the loss or a gradient is not finite on {where}; the best checkpoint is untouched. "
                 "A lower lr or amp_dtype=float32 may help"
             )
-        _, images, num_bad, stops, saves = gathered.sum(dim=0).tolist()
-        bad = ranks.gather_objects(self.bad) if num_bad else []
-        seconds = time.monotonic() - self.began
+        images, num_bad, waited, seconds = gathered[:, 2:].unbind(dim=1)
+        bad = ranks.gather_objects(self.bad) if num_bad.any() else []
         report = {
             "loss": float(gathered[:, 0].mean()),
-            "images": int(images),
-            "images_per_second": images / seconds,
-            "data_wait": self.waited / seconds,
+            "images": int(images.sum()),
+            "images_per_second": float(images.sum() / seconds.max()),
+            "updates_per_second": len(self.losses) / float(seconds.max()),
+            "data_wait": float((waited / seconds).mean()),
             "bad": [item for items in bad for item in items],
-            "stop": stops > 0,
-            "save": saves > 0,
         }
         self.reset()
         return report

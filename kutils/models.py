@@ -1,5 +1,7 @@
 """The network of a recipe: timm backbone -> linear head -> unit vector, the prompt's embedding."""
 
+from contextlib import nullcontext
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -27,11 +29,16 @@ class PromptEmbedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, S, S], normalised -> float32 [B, 384], unit rows (also under autocast)."""
-        if self.frozen:
-            with torch.no_grad():
-                features = heads.features(self.backbone, images, self.head)
-        else:
-            features = heads.features(self.backbone, images, self.head)
+        with torch.no_grad() if self.frozen else nullcontext():
+            features = self.features(images)
+        return self.embed(features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, S, S], normalised -> [B, C]: what the linear head sees."""
+        return heads.features(self.backbone, images, self.head)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, C] features -> float32 [B, 384], unit rows."""
         return F.normalize(self.fc(features).float(), dim=-1)
 
     def freeze_backbone(self) -> None:
@@ -78,10 +85,13 @@ def stride_patches(vit: nn.Module, input_size: int) -> None:
     At 336 px a 14 px window moves by 21 px, so that 16 x 16 tokens see 44 % of the pixels. Needed to use weights
     trained that way; `interpolated` sees all of them.
 
-    Raises: ValueError if the input is no multiple of the grid.
+    Raises: ValueError if the input is no multiple of the grid, or smaller than the ViT's own.
     """
     rows, columns = vit.patch_embed.grid_size
     if input_size % rows or input_size % columns:
         raise ValueError(f"patch_mode=strided: input_size={input_size} is no multiple of the {rows} x {columns} tokens")
+    own = vit.patch_embed.img_size[0]
+    if input_size < own:
+        raise ValueError(f"patch_mode=strided: input_size={input_size} is below the ViT's own {own}")
     vit.patch_embed.proj.stride = (input_size // rows, input_size // columns)
     vit.patch_embed.img_size = (input_size, input_size)

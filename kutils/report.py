@@ -34,16 +34,15 @@ def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.Da
     """
     data = datasets.load_datasets(recipe.datasets)
     rows = data.validation_rows(fold)
-    targets = data.targets(rows)
     with np.load(predictions_path, allow_pickle=False) as saved:
         embeddings, targets_hash = saved["embeddings"], str(saved["targets_hash"])
-    if targets_hash != datasets.hash_targets(targets):
+    if targets_hash != data.hash_targets(rows):
         raise datasets.DataError(f"{predictions_path} was made for other validation rows than those of fold {fold} now")
     table = pd.DataFrame(
         {
             "image": [str(data.image_path(int(row))) for row in rows],
             "prompt": data.prompts.take(pa.array(rows)).to_pylist(),
-            "cosine": np.einsum("nd,nd->n", embeddings, targets),
+            "cosine": np.einsum("nd,nd->n", embeddings, data.targets(rows)),
             "clean": data.clean[rows] if data.clean is not None else None,
             "embedding": list(embeddings),
         }

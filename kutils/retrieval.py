@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 import torch
 
 from kutils import checkpoints, config, transforms
@@ -41,9 +41,8 @@ class PromptBank:
         Raises: DataError or TableError as `load_datasets` does.
         """
         data = load_datasets(names, need_folds=False)
-        prompts = data.prompts.combine_chunks()
-        distinct = pc.unique(prompts)
-        return cls(distinct.to_pylist(), data.targets(pc.index_in(distinct, value_set=prompts).to_numpy()))
+        _, rows = np.unique(data.prompt_codes, return_index=True)
+        return cls(data.prompts.take(pa.array(rows)).to_pylist(), data.targets(rows))
 
     def nearest(self, queries: np.ndarray, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
         """The k prompts of highest cosine for each query, best first: all are compared, in blocks of bounded memory.

@@ -6,7 +6,6 @@ optimiser, then epoch by epoch: train, evaluate, save.
 
 import argparse
 import itertools
-import json
 import os
 import signal
 import sys
@@ -19,11 +18,26 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from kutils import check, checkpoints, config, datasets, devices, engine, launch, models, optim, paths, progress, runs
+from kutils import (
+    check,
+    checkpoints,
+    config,
+    datasets,
+    devices,
+    engine,
+    launch,
+    models,
+    optim,
+    paths,
+    predictions,
+    progress,
+    runs,
+)
 from kutils.config import Recipe
 from kutils.devices import Ranks
 from kutils.interval import Interval
 
+POLL_SECONDS = 5.0  # between two looks for a signal: most of a cluster's grace period is left for saving
 MOST_BAD_IMAGES = 0.001  # share of unreadable training images that stops a run, once 1,000 images have been seen
 
 
@@ -36,11 +50,12 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
     started = time.monotonic()
 
     # ---------------------------------------------------------------- where the run stands
-    folder, best_path = recipe.run_folder(fold), recipe.checkpoint_path(fold)
+    folder, best_path, models_folder = recipe.run_folder(fold), recipe.checkpoint_path(fold), recipe.models_folder()
     last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
     if recipe.resume == "never" and ranks.is_main and (aside := runs.move_aside(folder, [best_path, last_path])):
         print(f"the former run is now {aside}", flush=True)
     ranks.barrier()
+    check_same_folder(folder, ranks)
     runs.check_same_configuration(folder, recipe)
     runs.check_no_foreign_checkpoint(folder, best_path)
     if result := runs.result_of(folder):
@@ -72,17 +87,18 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
         batch_size=recipe.max_local_batch_size,
         **loader_options(recipe, ranks),
     )
-    targets = data.targets(validation_rows)
     clean = None if data.clean is None else data.clean[validation_rows]
-    baseline = mean_prompt_baseline(data, training_rows, targets)
+    baseline = data.mean_prompt_baseline(fold)
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(recipe.seed)
     network = models.build_model(recipe, pretrained=recipe.initialize_from is None)
     if initial := recipe.initial_checkpoint(fold):
         content = checkpoints.read(initial)
-        checkpoints.check_folds(content, fold, data.folds_hashes, initial)
+        if not checkpoints.check_folds(content, fold, data.folds_hashes, initial) and ranks.is_main:
+            print(f"warning: {initial} does not say which fold it has not trained on: scores may flatter", flush=True)
         checkpoints.load_weights(network, content["model"], initial)
+        del content
     network.to(ranks.device, memory_format=torch.channels_last)
     torch.manual_seed(recipe.seed + 1000 * ranks.rank)  # drop path differs between ranks
     dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
@@ -143,6 +159,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
 
     # ---------------------------------------------------------------- epochs
     log_interval = max(1, min(50, sampler.steps_per_epoch // 10))
+    poll_interval = 1  # updates between two looks for a signal, as many as take about POLL_SECONDS
     stop_requested = watch_for_sigterm()
     saved_at = time.monotonic()
     for epoch in range(state["epoch"], recipe.epochs):
@@ -152,7 +169,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
         else:
             network.unfreeze()
         model = engine.distribute(network, ranks).train()
-        batches = list(sampler.batches(epoch, first_step=step - epoch * sampler.steps_per_epoch))
+        batches = sampler.batches(epoch, first_step=step - epoch * sampler.steps_per_epoch)
         loader = iter(DataLoader(training_images, batch_sampler=batches, **loader_options(recipe, ranks)))
         interval = Interval(ranks.device)
         while step < (epoch + 1) * sampler.steps_per_epoch:
@@ -165,10 +182,13 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
             step += 1
             last_of_epoch = step % sampler.steps_per_epoch == 0
             save_due = recipe.checkpoint_every_steps > 0 and step % recipe.checkpoint_every_steps == 0
-            if step % log_interval and not last_of_epoch and not save_due:
+            log_due = step % log_interval == 0 or last_of_epoch or save_due
+            stop = (log_due or step % poll_interval == 0) and ranks.any(stop_requested())
+            if not log_due and not stop:
                 continue
+            report = interval.close(ranks, step)
+            poll_interval = max(1, int(POLL_SECONDS * report["updates_per_second"]))
             too_long = 0 < 60 * recipe.checkpoint_every_minutes < time.monotonic() - saved_at
-            report = interval.close(ranks, step, stop=stop_requested(), save=save_due or too_long)
             state["seen"] += report["images"]
             state["bad"] += report["bad"]
             check_bad_images(state["bad"], state["seen"], folder, data, ranks)
@@ -179,33 +199,35 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
                 for name in ("loss", "lr", "images_per_second", "data_wait"):
                     board.add_scalar(f"train/{name}", line[name], step)
                 shown.show(step, f"epoch {epoch + 1}/{recipe.epochs}", line)
-            if (report["save"] or report["stop"]) and not last_of_epoch:
+            if stop or (not last_of_epoch and (save_due or ranks.any(too_long))):
                 saved_at = save_state(epoch)
-            if report["stop"]:
+            if stop:
                 raise TrainingError(f"stopped by a signal after update {step}; the same command goes on from there")
 
         # ------------------------------------------------------------ evaluate
-        predicted = engine.predict_rows(network, validation_loader, recipe, dtype, ranks, len(validation_rows))
-        score = engine.mean_cosine(predicted, targets)
-        clean_score = None if clean is None else engine.mean_cosine(predicted, targets, clean)
+        found = engine.evaluate(network, validation_loader, recipe, dtype, ranks, len(validation_rows))
+        score = engine.mean(found.cosines)
+        clean_score = None if clean is None else engine.mean(found.cosines, clean)
         if not np.isfinite(score):
             raise TrainingError(
                 f"the validation cosine after epoch {epoch + 1} is {score}; the best checkpoint is untouched"
             )
 
         # ------------------------------------------------------------ log, save
+        facts = {"fold": fold, "folds_hashes": data.folds_hashes, "epoch": epoch + 1, "cosine_similarity": score}
         if ranks.is_main:
             metrics.add(epoch=epoch + 1, step=step, cosine_similarity=score, cosine_similarity_clean=clean_score)
             board.add_scalar("validation/cosine_similarity", score, step)
             shown.say(f"epoch {epoch + 1}/{recipe.epochs}: validation cosine {score:.4f}")
-            facts = {"fold": fold, "folds_hashes": data.folds_hashes, "epoch": epoch + 1, "cosine_similarity": score}
             if score > state["best"]:
                 checkpoints.save_checkpoint(best_path, network, recipe, **facts)
-                save_predictions(recipe, fold, data, predicted, targets)
             if epoch + 1 == recipe.epochs:
                 checkpoints.save_checkpoint(last_path, network, recipe, **facts)
         if score > state["best"]:
             state.update(best=score, best_epoch=epoch + 1, best_clean=clean_score)
+            origin = {"fold": fold, "prefix": recipe.prefix, "checkpoint": str(best_path.relative_to(models_folder))}
+            path = folder / f"fold{fold}_predictions.npz"
+            predictions.save_predictions(path, data, validation_rows, found.embeddings, ranks, **origin)
         saved_at = save_state(epoch + 1)
 
     # ---------------------------------------------------------------- result
@@ -222,7 +244,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
         "unreadable_images": len({row for row, _ in state["bad"]}),
         "updates": total_steps,
         "seconds": earlier_seconds + time.monotonic() - started,
-        "checkpoint": str(best_path.relative_to(recipe.models_folder())),
+        "checkpoint": str(best_path.relative_to(models_folder)),
     }
     if ranks.is_main:
         board.close()
@@ -232,6 +254,25 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
         print(f"finished: {runs.describe(result)}\nsaved {best_path}", flush=True)
     ranks.barrier()
     return result
+
+
+def check_same_folder(folder: Path, ranks: Ranks) -> None:
+    """Raise TrainingError on every rank if nodes do not share the run folder: only one of them could resume."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # torchrun's number of nodes
+        return
+    mark = folder / ranks.gather_objects(f".shared-{os.getpid()}-{time.time_ns()}")[0]
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    ranks.barrier()
+    blind = [rank for rank, sees in enumerate(ranks.gather_objects(mark.is_file())) if not sees]
+    if ranks.is_main:
+        mark.unlink()
+    if blind:
+        raise TrainingError(
+            f"ranks {', '.join(map(str, blind))} do not see what rank 0 writes to {folder}: the nodes must share "
+            "working/runs and working/models, or be given such places by run_dir= and model_dir="
+        )
 
 
 def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
@@ -254,11 +295,6 @@ def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
     }
 
 
-def mean_prompt_baseline(data: datasets.PromptImages, training_rows: np.ndarray, targets: np.ndarray) -> float:
-    """Mean cosine of every validation embedding with the mean training embedding: the score without looking."""
-    return engine.mean_cosine(np.broadcast_to(data.mean_embedding(training_rows), targets.shape), targets)
-
-
 def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, ranks: Ranks) -> None:
     """List unreadable training images in the run folder; TrainingError above 0.1 % of at least 1,000 images."""
     if not bad:
@@ -275,23 +311,6 @@ def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, 
         )
 
 
-def save_predictions(recipe: Recipe, fold: int, data: datasets.PromptImages, predicted, targets) -> None:
-    """The fold's out-of-fold predictions, from which the ensemble is fitted: `fold<k>_predictions.npz`."""
-    number, row = data.origin(data.validation_rows(fold))
-    with paths.atomic_path(recipe.run_folder(fold) / f"fold{fold}_predictions.npz") as temporary:
-        np.savez(
-            temporary,
-            dataset=np.array(data.names)[number],
-            row=row,
-            embeddings=predicted.astype(np.float32),
-            targets_hash=datasets.hash_targets(targets),
-            fold=fold,
-            folds_hash=json.dumps(data.folds_hashes, sort_keys=True),
-            prefix=recipe.prefix,
-            checkpoint=str(recipe.checkpoint_path(fold).relative_to(recipe.models_folder())),
-        )
-
-
 def random_state(ranks: Ranks) -> dict:
     """torch's generators of this rank; augmentation and sampling need none, they are keyed by seed, epoch and row."""
     state = {"cpu": torch.get_rng_state()}
@@ -303,7 +322,7 @@ def random_state(ranks: Ranks) -> dict:
 def load_resume(path: Path, network, optimizer, scaler, ranks: Ranks) -> dict:
     """Put a cut run's state back; returns epoch, step, best score and counts."""
     content = checkpoints.read(path)
-    checkpoints.load_weights(network, content.pop("model"), path)
+    network.load_state_dict(content.pop("model"))
     optimizer.load_state_dict(content.pop("optimizer"))
     scaler.load_state_dict(content.pop("scaler"))
     random, world_size = content.pop("random"), content.pop("world_size")

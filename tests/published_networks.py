@@ -34,16 +34,17 @@ class PublishedNetwork(nn.Module):
         return F.normalize(self.fc(features))
 
 
-def visual_tower(name: str) -> nn.Module:
-    """open_clip's image encoder of a named model, with random weights."""
+def visual_tower(name: str, **changes) -> nn.Module:
+    """open_clip's image encoder of a named model, with random weights; changes: of its vision_cfg."""
     settings = open_clip.get_model_config(name)
+    settings["vision_cfg"] |= changes
     return open_clip.model._build_vision_tower(settings["embed_dim"], settings["vision_cfg"])
 
 
-def published_network(model: str, input_size: int | None = None) -> PublishedNetwork:
-    """The network of one of the five models; a ViT at another input size than its own gets strided patches."""
+def published_network(model: str, input_size: int | None = None, **changes) -> PublishedNetwork:
+    """The network of one of the five models; a ViT at another input_size than its own gets strided patches."""
     if model in OPEN_CLIP:
-        tower = visual_tower(OPEN_CLIP[model])
+        tower = visual_tower(OPEN_CLIP[model], **changes)
         if model == "vit_large" and input_size is not None:
             rows, columns = tower.grid_size
             tower.conv1.stride = (input_size // rows, input_size // columns)

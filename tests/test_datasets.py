@@ -1,5 +1,8 @@
 """Data sets: what is refused before training, what an epoch draws, and what happens to images that cannot be read."""
 
+import hashlib
+import pickle
+
 import numpy as np
 import pytest
 from conftest import make_dataset, unit_rows
@@ -118,9 +121,7 @@ def test_an_epoch_holds_every_prompt_once_over_all_sets(workspace):
 @settings(max_examples=25, deadline=None)
 @given(world_size=st.sampled_from([1, 2, 4]), local=st.sampled_from([1, 2]), first=st.integers(0, 3))
 def test_any_number_of_ranks_deals_the_same_global_batches(world_size, local, first):
-    import pyarrow as pa
-
-    data = type("Data", (), {"prompts": pa.chunked_array([[f"p{number // 2}" for number in range(70)]])})
+    data = type("Data", (), {"prompt_codes": np.arange(70, dtype=np.int32) // 2})
     rows = np.arange(70)
     whole = sampler_of(data, rows, local_batch_size=8)
     expected = [{row for _, row in batch} for batch in whole.batches(3, first)]
@@ -225,8 +226,23 @@ def test_a_prompt_in_two_folds_is_refused(workspace):
         load_datasets(["toy", "other"])
 
 
-def test_mean_embedding(workspace):
+def test_means_and_hashes_are_those_of_the_rows(workspace):
+    make_dataset(workspace / "input", "other", num_prompts=33, images_per_prompt=3)
+    data = load_datasets(["toy", "other"])
+    embeddings = np.concatenate([np.load(workspace / "input" / f"{name}.npy") for name in ("toy", "other")])
+    for fold in (0, 7):
+        mean = embeddings[data.folds != fold].astype(np.float64).mean(axis=0)
+        mean /= np.linalg.norm(mean)
+        np.testing.assert_allclose(data.training_mean(fold), mean, atol=1e-6)
+        rows = np.flatnonzero(data.folds == fold)
+        assert data.mean_prompt_baseline(fold) == pytest.approx(float((embeddings[rows] @ mean).mean()), abs=1e-6)
+        assert data.hash_targets(rows) == hashlib.sha256(embeddings[rows]).hexdigest()
+
+
+def test_a_worker_that_is_not_forked_gets_names_and_no_rows(workspace):
     data = load_datasets(["toy"])
-    rows = np.array([0, 7, 7, 30])
-    mean = np.load(workspace / "input" / "toy.npy")[rows].mean(axis=0)
-    np.testing.assert_allclose(data.mean_embedding(rows), mean / np.linalg.norm(mean), atol=1e-6)
+    sent = pickle.dumps(data)
+    assert len(sent) < 1000
+    copy = pickle.loads(sent)
+    assert copy.prompts.to_pylist() == data.prompts.to_pylist() and copy.image_path(5) == data.image_path(5)
+    np.testing.assert_array_equal(copy.targets(np.arange(80)), data.targets(np.arange(80)))

@@ -101,5 +101,6 @@ def test_strided_patches_keep_the_grid(tiny_recipe):
     recipe = config.load_recipe(config.find_recipe("vit_large", 1), ["patch_mode=interpolated"])
     with torch.device("meta"):
         assert build_model(recipe, pretrained=False).backbone.pos_embed.shape == (1, 577, 1024)  # 24 x 24 + 1
-    with pytest.raises(ValueError, match="no multiple of the 10 x 10 tokens"):
-        stride_patches(timm.create_model("test_vit"), 225)
+    for size, said in ((225, "no multiple of the 10 x 10 tokens"), (80, "below the ViT's own 160")):
+        with pytest.raises(ValueError, match=said):
+            stride_patches(timm.create_model("test_vit"), size)
