@@ -68,8 +68,11 @@ def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
         if (table := read_index(path, wanted)) is not None:  # built by another process meanwhile
             return as_index(table)
         table = build(root, names, wanted)
-        with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
-            writer.write_table(table)
+        try:
+            with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+                writer.write_table(table)
+        except OSError as error:  # a full disk
+            print(f"warning: {path} cannot be written ({error}); every process keeps an index of its own", flush=True)
     return as_index(read_index(path, wanted) or table)
 
 
@@ -90,7 +93,7 @@ def read_index(path: Path, wanted: dict) -> pa.Table | None:
 
 
 def facts_of(table: pa.Table) -> dict:
-    return json.loads(table.schema.metadata[b"kutils"])
+    return json.loads((table.schema.metadata or {})[b"kutils"])
 
 
 def as_index(table: pa.Table) -> DatasetIndex:

@@ -1,34 +1,38 @@
-"""Start training and other commands from a cell or the shell: output live, failures loud, nothing left running.
+"""Start training from a cell or the shell: one fold on the ranks of this machine or of several, or every fold.
 
 This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
 """
 
 import argparse
 import ast
-import collections
-import ctypes
+import asyncio
+import concurrent.futures
+import contextlib
+import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kutils import config, paths
+from kutils import config, paths, runs
+from kutils.children import SAVING_SECONDS, CommandFailed, LaunchError, end_with_parent, run_module
+from kutils.nodes import Node, this_node
 
-LAST_LINES = 40  # of the output, repeated in the exception
+# for notebooks and ranks, beside what is defined here
+__all__ = ["CommandFailed", "LaunchError", "end_with_parent", "run_module"]
 
-
-class LaunchError(ValueError):
-    """What was to be started cannot be started as asked."""
-
-
-class CommandFailed(RuntimeError):
-    """A started command ended with an error; the message ends with its last lines."""
+HELP = """\
+several nodes: start the same command on each, with NNODES, NODE_RANK (0 on the first, which keeps the notebook),
+  MASTER_ADDR (of the first) and MASTER_PORT (29500) set, or torchrun's own PET_NNODES, PET_NODE_RANK,
+  PET_MASTER_ADDR, PET_MASTER_PORT or PET_RDZV_ENDPOINT; all see the same input/ and working/
+stop: Ctrl-C or SIGTERM; the ranks save where they are, which may take minutes: leave them 10 before SIGKILL
+resume: the same command again; folds that are finished are passed over, one that was cut goes on"""
 
 
 def check_parameters(cells: Sequence[str]) -> None:
@@ -147,86 +151,47 @@ def count_processes(wanted: int, device: str) -> int:
 def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_dir: Path) -> None:
     """Run `python -m <module> <arguments>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
 
-    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes.
+    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes, which meet under the name of the folder
+    that holds `log_dir`: late for one run, a node must not find itself in the next.
 
-    Raises: CommandFailed with the last lines if any rank fails. An interrupt ends all ranks.
+    Raises: CommandFailed with the last lines and the log of the rank that failed first. An interrupt reaches the ranks
+        as SIGTERM and leaves them SAVING_SECONDS.
     """
-    nodes = int(os.environ.get("NNODES", 1))
-    if nodes > 1:
-        endpoint = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
-        rendezvous = [f"--nnodes={nodes}", f"--node-rank={os.environ.get('NODE_RANK', 0)}"]
-        rendezvous += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=kutils"]
-    else:
-        rendezvous = ["--standalone"]
-    log_dir.mkdir(parents=True, exist_ok=True)
-    logging = ["--log-dir", str(log_dir), "--tee", "3", "--local-ranks-filter", "0"]
-    ranks = ["torch.distributed.run", *rendezvous, f"--nproc-per-node={num_processes}", *logging, "-m", module]
+    node = this_node()
+    # torchrun would take PET_ variables for arguments that it is not given here, and follow others than these
+    environment = dict.fromkeys(name for name in os.environ if name.startswith("PET_"))
     threads = max(1, (os.cpu_count() or 1) // num_processes)
-    run_module(*ranks, *arguments, environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
-
-
-def run_module(
-    module: str, *arguments: str, environment: dict[str, str] | None = None, hide: str | None = None
-) -> None:
-    """Run `python -m <module> <arguments>` as a child: output line by line as it comes, an exception when it fails.
-
-    The child ends when this process does, however that ends.
-
-    Args:
-        module, arguments: what to run.
-        environment: variables to set for it.
-        hide: regular expression of whole lines that are not shown.
-    Raises: CommandFailed with the command's last lines.
-    """
-    settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    search_path = os.pathsep.join(filter(None, [str(paths.repository_root()), os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        [sys.executable, "-m", "kutils.launch", "--child", module, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        errors="replace",
-        env=os.environ | settings | (environment or {}) | {"PYTHONPATH": search_path},
-        start_new_session=True,  # an interrupt goes to this process, which ends the child in order
-    )
-    last, error, speaker = collections.deque(maxlen=LAST_LINES), [], None
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)  # of torch 2.12 and later; 30 s before
+    command = ["torch.distributed.run", "--standalone"]
+    if node.count > 1:
+        log_dir = log_dir / f"node{node.rank}"
+        environment["NODE_RANK"] = str(node.rank)
+        command = ["torch.distributed.run", *node.rendezvous, f"--rdzv-id={log_dir.parent.parent.name}"]
+        print(f"node {node.rank} of {node.count} meets the others at {node.endpoint}, within 30 minutes", flush=True)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    command += [f"--nproc-per-node={num_processes}", "--log-dir", str(log_dir), "--tee", "3"]
+    command += ["--local-ranks-filter", "0", "-m", "kutils.children", module, *arguments]
     try:
-        for line in child.stdout:
-            rank, line = re.fullmatch(r"(\[[a-z]+\d+\]:)?(.*)", line.rstrip("\n")).groups()
-            last.append(line)
-            if line.startswith("error: "):
-                error, speaker = [line], rank
-            elif error and rank == speaker:  # its further lines, not torchrun's own traceback without a rank's prefix
-                error.append(line)
-            if hide is None or not re.fullmatch(hide, line):
-                print(line, flush=True)
-        code = child.wait()
-    except BaseException:
-        end(child)
-        raise
-    if code:
-        told = "\n".join(error[:LAST_LINES] or last)
-        raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}")
+        run_module(*command, environment=environment)
+    except CommandFailed as failure:
+        told = failed_rank(failure.last_lines, log_dir)
+        if node.count > 1:
+            told += f"\nif it lost a connection only, another node knows why: {log_dir.parent}/node*"
+        raise CommandFailed(f"{failure}{told}", failure.last_lines) from None
 
 
-def end(child: subprocess.Popen) -> None:
-    """SIGTERM to the child and all that it started, SIGKILL after 30 s."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(timeout=30)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
-
-
-def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies, however it dies: ranks and a notebook's children need it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:
+    """Which rank failed first, as torchrun's last lines say, what it said last and its log; empty if none did."""
+    ranks = re.findall(r"rank +: \d+ \(local_rank: (\d+)\)\n.*exitcode +: (.*)", "\n".join(last_lines))
+    if not ranks:
+        return ""
+    local_rank, exit_code = ranks[-1]  # torchrun's root cause comes last
+    logs = log_dir.glob(f"*/attempt_0/{local_rank}/stderr.log")
+    log = max(logs, key=lambda path: path.stat().st_mtime, default=log_dir)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()] or [""]
+    return f"\nfirst to fail here: local rank {local_rank}, exit code {exit_code.strip()}: {said[-1]}\nits log: {log}"
 
 
 def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) -> None:
@@ -235,57 +200,117 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
     Folds that are finished are passed over, one that was cut goes on. On further nodes of a job the ranks start without
     a notebook.
     """
-    import papermill  # takes a second; only this command needs it
-
     path = config.find_config(config_name)
     recipe = config.load_recipe(path, overrides)
-    count_processes(num_processes, recipe.device)  # says now, not after a minute, that there are too few GPUs
+    node = this_node()
+    num_processes = count_processes(num_processes, recipe.device)  # says now, not after a minute, that GPUs are missing
     for number, fold in enumerate(recipe.train_folds, start=1):
         run = Run(path, recipe, fold, tuple(overrides))
         print(f"fold {fold} ({number} of {len(recipe.train_folds)}): {run.folder}", flush=True)
-        if int(os.environ.get("NODE_RANK", 0)) > 0:
+        notebook = run.folder / ("train.ipynb" if recipe.stage == 1 else "refine.ipynb")
+        if is_finished(run, notebook, node):
+            print(f"already finished: {runs.describe(runs.result_of(run.folder))}", flush=True)
+        elif node.rank > 0:
             torchrun("kutils.train", run.arguments, num_processes=num_processes, log_dir=run.folder / "logs")
-            continue
-        name = "train" if recipe.stage == 1 else "refine"
-        run.folder.mkdir(parents=True, exist_ok=True)
-        parameters = {
-            "recipe": str(path),
-            "fold": fold,
-            "num_processes": num_processes,
-            "overrides": shlex.join(overrides),
-        }
-        papermill.execute_notebook(
-            paths.repository_root() / "notebooks" / f"{name}.ipynb",
-            run.folder / f"{name}.ipynb",
+        else:
+            notebook.parent.mkdir(parents=True, exist_ok=True)
+            values = {"recipe": str(path), "fold": fold, "num_processes": num_processes}
+            execute(notebook, values | {"overrides": shlex.join(overrides)})
+
+
+def is_finished(run: Run, notebook: Path, node: Node) -> bool:
+    """True if there is nothing left to do for a fold; RunError if the folder holds a run of another configuration.
+
+    One node alone also draws the figures that a former start did not come to. Several nodes must decide alike: there
+    the result alone counts.
+    """
+    if run.recipe.resume == "never" or not runs.result_of(run.folder):
+        return False
+    runs.check_same_configuration(run.folder, run.recipe)
+    if node.count > 1:
+        return True
+    try:
+        return json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"] is False
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def execute(notebook: Path, parameters: dict) -> None:
+    """Run the repository's notebook of this name and keep it executed; an interrupt stops its cell in order.
+
+    Raises: CommandFailed with the message of the cell that failed; KeyboardInterrupt once the notebook has stopped.
+    """
+    import jupyter_client  # these two take a second; only this command needs them
+    import papermill
+
+    manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
+    # in the main thread a signal would make papermill kill the kernel after 5 s; in another it leaves signals alone
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        done = thread.submit(
+            papermill.execute_notebook,
+            paths.repository_root() / "notebooks" / notebook.name,
+            notebook,
             parameters=parameters,
             cwd=str(paths.repository_root()),
-            log_output=True,
             progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            km=manager,
         )
+        try:
+            done.result()
+        except papermill.PapermillExecutionError as error:
+            raise CommandFailed(f"{error.evalue}\n(the notebook as far as it came: {notebook})") from None
+        except KeyboardInterrupt:
+            interrupt(manager, done)
+            raise
+        finally:
+            if manager.has_kernel:
+                asyncio.run(manager.shutdown_kernel())
+
+
+def interrupt(manager, done: concurrent.futures.Future) -> None:
+    """Interrupt a notebook's kernel until the notebook has stopped: between two cells an interrupt is lost."""
+    deadline = time.monotonic() + SAVING_SECONDS + 120  # longer than the cell itself waits for its ranks
+    while not done.done() and time.monotonic() < deadline:
+        if manager.has_kernel:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(manager.provisioner.pid, signal.SIGINT)
+        concurrent.futures.wait([done], timeout=10)
+
+
+def stop_once(number: int, frame) -> None:
+    """Handle the first SIGINT or SIGTERM as an interrupt, ignore more: they would cut what is being saved."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)
+    said = f"stopping: ranks that train save their state first, for up to {SAVING_SECONDS // 60} minutes\n"
+    os.write(2, said.encode())  # print() may have been interrupted itself
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--child"]:
-        end_with_parent()
-        sys.argv = argv[1:]
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-        return 0
     parser = argparse.ArgumentParser(
         prog="dist_train.sh",
         description="Train every fold of a recipe on the GPUs of this machine, one fold after the other.",
-        epilog=f"keys of a recipe, for key=value:\n{config.describe_keys()}",
+        epilog=f"{HELP}\n\nkeys of a recipe, for key=value:\n{config.describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("num_processes", type=int, help="ranks on this machine: its number of GPUs")
     parser.add_argument("config", help="recipe file, as given or below the repository's conf/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change for these runs")
     arguments = parser.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
+            signal.signal(number, stop_once)
     try:
         run_folds(arguments.num_processes, arguments.config, arguments.overrides)
-    except ValueError as error:
+    except (ValueError, CommandFailed) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

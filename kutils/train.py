@@ -139,7 +139,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
             SummaryWriter(folder / "tensorboard", purge_step=step),
         )
         print(
-            f"{recipe.prefix}, fold {fold}: {len(sampler.group_sizes):,} training prompts with {len(training_rows):,} "
+            f"{recipe.prefix}, fold {fold}: {sampler.num_prompts:,} training prompts with {len(training_rows):,} "
             f"images, {len(validation_rows):,} validation images, mean-prompt baseline {baseline:.4f}\n"
             f"{recipe.epochs} epochs of {sampler.steps_per_epoch:,} updates of {recipe.global_batch_size} images = "
             f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {device_name(ranks)} in "
@@ -188,7 +188,9 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
                 continue
             report = interval.close(ranks, step)
             poll_interval = max(1, int(POLL_SECONDS * report["updates_per_second"]))
-            too_long = 0 < 60 * recipe.checkpoint_every_minutes < time.monotonic() - saved_at
+            minutes = recipe.checkpoint_every_minutes
+            minutes = min(minutes, 1.0) if last_of_epoch else minutes  # no signal is heard while an epoch is evaluated
+            too_long = 0 < 60 * minutes < time.monotonic() - saved_at
             state["seen"] += report["images"]
             state["bad"] += report["bad"]
             check_bad_images(state["bad"], state["seen"], folder, data, ranks)
@@ -199,9 +201,10 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
                 for name in ("loss", "lr", "images_per_second", "data_wait"):
                     board.add_scalar(f"train/{name}", line[name], step)
                 shown.show(step, f"epoch {epoch + 1}/{recipe.epochs}", line)
-            if stop or (not last_of_epoch and (save_due or ranks.any(too_long))):
+            if stop or (save_due and not last_of_epoch) or ranks.any(too_long):
                 saved_at = save_state(epoch)
             if stop:
+                ranks.barrier()  # a rank that ended now would have torchrun kill the one that still writes
                 raise TrainingError(f"stopped by a signal after update {step}; the same command goes on from there")
 
         # ------------------------------------------------------------ evaluate

@@ -1,11 +1,13 @@
 """The index of data sets: built once, mapped afterwards, built anew whenever a file is another."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import make_dataset
 
@@ -74,6 +76,24 @@ def test_a_changed_file_is_read_again(workspace, reads, what):
     data = load_datasets(["toy"])
     assert reads == ["toy.tsv"] * 2
     assert data.folds.tolist() == read_table(tsv, ["fold"])["fold"].to_pylist()
+
+
+def test_an_arrow_file_of_someone_else_is_replaced(workspace, reads):
+    load_datasets(["toy"])
+    path = next((workspace / "working" / "cache").glob("*.arrow"))
+    table = pa.table({"x": [1]})
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    assert len(load_datasets(["toy"])) == 80 and len(reads) == 2
+
+
+def test_a_full_disk_costs_the_index_and_nothing_else(workspace, reads, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    assert len(load_datasets(["toy"])) == 80
+    assert "No space left on device" in capsys.readouterr().out and index_files(workspace) == [".lock"]
 
 
 @pytest.mark.parametrize("content", [b"", b"ARROW1\0\0 and then nothing", None])

@@ -138,6 +138,37 @@ def test_any_number_of_ranks_deals_the_same_global_batches(world_size, local, fi
         assert len(found) == 8 and set(found) == wanted
 
 
+def test_an_epoch_is_the_one_that_a_single_draw_for_all_prompts_gives():
+    """More prompts than one block of draws, codes out of order, one to many images each."""
+    codes = np.random.default_rng(0).integers(0, 120_000, 400_000).astype(np.int32)
+    rows = np.flatnonzero(codes % 7).astype(np.int32)
+    sampler = sampler_of(type("Data", (), {"prompt_codes": codes}), rows)
+    assert sampler.num_prompts > datasets.BLOCK and sampler.grouped_rows.dtype == sampler.group_starts.dtype == np.int32
+    grouped = rows[np.argsort(codes[rows], kind="stable")]
+    _, first, counts = np.unique(codes[grouped], return_index=True, return_counts=True)
+    np.testing.assert_array_equal(sampler.group_sizes, counts)
+    random = np.random.default_rng([71, 2])
+    expected = random.permutation(grouped[first + random.integers(0, counts)])
+    drawn = sampler.epoch_rows(2)
+    assert drawn.dtype == np.int32
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_the_next_epoch_costs_one_number_per_prompt():
+    import tracemalloc
+
+    codes = np.arange(600_000, dtype=np.int32) // 3
+    sampler = sampler_of(type("Data", (), {"prompt_codes": codes}), np.arange(600_000, dtype=np.int32))
+    tracemalloc.start()
+    try:
+        next(batches := sampler.batches(0))
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 800_000 <= held < 900_000 and peak < 4_000_000  # 200,000 prompts in 4 bytes, and a block of draws
+    batches.close()
+
+
 def test_too_few_prompts_for_a_batch(workspace):
     data = load_datasets(["toy"])
     with pytest.raises(DataError, match="40 training prompts do not fill one global batch of 64"):

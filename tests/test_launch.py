@@ -1,5 +1,6 @@
 """Launching: failures are loud, nothing is left running, wrong parameters stop a notebook."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from kutils import launch
 from kutils.config import ConfigError
 from kutils.launch import CommandFailed, LaunchError, check_parameters
+from kutils.nodes import Node
 
 CELLS = ["", 'model: str = "tiny"  # a model\nfold: int = 0', '# Parameters\nmodel = "other"\nfold = 3\n', "import sys"]
 
@@ -65,6 +67,25 @@ def test_cpu_ranks_are_said(monkeypatch, capsys):
     assert "2 ranks on the CPU (gloo)" in capsys.readouterr().out
 
 
+def test_a_fold_is_finished_with_its_result_and_alone_with_its_notebook_too(workspace, tiny_recipe):
+    (workspace / "recipe.yaml").write_text(tiny_recipe().to_yaml())
+    run = launch.plan_run("", 1, 0, recipe=str(workspace / "recipe.yaml"))
+    notebook, alone, first = run.folder / "train.ipynb", Node(1, 0, ""), Node(2, 0, "a:1")
+    assert not launch.is_finished(run, notebook, alone) and not launch.is_finished(run, notebook, first)
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(run.recipe.to_yaml())
+    (run.folder / "result.json").write_text('{"fold": 0}')
+    assert not launch.is_finished(run, notebook, alone) and launch.is_finished(run, notebook, first)
+    for exception, finished in ((True, False), (None, False), (False, True)):  # failed, cut, as it should be
+        notebook.write_text(json.dumps({"metadata": {"papermill": {"exception": exception}}}))
+        assert launch.is_finished(run, notebook, alone) is finished
+    other = launch.plan_run("", 1, 0, "epochs=7", str(workspace / "recipe.yaml"))
+    with pytest.raises(ValueError, match=r"another configuration .*epochs was 2, is 7"):
+        launch.is_finished(other, notebook, alone)
+    again = launch.plan_run("", 1, 0, "resume=never", str(workspace / "recipe.yaml"))
+    assert not launch.is_finished(again, notebook, alone)
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Write a module that a child process can run."""
@@ -104,6 +125,25 @@ def test_an_interrupt_ends_the_child(module, tmp_path):
     assert gone(child)
 
 
+def test_a_second_interrupt_does_not_cut_what_the_child_saves(module, tmp_path):
+    name = module(
+        "import os, signal, sys, time\n"
+        "def save(*_):\n    print('saving')\n    time.sleep(1)\n    print('saved')\n    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, save)\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    code = f"from kutils import launch\nlaunch.run_module({name!r})"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child = wait_for_pid(tmp_path / "pid")
+    for _ in range(3):
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    shown, error = parent.communicate(timeout=60)
+    assert shown == b"saving\nsaved\n" and b"KeyboardInterrupt" in error
+    assert gone(child)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_a_killed_parent_takes_its_child_along(module, tmp_path):
     name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
@@ -138,18 +178,26 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_torchrun_shows_rank_0_keeps_every_log_and_fails_loudly(module, tmp_path, capsys):
+def test_torchrun_shows_rank_0_keeps_every_log_and_fails_loudly(module, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PET_NNODES", "1")
+    monkeypatch.setenv("PET_NO_PYTHON", "1")  # torchrun itself would obey and start the module's name as a program
     name = module(
         "import os, sys\nprint('I am rank', os.environ['RANK'], sys.argv[1:])\n"
-        "sys.exit(5 if 'fail' in sys.argv and os.environ['RANK'] == '1' else 0)"
+        "print('left', [name for name in os.environ if name.startswith('PET_')])\n"
+        "print('grace', os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\n"
+        "if 'fail' in sys.argv and os.environ['RANK'] == '1':\n    print('I broke', file=sys.stderr)\n    sys.exit(5)"
     )
     launch.torchrun(name, ["go"], num_processes=2, log_dir=tmp_path / "logs")
     shown = capsys.readouterr().out
     assert "I am rank 0 ['go']" in shown.splitlines() and "rank 1" not in shown
-    logs = [path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")]
-    assert sorted(logs) == ["I am rank 0 ['go']\n", "I am rank 1 ['go']\n"]
-    with pytest.raises(CommandFailed, match="exitcode  : 5"):
+    assert "left []" in shown and "grace 600" in shown
+    logs = [path.read_text().splitlines()[0] for path in (tmp_path / "logs").rglob("stdout.log")]
+    assert sorted(logs) == ["I am rank 0 ['go']", "I am rank 1 ['go']"]
+    with pytest.raises(CommandFailed, match="exitcode  : 5") as caught:
         launch.torchrun(name, ["fail"], num_processes=2, log_dir=tmp_path / "logs")
+    said, log = str(caught.value).splitlines()[-2:]
+    assert said.startswith("first to fail here: local rank 1, exit code 5") and said.endswith(": I broke")
+    assert Path(log.removeprefix("its log: ")).read_text() == "I broke\n"
 
 
 @pytest.mark.slow

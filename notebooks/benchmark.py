@@ -1,0 +1,75 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Benchmark: what does it cost?
+#
+# **What it does.** Measures speed and memory on this machine beside the plain way to do the same, and keeps the numbers
+# in `working/benchmark/results.json`. `papermill notebooks/benchmark.ipynb working/runs/benchmark.ipynb`; it runs as a
+# script too: `python notebooks/benchmark.py`.
+#
+# **What it needs.** Linux. `open_5m_rows`: 12 GB of disk below `working/`, and 20 GB of memory for the plain way, which
+# is left out where there is less.
+#
+# **How long it takes.** `open_5m_rows`: five minutes on two CPU cores.
+
+# %% tags=["parameters"]
+sections: str = "open_5m_rows"  # what to measure, separated by commas
+rows: int = 0  # rows of the made data sets together; 0 is all 5,059,104
+repeats: int = 3  # of every measurement
+keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
+
+# %% tags=["active-py"]
+globals().setdefault("In", [])  # a script has no list of executed cells; in the notebook this is no code
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
+from kutils import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## What will be measured, and where?
+# Numbers of different machines do not compare: every entry names its own.
+
+# %%
+from kutils import benchmark
+
+chosen = benchmark.choose(sections)
+print(f"{', '.join(chosen)} on {benchmark.machine_name()}")
+
+# %% [markdown]
+# ## What do five million rows cost each rank?
+# Six data sets of the published sizes, opened by a process of its own each time, with nothing of them in memory yet.
+# The plain way: pandas parses every table, NumPy reads all embeddings. The first opening builds the index (it checks
+# every row and hashes the folds, which the plain way does not); later ones, and all other ranks, map it.
+
+# %%
+if "open_5m_rows" in chosen:
+    benchmark.save(benchmark.open_5m_rows(rows, repeats, keep_data))
+
+# %% [markdown]
+# ## What was found?
+# Medians; `ratio` is how many times less time or memory than the plain way. Memory is what a process holds alone, in
+# MB: of a rank beyond its imports, of a worker all that is its own, decoding included. Eight ranks pay it eight times,
+# as they would the plain way's. Mapped files are not in it: the system keeps one copy of them for all.
+
+# %%
+print(benchmark.format_results())

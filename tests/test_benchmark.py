@@ -1,0 +1,102 @@
+"""The benchmark: entries and their arithmetic, the data it makes, and one section from end to end in little."""
+
+import multiprocessing
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kutils import benchmark, datasets
+from kutils.benchmark import BenchmarkError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_an_entry_is_made_of_medians():
+    made = benchmark.entry("open", "s", [3.0, 2.0, 4.0], [30.0, 60.0])
+    assert (made.ours, made.reference, made.ratio) == (3, 45, 15) and made.spread == pytest.approx(2 / 3)
+    alone = benchmark.entry("open", "s", [0.5])
+    assert alone.reference is None and alone.ratio is None and alone.spread == 0
+    assert re.search(r"\d+ cores, \d+ GB", made.machine)
+
+
+def test_results_of_several_sections_stay_side_by_side(workspace):
+    assert benchmark.read_results() == []
+    benchmark.save([benchmark.entry("one", "s", [1.0]), benchmark.entry("two", "MB", [2.0], [4.0])])
+    benchmark.save([benchmark.entry("three", "s", [3.0]), benchmark.entry("one", "s", [9.0])])
+    assert [(item["name"], item["ours"]) for item in benchmark.read_results()] == [("one", 9), ("two", 2), ("three", 3)]
+    lines = benchmark.format_results().splitlines()
+    assert lines[2].split() == ["two", "MB", "2.00", "4.00", "2.00", "0%"] and len(lines) == 5
+    assert "None" not in lines[1] and "nan" not in lines[1].lower()
+
+
+def test_an_unknown_section_names_the_nearest():
+    assert benchmark.choose(" open_5m_rows ,") == ["open_5m_rows"]
+    with pytest.raises(BenchmarkError, match="no section 'open_5m_row'; did you mean 'open_5m_rows'"):
+        benchmark.choose("open_5m_row")
+
+
+def test_private_memory_is_what_was_written():
+    before = benchmark.private_megabytes()
+    with benchmark.peak_megabytes() as peak:
+        held = np.ones(25_000_000, np.uint8)
+        dropped = np.ones(50_000_000, np.uint8)
+        time.sleep(0.1)
+        del dropped
+    assert benchmark.private_megabytes() - before == pytest.approx(25, abs=5)
+    assert peak[0] - before == pytest.approx(75, abs=8) and held.any()
+
+
+def test_sizes_are_as_published_and_shrink_to_the_disk(capsys):
+    sizes = benchmark.made_rows(0, 10**12)
+    assert sizes == {name: count for name, (count, _) in benchmark.MADE_SETS.items()}
+    assert sum(sizes.values()) == 5_059_104
+    assert sum(count // images for count, images in benchmark.MADE_SETS.values()) == 3_378_588
+    assert 9_990 <= sum(benchmark.made_rows(10_000, 10**12).values()) <= 10_000 and not capsys.readouterr().out
+    small = sum(benchmark.made_rows(0, benchmark.SPARE_BYTES + 2_000 * benchmark.ROW_BYTES).values())
+    assert 1_990 <= small <= 2_000 and "5,059,104 rows do not fit" in capsys.readouterr().out
+    with pytest.raises(BenchmarkError, match="too few"):
+        benchmark.made_rows(0, 10**9)
+
+
+def test_made_sets_are_data_sets(workspace):
+    root = workspace / "input"
+    shutil.rmtree(root)
+    sizes = benchmark.made_rows(20_000, 10**12)
+    benchmark.make_datasets(root, sizes)
+    data = datasets.load_datasets(list(sizes))  # checks folds, lengths and rows
+    assert len(data) == sum(sizes.values())
+    images = np.bincount(np.bincount(data.prompt_codes))
+    assert images[1] == sizes["cc3m_part2"] + sizes["diffusiondb_part2"]
+    assert images[3] > 0.99 * sum(sizes[name] // 3 for name in ("cc3m", "lexica", "diffusiondb", "mscoco"))
+    assert 50 < np.mean([len(prompt) for prompt in data.prompts.to_pylist()]) < 75
+    made = (root / "cc3m.npy").stat().st_mtime_ns
+    benchmark.make_datasets(root, sizes)
+    assert (root / "cc3m.npy").stat().st_mtime_ns == made  # kept
+    benchmark.make_datasets(root, benchmark.made_rows(10_000, 10**12))
+    assert len(np.load(root / "cc3m.npy")) == 10_000 * 748_781 // 5_059_104
+
+
+def test_the_section_from_end_to_end(workspace):
+    entries = {item.name: item for item in benchmark.open_5m_rows(rows=4_000, repeats=1)}
+    assert len(entries) == 7 and {item.unit for item in entries.values()} == {"s", "MB"}
+    assert entries["open_5m_rows"].ours < entries["open_5m_rows_first"].ours
+    assert entries["open_5m_rows_rank"].ours < 20 and 5 < entries["open_5m_rows_worker"].ours < 400
+    assert entries["open_5m_rows"].ratio == entries["open_5m_rows"].reference / entries["open_5m_rows"].ours
+    assert list((workspace / "working" / "benchmark").iterdir()) == []  # the data sets are gone
+    assert not multiprocessing.active_children()
+
+
+def test_the_notebook_runs_as_a_script(workspace):
+    """Everything but the measurements, which take minutes."""
+    script = (ROOT / "notebooks" / "benchmark.py").read_text(encoding="utf-8")
+    (workspace / "benchmark.py").write_text(script.replace('sections: str = "open_5m_rows"', 'sections: str = ""'))
+    benchmark.save([benchmark.entry("kept", "s", [1.0])])
+    done = subprocess.run([sys.executable, workspace / "benchmark.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "kept" in done.stdout and benchmark.machine_name() in done.stdout
