@@ -5,6 +5,7 @@ optimiser, then epoch by epoch: train, evaluate, save.
 """
 
 import argparse
+import errno
 import itertools
 import os
 import signal
@@ -375,6 +376,13 @@ def main(argv: list[str] | None = None) -> int:
         train(recipe, arguments.fold, devices.join_ranks(recipe.device))
     except ValueError as error:  # what a user can put right; anything else is a bug and shows its traceback
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: {error}; make room, and the same command goes on from its last state", file=sys.stderr, flush=True
+        )
         return 1
     finally:
         devices.leave_ranks()

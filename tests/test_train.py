@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,10 +215,11 @@ def command(path, *overrides, ranks=1):
     ]
 
 
-def run_ranks(path, *overrides, ranks=1):
+def run_ranks(path, *overrides, ranks=1) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command(path, *overrides, ranks=ranks), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -238,25 +241,39 @@ def test_two_ranks_train_like_one_and_score_every_row_once(workspace, recipe_fil
     assert best == pytest.approx(float((saved["embeddings"] * targets).sum(1).mean()), abs=1e-6)
 
 
+def losses_of(metrics) -> list[float]:
+    return [line["loss"] for line in read_metrics(metrics) if "loss" in line]
+
+
+def run_and_kill(path, metrics, ranks: int) -> None:
+    """Start training and SIGKILL torchrun and every rank after the seventh update."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command(path, ranks=ranks), env=environment, stdout=subprocess.DEVNULL)
+    while child.poll() is None and len(losses_of(metrics)) < 7:
+        time.sleep(0.002)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(path).encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # ended meanwhile
+            continue
+    assert child.wait() == -signal.SIGKILL
+    assert checkpoints.read(metrics.parent / "resume.pt")["step"] >= 6
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, stage):
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 1), (2, 2)])
+def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, stage, ranks):
     """SIGKILL in the second epoch, with drop path (random numbers), and the head alone in the first epoch."""
     changes = {"epochs": 3, "drop_path_rate": 0.2, "num_workers": 1, "freeze_epochs": 1, "checkpoint_every_steps": 3}
     if stage == 2:
-        changes |= {"sam_rho": 0.05, "max_local_batch_size": 4}
+        changes |= {"sam_rho": 0.05, "max_local_batch_size": 4 // ranks}
     whole, killed = recipe_file("whole", **changes), recipe_file("killed", **changes)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run_ranks(whole)
+    run_ranks(whole, ranks=ranks)
     metrics = workspace / "working" / "runs" / "killed_fold0" / "metrics.jsonl"
-    child = subprocess.Popen(command(killed), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    while child.poll() is None and sum("loss" in line for line in read_metrics(metrics)) < 7:
-        time.sleep(0.002)
-    os.killpg(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    cut = checkpoints.read(metrics.parent / "resume.pt")["step"]
-    assert cut >= 6
-    run_ranks(killed)
+    run_and_kill(killed, metrics, ranks)
+    run_ranks(killed, ranks=ranks)
     models = workspace / "working" / "models" / "tiny"
     one, other = (checkpoints.read(models / f"{name}_fold0_epoch3.pth") for name in ("whole", "killed"))
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -267,6 +284,51 @@ def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, stage)
         for path in (metrics, metrics.parent.parent / "whole_fold0" / "metrics.jsonl")
     ]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+def test_a_run_of_two_ranks_goes_on_with_one(workspace, recipe_file):
+    """The same global batches and, with SAM, the same local ones: the losses of a run that was never cut."""
+    changes = {"epochs": 3, "checkpoint_every_steps": 3, "sam_rho": 0.05, "max_local_batch_size": 4}
+    whole, killed = recipe_file("whole", **changes), recipe_file("killed", **changes)
+    run_ranks(whole)
+    metrics = workspace / "working" / "runs" / "killed_fold0" / "metrics.jsonl"
+    run_and_kill(killed, metrics, ranks=2)
+    assert "warning: cut with 2 ranks, going on with 1: drop path is drawn anew" in run_ranks(killed)
+    expected = losses_of(metrics.parent.parent / "whole_fold0" / "metrics.jsonl")
+    assert len(expected) == 12
+    np.testing.assert_allclose(losses_of(metrics), expected, atol=1e-4)
+
+
+FULL_DISK = """
+set -u
+mount -t tmpfs -o size=40M none "$KUTILS_WORKING"
+"$@" > "$OUT/first" 2>&1 & pid=$!
+until [ -f "$RUN/resume.pt" ] || ! kill -0 $pid; do sleep 0.02; done
+head -c 100M /dev/zero > "$KUTILS_WORKING/rubbish" 2> /dev/null
+wait $pid; echo "full: $?"
+find "$KUTILS_WORKING" -name "*.partial*"
+rm "$KUTILS_WORKING/rubbish"
+"$@" > "$OUT/second" 2>&1; echo "room: $?"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_a_clear_error_and_loses_nothing(workspace, recipe_file):
+    """A real one: a small file system of its own, filled while the run trains."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"]).returncode:
+        pytest.skip("this machine gives a process no file system of its own (unshare -rm)")
+    path = recipe_file(epochs=40, checkpoint_every_steps=1)
+    environment = os.environ | {"OUT": str(workspace), "RUN": str(workspace / "working" / "runs" / "tiny_fold0")}
+    script = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *command(path)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    first, second = ((workspace / name).read_text() for name in ("first", "second"))
+    assert done.stdout.splitlines() == ["full: 1", "room: 0"], done.stdout + done.stderr + first + second
+    said = [line for line in first.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "Traceback" not in first, first
+    assert "is the disk full? The former file is untouched" in said[0] or "make room" in said[0]
+    assert "going on after update" in second and "finished: tiny fold 0" in second
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys):
