@@ -75,6 +75,12 @@ def make_dataset(
     np.save(root / f"{name}.npy", np.stack(rows))
 
 
+@pytest.fixture(autouse=True)
+def no_traces(tmp_path_factory, monkeypatch):
+    """Nothing that a test works out lands in the repository's `working/`."""
+    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path_factory.mktemp("working")))
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """A folder with `input/` (with the data set `toy`: 80 images of 40 prompts) and `working/`, which kutils uses."""
