@@ -150,7 +150,5 @@ if __name__ == "__main__":
     end_with_parent()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank
         count_ranks_by_node()
-        # torchrun signals a rank's whole process group: its data loaders would die of it, and it of them, unsaved
-        os.register_at_fork(after_in_child=os.setpgrp)
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -80,7 +80,9 @@ class Recipe:
     device: str = setting("auto: GPU if there is one, else CPU", "auto", choices=("auto", "cuda", "cpu"))
     num_workers: int = setting("data loader processes per rank; 0: in the training process", 8)
     resume: str = setting(
-        "auto: go on where this run was cut; never: refuse a run folder in use", "auto", choices=("auto", "never")
+        "auto: go on where this run was cut; never: start over, and move a former run of this name aside",
+        "auto",
+        choices=("auto", "never"),
     )
     checkpoint_every_steps: int = setting("save the resume state every so many updates; 0: by time and epoch alone", 0)
     checkpoint_every_minutes: float = setting("save the resume state every so many minutes; 0: by epoch alone", 15.0)
@@ -122,6 +124,8 @@ class Recipe:
             raise ConfigError(
                 f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; lower it or raise them"
             )
+        if self.sam_rho == 0 and self.sam_gradient != "local":
+            raise ConfigError(f"sam_gradient={self.sam_gradient} is for SAM, and sam_rho=0 is none; leave it out")
         if self.stage > 1 and self.initialize_from is None:
             raise ConfigError(f"stage {self.stage} starts from a checkpoint; set initialize_from")
 

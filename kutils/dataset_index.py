@@ -57,8 +57,7 @@ def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
         return as_index(table)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
+        lock = FileLock(path.with_suffix(".lock")).acquire()  # released by the `with` below
     except OSError as error:
         print(
             f"warning: {path.parent} cannot be written ({error}); every process keeps an index of its own", flush=True

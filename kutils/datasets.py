@@ -82,8 +82,13 @@ class PromptImages:
         total = np.delete(self.index.fold_sums, fold, axis=0).sum(axis=0)
         return (total / np.linalg.norm(total)).astype(np.float32)
 
-    def mean_prompt_baseline(self, fold: int) -> float:
-        """Mean cosine of the fold's embeddings with the mean training embedding: the score without looking."""
+    def mean_prompt_baseline(self, fold: int) -> float | None:
+        """Mean cosine of the fold's embeddings with the mean training embedding: the score without looking.
+
+        None where all rows, or none, are of this fold.
+        """
+        if self.index.fold_counts[fold] in (0, self.index.fold_counts.sum()):
+            return None
         return float(self.index.fold_sums[fold] @ self.training_mean(fold) / self.index.fold_counts[fold])
 
     def hash_targets(self, rows: np.ndarray) -> str:

@@ -1,11 +1,14 @@
 """Which device computes, in which precision, and how the ranks of a run find each other."""
 
+import datetime
 import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from kutils.children import SAVING_SECONDS
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank if the flag is set on one: a synchronisation with the device where there are several."""
-        return bool(self.gather_vectors(torch.tensor([float(flag)], device=self.device)).any())
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, set on every rank if it is on one: a synchronisation with the device where there are several."""
+        return self.gather_vectors(torch.tensor(flags, dtype=torch.float32, device=self.device)).any(dim=0).tolist()
 
     def gather_objects(self, value) -> list:
         """`value` of every rank, in rank order, on every rank."""
@@ -103,7 +106,8 @@ def join_ranks(device_name: str) -> Ranks:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, as bfloat16 has 7
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        limit = datetime.timedelta(seconds=2 * SAVING_SECONDS)  # the others wait while rank 0 saves
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
     return Ranks(rank, world_size, device)
 
 

@@ -131,6 +131,7 @@ def evaluate(
     recipe: Recipe,
     dtype: torch.dtype,
     ranks: Ranks,
+    *,
     total: int,
     keep_features: bool = False,
 ) -> Evaluation:

@@ -68,7 +68,9 @@ def evaluate(
         pin_memory=ranks.device.type == "cuda",
     )
     dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
-    found = engine.evaluate(network, loader, recipe, dtype, ranks, len(rows), keep_features=features_path is not None)
+    found = engine.evaluate(
+        network, loader, recipe, dtype, ranks, total=len(rows), keep_features=features_path is not None
+    )
     if predictions_path is not None:
         origin = {"fold": -1 if fold is None else fold, "prefix": recipe.prefix, "checkpoint": str(checkpoint)}
         predictions.save_predictions(predictions_path, data, rows, found.embeddings, ranks, **origin)
@@ -165,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         launch.end_with_parent()
     try:
         run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:

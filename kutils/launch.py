@@ -201,6 +201,7 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
     a notebook.
     """
     path = config.find_config(config_name)
+    overrides = with_absolute_paths(config.load_recipe(path, overrides), overrides)
     recipe = config.load_recipe(path, overrides)
     node = this_node()
     num_processes = count_processes(num_processes, recipe.device)  # says now, not after a minute, that GPUs are missing
@@ -230,9 +231,20 @@ def is_finished(run: Run, notebook: Path, node: Node) -> bool:
     if node.count > 1:
         return True
     try:
-        return json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"] is False
+        record = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]
+        return record["end_time"] is not None and not record["exception"]
     except (OSError, ValueError, KeyError):
         return False
+
+
+def with_absolute_paths(recipe: config.Recipe, overrides: Sequence[str]) -> list[str]:
+    """The overrides, and every path of the recipe made absolute: notebook and ranks have other current folders."""
+    values = config.parse_overrides(overrides)
+    for key in ("run_dir", "model_dir", "pretrained"):
+        value = getattr(recipe, key)
+        if isinstance(value, str) and value:
+            values[key] = str(Path(value).absolute())
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def execute(notebook: Path, parameters: dict) -> None:

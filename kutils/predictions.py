@@ -1,6 +1,7 @@
 """Predictions of a fold's rows, gathered from all ranks and written as the file that the ensemble is fitted on."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,13 @@ def gathered(ranks: Ranks, local: Tensor, total: int, folder: Path) -> Iterator[
     Yields: float32 [total, D], each row exactly once.
     """
     with tempfile.TemporaryFile(dir=folder) if ranks.is_main else nullcontext() as file:
-        rows = np.memmap(file, np.float32, "w+", shape=(total, local.shape[1])) if ranks.is_main else None
+        rows = None
+        if ranks.is_main:
+            shape = (total, local.shape[1])
+            os.posix_fallocate(
+                file.fileno(), 0, 4 * total * local.shape[1]
+            )  # a full disk: OSError now, or SIGBUS later
+            rows = np.memmap(file, np.float32, "r+", shape=shape)
         stride = BLOCK * ranks.world_size
         for number in range(-(-total // stride)):
             first = number * stride

@@ -68,6 +68,8 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
         backbone = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
         )
+    except TypeError:  # an option that this backbone does not have
+        raise
     except Exception as error:  # the hub's client and the readers of weights files raise errors of many kinds
         raise WeightsError(
             f"the weights of {name} could not be loaded from {file or 'the model hub'}: {first_line(error)}\n"

@@ -1,5 +1,6 @@
 """The folder of a run: what it was started with, how far it came, and what must not be overwritten."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -34,11 +35,12 @@ def check_same_configuration(folder: Path, recipe: Recipe) -> None:
     path = folder / "config.yaml"
     if not path.is_file():
         return
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of keys that came later
+    saved = defaults | yaml.safe_load(path.read_text(encoding="utf-8"))
     now = yaml.safe_load(recipe.to_yaml())
-    differing = [key for key in now if key not in OPERATIONAL and saved.get(key) != now[key]]
+    differing = [key for key in now if key not in OPERATIONAL and saved[key] != now[key]]
     if differing:
-        changes = ", ".join(f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in differing[:5])
+        changes = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:5])
         raise RunError(
             f"{folder} holds a run of another configuration ({changes}); give this one a name with prefix=NAME, "
             "or start over with resume=never, which moves the former run and its checkpoints aside"
@@ -121,9 +123,10 @@ def git_commit() -> str | None:
 class Metrics:
     """`metrics.jsonl`: a line per log interval and per epoch, appended and flushed; cut back to a step on resume."""
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, epochs_done: int):
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        lines = (line for line in read_metrics(path) if line["step"] <= last_step)
+        kept = [line for line in lines if line["epoch"] <= epochs_done or "cosine_similarity" not in line]
         with paths.atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 

@@ -62,6 +62,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
     if result := runs.result_of(folder):
         if ranks.is_main:
             print(f"already finished: {runs.describe(result)}\n(resume=never trains it again)", flush=True)
+            (folder / "resume.pt").unlink(missing_ok=True)  # of a run that was killed after its result
         return result
 
     # ---------------------------------------------------------------- data
@@ -136,7 +137,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
     if ranks.is_main:
         runs.start(folder, recipe, fold=fold, ranks=ranks.world_size, device=device_name(ranks), dtype=str(dtype))
         metrics, board = (
-            runs.Metrics(folder / "metrics.jsonl", step),
+            runs.Metrics(folder / "metrics.jsonl", step, state["epoch"]),
             SummaryWriter(folder / "tensorboard", purge_step=step),
         )
         print(
@@ -184,14 +185,16 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
             last_of_epoch = step % sampler.steps_per_epoch == 0
             save_due = recipe.checkpoint_every_steps > 0 and step % recipe.checkpoint_every_steps == 0
             log_due = step % log_interval == 0 or last_of_epoch or save_due
-            stop = (log_due or step % poll_interval == 0) and ranks.any(stop_requested())
-            if not log_due and not stop:
+            stop = too_long = False
+            if log_due or step % poll_interval == 0:
+                minutes = recipe.checkpoint_every_minutes
+                minutes = min(minutes, 1.0) if last_of_epoch else minutes  # no signal is heard during an evaluation
+                too_long = 0 < 60 * minutes < time.monotonic() - saved_at
+                stop, too_long = ranks.any(stop_requested(), too_long)
+            if not (log_due or stop or too_long):
                 continue
             report = interval.close(ranks, step)
             poll_interval = max(1, int(POLL_SECONDS * report["updates_per_second"]))
-            minutes = recipe.checkpoint_every_minutes
-            minutes = min(minutes, 1.0) if last_of_epoch else minutes  # no signal is heard while an epoch is evaluated
-            too_long = 0 < 60 * minutes < time.monotonic() - saved_at
             state["seen"] += report["images"]
             state["bad"] += report["bad"]
             check_bad_images(state["bad"], state["seen"], folder, data, ranks)
@@ -202,14 +205,14 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
                 for name in ("loss", "lr", "images_per_second", "data_wait"):
                     board.add_scalar(f"train/{name}", line[name], step)
                 shown.show(step, f"epoch {epoch + 1}/{recipe.epochs}", line)
-            if stop or (save_due and not last_of_epoch) or ranks.any(too_long):
+            if stop or too_long or (save_due and not last_of_epoch):
                 saved_at = save_state(epoch)
             if stop:
                 ranks.barrier()  # a rank that ended now would have torchrun kill the one that still writes
                 raise TrainingError(f"stopped by a signal after update {step}; the same command goes on from there")
 
         # ------------------------------------------------------------ evaluate
-        found = engine.evaluate(network, validation_loader, recipe, dtype, ranks, len(validation_rows))
+        found = engine.evaluate(network, validation_loader, recipe, dtype, ranks, total=len(validation_rows))
         score = engine.mean(found.cosines)
         clean_score = None if clean is None else engine.mean(found.cosines, clean)
         if not np.isfinite(score):
@@ -290,8 +293,14 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
     return local, recipe.global_batch_size // (world_size * local)
 
 
+def leave_process_group(worker: int) -> None:
+    """A signal to the whole group of a rank would end its data loaders, and the rank with them before it has saved."""
+    os.setpgrp()
+
+
 def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
     return {
+        "worker_init_fn": leave_process_group,
         "num_workers": recipe.num_workers,
         "collate_fn": datasets.collate,
         "pin_memory": ranks.device.type == "cuda",
@@ -347,7 +356,7 @@ def device_name(ranks: Ranks) -> str:
 
 
 def watch_for_sigterm():
-    """Turn SIGTERM into a question for the next log line, so that the state is saved between two updates."""
+    """Turn SIGTERM into a question that is asked between two updates, where the state can be saved."""
     received = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     return lambda: bool(received)

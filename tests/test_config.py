@@ -193,3 +193,9 @@ def test_a_config_path_is_found_from_any_folder(tmp_path, monkeypatch):
 def test_help_lists_every_key():
     text = config.describe_keys()
     assert all(f"  {key}: " in text for key in Recipe.__dataclass_fields__)
+
+
+def test_a_setting_of_sam_without_sam_is_refused(tiny_recipe):
+    assert tiny_recipe(sam_rho=0.05, sam_gradient="averaged").sam_gradient == "averaged"
+    with pytest.raises(ConfigError, match="sam_gradient=averaged is for SAM, and sam_rho=0 is none"):
+        tiny_recipe(sam_gradient="averaged")

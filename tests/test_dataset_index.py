@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +117,12 @@ def test_bad_data_leaves_no_index(workspace):
     embeddings = np.load(workspace / "input" / "toy.npy")
     embeddings[70, 3] = np.inf
     np.save(workspace / "input" / "toy.npy", embeddings)
-    with pytest.raises(DataError, match="row 70"):
+    with pytest.raises(DataError, match="row 70") as caught:
         load_datasets(["toy"])
     assert index_files(workspace) == [".lock"]
+    embeddings[70] = embeddings[0]
+    np.save(workspace / "input" / "toy.npy", embeddings)
+    assert len(load_datasets(["toy"])) == 80 and caught.traceback  # which keeps nothing locked
 
 
 def test_processes_that_start_together_build_it_once(workspace):
@@ -137,8 +141,6 @@ while time.time() < float(sys.argv[1]):
 data = datasets.load_datasets(["toy"])
 print(len(count), len(data), data.folds_hashes["toy"])
 """
-    import time
-
     begin = str(time.time() + 12)  # all have imported what they need by then
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, begin]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from conftest import make_dataset
 
 from kutils import checkpoints, evaluate, train
 from kutils.models import build_model
+from kutils.tables import read_table, write_table
 
 
 @pytest.fixture
@@ -86,6 +88,37 @@ def test_what_cannot_be_evaluated(trained, workspace, capsys, arguments, said):
     assert run(trained[0], *(text.format(workspace) for text in arguments)) == 1
     assert said in capsys.readouterr().err
     assert (workspace / "there.npz").read_bytes() == b"dear" and not (workspace / "x.npz").exists()
+
+
+def test_rows_that_are_all_of_one_fold_have_no_baseline(trained, workspace, capsys):
+    make_dataset(workspace / "input", "one", num_prompts=4)
+    table = read_table(workspace / "input" / "one.tsv", ["fold"]).to_pydict()
+    write_table(workspace / "input" / "one.tsv", table | {"fold": [0] * 8})
+    assert run(trained[0], "--fold", 0, "datasets=one") == 0
+    shown = capsys.readouterr().out
+    assert "on 8 images" in shown and "nan" not in shown and "mean training prompt" not in shown
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path):
+    """A sparse file in a mapping would be killed by SIGBUS where the disk is full."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"]).returncode:
+        pytest.skip("this machine gives a process no file system of its own (unshare -rm)")
+    code = """
+import sys, torch
+from pathlib import Path
+from kutils import predictions
+from kutils.devices import Ranks
+try:
+    with predictions.gathered(Ranks(0, 1, torch.device("cpu")), torch.ones(4000, 384), 4000, Path(sys.argv[1])):
+        print("written")
+except OSError as error:
+    print(error.strerror)
+"""
+    mount = 'mount -t tmpfs -o size=2M none "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "bash", "-c", mount, "bash", str(tmp_path), sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "No space left on device\n", done
 
 
 @pytest.mark.slow

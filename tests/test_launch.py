@@ -76,8 +76,10 @@ def test_a_fold_is_finished_with_its_result_and_alone_with_its_notebook_too(work
     (run.folder / "config.yaml").write_text(run.recipe.to_yaml())
     (run.folder / "result.json").write_text('{"fold": 0}')
     assert not launch.is_finished(run, notebook, alone) and launch.is_finished(run, notebook, first)
-    for exception, finished in ((True, False), (None, False), (False, True)):  # failed, cut, as it should be
-        notebook.write_text(json.dumps({"metadata": {"papermill": {"exception": exception}}}))
+    ended = "2026-01-01T10:00:00"
+    for exception, end_time, finished in ((True, ended, False), (None, None, False), (None, ended, True)):
+        record = {"exception": exception, "end_time": end_time}  # failed, cut, as it should be: what papermill writes
+        notebook.write_text(json.dumps({"metadata": {"papermill": record}}))
         assert launch.is_finished(run, notebook, alone) is finished
     other = launch.plan_run("", 1, 0, "epochs=7", str(workspace / "recipe.yaml"))
     with pytest.raises(ValueError, match=r"another configuration .*epochs was 2, is 7"):
@@ -220,3 +222,13 @@ def test_lines_that_are_hidden_are_not_shown(capsys):
     shown = capsys.readouterr().out.splitlines()
     assert "The Zen of Python, by Tim Peters" in shown and "Readability counts." in shown
     assert "" not in shown and not any("is better than" in line for line in shown)
+
+
+def test_paths_mean_the_same_to_the_launcher_the_notebook_and_the_ranks(workspace, tiny_recipe, monkeypatch):
+    """`cd working && bash dist_train.sh ... run_dir=mine`: notebooks run in the repository's folder."""
+    monkeypatch.chdir(workspace)
+    recipe = tiny_recipe(run_dir="mine", pretrained="weights", model_dir="/models")
+    found = launch.with_absolute_paths(recipe, ["run_dir=mine", "lr=1e-3"])
+    expected = {f"run_dir={workspace}/mine", f"pretrained={workspace}/weights", "model_dir=/models", "lr=1e-3"}
+    assert set(found) == expected
+    assert launch.with_absolute_paths(tiny_recipe(), ["pretrained=false"]) == ["pretrained=false"]

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from test_checkpoints import Payload
 
 from kutils import pretrained
 from kutils.models import build_model
@@ -69,16 +70,6 @@ def test_weights_of_another_network(tmp_path, tiny_recipe, source):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"weights of test_vit could not be loaded from .*w\.pth"):
         build_model(tiny_recipe(backbone="test_vit", pretrained=str(tmp_path / "w.pth")))
-
-
-class Payload:
-    """Unpickling it would write a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_no_code_of_a_weights_file_is_run(tmp_path):

@@ -86,6 +86,30 @@ def test_fifty_updates_are_those_of_an_independent_sam(tiny_recipe, sam_gradient
     torch.testing.assert_close(model.a.detach().double(), reference, rtol=1e-4, atol=1e-5)
 
 
+class Normalised(Toy):
+    """The toy with a BatchNorm on the means of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+
+    def forward(self, images):
+        return self.norm(images.mean(dim=(2, 3))) @ self.a.T
+
+
+@pytest.mark.parametrize("sam_gradient", ["local", "averaged"])
+def test_an_update_counts_each_batch_once_in_batch_statistics(tiny_recipe, sam_gradient):
+    recipe = tiny_recipe(augment=False, sam_rho=0.5, sam_gradient=sam_gradient)
+    batches = [toy_batch(0), toy_batch(1)]
+    model, plain = Normalised().train(), Normalised().train()
+    for batch in batches:
+        plain(engine.to_network_input(batch, recipe, torch.device("cpu")))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    engine.update(model, batches, optimizer, torch.amp.GradScaler("cpu", enabled=False), recipe, torch.float32)
+    for name, value in plain.norm.named_buffers():
+        torch.testing.assert_close(dict(model.norm.named_buffers())[name], value)
+
+
 @pytest.mark.slow
 def test_two_ranks_perturb_by_their_own_gradient_or_by_the_average():
     """The ranks check their weights against gradients worked out in float64: tests/sam_on_ranks.py."""

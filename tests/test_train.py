@@ -331,6 +331,65 @@ def test_a_full_disk_stops_with_a_clear_error_and_loses_nothing(workspace, recip
     assert "going on after update" in second and "finished: tiny fold 0" in second
 
 
+def test_what_an_epoch_reached_is_saved_before_it_is_evaluated(workspace, recipe_file, monkeypatch):
+    """No signal is heard during an evaluation; cut there, the epoch is evaluated by the next start, once."""
+    path = recipe_file(checkpoint_every_minutes=1e-9)
+    real = engine.evaluate
+
+    def cut(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "evaluate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        start(path)
+    folder = workspace / "working" / "runs" / "tiny_fold0"
+    saved = checkpoints.read(folder / "resume.pt")
+    assert (saved["step"], saved["epoch"]) == (4, 0)
+
+    def cut_afterwards(*arguments, **options):
+        if arguments[0] == folder / "fold0_predictions.npz":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "evaluate", real)
+    monkeypatch.setattr(train.predictions, "save_predictions", cut_afterwards)
+    with pytest.raises(KeyboardInterrupt):  # with the epoch's line in the metrics, and the state from before it
+        start(path)
+    monkeypatch.undo()
+    monkeypatch.setenv("KUTILS_INPUT", str(workspace / "input"))
+    monkeypatch.setenv("KUTILS_WORKING", str(workspace / "working"))
+    assert start(path) == 0
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["epoch"] for line in lines if "cosine_similarity" in line] == [1, 2]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+
+
+def test_a_run_from_before_a_key_existed_is_still_known(workspace, recipe_file, capsys):
+    path = recipe_file()
+    assert start(path) == 0
+    saved = workspace / "working" / "runs" / "tiny_fold0" / "config.yaml"
+    kept = [line for line in saved.read_text().splitlines() if not line.startswith("sam_gradient")]
+    saved.write_text("\n".join(kept))
+    assert start(path) == 0 and "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
+def test_sigterm_to_the_whole_group_leaves_the_data_loaders_alone(workspace, recipe_file):
+    """As `timeout` and many job systems send it."""
+    path = recipe_file(epochs=60, num_workers=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        command(path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    metrics = workspace / "working" / "runs" / "tiny_fold0" / "metrics.jsonl"
+    while child.poll() is None and len(losses_of(metrics)) < 6:
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1 and "stopped by a signal after update" in errors and "Traceback" not in errors
+    assert checkpoints.read(metrics.parent / "resume.pt")["step"] >= 6
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys):
     path = recipe_file(epochs=3)
     real = engine.update
