@@ -32,11 +32,9 @@ def gathered(ranks: Ranks, local: Tensor, total: int, folder: Path) -> Iterator[
     with tempfile.TemporaryFile(dir=folder) if ranks.is_main else nullcontext() as file:
         rows = None
         if ranks.is_main:
-            shape = (total, local.shape[1])
-            os.posix_fallocate(
-                file.fileno(), 0, 4 * total * local.shape[1]
-            )  # a full disk: OSError now, or SIGBUS later
-            rows = np.memmap(file, np.float32, "r+", shape=shape)
+            # a full disk is an OSError here; in a sparse file it would be a SIGBUS later
+            os.posix_fallocate(file.fileno(), 0, 4 * total * local.shape[1])
+            rows = np.memmap(file, np.float32, "r+", shape=(total, local.shape[1]))
         stride = BLOCK * ranks.world_size
         for number in range(-(-total // stride)):
             first = number * stride
