@@ -293,14 +293,8 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
     return local, recipe.global_batch_size // (world_size * local)
 
 
-def leave_process_group(worker: int) -> None:
-    """A signal to the whole group of a rank would end its data loaders, and the rank with them before it has saved."""
-    os.setpgrp()
-
-
 def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
     return {
-        "worker_init_fn": leave_process_group,
         "num_workers": recipe.num_workers,
         "collate_fn": datasets.collate,
         "pin_memory": ranks.device.type == "cuda",
@@ -399,4 +393,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # torchrun and job systems signal a rank's whole process group: its data loaders would end, and the rank with them
+    # before it has saved
+    os.register_at_fork(after_in_child=os.setpgrp)
     sys.exit(main())
