@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import minimize
+from sklearn.cluster import MiniBatchKMeans
 
 METHODS = ("equal", "family", "dimension")
-# of the pull of `dimension` towards the weights of `family`, in units of a dimension's mean square; infinite: no change
-RIDGE_STRENGTHS = (np.inf, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
+# of the pull of `dimension` towards the weights of `family`, in cosine per squared weight; infinite: no change
+PULLS = (np.inf, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
+MOST_ROWS = 20_000  # that weights per dimension are fitted on: 1,536 numbers need no more
+PROMPTS_PER_TOPIC, MOST_TOPICS = 8, 50
 
 
 class BlendingError(ValueError):
@@ -95,44 +98,75 @@ def fit_family_weights(predictions: np.ndarray, targets: np.ndarray) -> np.ndarr
 def fit_dimension_weights(
     predictions: np.ndarray, targets: np.ndarray, family_weights: np.ndarray, groups: np.ndarray, seed: int = 0
 ) -> np.ndarray:
-    """One weight per family and dimension: least squares, pulled towards the family weights.
+    """One weight per family and dimension that maximise the mean cosine, pulled towards the family weights.
 
-    How strong the pull is, is tried out between two halves of these rows; where none helps, the family weights stay.
+    In every dimension the weights sum to 1: free, they would also learn how large a dimension is in these rows, and it
+    is another in the images to come (measured on the rendered shapes, 390 rows: 0.654 on rows like these and 0.596 on
+    fresh prompts, family weights 0.615 and 0.611; held to a sum of 1, 0.615 and 0.611). How strong the pull is, halves
+    of these rows decide; where none helps, the family weights stay.
 
     Args:
-        predictions, targets: as in `fit_family_weights`.
+        predictions, targets: as in `fit_family_weights`; of more than MOST_ROWS rows that many are drawn.
         family_weights: [F].
         groups: int [n]; rows of one group are never in both halves.
-    Returns: float64 [F, D]; over the families they sum to 1 in the mean of all dimensions.
+    Returns: float64 [F, D].
     """
+    if len(targets) > MOST_ROWS:
+        drawn = np.random.default_rng(seed).choice(len(targets), MOST_ROWS, replace=False)
+        predictions, targets, groups = predictions[:, drawn], targets[drawn], groups[drawn]
     first = split_groups(groups, seed)
 
-    def tried_out(strength: float) -> float:
+    def tried_out(pull: float) -> float:
         scores = []
         for a, b in ((first, ~first), (~first, first)):
-            weights = ridge(predictions[:, a], targets[a], family_weights, strength)
-            scores.append(mean_cosine(np.einsum("fd,fnd->nd", weights, predictions[:, b]), targets[b]))
+            weights = pulled_weights(predictions[:, a], targets[a], family_weights, pull)
+            scores.append(mean_cosine(weighted_sum(weights, predictions[:, b]), targets[b]))
         return sum(scores)
 
-    strength = np.inf if first.all() else max(RIDGE_STRENGTHS, key=tried_out)
-    return ridge(predictions, targets, family_weights, strength)
+    pull = np.inf if first.all() else max(PULLS, key=tried_out)
+    return pulled_weights(predictions, targets, family_weights, pull)
 
 
-def ridge(predictions: np.ndarray, targets: np.ndarray, family_weights: np.ndarray, strength: float) -> np.ndarray:
-    """Per dimension, minimise |targets - weighted predictions|^2 + strength * |weights - scaled family weights|^2.
-
-    Returns: float64 [F, D], scaled as in `fit_dimension_weights`.
-    """
+def pulled_weights(predictions: np.ndarray, targets: np.ndarray, family_weights: np.ndarray, pull: float) -> np.ndarray:
+    """Maximise mean cosine - pull * |weights - family weights|^2 with a sum of 1 in every dimension: float64 [F, D]."""
     prior = np.repeat(family_weights[:, None], targets.shape[1], axis=1)
-    if np.isinf(strength):
+    if np.isinf(pull):
         return prior
-    combined = np.einsum("f,fnd->nd", family_weights, predictions)
-    scaled = prior * (np.vdot(combined, targets) / np.vdot(combined, combined))  # the sum is shorter than its targets
-    products = np.einsum("fnd,gnd->dfg", predictions, predictions).astype(np.float64)
-    pull = strength * np.einsum("dff->df", products).mean()
-    right = np.einsum("fnd,nd->df", predictions, targets) + pull * scaled.T
-    weights = np.linalg.solve(products + pull * np.eye(len(predictions)), right[:, :, None])[:, :, 0].T
-    return weights / weights.sum(axis=0).mean()
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        change = flat.reshape(prior.shape)
+        change = change - change.mean(axis=0)  # the sum over the families stays
+        total = weighted_sum(prior + change, predictions)
+        lengths = np.linalg.norm(total, axis=1, keepdims=True)
+        cosines = np.einsum("nd,nd->n", total, targets)[:, None] / lengths
+        slope = (targets / lengths - cosines * total / lengths**2) / len(targets)
+        gradient = 2 * pull * change - np.stack([np.einsum("nd,nd->d", slope, rows) for rows in predictions])
+        loss = pull * np.square(change).sum() - cosines.mean(dtype=np.float64)
+        return float(loss), (gradient - gradient.mean(axis=0)).ravel().astype(np.float64)
+
+    found = minimize(loss_and_gradient, np.zeros(prior.size), jac=True, method="L-BFGS-B", options={"maxiter": 100}).x
+    change = found.reshape(prior.shape)
+    return prior + change - change.mean(axis=0)
+
+
+def weighted_sum(weights: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """[F, D] x [F, n, D] -> [n, D]."""
+    return sum(each.astype(np.float32) * rows for each, rows in zip(weights, predictions, strict=True))
+
+
+def topics(targets: np.ndarray, prompts: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The rows' groups for an honest split: k-means clusters of their prompts, so that halves differ in what they show.
+
+    Args:
+        targets: float32 [n, D], unit rows.
+        prompts: int [n]: which prompt a row is of.
+    Returns: int [n]; of fewer than 2 * PROMPTS_PER_TOPIC prompts each is a group of its own.
+    """
+    _, first, numbers = np.unique(prompts, return_index=True, return_inverse=True)
+    count = min(MOST_TOPICS, len(first) // PROMPTS_PER_TOPIC)
+    if count < 2:
+        return numbers
+    return MiniBatchKMeans(count, random_state=seed, n_init=3).fit_predict(targets[first])[numbers]
 
 
 def split_groups(groups: np.ndarray, seed: int) -> np.ndarray:
@@ -140,6 +174,20 @@ def split_groups(groups: np.ndarray, seed: int) -> np.ndarray:
     distinct, numbers = np.unique(groups, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(distinct))
     return (order < len(distinct) / 2)[numbers]
+
+
+def gain(better: np.ndarray, than: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Mean difference of two scores of the same rows, and its standard error, rows of a group not being independent.
+
+    Args:
+        better, than: float [n], cosines.
+        groups: int [n].
+    Returns: `mean` and `error` (cluster-robust: Liang and Zeger 1986, of a mean).
+    """
+    difference = better.astype(np.float64) - than
+    _, numbers = np.unique(groups, return_inverse=True)
+    sums = np.bincount(numbers, difference - difference.mean())
+    return {"mean": float(difference.mean()), "error": float(np.sqrt(np.square(sums).sum()) / len(difference))}
 
 
 def fit_and_score(
@@ -150,10 +198,10 @@ def fit_and_score(
     Args:
         predictions: family -> float32 [n, D], unit rows: out-of-fold predictions of one member each.
         targets: float32 [n, D], unit rows.
-        groups: int [n]: the rows' prompts, so that no prompt is in both halves.
+        groups: int [n]: the rows' topics or prompts; none is in both halves.
     Returns: method -> family -> weight (a number, or a list per dimension); and a report with scores (members by
-        family, and one number per method), leave_one_out (score of `family` refitted without one), error_correlations
-        (of predictions minus targets), rows (fit, unseen).
+        family, and one number per method), over_equal (method -> `gain` over equal weights), leave_one_out (score of
+        `family` refitted without one), error_correlations (of predictions minus targets), rows (fit, unseen).
     Raises: BlendingError for a single group.
     """
     names, stacked = list(predictions), np.stack([unit(rows) for rows in predictions.values()])
@@ -168,8 +216,13 @@ def fit_and_score(
         "dimension": fit_dimension_weights(inside, fit_targets, family, groups[seen], seed),
     }
 
+    def cosines(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.einsum("nd,nd->n", combine(dict(enumerate(rows)), dict(enumerate(values))), targets)
+
     def score(rows: np.ndarray, values: np.ndarray) -> float:
-        return mean_cosine(combine(dict(enumerate(rows)), dict(enumerate(values))), targets)
+        return float(cosines(rows, values).mean(dtype=np.float64))
+
+    equal = cosines(outside, weights["equal"])
 
     without = {name: [other for other in range(len(names)) if other != index] for index, name in enumerate(names)}
     correlations = np.corrcoef((outside - targets).reshape(len(names), -1)).reshape(len(names), -1)
@@ -178,6 +231,7 @@ def fit_and_score(
             "members": {name: mean_cosine(rows, targets) for name, rows in zip(names, outside, strict=True)},
             **{method: score(outside, values) for method, values in weights.items()},
         },
+        "over_equal": {method: gain(cosines(outside, weights[method]), equal, groups[~seen]) for method in METHODS[1:]},
         "leave_one_out": {
             name: score(outside[kept], fit_family_weights(inside[kept], fit_targets))
             for name, kept in without.items()

@@ -41,8 +41,12 @@ class CommandFailed(RuntimeError):
 
 
 def run_module(
-    module: str, *arguments: str, environment: dict[str, str | None] | None = None, hide: str | None = None
-) -> None:
+    module: str,
+    *arguments: str,
+    environment: dict[str, str | None] | None = None,
+    hide: str | None = None,
+    seconds: float | None = None,
+) -> bool:
     """Run `python -m <module> <arguments>` as a child: output line by line as it comes, an exception when it fails.
 
     The child ends when this process does, however that ends. An interrupt gives it SAVING_SECONDS to end in order; its
@@ -52,6 +56,8 @@ def run_module(
         module, arguments: what to run.
         environment: variables to set for it; None takes one away.
         hide: regular expression of whole lines that are not shown.
+        seconds: after which it is ended in order, as by an interrupt.
+    Returns: True if it came to its end, False if the time was over before.
     Raises: CommandFailed with the command's last lines.
     """
     settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -72,7 +78,10 @@ def run_module(
     reader = threading.Thread(target=follow, args=(child.stdout, last, error, hide), daemon=True)
     reader.start()
     try:
-        code = child.wait()
+        code = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end(child)
+        return False
     except BaseException:
         end(child)
         raise
@@ -81,6 +90,7 @@ def run_module(
     if code:
         told = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])
         raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}", tuple(last))
+    return True
 
 
 def follow(output, last: collections.deque, error: list[str], hide: str | None) -> None:

@@ -14,6 +14,7 @@ import yaml
 from kutils import paths
 
 EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
+SUBMISSION_HEADER = "imgId_eId,val"
 
 
 class ConfigError(ValueError):

@@ -84,6 +84,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def describe_gpus() -> str:
+    """Names and memory of the visible GPUs, or that there is none."""
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus) or "no GPU is visible"
+
+
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision of matrix products; float32 means no autocast.
 

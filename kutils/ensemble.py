@@ -6,7 +6,6 @@ would look better than they are. They inherit the weight of their family.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kutils import blending, checkpoints, config, datasets, paths
+from kutils import blending, checkpoints, config, datasets, mounts, paths
+from kutils.retrieval import PromptBank
 
 FIT_FOLD = 0
-UNLIKE = 0.95  # below this cosine of fold 0's mean embedding with the training rows', fold 0 is a mix of its own
-KIND = "kutils ensemble"  # how the JSON file is known, wherever it is mounted
+BANK_PROMPTS = 4096  # that travel with the weights: they say in words what a prediction means
 
 
 class EnsembleError(ValueError):
@@ -35,6 +34,7 @@ class Member:
     fold: int  # validation fold
     checkpoint: str = ""  # relative to the folder of models
     sha256: str = ""  # of the checkpoint
+    score: float | None = None  # mean cosine on its own validation fold, as its training saw it
 
     @property
     def name(self) -> str:
@@ -49,8 +49,8 @@ class Ensemble:
     families: dict[str, list[Member]]
     weights: dict[str, float | list[float]]  # by family: a number, or 384 of them
     mean_embedding: list[float]  # [384], unit: the mean training embedding, for images without a prediction
-    scores: dict  # mean cosine on the half of fold 0 that the fit has not seen: members, methods, chosen, baseline; and
-    # fold_likeness: cosine of the mean embedding of fold 0 with that of the training rows
+    scores: dict  # mean cosine on the half of fold 0 that the fit has not seen: members, methods, chosen, baseline
+    over_equal: dict[str, dict[str, float]]  # method -> mean and standard error of its gain over equal weights, there
     leave_one_out: dict[str, float]
     error_correlations: dict[str, dict[str, float]]
     rows: dict[str, int]  # of fold 0: fit, unseen
@@ -117,19 +117,17 @@ def add_checkpoint(member: Member) -> Member:
     path = recipe.checkpoint_path(member.fold)
     if not path.is_file():
         raise EnsembleError(f"{path} is not there; {how_to_train(member)}")
-    fold = checkpoints.read(path).get("fold")
-    if fold != member.fold:
-        raise EnsembleError(f"{path} was validated on fold {fold}, not {member.fold}; {how_to_train(member)}")
-    return replace(member, checkpoint=str(path.relative_to(recipe.models_folder())), sha256=sha256_of(path))
+    content = checkpoints.read(path)
+    if content.get("fold") != member.fold:
+        raise EnsembleError(
+            f"{path} was validated on fold {content.get('fold')}, not {member.fold}; {how_to_train(member)}"
+        )
+    name = path.relative_to(recipe.models_folder()).as_posix()
+    return replace(member, checkpoint=name, sha256=paths.sha256_of(path), score=content.get("cosine_similarity"))
 
 
 def how_to_train(member: Member) -> str:
     return f"train it: python -m kutils.train --config {member.recipe} --fold {member.fold}"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str, np.ndarray], dict]:
@@ -214,12 +212,12 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
     families = {family: [add_checkpoint(member) for member in members] for family, members in families.items()}
     predictions, common = load_predictions(families)
     targets, prompts, mean = load_targets(common)
-    weights, report = blending.fit_and_score(predictions, targets, prompts, seed)
-    unseen = targets[~blending.split_groups(prompts, seed)]
+    groups = blending.topics(targets, prompts, seed)
+    weights, report = blending.fit_and_score(predictions, targets, groups, seed)
+    unseen = targets[~blending.split_groups(groups, seed)]
     report["scores"] |= {
         "chosen": report["scores"][method],
         "baseline": blending.mean_cosine(np.broadcast_to(mean, unseen.shape), unseen),
-        "fold_likeness": blending.mean_cosine(targets.mean(axis=0, keepdims=True), mean[None]),
     }
     fitted = Ensemble(
         method=method,
@@ -231,12 +229,19 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
         **report,
     )
     path = Path(output) if output else paths.working_dir() / "models" / f"{Path(config_name).stem}.json"
-    text = json.dumps({"kind": KIND, **asdict(fitted)}, indent=2) + "\n"
+    text = json.dumps({"kind": mounts.ENSEMBLE_KIND, **asdict(fitted)}, indent=2) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         shutil.copy2(path, f"{path}.bak")
+    names = sorted(json.loads(common["folds_hash"]))
+    PromptBank.from_datasets(names, most=BANK_PROMPTS, seed=seed).save(bank_path(path))
     with paths.atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return fitted, path
+
+
+def bank_path(weights: Path | str) -> Path:
+    """The small bank of prompts beside a file of weights."""
+    return Path(weights).with_suffix(".prompts.npz")
 
 
 def load_ensemble(path: Path | str) -> Ensemble:
@@ -262,15 +267,15 @@ def describe(fitted: Ensemble) -> str:
         lines.append(f"  {family:24} {score:.4f}   weight {weights[family]:.3f}{without}")
     for method in blending.METHODS:
         lines.append(f"  {method + ' weights':24} {scores[method]:.4f}{'   chosen' if method == fitted.method else ''}")
-    if scores["fold_likeness"] < UNLIKE:
-        # measured on the rendered shapes, likeness 0.85: dimension weights had 0.659 on the unseen half and 0.582 on
-        # fresh prompts, family weights 0.615 and 0.603
-        lines.append(
-            f"warning: the prompts of fold {FIT_FOLD} are another mix than the rest (cosine of the means "
-            f"{scores['fold_likeness']:.3f}), and both halves share it: weights per dimension learn that mix and look "
-            "better here than they are on other images"
-        )
+    lines += [f"{method} weights {verdict(gain)}" for method, gain in fitted.over_equal.items()]
     return "\n".join(lines)
+
+
+def verdict(gain: Mapping[str, float]) -> str:
+    """Whether weights beat equal ones, in words: a gain counts from twice its standard error on."""
+    mean, error = gain["mean"], gain["error"]
+    told = "beat" if mean > 2 * error else "are worse than" if mean < -2 * error else "are no different from"
+    return f"{told} equal ones on rows that the fit has not seen: {mean:+.4f}, standard error {error:.4f}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -148,11 +148,14 @@ def count_processes(wanted: int, device: str) -> int:
     return wanted or gpus
 
 
-def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_dir: Path) -> None:
+def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_dir: Path, hours: float = 0) -> None:
     """Run `python -m <module> <arguments>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
 
     NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes, which meet under the name of the folder
     that holds `log_dir`: late for one run, a node must not find itself in the next.
+
+    After so many hours (0: no limit) the ranks save where they are and end: a Kaggle session ends after 12, and keeps
+    nothing if it does not end by itself.
 
     Raises: CommandFailed with the last lines and the log of the rank that failed first. An interrupt reaches the ranks
         as SIGTERM and leaves them SAVING_SECONDS.
@@ -173,7 +176,12 @@ def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_d
     command += [f"--nproc-per-node={num_processes}", "--log-dir", str(log_dir), "--tee", "3"]
     command += ["--local-ranks-filter", "0", "-m", "kutils.children", module, *arguments]
     try:
-        run_module(*command, environment=environment)
+        if not run_module(*command, environment=environment, seconds=3600 * hours or None):
+            print(
+                f"stopped after {hours:g} hours; started again, it goes on from there (on Kaggle, with this version's "
+                "output as an input)",
+                flush=True,
+            )
     except CommandFailed as failure:
         told = failed_rank(failure.last_lines, log_dir)
         if node.count > 1:

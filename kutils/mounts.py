@@ -1,32 +1,49 @@
-"""Where the submission kernel's inputs are mounted: found by what they hold, never by one fixed path."""
+"""What a Kaggle notebook finds among its inputs: known by what it holds, never by one fixed path.
 
+Inputs are mounted as `/kaggle/input/{competitions,datasets,notebooks}/...` now and as `/kaggle/input/<slug>` before.
+"""
+
+import importlib.util
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from kutils import paths, submission
-from kutils.ensemble import KIND, Member, sha256_of
+from kutils import config, paths, runs
+from kutils.children import run_module
+from kutils.launch import Run
+
+ENSEMBLE_KIND = "kutils ensemble"  # in the first lines of a file of fitted weights
+LEVELS = 5  # below the inputs: owner, data set, framework, version, folder
+CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
 
 
 class MountError(ValueError):
     """An input that is not there; the message shows the tree of what is."""
 
 
+def below(root: Path, pattern: str) -> Iterator[Path]:
+    """Paths that match a pattern in a folder or up to LEVELS below it, the upper ones first."""
+    for depth in range(LEVELS + 1):
+        yield from sorted(root.glob("*/" * depth + pattern))
+
+
+# ---------------------------------------------------------------- for the submission
+
+
 def find_images_folder(root: Path) -> Path:
     """The `images/` folder of the competition's data, known by the `sample_submission.csv` beside it.
 
-    Args:
-        root: that data itself, or up to three folders above it (the old mounts are `/kaggle/input/<slug>`, the new
-            `/kaggle/input/competitions/<slug>`).
     Raises: MountError if there is none, or several.
     """
     found = []
-    for depth in range(4):
-        for sample in sorted(root.glob("*/" * depth + "sample_submission.csv")):
-            with sample.open(encoding="utf-8", errors="replace") as stream:
-                header = stream.readline().strip()
-            if header == submission.HEADER and (sample.parent / "images").is_dir():
-                found.append(sample.parent / "images")
+    for sample in below(root, "sample_submission.csv"):
+        with sample.open(encoding="utf-8", errors="replace") as stream:
+            header = stream.readline().strip()
+        if header == config.SUBMISSION_HEADER and (sample.parent / "images").is_dir():
+            found.append(sample.parent / "images")
     if len(found) > 1:
         raise MountError(f"several folders look like the competition's; name one of {', '.join(map(str, found))}")
     if not found:
@@ -52,7 +69,7 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
     found = []
     for path in (path for folder in folders for path in sorted(folder.rglob("*.json"))):
         with path.open("rb") as stream:
-            if f'"kind": "{KIND}"'.encode() in stream.read(200):
+            if f'"kind": "{ENSEMBLE_KIND}"'.encode() in stream.read(200):
                 found.append(path)
     if not found:
         raise MountError(f"no ensemble is fitted (python -m kutils.ensemble fit). There is:\n{trees(folders)}")
@@ -61,33 +78,144 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
     return found[0]
 
 
-def find_checkpoints(members: Sequence[Member], folders: Sequence[Path]) -> dict[Member, Path]:
-    """Every member's checkpoint below the folders, known by its file name and told apart by its SHA-256.
+def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path]) -> dict[str, Path]:
+    """Checkpoints below the folders, known by their file names and told apart by their SHA-256.
 
+    Args:
+        wanted: path as the ensemble names it -> SHA-256.
+    Returns: the same path -> where the file is.
     Raises: MountError naming all that are missing or differ from what the weights were fitted with.
     """
     named: dict[str, list[Path]] = {}
-    for path in (path for folder in folders for path in sorted(folder.rglob("*.pth"))):
+    for path in (path for folder in folders for suffix in CHECKPOINT_SUFFIXES for path in folder.rglob(f"*{suffix}")):
         named.setdefault(path.name, []).append(path)
     found, missing = {}, []
-    for member in members:
-        candidates = named.get(Path(member.checkpoint).name, [])
-        right = [path for path in candidates if sha256_of(path) == member.sha256]
+    for name, sha256 in wanted.items():
+        candidates = sorted(named.get(Path(name).name, []))
+        right = [path for path in candidates if paths.sha256_of(path) == sha256]
         if right:
-            found[member] = right[0]
+            found[name] = right[0]
         else:
             differing = f" ({', '.join(map(str, candidates))}: not what was fitted)" if candidates else ""
-            missing.append(f"{member.checkpoint}{differing}")
+            missing.append(f"{name}{differing}")
     if missing:
         raise MountError(f"checkpoints of the ensemble are missing: {'; '.join(missing)}. There is:\n{trees(folders)}")
     return found
+
+
+# ---------------------------------------------------------------- for training
+
+
+def prepare_training(run: Run) -> None:
+    """On Kaggle, make the inputs look like `input/` and `working/` of a clone; elsewhere do nothing.
+
+    Data sets are linked into one folder, which KUTILS_INPUT then names; a former version's output is copied, so that
+    the run goes on from there, or starts from the stage before; madgrad is installed from its wheel for the ranks.
+    """
+    if not paths.on_kaggle():
+        return
+    root = paths.input_dir()
+    install_wheel("madgrad", root)
+    bring_run(run, root)
+    os.environ["KUTILS_INPUT"] = str(link_datasets(run.recipe.datasets, root))
+
+
+def link_datasets(names: Sequence[str], root: Path) -> Path:
+    """A folder with links to the tables, embeddings and images of data sets that lie in various inputs.
+
+    `<name>.tsv` is looked for below the inputs, and what lies beside it comes along; so do folders `<name>_images`.
+
+    Returns: the folder. What is not found is not in it; whoever reads it says so.
+    Raises: MountError if a table is there several times.
+    """
+    folder = Path(tempfile.gettempdir()) / "kutils-input"
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        tables = list(below(root, f"{name}.tsv"))
+        if len(tables) > 1:
+            raise MountError(f"{name}.tsv is there several times; leave one: {', '.join(map(str, tables))}")
+        entries = [entry for table in tables for entry in table.parent.iterdir()]
+        for entry in [*entries, *below(root, f"{name}_images")]:
+            link = folder / entry.name
+            if not link.exists():
+                link.unlink(missing_ok=True)  # of an input that is gone
+                link.symlink_to(entry)
+    return folder
+
+
+def bring_run(run: Run, root: Path) -> None:
+    """Copy a run's folder and checkpoints, and the checkpoint it starts from, out of a former notebook's output.
+
+    Of several former versions the one that came farthest is taken. What is in `working/` already stays as it is.
+    """
+    former = [path.parent for path in below(root, f"{run.folder.name}/config.yaml")]
+    if former and not run.folder.exists():
+        steps = {folder: [line["step"] for line in runs.read_metrics(folder / "metrics.jsonl")] for folder in former}
+        farthest = max(former, key=lambda folder: max(steps[folder], default=0))
+        print(f"going on from {farthest}", flush=True)
+        copy(farthest, run.folder)
+        for path in below(farthest.parent.parent, f"{run.recipe.save_dir}/{run.recipe.prefix}_fold{run.fold}_*.pth"):
+            copy(path, run.recipe.models_folder() / run.recipe.save_dir / path.name)
+    initial = run.recipe.initial_checkpoint(run.fold)
+    if initial and not initial.exists():
+        for path in list(below(root, f"{initial.parent.name}/{initial.name}"))[:1]:
+            print(f"starting from {path}", flush=True)
+            copy(path, initial)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A file or folder, under its name when it is whole; inputs are read-only, the copy is not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as temporary:
+        partial = Path(temporary) / source.name
+        if source.is_dir():
+            shutil.copytree(source, partial, copy_function=shutil.copyfile)
+            for folder, _, _ in os.walk(partial):
+                Path(folder).chmod(0o755)
+        else:
+            shutil.copyfile(source, partial)
+        partial.rename(target)
+
+
+def install_wheel(package: str, root: Path) -> None:
+    """Make a package importable, here and in children, from its wheel below the inputs; without network.
+
+    Raises: MountError if the package is not installed and its wheel is not there.
+    """
+    if importlib.util.find_spec(package):
+        return
+    wheels = list(below(root, f"{package}-*.whl"))
+    if not wheels:
+        raise MountError(f"{package} is not installed and no wheel of it is below {root}: make kaggle-code sends one")
+    folder = Path(tempfile.gettempdir()) / "kutils-packages"
+    options = ("--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(folder))
+    run_module("pip", "install", *options, str(wheels[-1]), environment={"PYTHONDONTWRITEBYTECODE": "1"})
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    sys.path.append(str(folder))
+    importlib.invalidate_caches()
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def describe_machine() -> str:
+    """Versions, GPUs, memory and disk, in lines."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow")
+    versions = ", ".join(f"{name} {runs.version_of(name) or 'absent'}" for name in packages)
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    disks = {folder: shutil.disk_usage(folder).free for folder in (str(paths.working_dir()), tempfile.gettempdir())}
+    free = ", ".join(f"{number / 1e9:.0f} GB free in {folder}" for folder, number in disks.items())
+    return (
+        f"Python {sys.version.split()[0]}, {versions}; commit {runs.git_commit() or 'unknown'}\n"
+        f"{os.cpu_count()} cores, {pages * page / 1e9:.0f} GB of memory, {free}"
+    )
 
 
 def trees(folders: Sequence[Path]) -> str:
     return "\n".join(tree(folder) for folder in folders)
 
 
-def tree(root: Path, levels: int = 5, most: int = 8) -> str:
+def tree(root: Path, levels: int = LEVELS, most: int = 8) -> str:
     """What lies below a folder, folders first, as indented lines: the first `most` names of each folder."""
     lines = [f"{root}/"]
 

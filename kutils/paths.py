@@ -1,11 +1,14 @@
 """Where the repository, `input/` and `working/` are, here and on Kaggle; files written whole or not at all."""
 
+import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
+COMMIT_FILE = "COMMIT"  # of the code data set: what it was made from
 
 
 def on_kaggle() -> bool:
@@ -58,6 +61,12 @@ def is_safe_relative(path: str) -> bool:
     """True if `path` is relative and cannot leave the folder it is joined to: no `..`, root, drive or backslash."""
     parts = PurePosixPath(path).parts
     return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in parts[0]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

@@ -1,30 +1,34 @@
 """Images to embeddings: `python -m kutils.predict --config conf/x.yaml --checkpoint FILE --images DIR --output FILE`.
 
-One model, alone or as ranks of torchrun; or all models of an ensemble one after the other, for the submission.
+One model, on all GPUs of this process, or as ranks of torchrun.
 """
 
 import argparse
-import itertools
+import collections
+import concurrent.futures
+import contextlib
+import copy
 import math
-import os
+import queue
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torchvision.transforms.v2.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from kutils import blending, checkpoints, config, datasets, devices, ensemble, paths, transforms
+from kutils import checkpoints, config, devices, ensemble, paths, transforms
 from kutils.config import EMBEDDING_DIM, Recipe
-from kutils.devices import Ranks
+from kutils.pixels import PixelCache, find_images
 from kutils.progress import progress_bar
 
 BATCH_SIZE = 64
+TTA = ("none", "flip", "five_crops")  # views of an image: itself; and mirrored; and corners and centre enlarged
+CROP_SHARE = 0.875  # side of a crop
 
 
 class PredictionError(ValueError):
@@ -35,183 +39,122 @@ class OutOfTime(Exception):
     """The deadline passed before all images were predicted."""
 
 
-# ---------------------------------------------------------------- images
-
-
-def find_images(folder: Path | str) -> list[Path]:
-    """Files in a folder (not below) with an extension that Pillow reads, sorted by name without extension.
-
-    Raises: PredictionError if the folder is not there, or two files differ in their extension alone.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise PredictionError(f"no folder of images at {folder}")
-    known = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = [path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
-    found.sort(key=lambda path: (path.stem, path.name))
-    for first, second in itertools.pairwise(found):
-        if first.stem == second.stem:
-            raise PredictionError(
-                f"{first} and {second.name} have the same id {first.stem!r}; rename or remove one of them"
-            )
-    return found
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """position -> one image resized to the square; one that cannot be read is black, and named in `bad`."""
-
-    def __init__(self, images: Sequence[Path], input_size: int):
-        self.images, self.input_size = images, input_size
-
-    def __getitem__(self, position: int) -> dict:
-        """Keys: image uint8 [3, S, S], row (the position), bad (list of position and reason)."""
-        try:
-            image = transforms.resize_square(transforms.decode_rgb(self.images[position]), self.input_size)
-            return {"image": image, "row": position, "bad": []}
-        except transforms.ImageError as error:
-            black = torch.zeros(3, self.input_size, self.input_size, dtype=torch.uint8)
-            return {"image": black, "row": position, "bad": [(position, str(error))]}
-
-
 # ---------------------------------------------------------------- one model
 
 
-@torch.inference_mode()
+def local_devices(device: torch.device, world_size: int) -> list[torch.device]:
+    """Where this process computes: on every visible GPU if it is alone, else on its own."""
+    if device.type == "cuda" and world_size == 1:
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return [device]
+
+
 def predict(
     model: nn.Module,
     recipe: Recipe,
-    images: Sequence[Path],
-    ranks: Ranks,
+    pixels: PixelCache,
+    device_list: Sequence[torch.device],
     *,
+    positions: Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
+    tta: str = "none",
     deadline: float = math.inf,
-) -> tuple[np.ndarray, dict[Path, str]]:
-    """Predict every image once, decoded, resized and normalised as in validation; shared among ranks.
+    progress: bool = True,
+) -> np.ndarray:
+    """Predict images, decoded, resized and normalised as in validation, on several devices at once.
 
     Args:
-        model: in evaluation mode; moved to the device of this rank.
-        recipe: input_size, mean, std, amp_dtype, num_workers.
-        images: files; they may be unreadable.
-        batch_size: per rank; halved as often as the GPU's memory asks for.
+        model: in evaluation mode; moved to the first device, copied to the others.
+        recipe: mean, std, amp_dtype, and the input_size of the pixels.
+        pixels: of all images; they may be unreadable.
+        device_list: one batch at a time on each.
+        positions: of the images to predict (default: all).
+        batch_size: per device; halved as often as a GPU's memory asks for.
+        tta: one of TTA; the unit predictions of several views of an image are averaged.
         deadline: by time.monotonic().
-    Returns: float32 [n, 384], unit rows, NaN for an unreadable image, on every rank; and file -> reason of those.
+    Returns: float32 [len(positions), 384], unit rows, NaN for an unreadable image (`pixels.bad` says why).
     Raises: OutOfTime after the deadline; torch.OutOfMemoryError if one image alone does not fit.
     """
-    loader = DataLoader(
-        ImageFiles(images, recipe.input_size),
-        sampler=range(ranks.rank, len(images), ranks.world_size),
-        batch_size=batch_size,
-        num_workers=min(recipe.num_workers, os.cpu_count() or 1, len(images) // batch_size),
-        collate_fn=datasets.collate,
-        pin_memory=ranks.device.type == "cuda",
-        generator=torch.Generator(),  # a loader draws a seed when it starts; nobody else's numbers must move
-    )
-    dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
-    model.to(ranks.device, memory_format=torch.channels_last)
-    forward = HalvingForward(model, batch_size)
-    predicted, bad, done = [torch.empty(0, EMBEDDING_DIM, device=ranks.device)], [], 0
-    with progress_bar(len(loader.sampler), "image", delay=5, disable=ranks.rank > 0) as bar:
-        for batch in loader:
-            pixels = transforms.normalize(batch["image"].to(ranks.device, non_blocking=True), recipe.mean, recipe.std)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-                rows = forward(pixels)
-            if not rows.isfinite().all():  # float16 ends at 65,504, and some activations do not
-                rows = forward(pixels)
-            predicted.append(rows)
-            bad += batch["bad"]
-            bar.update(len(rows))
-            done += len(rows)
-            if done < len(loader.sampler) and time.monotonic() > deadline:
-                raise OutOfTime(f"{done:,} of {len(loader.sampler):,} images were done")
-    embeddings = ranks.gather_interleaved(torch.cat(predicted), len(images))
-    bad = dict(sorted(item for part in ranks.gather_objects(bad) for item in part))
-    embeddings[list(bad)] = np.nan
-    return embeddings, {images[position]: reason for position, reason in bad.items()}
+    positions = np.arange(len(pixels.images)) if positions is None else np.asarray(positions, np.int64)
+    embeddings = np.full((len(pixels.images), EMBEDDING_DIM), np.nan, np.float32)
+    replicas = [model, *(copy.deepcopy(model) for _ in device_list[1:])]
+    idle: queue.SimpleQueue[Predictor] = queue.SimpleQueue()
+    for replica, device in zip(replicas, device_list, strict=True):
+        idle.put(Predictor(replica, recipe, device, batch_size, tta))
+
+    def work(predictor: Predictor, chosen: np.ndarray, batch: Tensor) -> int:
+        try:
+            embeddings[chosen] = predictor(batch)
+        finally:
+            idle.put(predictor)
+        return len(chosen)
+
+    done, running = 0, collections.deque()
+    with (
+        concurrent.futures.ThreadPoolExecutor(len(device_list)) as pool,
+        progress_bar(len(positions), "image", delay=5, disable=not progress) as bar,
+    ):
+        for chosen, batch in pixels.batches(positions, batch_size):  # the next one is decoded while the devices compute
+            predictor = idle.get()
+            running.append(pool.submit(work, predictor, chosen, batch))
+            while running and (running[0].done() or len(running) > len(device_list)):
+                count = running.popleft().result()
+                done += count
+                bar.update(count)
+            if done < len(positions) and time.monotonic() > deadline:
+                raise OutOfTime(f"{done:,} of {len(positions):,} images were done")
+        for future in running:
+            bar.update(future.result())
+    embeddings[list(pixels.bad)] = np.nan
+    return embeddings[positions]
 
 
-class HalvingForward:
-    """The model's forward pass in parts of a size that is halved whenever the GPU's memory does not hold it."""
+class Predictor:
+    """A model on one device: uint8 pixels to unit embeddings on the CPU."""
 
-    def __init__(self, model: nn.Module, size: int):
-        self.model, self.size = model, size
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device, batch_size: int, tta: str):
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.recipe, self.device, self.size, self.tta = recipe, device, batch_size, tta
+        self.dtype = devices.autocast_dtype(recipe.amp_dtype, device)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> np.ndarray:
+        """uint8 [B, 3, S, S] to float32 [B, 384]; each thread has an inference mode, GPU and autocast of its own."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            inputs = transforms.normalize(pixels.to(self.device), self.recipe.mean, self.recipe.std)
+            rows = sum(self.embed(view) for view in views(inputs, self.tta))
+            return nn.functional.normalize(rows, dim=1).cpu().numpy()
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            rows = self.forward(inputs.contiguous(memory_format=torch.channels_last))
+        # float16 ends at 65,504, and some activations do not
+        return rows.float() if rows.isfinite().all() else self.forward(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The forward pass in parts of a size that is halved whenever the GPU's memory does not hold it."""
         while True:
             try:
-                return torch.cat([self.model(part) for part in pixels.split(self.size)])
+                return torch.cat([self.model(part) for part in inputs.split(self.size)])
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
-            self.size //= 2  # outside of `except`, whose traceback holds the memory of the failed pass
+            self.size = (min(self.size, len(inputs)) + 1) // 2  # outside of `except`, whose traceback holds the memory
             torch.cuda.empty_cache()
-            print(f"the GPU's memory is full: going on with {self.size} images at a time", flush=True)
+            print(f"{self.device}: the memory is full, going on with {self.size} images at a time", flush=True)
 
 
-# ---------------------------------------------------------------- all models of an ensemble
-
-
-@dataclass
-class EnsemblePrediction:
-    """The state of a submission while its models run."""
-
-    embeddings: np.ndarray  # float32 [n, 384], unit rows: the best so far
-    families: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [n, 384], NaN for an unreadable image
-    seconds: dict[str, float] = field(default_factory=dict)  # by member
-    dropped: dict[str, str] = field(default_factory=dict)  # member -> reason
-    unreadable: dict[Path, str] = field(default_factory=dict)  # image -> reason
-
-
-def predict_ensemble(
-    fitted: ensemble.Ensemble,
-    checkpoint_files: Mapping[ensemble.Member, Path],
-    images: Sequence[Path],
-    hours: float = math.inf,
-    batch_size: int = BATCH_SIZE,
-) -> Iterator[EnsemblePrediction]:
-    """Predict with one model in memory at a time; gives a complete result at the start and after every family.
-
-    The first result is the mean training embedding for every image, which an unreadable image keeps. Families of the
-    largest weights come first. A model for which there is no time, or not enough GPU memory, is dropped, and the
-    weights of the others count for more.
-
-    Args:
-        fitted: weights, members and the mean training embedding.
-        checkpoint_files: of every member.
-        images: files.
-        hours: time for all models, from the first call on.
-    """
-    deadline = time.monotonic() + 3600 * hours
-    ranks = devices.join_ranks("auto")
-    mean, weights = np.asarray(fitted.mean_embedding, np.float32), fitted.mean_weights()
-    state = EnsemblePrediction(embeddings=np.tile(mean, (len(images), 1)))
-    yield state
-    for family in sorted(weights, key=weights.get, reverse=True):
-        predicted = []
-        for member in fitted.families[family]:
-            if not np.any(fitted.weights[family]):
-                state.dropped[member.name] = "its weight is 0"
-                continue
-            began = time.monotonic()
-            try:
-                if began > deadline:
-                    raise OutOfTime("not started")
-                model, recipe, _ = checkpoints.load_model(checkpoint_files[member])
-                rows, state.unreadable = predict(model, recipe, images, ranks, batch_size=batch_size, deadline=deadline)
-            except OutOfTime as error:
-                state.dropped[member.name] = f"no time left ({error})"
-                continue
-            except torch.OutOfMemoryError:
-                state.dropped[member.name] = "one image alone does not fit the GPU's memory"
-                continue
-            finally:
-                model = None  # the next one must not be loaded beside it
-            predicted.append(rows)
-            state.seconds[member.name] = time.monotonic() - began
-        if predicted:
-            state.families[family] = blending.average(predicted)
-            state.embeddings = blending.combine(state.families, fitted.weights, fallback=mean)
-            yield state
+def views(inputs: Tensor, tta: str) -> Iterator[Tensor]:
+    """What a network sees of each image for one of TTA: [B, 3, S, S] each, the image itself first."""
+    yield inputs
+    if tta == "flip":
+        yield inputs.flip(3)
+    elif tta == "five_crops":
+        size = inputs.shape[-1]
+        for crop in F.five_crop(inputs, [round(size * CROP_SHARE)] * 2):
+            yield F.resize(crop, [size, size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    elif tta != "none":
+        raise PredictionError(f"tta is {tta!r}; it can be {', '.join(TTA)}")
 
 
 # ---------------------------------------------------------------- command
@@ -235,6 +178,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="file of ensemble weights: unreadable images get its mean training embedding (default: they are an error)",
     )
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images at a time (default: {BATCH_SIZE})")
+    parser.add_argument("--tta", default="none", choices=TTA, help="views of an image to average (default: none)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
     return parser.parse_args(argv)
 
@@ -252,7 +196,20 @@ def run(arguments: argparse.Namespace) -> None:
     fallback = ensemble.load_ensemble(arguments.fallback).mean_embedding if arguments.fallback else None
     model, _, _ = checkpoints.load_model(arguments.checkpoint, recipe)
     ranks = devices.join_ranks(recipe.device)
-    embeddings, unreadable = predict(model, recipe, images, ranks, batch_size=max(1, arguments.batch_size))
+    pixels = PixelCache(images, recipe.input_size, num_workers=recipe.num_workers)
+    local = predict(
+        model,
+        recipe,
+        pixels,
+        local_devices(ranks.device, ranks.world_size),
+        positions=range(ranks.rank, len(images), ranks.world_size),
+        batch_size=max(1, arguments.batch_size),
+        tta=arguments.tta,
+        progress=ranks.is_main,
+    )
+    embeddings = ranks.gather_interleaved(torch.from_numpy(local).to(ranks.device), len(images))
+    bad = dict(sorted(item for part in ranks.gather_objects(list(pixels.bad.items())) for item in part))
+    unreadable = {images[position]: reason for position, reason in bad.items()}
     if unreadable and fallback is None:
         raise PredictionError(
             f"{len(unreadable)} of {len(images)} images cannot be read; remove them, or give --fallback:\n  "

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kutils import checkpoints, config, transforms
+from kutils import checkpoints, config, paths, transforms
 from kutils.config import EMBEDDING_DIM
 from kutils.datasets import load_datasets
 from kutils.devices import pick_device
@@ -35,14 +35,32 @@ class PromptBank:
         self.prompts, self.embeddings = prompts, embeddings
 
     @classmethod
-    def from_datasets(cls, names: Sequence[str]) -> "PromptBank":
-        """Every distinct prompt of data sets in `input/`, in order of first appearance.
+    def from_datasets(cls, names: Sequence[str], most: int | None = None, seed: int = 0) -> "PromptBank":
+        """Every distinct prompt of data sets in `input/`, in order of first appearance; or so many of them, drawn.
 
         Raises: DataError or TableError as `load_datasets` does.
         """
         data = load_datasets(names, need_folds=False)
         _, rows = np.unique(data.prompt_codes, return_index=True)
+        if most is not None and most < len(rows):
+            rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
         return cls(data.prompts.take(pa.array(rows)).to_pylist(), data.targets(rows))
+
+    def save(self, path: Path) -> None:
+        """Write an .npz of `prompts` and `embeddings` in float16, atomically; replaced if it is there."""
+        with paths.atomic_path(path) as temporary:
+            np.savez_compressed(
+                temporary, prompts=np.array(self.prompts), embeddings=self.embeddings.astype(np.float16)
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> "PromptBank":
+        """Read what `save` wrote; ValueError if it is none."""
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                return cls(saved["prompts"].tolist(), saved["embeddings"].astype(np.float32))
+        except Exception as error:  # NumPy and zipfile raise errors of many kinds
+            raise ValueError(f"{path} holds no prompts ({error})") from error
 
     def nearest(self, queries: np.ndarray, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
         """The k prompts of highest cosine for each query, best first: all are compared, in blocks of bounded memory.

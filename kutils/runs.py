@@ -112,7 +112,13 @@ def version_of(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The repository's commit, with `+changes` where the tree differs from it; None outside git."""
+    """The repository's commit, with `+changes` where the tree differs from it; None if nothing tells it.
+
+    The code data set on Kaggle is no repository: a file beside the package tells its commit.
+    """
+    told = paths.repository_root() / paths.COMMIT_FILE
+    if told.is_file():
+        return told.read_text(encoding="utf-8").strip()
     command = ["git", "-C", str(paths.repository_root()), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from kutils import paths
-from kutils.config import EMBEDDING_DIM
+from kutils.config import EMBEDDING_DIM, SUBMISSION_HEADER
 
-COLUMNS = ("imgId_eId", "val")
-HEADER = ",".join(COLUMNS)
+HEADER = SUBMISSION_HEADER
+COLUMNS = HEADER.split(",")
 CHUNK_IMAGES = 256  # written and compared at once: 98,304 rows
 BLOCK_BYTES = 1 << 20  # read at once
 DECIMALS = 6  # of a value; they move a unit vector by 1e-5 at most

@@ -43,9 +43,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Do several models know more than one?
-# Fold 0 is split in two by prompt. Every method of weighting is fitted on one half; the other half says what it is
-# worth, as far as fold 0 is like the images to come: one weight per dimension has room to learn a fold's own mix of
-# prompts, and a warning says where there is one.
+# Fold 0 is split in two by topic (clusters of its prompts), so that the halves differ in what they show. Every method
+# of weighting is fitted on one half; the other half says what it is worth, and whether it beats equal weights.
 
 # %%
 from kutils import blending, ensemble, plots
@@ -64,6 +63,16 @@ gain = fitted.scores["chosen"] - fitted.scores["members"][best]
 print(f"{fitted.method} weights: {fitted.scores['chosen']:.4f}, {gain:+.4f} over the best family alone ({best})")
 
 # %% [markdown]
+# ## Which models are in it?
+# The score of a model is that of its training, on its own validation fold; scores of different folds do not compare.
+
+# %%
+import pandas as pd
+
+rows = [(name, Path(each.recipe).stem, each.fold, each.score) for name, of in fitted.families.items() for each in of]
+pd.DataFrame(rows, columns=["family", "recipe", "fold", "cosine on its fold"]).round(4)
+
+# %% [markdown]
 # ## Who counts how much?
 # A family whose errors another one shares gets little weight, however good it is alone.
 
@@ -76,8 +85,6 @@ plots.weights(fitted.mean_weights());
 # run.
 
 # %%
-import pandas as pd
-
 without = pd.Series(fitted.leave_one_out, name="score without it", dtype=float).to_frame()
 without.assign(loss=fitted.scores["family"] - without["score without it"]).style.format("{:.4f}")
 

@@ -31,6 +31,7 @@ fold: int = 0  # validation fold, 0..9
 num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU
 overrides: str = ""  # keys of the recipe to change, as for dist_train.sh
 recipe: str = ""  # a recipe file of conf/ instead of a model's own
+hours: float = 0  # after which it saves and stops, to be started again; 0: no limit
 
 # %%
 import sys
@@ -61,13 +62,16 @@ print(run.recipe.to_yaml())
 # ## Train
 # One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is
 # shown as it is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not
-# there.
+# there. On Kaggle, data sets and a former version's output are found among the notebook's inputs.
 
 # %%
+from kutils import mounts
+
+mounts.prepare_training(run)
 launch.ensure_datasets(run.recipe)
 processes = launch.count_processes(num_processes, run.recipe.device)
-launch.torchrun("kutils.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs")
-result = runs.result_of(run.folder)
+launch.torchrun("kutils.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs", hours=hours)
+result = runs.result_of(run.folder)  # None if the hours were over before
 
 # %% [markdown]
 # ## Did it learn, and did it stop too early?
@@ -75,12 +79,14 @@ result = runs.result_of(run.folder)
 # epochs, one that falls while the loss does too is overfitting.
 
 # %%
-plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"]);
+if run.metrics_path.is_file():
+    plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"] if result else None)
 
 # %%
-print(runs.describe(result))
-gain = result["cosine_similarity"] - result["mean_prompt_baseline"]
-print(f"{gain:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
+if result:
+    print(runs.describe(result))
+    gain = result["cosine_similarity"] - result["mean_prompt_baseline"]
+    print(f"{gain:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
 
 # %% [markdown]
 # ## What did it look at?
@@ -97,9 +103,10 @@ plots.image_grid(images, prompts, columns=4);
 # The cosine of every validation image with its own prompt; the score is their mean.
 
 # %%
-table = report.validation_table(run.recipe, run.fold, run.predictions_path)
-plots.similarity_histogram(table["cosine"], threshold=None)
-table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T
+if result:
+    table = report.validation_table(run.recipe, run.fold, run.predictions_path)
+    plots.similarity_histogram(table["cosine"], threshold=None)
+    print(table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T.to_string())
 
 # %% [markdown]
 # ## Where is it right, and where is it lost?
@@ -107,5 +114,6 @@ table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T
 # predicted.
 
 # %%
-shown = report.best_and_worst(table, run.recipe, count=4)
-plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4);
+if result:
+    shown = report.best_and_worst(table, run.recipe, count=4)
+    plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4)

@@ -18,11 +18,12 @@
 # `submission.csv`. A complete file is there before the first model runs, and gets better with every family.
 # `papermill notebooks/submission.ipynb working/runs/submission.ipynb -p images FOLDER`
 #
-# **What it needs.** No network. A folder of images, the ensemble's weights (`notebooks/ensemble`) and its checkpoints.
-# On Kaggle the three are found among the notebook's inputs, which `kernel-metadata/submission/kernel-metadata.json`
-# lists: put your Kaggle name in its three places that say `INSERT_KAGGLE_NAME_HERE`.
+# **What it needs.** No network, and no package beyond Kaggle's own. A folder of images, the ensemble's weights
+# (`notebooks/ensemble`) and its checkpoints. On Kaggle the three are found among the notebook's inputs, where
+# `make kaggle-code`, `make kaggle-weights` and `make kaggle-push` put them.
 #
-# **How long it takes.** The tiny models: seconds. The 18 large ones: hours on Kaggle's GPUs, within the budget below.
+# **How long it takes.** The tiny models: seconds. The 18 large ones: hours on Kaggle's GPUs, within the budget below:
+# what does not fit is left out, so that least is lost.
 
 # %% tags=["parameters"]
 images: str = ""  # folder of images; empty: the competition's, found below the inputs
@@ -30,6 +31,9 @@ ensemble: str = ""  # JSON file of the weights; empty: the one below working/mod
 models: str = ""  # folder of the checkpoints; empty: found likewise
 output: str = ""  # the file to write; empty: working/submission.csv
 hours: float = 8.5  # time for all models; Kaggle ends the notebook after 9
+batch_size: int = 64  # images at a time on each GPU; halved where the memory is full
+tta: str = "none"  # views of an image that are averaged: none, flip, five_crops
+cache_gb: float = 24.0  # of decoded images, in files of the temporary folder
 
 # %%
 import sys
@@ -49,30 +53,32 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # Versions, devices and inputs. What is missing stops here, with the tree of what is there.
 
 # %%
-import torch
-from kutils import blending, mounts, paths, plots, predict, submission
-from kutils.ensemble import describe, load_ensemble
+from kutils import blending, budget, devices, mounts, paths, pixels, plots, retrieval, submission
+from kutils.ensemble import bank_path, describe, load_ensemble
 
-print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, GPUs: {torch.cuda.device_count()}")
-image_files = predict.find_images(images or mounts.find_images_folder(paths.input_dir()))
+print(f"{mounts.describe_machine()}\n{devices.describe_gpus()}")
+images_folder = images or mounts.find_images_folder(paths.input_dir())
+image_files = pixels.find_images(images_folder, same_name_is_error=False)
 folders = mounts.weight_folders(models)
-fitted = load_ensemble(ensemble or mounts.find_ensemble(folders))
-checkpoint_files = mounts.find_checkpoints(fitted.members(), folders)
+ensemble_path = Path(ensemble) if ensemble else mounts.find_ensemble(folders)
+fitted = load_ensemble(ensemble_path)
+files = mounts.find_checkpoints({member.checkpoint: member.sha256 for member in fitted.members()}, folders)
+checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
 print(f"{len(image_files):,} images, {len(checkpoint_files)} models\n{describe(fitted)}")
 
 # %% [markdown]
 # ## Predict
-# The first file holds the mean training embedding for every image; each family of models makes it better. It is
-# replaced only by a whole one, so that a valid file is there whenever this is stopped.
+# The first file holds the mean training embedding for every image; each model makes it better. It is replaced only by a
+# whole one, so that a valid file is there whenever this is stopped.
 
 # %%
 ids = [path.stem for path in image_files]
-for state in predict.predict_ensemble(fitted, checkpoint_files, image_files, hours):
+options = {"hours": hours, "batch_size": batch_size, "tta": tta, "cache_gb": cache_gb}
+for state in budget.predict_ensemble(fitted, checkpoint_files, image_files, **options):
     submission.write_submission(output_path, ids, state.embeddings)
-    print(f"{output_path}: {', '.join(state.families) or 'mean embedding'}", flush=True)
-for name, reason in (state.dropped | {path.name: reason for path, reason in state.unreadable.items()}).items():
-    print(f"left out: {name}: {reason}")
+    weights = ", ".join(f"{family} {weight:.3f}" for family, weight in state.weights.items())
+    print(f"{output_path.name}: {len(state.seconds)} models; {weights or 'the mean embedding'}", flush=True)
 
 # %% [markdown]
 # ## Will it be scored?
@@ -80,6 +86,12 @@ for name, reason in (state.dropped | {path.name: reason for path, reason in stat
 
 # %%
 print(f"{submission.check_submission(output_path, ids):,} rows are as the competition wants them")
+unreadable = {path.name: reason for path, reason in state.unreadable.items()}
+told = {"images": len(ids), "seconds": state.seconds, "weights": state.weights}
+told |= {"left_out": state.dropped, "unreadable": unreadable}
+paths.write_json(output_path.with_name("submission_report.json"), told)
+for name, reason in unreadable.items():
+    print(f"it holds the mean embedding for {name}: {reason}")
 
 # %% [markdown]
 # ## Where did the time go?
@@ -88,6 +100,18 @@ print(f"{submission.check_submission(output_path, ids):,} rows are as the compet
 # %%
 if state.seconds:
     plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
+
+# %% [markdown]
+# ## What does it mean?
+# Some images, and the nearest prompts to what was predicted, of the few that travel with the weights: they should say
+# what is to be seen, as far as so few can.
+
+# %%
+if bank_path(ensemble_path).is_file() and image_files:
+    bank = retrieval.PromptBank.load(bank_path(ensemble_path))
+    indices, cosines = bank.nearest(state.embeddings[:8], k=2)
+    titles = [f"{ids[i]}: " + " / ".join(bank.prompts[j] for j in indices[i]) for i in range(len(indices))]
+    plots.image_grid(image_files[:8], titles, columns=4)
 
 # %% [markdown]
 # ## Do the families agree?

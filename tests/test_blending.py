@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import unit_rows
+from scipy.optimize import minimize
 
 from kutils import blending
 
@@ -79,22 +80,82 @@ def test_a_family_that_knows_nothing_gets_no_weight():
     np.testing.assert_allclose(blending.fit_family_weights(predictions, targets), [1, 0], atol=1e-6)
 
 
-def test_ridge_solves_its_least_squares():
-    targets, family_weights, strength = unit_rows(50, 1), np.array([0.7, 0.3]), 2.0
-    predictions = np.stack([noisy(targets, 1, 2), noisy(targets, 2, 3)]).astype(np.float64)
-    weights = blending.ridge(predictions, targets, family_weights, strength)
-    combined = family_weights @ predictions.transpose(1, 0, 2)
-    prior = family_weights * (combined * targets).sum() / (combined**2).sum()
-    pull = np.sqrt(strength * np.mean(predictions**2) * 50)
-    solutions = [
-        np.linalg.lstsq(
-            np.vstack([predictions[:, :, d].T, pull * np.eye(2)]), np.concatenate([targets[:, d], pull * prior])
-        )[0]
-        for d in range(384)
-    ]
-    expected = np.stack(solutions, axis=1)
-    np.testing.assert_allclose(weights, expected / expected.sum(axis=0).mean(), rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(blending.ridge(predictions, targets, family_weights, np.inf)[:, 5], family_weights)
+def test_pulled_weights_are_the_best_near_by():
+    """Against the same objective by scipy's SLSQP, which is given the constraint as one."""
+    targets, family_weights, pull = unit_rows(50, 1)[:, :6], np.array([0.7, 0.3]), 1e-2
+    targets = blending.unit(targets)
+    random = np.random.default_rng(2)
+    predictions = np.stack([blending.unit(targets + noise * random.standard_normal((50, 6))) for noise in (0.6, 0.9)])
+    weights = blending.pulled_weights(predictions, targets, family_weights, pull)
+    np.testing.assert_allclose(weights.sum(axis=0), 1, atol=1e-12)
+
+    def objective(flat):
+        tried = flat.reshape(2, 6)
+        total = np.einsum("fd,fnd->nd", tried, predictions.astype(np.float64))
+        cosines = (total * targets).sum(axis=1) / np.linalg.norm(total, axis=1)
+        return pull * np.square(tried - family_weights[:, None]).sum() - cosines.mean()
+
+    start = np.repeat(family_weights, 6)
+    sums = {"type": "eq", "fun": lambda flat: flat.reshape(2, 6).sum(axis=0) - 1}
+    best = minimize(objective, start, method="SLSQP", constraints=[sums], tol=1e-12)
+    assert objective(weights.ravel()) == pytest.approx(best.fun, abs=1e-6)
+    assert objective(start) - best.fun > 1e-4  # there is something to be found
+    np.testing.assert_allclose(weights.ravel(), best.x, atol=5e-3)
+    np.testing.assert_array_equal(
+        blending.pulled_weights(predictions, targets, family_weights, np.inf)[:, 5], [0.7, 0.3]
+    )
+
+
+def test_dimension_weights_do_not_learn_how_large_a_dimension_is_in_these_rows():
+    """Two equal families and targets of which one dimension is large in all rows: nothing tells the families apart."""
+    targets = unit_rows(300, 1)
+    targets[:, 0] += 1
+    targets = blending.unit(targets)
+    shrunk = targets.copy()
+    shrunk[:, 0] /= 2
+    predictions = {"a": blending.unit(shrunk), "b": blending.unit(shrunk)}
+    weights, _ = blending.fit_and_score(predictions, targets, np.arange(300))
+    total = np.add(weights["dimension"]["a"], weights["dimension"]["b"])
+    np.testing.assert_allclose(total, 1, atol=1e-9)
+
+
+def test_of_very_many_rows_some_are_drawn(monkeypatch):
+    targets = unit_rows(400, 1)
+    predictions = np.stack([noisy(targets, 0.8, 2), noisy(targets, 1.2, 3)])
+    monkeypatch.setattr(blending, "MOST_ROWS", 100)
+    seen = []
+    whole = blending.pulled_weights
+    monkeypatch.setattr(
+        blending, "pulled_weights", lambda rows, *rest: seen.append(rows.shape[1]) or whole(rows, *rest)
+    )
+    blending.fit_dimension_weights(predictions, targets, np.array([0.6, 0.4]), np.arange(400))
+    assert max(seen) == 100
+
+
+def test_topics_are_of_like_prompts_and_hold_all_rows_of_one():
+    centers = unit_rows(5, 1)
+    prompts = np.repeat(np.arange(100), 2)
+    targets = blending.unit(
+        np.repeat(centers[np.arange(100) % 5], 2, axis=0) + 0.3 * np.repeat(unit_rows(100, 2), 2, 0)
+    )
+    topics = blending.topics(targets, prompts, seed=3)
+    assert (topics[::2] == topics[1::2]).all() and len(set(topics)) >= 5
+    kinds = prompts % 5
+    assert all(len(set(kinds[topics == topic])) == 1 for topic in set(topics))
+    np.testing.assert_array_equal(topics, blending.topics(targets, prompts, seed=3))
+    few = blending.topics(targets[:20], prompts[:20])
+    assert len(set(few)) == 10  # too few for topics: each prompt is a group
+
+
+def test_the_error_of_a_gain_knows_that_rows_of_a_topic_are_alike():
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(200), 10)
+    effect = np.repeat(random.normal(0.02, 0.1, 200), 10)
+    gain = blending.gain(effect, np.zeros(2000), groups)
+    assert gain["mean"] == pytest.approx(effect.mean())
+    assert gain["error"] == pytest.approx(effect[::10].std() / np.sqrt(200), rel=1e-6)  # 200 numbers, not 2,000
+    alone = blending.gain(effect, np.zeros(2000), np.arange(2000))
+    assert alone["error"] == pytest.approx(effect.std() / np.sqrt(2000), rel=1e-6)
 
 
 def test_dimension_weights_find_what_each_family_knows():
@@ -104,7 +165,11 @@ def test_dimension_weights_find_what_each_family_knows():
     second[:, :192] = unit_rows(800, 3)[:, :192]
     weights, report = blending.fit_and_score({"first": first, "second": second}, targets, groups)
     scores = report["scores"]
-    assert scores["dimension"] > 0.99 and scores["family"] < 0.85
+    assert scores["dimension"] > 0.95 and scores["family"] < 0.85
+    gain = report["over_equal"]["dimension"]
+    assert (
+        gain["mean"] == pytest.approx(scores["dimension"] - scores["equal"]) and gain["mean"] > 10 * gain["error"] > 0
+    )
     assert scores["family"] == pytest.approx(scores["equal"], abs=1e-3)
     assert np.mean(weights["dimension"]["first"][:192]) > 0.85 and np.mean(weights["dimension"]["first"][192:]) < 0.15
 

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kutils import checkpoints
 from kutils.checkpoints import CheckpointError
@@ -95,3 +96,40 @@ def test_other_folds_are_refused(saved):
         checkpoints.check_folds(facts, 3, {"toy": "aa"}, path)
     with pytest.raises(CheckpointError, match=r"other folds of toy .* would be validated"):
         checkpoints.check_folds(facts, 0, {"toy": "bb"}, path)
+
+
+def test_half_the_size_for_upload_and_the_same_model(saved, tmp_path):
+    path, model, recipe = saved
+    packed = tmp_path / "packed.safetensors"
+    checkpoints.save_half(checkpoints.read(path), packed)
+    assert packed.stat().st_size < 0.6 * path.stat().st_size
+    loaded, its_recipe, facts = checkpoints.load_model(packed)
+    assert its_recipe == recipe and facts["fold"] == 0 and facts["folds_hashes"] == {"toy": "aa"}
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        cosines = torch.nn.functional.cosine_similarity(loaded(images), model.eval()(images))
+    assert cosines.min() > 0.9999
+
+
+def test_what_half_precision_cannot_hold_is_not_packed(saved, tmp_path):
+    content = checkpoints.read(saved[0])
+    content["model"] = {**content["model"], "fc.weight": torch.full((384, 4), 1e5)}
+    with pytest.raises(CheckpointError, match=r"fc.weight holds values that float16 cannot"):
+        checkpoints.save_half(content, tmp_path / "packed.safetensors")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -100])
+def test_a_truncated_packed_file_is_named(saved, tmp_path, keep):
+    packed = tmp_path / "packed.safetensors"
+    checkpoints.save_half(checkpoints.read(saved[0]), packed)
+    packed.write_bytes(packed.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"packed.safetensors is no readable checkpoint"):
+        checkpoints.load_model(packed)
+
+
+def test_safetensors_of_another_origin_are_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        checkpoints.read(tmp_path / "x.safetensors")

@@ -1,6 +1,5 @@
 """Fitting an ensemble of trained runs: the JSON file by independent NumPy, and everything that must be refused."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -12,7 +11,8 @@ import yaml
 from conftest import TINY, make_dataset
 
 from kutils import blending, checkpoints, ensemble, train
-from kutils.config import ConfigError, Recipe
+from kutils.config import ConfigError, Recipe, load_recipe
+from kutils.retrieval import PromptBank
 from kutils.tables import read_table, write_table
 
 FAMILIES = {"convnext": "test_convnext", "vit": "test_vit"}
@@ -80,6 +80,8 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     for member in [*vit, *content["families"]["convnext"]]:
         checkpoint = world / "working" / "models" / member["checkpoint"]
         assert member["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        result = world / "working" / "runs" / f"{checkpoint.name.removesuffix('_best_cossim.pth')}" / "result.json"
+        assert member["score"] == json.loads(result.read_text())["cosine_similarity"]
 
     # the mean training embedding, weights and scores of the unseen half by plain NumPy
     table = read_table(world / "input" / "toy.tsv", ["fold"])
@@ -90,23 +92,23 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     np.testing.assert_allclose(content["mean_embedding"], mean, atol=1e-6)
     rows = {name: np.load(predictions_path(world, name))["embeddings"] for name in FAMILIES}
     targets, numbers = embeddings[folds == 0], pd.factorize(prompts[folds == 0])[0]
-    weights = blending.fit_and_score(rows, targets, numbers)[0]
+    topics = blending.topics(targets, numbers)
+    weights, report = blending.fit_and_score(rows, targets, topics)
     assert content["weights"] == pytest.approx(weights["family"])
     assert sum(content["weights"].values()) == pytest.approx(1)
-    unseen = ~blending.split_groups(numbers, 0)
+    unseen = ~blending.split_groups(topics, 0)
     assert content["rows"] == {"fit": int((~unseen).sum()), "unseen": int(unseen.sum())} == {"fit": 12, "unseen": 12}
+    assert content["over_equal"] == report["over_equal"] and set(report["over_equal"]) == {"family", "dimension"}
     scores = content["scores"]
     total = sum(content["weights"][name] * rows[name] for name in FAMILIES)
     expected = np.sum(total * targets, axis=1) / np.linalg.norm(total, axis=1)
     assert scores["chosen"] == scores["family"] == pytest.approx(expected[unseen].mean(), abs=1e-6)
     assert scores["members"]["vit"] == pytest.approx(np.sum(rows["vit"] * targets, axis=1)[unseen].mean(), abs=1e-6)
     assert scores["baseline"] == pytest.approx((targets @ mean)[unseen].mean(), abs=1e-6)
-    center = targets.mean(axis=0)
-    assert scores["fold_likeness"] == pytest.approx(center @ mean / np.linalg.norm(center), abs=1e-6)
-    assert "another mix than the rest" in shown  # random embeddings have no mean in common
-    fitted = ensemble.load_ensemble(output)
-    alike = dataclasses.replace(fitted, scores=scores | {"fold_likeness": 0.99})
-    assert "another mix" in ensemble.describe(fitted) and "another mix" not in ensemble.describe(alike)
+    assert "family weights" in shown and "equal ones on rows that the fit has not seen" in shown
+    bank = PromptBank.load(output.with_name("ensemble_toy.prompts.npz"))
+    assert set(bank.prompts) == set(prompts.tolist())
+    np.testing.assert_allclose(bank.embeddings[:3], embeddings[[0, 2, 4]], atol=1e-3)
     assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
     assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
     assert ensemble.load_ensemble(output).members()[2] == ensemble.Member(**vit[1])
@@ -236,3 +238,37 @@ def test_the_ensemble_in_conf_is_read():
         "tiny_convnext": 1,
         "tiny_vit": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        ({"mean": 0.002, "error": 0.0005}, "beat equal ones"),
+        ({"mean": -0.002, "error": 0.0005}, "are worse than equal ones"),
+        ({"mean": 0.002, "error": 0.0015}, "are no different from equal ones"),
+    ],
+)
+def test_the_verdict_knows_chance(gain, said):
+    assert ensemble.verdict(gain).startswith(said)
+
+
+def test_the_published_ensemble_has_its_eighteen_models():
+    _, families = ensemble.read_config("conf/ensemble_seed.yaml")
+    assert {name: [member.fold for member in members] for name, members in families.items()} == {
+        "convnext_large": [0, 1, 2, 3],
+        "vit_large": [0, 3, 4, 8],
+        "convnext_xxlarge": [0, 1, 6, 7, 6],
+        "eva02_large": [0, 2, 5, 9, 2],
+    }
+    recipes = [(load_recipe(member.recipe), member.fold) for members in families.values() for member in members]
+    names = [recipe.checkpoint_path(fold).relative_to(recipe.models_folder()).as_posix() for recipe, fold in recipes]
+    prefix = "eval02_large/eva02_large_cls"  # the folder is spelt so where it was published
+    suffix = "_8data_noaug_input448_bs16_lr1e-6_1e-7_wd5e-2_sam_madgrad_wawrmup0"
+    assert names[13:] == [
+        f"{prefix}avg{suffix}_3epoch_fold0_best_cossim.pth",
+        f"{prefix}avg{suffix}_3epoch_fold2_best_cossim.pth",
+        f"{prefix}only{suffix}_3epoch_fold5_best_cossim.pth",
+        f"{prefix}only{suffix}_3epoch_fold9_best_cossim.pth",
+        f"{prefix}avg{suffix}_1epoch_fold2_best_cossim.pth",
+    ]
+    assert len(set(names)) == 18 and all(fold in recipe.train_folds for recipe, fold in recipes)

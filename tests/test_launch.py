@@ -146,6 +146,17 @@ def test_a_second_interrupt_does_not_cut_what_the_child_saves(module, tmp_path):
     assert gone(child)
 
 
+def test_the_end_of_the_time_lets_the_child_save(module, capsys):
+    name = module(
+        "import signal, sys, time\n"
+        "def save(*_):\n    print('saved')\n    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('begun')\ntime.sleep(600)"
+    )
+    assert launch.run_module(name, seconds=5) is False
+    assert capsys.readouterr().out == "begun\nsaved\n"
+    assert launch.run_module("this", seconds=60) is True
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_a_killed_parent_takes_its_child_along(module, tmp_path):
     name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")

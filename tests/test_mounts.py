@@ -1,10 +1,18 @@
 """Inputs are found by what they hold, and what is missing is said with the tree of what is there."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
 
 import pytest
+import torch
+from conftest import make_dataset
 
-from kutils import ensemble, mounts
+from kutils import datasets, launch, mounts, paths
 
 
 def competition(folder, header="imgId_eId,val"):
@@ -55,11 +63,11 @@ def test_the_ensemble_is_known_by_its_content(tmp_path):
         mounts.find_ensemble(folders)
     assert "kernel-metadata.json" in str(caught.value) and "No such file" in str(caught.value)
     file = tmp_path / "a" / "any name.json"
-    file.write_text(json.dumps({"kind": ensemble.KIND, "method": "equal"}, indent=2))
+    file.write_text(json.dumps({"kind": mounts.ENSEMBLE_KIND, "method": "equal"}, indent=2))
     assert mounts.find_ensemble(folders) == file
     (tmp_path / "copy.json").write_bytes(file.read_bytes())
     assert mounts.find_ensemble(folders) == file  # sorted by path; the same content
-    (tmp_path / "other.json").write_text(json.dumps({"kind": ensemble.KIND, "method": "family"}))
+    (tmp_path / "other.json").write_text(json.dumps({"kind": mounts.ENSEMBLE_KIND, "method": "family"}))
     with pytest.raises(mounts.MountError, match="several ensembles"):
         mounts.find_ensemble(folders)
 
@@ -69,11 +77,119 @@ def test_a_checkpoint_is_the_one_that_was_fitted(tmp_path):
     (tmp_path / "old" / "m_fold0.pth").write_bytes(b"an earlier training")
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "m_fold0.pth").write_bytes(b"right")
-    right = ensemble.Member("m.yaml", 0, "m/m_fold0.pth", ensemble.sha256_of(tmp_path / "z" / "m_fold0.pth"))
-    assert mounts.find_checkpoints([right], [tmp_path]) == {right: tmp_path / "z" / "m_fold0.pth"}
-    changed = ensemble.Member("m.yaml", 0, "m/m_fold0.pth", "0" * 64)
-    absent = ensemble.Member("m.yaml", 1, "m/m_fold1.pth", "0" * 64)
+    right = {"m/m_fold0.pth": paths.sha256_of(tmp_path / "z" / "m_fold0.pth")}
+    assert mounts.find_checkpoints(right, [tmp_path]) == {"m/m_fold0.pth": tmp_path / "z" / "m_fold0.pth"}
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "m_fold2.safetensors").write_bytes(b"packed")
+    packed = {"m/m_fold2.safetensors": paths.sha256_of(tmp_path / "half" / "m_fold2.safetensors")}
+    assert len(mounts.find_checkpoints(right | packed, [tmp_path])) == 2
     with pytest.raises(mounts.MountError) as caught:
-        mounts.find_checkpoints([right, changed, absent], [tmp_path])
+        mounts.find_checkpoints({"m/m_fold0.pth": "0" * 64, "m/m_fold1.pth": "0" * 64}, [tmp_path])
     assert "old/m_fold0.pth" in str(caught.value) and "not what was fitted" in str(caught.value)
     assert "m/m_fold1.pth." in str(caught.value) and "\n  z/\n" in str(caught.value)
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """Inputs and working/ of a Kaggle notebook, with a temporary folder of their own; what it sets is undone."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
+    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("input", "working", "temporary"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_data_sets_of_several_inputs_become_one_folder(kaggle):
+    owner = kaggle / "input" / "datasets" / "me"
+    make_dataset(owner / "toy-tables" / "part", "toy", num_prompts=20)
+    (owner / "toy-tables" / "part" / "toy_images").rename(kaggle / "toy_images")
+    (owner / "toy-images").mkdir()
+    (kaggle / "toy_images").rename(owner / "toy-images" / "toy_images")  # a data set of images alone
+    make_dataset(kaggle / "input" / "other-flat", "other", num_prompts=20)
+    folder = mounts.link_datasets(["toy", "other", "absent"], kaggle / "input")
+    os.environ["KUTILS_INPUT"] = str(folder)
+    data = datasets.load_datasets(["toy", "other"])
+    assert len(data) == 80 and all(data.image_path(row).is_file() for row in (0, 79))
+    assert mounts.link_datasets(["toy"], kaggle / "input") == folder  # again
+    make_dataset(kaggle / "input" / "copy", "toy", num_prompts=20)
+    with pytest.raises(mounts.MountError, match=r"toy.tsv is there several times") as caught:
+        mounts.link_datasets(["toy"], kaggle / "input")
+    assert str(kaggle / "input" / "copy" / "toy.tsv") in str(caught.value)
+
+
+def former_output(root, run, step, checkpoint=b"weights"):
+    """What a former version of a training notebook left, `step` updates in."""
+    folder = root / "runs" / run.folder.name
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.yaml").write_text("x")
+    (folder / "resume.pt").write_bytes(str(step).encode())
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": 1, "step": n}) + "\n" for n in (5, step)))
+    models = root / "models" / run.recipe.save_dir
+    models.mkdir(parents=True)
+    for name in ("tiny_fold0_best_cossim.pth", "tiny_fold1_best_cossim.pth"):
+        (models / name).write_bytes(checkpoint)
+    return folder
+
+
+def test_the_former_version_that_came_farthest_is_copied_once(kaggle, tiny_recipe, capsys):
+    run = launch.Run(kaggle / "r.yaml", tiny_recipe(), 0, ())
+    root = kaggle / "input"
+    former_output(root / "kernel-v1", run, 10)
+    latest = former_output(root / "notebooks" / "me" / "kernel", run, 20, b"the latest")
+    for path in [latest, *latest.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)  # inputs are read-only
+    mounts.bring_run(run, root)
+    assert (run.folder / "resume.pt").read_bytes() == b"20" and str(latest) in capsys.readouterr().out
+    (run.folder / "resume.pt").write_bytes(b"21")  # the copy is not read-only
+    (run.folder / "logs" / "new").write_text("")
+    assert run.recipe.checkpoint_path(0).read_bytes() == b"the latest" and not run.recipe.checkpoint_path(1).exists()
+    mounts.bring_run(run, root)
+    assert (run.folder / "resume.pt").read_bytes() == b"21"  # what is there stays
+    assert not list(kaggle.rglob(".partial-*"))
+
+
+def test_the_stage_before_is_found_by_its_name(kaggle, tiny_recipe):
+    recipe = tiny_recipe(stage=2, prefix="two", initialize_from="tiny/tiny_fold{fold}_best_cossim.pth")
+    run = launch.Run(kaggle / "r.yaml", recipe, 1, ())
+    former_output(kaggle / "input" / "flat", launch.Run(kaggle / "r.yaml", tiny_recipe(), 0, ()), 3, b"stage 1")
+    mounts.bring_run(run, kaggle / "input")
+    assert recipe.initial_checkpoint(1).read_bytes() == b"stage 1" and not run.folder.exists()
+
+
+def test_a_wheel_is_installed_beside_what_is_there(kaggle):
+    code = kaggle / "input" / "datasets" / "me" / "kutils-code"
+    code.mkdir(parents=True)
+    with pytest.raises(mounts.MountError, match="tinywheel is not installed and no wheel of it"):
+        mounts.install_wheel("tinywheel", kaggle / "input")
+    with zipfile.ZipFile(code / "tinywheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tinywheel/__init__.py", "answer = 42\n")
+        info = "tinywheel-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    mounts.install_wheel("tinywheel", kaggle / "input")
+    assert importlib.import_module("tinywheel").answer == 42
+    del sys.modules["tinywheel"]
+    shown = subprocess.run([sys.executable, "-c", "import tinywheel; print(tinywheel.answer)"], capture_output=True)
+    assert shown.stdout == b"42\n"  # ranks find it too
+    assert str(kaggle / "temporary") in os.environ["PYTHONPATH"]
+    mounts.install_wheel("torch", kaggle / "input")  # installed: nothing to do
+
+
+def test_outside_of_kaggle_nothing_is_moved(workspace, tiny_recipe, monkeypatch):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    before = dict(os.environ)
+    mounts.prepare_training(launch.Run(workspace / "r.yaml", tiny_recipe(), 0, ()))
+    assert dict(os.environ) == before and not list((workspace / "working").iterdir())
+
+
+def test_the_machine_is_described():
+    said = mounts.describe_machine()
+    assert f"torch {torch.__version__.split('+')[0]}" in said and "GB of memory" in said and "commit " in said

@@ -1,53 +1,28 @@
-"""Predictions against the network by hand: any image, any batch size, any number of ranks; and a whole ensemble."""
+"""Predictions against the network by hand: any image, any batch size, any number of devices or ranks, any views."""
 
-import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as F
 from conftest import unit_rows
-from PIL import Image
+from ensembles import by_hand, save_images, write_ensemble
+from torch.nn.functional import normalize
 
-from kutils import blending, checkpoints, devices, ensemble, models, predict, transforms
+from kutils import checkpoints, models, pixels, predict, transforms
 
-ALONE = devices.Ranks(0, 1, torch.device("cpu"))
-
-
-def save_images(folder):
-    """Twelve readable files of many kinds, a truncated one, an empty one, and files that are no images."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(3)
-    pixels = [random.integers(0, 256, (40 + number, 50, 3)).astype(np.uint8) for number in range(12)]
-    pictures = [Image.fromarray(values) for values in pixels]
-    pictures[0].save(folder / "b.png")
-    pictures[1].save(folder / "a.JPG", quality=90)
-    pictures[2].convert("CMYK").save(folder / "c.jpeg")
-    pictures[3].save(folder / "d.webp")
-    pictures[4].quantize(8).save(folder / "e.gif")
-    pictures[5].save(folder / "f.gif", save_all=True, append_images=[pictures[5].rotate(90)])
-    pictures[6].convert("RGBA").save(folder / "g.png")
-    Image.fromarray(random.integers(0, 65536, (30, 30)).astype(np.uint16)).save(folder / "h.png")
-    pictures[8].convert("L").save(folder / "i.tiff")
-    pictures[9].save(folder / "j.bmp")
-    pictures[10].save(folder / "k.dotted.name.png")
-    pictures[11].save(folder / "l.webp", save_all=True, append_images=[pictures[11].rotate(180)])
-    (folder / "m.png").write_bytes((folder / "b.png").read_bytes()[:200])
-    (folder / "n.jpg").write_bytes(b"")
-    (folder / ".hidden.png").write_bytes(b"")
-    (folder / "notes.txt").write_text("no image")
-    (folder / "below").mkdir()
-    pictures[0].save(folder / "below" / "z.png")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def images(tmp_path):
     save_images(tmp_path / "images")
-    return predict.find_images(tmp_path / "images")
+    return pixels.find_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -57,44 +32,72 @@ def model_and_recipe(tiny_recipe):
     return models.build_model(recipe).eval(), recipe
 
 
-def by_hand(model, recipe, files):
-    pixels = [transforms.resize_square(transforms.decode_rgb(path), recipe.input_size) for path in files]
-    with torch.no_grad():
-        return model(transforms.normalize(torch.stack(pixels), recipe.mean, recipe.std)).numpy()
-
-
-def test_images_are_found_whatever_their_extension(images):
-    assert [path.name for path in images] == [
-        "a.JPG", "b.png", "c.jpeg", "d.webp", "e.gif", "f.gif", "g.png", "h.png", "i.tiff", "j.bmp",
-        "k.dotted.name.png", "l.webp", "m.png", "n.jpg",
-    ]  # fmt: skip
-
-
-def test_two_files_of_one_name_are_refused(tmp_path, images):
-    (tmp_path / "images" / "c.png").write_bytes(b"")
-    with pytest.raises(predict.PredictionError, match=r"c\.jpeg and c\.png have the same id 'c'"):
-        predict.find_images(tmp_path / "images")
-    with pytest.raises(predict.PredictionError, match="no folder of images"):
-        predict.find_images(tmp_path / "nowhere")
+def cache(recipe, images, **options):
+    return pixels.PixelCache(images, recipe.input_size, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_every_image_is_predicted_once_and_a_broken_one_is_named(images, model_and_recipe, batch_size):
-    embeddings, unreadable = predict.predict(*model_and_recipe, images, ALONE, batch_size=batch_size)
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_every_image_is_predicted_once_and_a_broken_one_is_named(images, model_and_recipe, batch_size, num_devices):
+    model, recipe = model_and_recipe
+    squares = cache(recipe, images)
+    embeddings = predict.predict(model, recipe, squares, [CPU] * num_devices, batch_size=batch_size)
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(embeddings[:12], by_hand(*model_and_recipe, images[:12]), atol=1e-6)
     assert np.isnan(embeddings[12:]).all()
-    assert [path.name for path in unreadable] == ["m.png", "n.jpg"]
-    assert "m.png cannot be decoded" in unreadable[images[12]] and "n.jpg is empty" in unreadable[images[13]]
+    assert "m.png cannot be decoded" in squares.bad[12] and "n.jpg is empty" in squares.bad[13]
 
 
-def test_loader_processes_and_no_images(images, model_and_recipe, tiny_recipe):
-    model, _ = model_and_recipe
-    recipe = tiny_recipe(amp_dtype="float32", num_workers=2)
-    embeddings, _ = predict.predict(model, recipe, images[:12], ALONE, batch_size=5)
+def test_some_of_the_images_in_an_order_of_their_own(images, model_and_recipe):
+    model, recipe = model_and_recipe
+    embeddings = predict.predict(model, recipe, cache(recipe, images), [CPU], positions=[13, 4, 0], batch_size=2)
+    np.testing.assert_allclose(embeddings[1:], by_hand(model, recipe, [images[4], images[0]]), atol=1e-6)
+    assert np.isnan(embeddings[0]).all()
+    assert predict.predict(model, recipe, cache(recipe, []), [CPU]).shape == (0, 384)
+
+
+def test_the_devices_work_at_the_same_time(images, model_and_recipe, monkeypatch):
+    model, recipe = model_and_recipe
+    both = threading.Barrier(2, timeout=60)  # broken, and an error, unless two are inside at once
+
+    def waiting(self, inputs):
+        both.wait()
+        return self.model(inputs)
+
+    monkeypatch.setattr(predict.Predictor, "forward", waiting)
+    embeddings = predict.predict(model, recipe, cache(recipe, images[:12]), [CPU] * 2, batch_size=3)
     np.testing.assert_allclose(embeddings, by_hand(model, recipe, images[:12]), atol=1e-6)
-    embeddings, unreadable = predict.predict(model, recipe, [], ALONE)
-    assert embeddings.shape == (0, 384) and unreadable == {}
+
+
+def test_an_error_on_a_device_is_raised(images, model_and_recipe, monkeypatch):
+    model, recipe = model_and_recipe
+
+    def failing(self, inputs):
+        raise RuntimeError("an unhappy device")
+
+    monkeypatch.setattr(predict.Predictor, "forward", failing)
+    for batch_size in (4, 64):
+        with pytest.raises(RuntimeError, match="unhappy"):
+            predict.predict(model, recipe, cache(recipe, images), [CPU] * 2, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("tta", ["flip", "five_crops"])
+def test_views_are_averaged(images, model_and_recipe, tta):
+    model, recipe = model_and_recipe
+    squares = torch.stack([transforms.resize_square(transforms.decode_rgb(path), 32) for path in images[:4]])
+    inputs = transforms.normalize(squares, recipe.mean, recipe.std)
+    seen = [inputs, inputs.flip(3)]
+    if tta == "five_crops":  # 28 of 32 pixels, from the corners and the middle
+        places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
+        crops = [inputs[:, :, top : top + 28, left : left + 28] for top, left in places]
+        seen = [inputs, *(F.resize(crop, [32, 32], F.InterpolationMode.BICUBIC, antialias=True) for crop in crops)]
+    with torch.no_grad():
+        expected = normalize(sum(model(view) for view in seen), dim=1).numpy()
+    embeddings = predict.predict(model, recipe, cache(recipe, images[:4]), [CPU], tta=tta)
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
+    assert np.abs(embeddings - by_hand(model, recipe, images[:4])).max() > 1e-4
+    with pytest.raises(predict.PredictionError, match="tta is 'mirror'; it can be none, flip, five_crops"):
+        predict.predict(model, recipe, cache(recipe, images), [CPU], tta="mirror")
 
 
 class SmallMemory(torch.nn.Module):
@@ -111,16 +114,16 @@ class SmallMemory(torch.nn.Module):
         return pixels.mean(dim=(2, 3))
 
 
-def test_the_batch_is_halved_until_it_fits_and_stays_so(capsys):
-    model = SmallMemory(most=3)
-    forward, pixels = predict.HalvingForward(model, 8), torch.rand(8, 3, 4, 4)
-    torch.testing.assert_close(forward(pixels), pixels.mean(dim=(2, 3)))
+def test_the_batch_is_halved_until_it_fits_and_stays_so(capsys, tiny_recipe):
+    model, inputs = SmallMemory(most=3), torch.rand(8, 3, 4, 4)
+    forward = predict.Predictor(model, tiny_recipe(), CPU, 64, "none").forward  # 64 is more than there are
+    torch.testing.assert_close(forward(inputs), inputs.mean(dim=(2, 3)))
     assert model.sizes == [8, 4, 2, 2, 2, 2]
-    torch.testing.assert_close(forward(pixels[:3]), pixels[:3].mean(dim=(2, 3)))
+    torch.testing.assert_close(forward(inputs[:3]), inputs[:3].mean(dim=(2, 3)))
     assert model.sizes[6:] == [2, 1]
     assert "going on with 2 images" in capsys.readouterr().out
     with pytest.raises(torch.OutOfMemoryError):
-        predict.HalvingForward(SmallMemory(most=0), 4)(pixels)
+        predict.Predictor(SmallMemory(most=0), tiny_recipe(), CPU, 4, "none").forward(inputs)
 
 
 def test_what_overflows_in_half_precision_is_predicted_in_full(images, model_and_recipe, tiny_recipe):
@@ -133,18 +136,17 @@ def test_what_overflows_in_half_precision_is_predicted_in_full(images, model_and
         return forward(pixels) * (torch.nan if overflows[-1] else 1)
 
     model.forward = overflowing
-    embeddings, _ = predict.predict(model, recipe, images[:5], ALONE)
+    embeddings = predict.predict(model, recipe, cache(recipe, images[:5]), [CPU])
     assert overflows == [True, False]
     model.forward = forward
     np.testing.assert_allclose(embeddings, by_hand(model, recipe, images[:5]), atol=1e-6)
 
 
-def test_after_the_deadline_it_stops_unless_it_is_done(images, model_and_recipe):
+def test_after_the_deadline_it_stops(images, model_and_recipe):
     past = time.monotonic() - 1
-    with pytest.raises(predict.OutOfTime, match="5 of 14 images were done"):
-        predict.predict(*model_and_recipe, images, ALONE, batch_size=5, deadline=past)
-    embeddings, _ = predict.predict(*model_and_recipe, images, ALONE, batch_size=14, deadline=past)
-    assert np.isfinite(embeddings[:12]).all()
+    model, recipe = model_and_recipe
+    with pytest.raises(predict.OutOfTime, match="of 14 images were done"):
+        predict.predict(model, recipe, cache(recipe, images), [CPU], batch_size=5, deadline=past)
 
 
 # ---------------------------------------------------------------- the command
@@ -230,99 +232,8 @@ def test_two_ranks_write_what_one_writes(command, images, model_and_recipe):
     np.testing.assert_allclose(np.load(output)["embeddings"], by_hand(*model_and_recipe, images[:12]), atol=1e-6)
 
 
-# ---------------------------------------------------------------- an ensemble
-
-
-def write_ensemble(folder, families, weights, mean, scores=None, rows=None):
-    """The file of an ensemble that was never fitted."""
-    fitted = ensemble.Ensemble(
-        method="family",
-        families=families,
-        weights=weights,
-        mean_embedding=[float(value) for value in mean],
-        scores=scores or {},
-        leave_one_out={},
-        error_correlations={},
-        rows=rows or {},
-        folds_hash="{}",
-        targets_hash="",
-    )
-    (folder / "weights.json").write_text(json.dumps({"kind": ensemble.KIND, **asdict(fitted)}))
-    return folder / "weights.json"
-
-
-@pytest.fixture
-def members(tmp_path, tiny_recipe):
-    """Two families, a of two members and b of one, and c without weight: the fitted ensemble, files and models."""
-    families, files, built = {}, {}, {}
-    for seed, (family, fold) in enumerate([("a", 0), ("a", 1), ("b", 0), ("c", 0)]):
-        torch.manual_seed(seed)
-        recipe = tiny_recipe(prefix=family, input_size=32 if family == "a" else 48, amp_dtype="float32", device="cuda")
-        member = ensemble.Member(f"{family}.yaml", fold, f"{family}_{fold}.pth", str(seed))
-        built[member.name] = (models.build_model(recipe).eval(), recipe)
-        files[member] = tmp_path / f"{family}_{fold}.pth"
-        checkpoints.save_checkpoint(files[member], *built[member.name], fold=fold)
-        families.setdefault(family, []).append(member)
-    weights = {"b": 0.3, "a": 0.7, "c": 0.0}
-    fitted = ensemble.load_ensemble(write_ensemble(tmp_path, families, weights, unit_rows(1, seed=8)[0]))
-    return fitted, files, built
-
-
-def states(*arguments, **options):
-    """(families, embeddings) of every state, copied, and the last state."""
-    seen = []
-    for state in predict.predict_ensemble(*arguments, **options):
-        seen.append((list(state.families), state.embeddings.copy()))
-    return seen, state
-
-
-def test_an_ensemble_gets_better_family_by_family(images, members):
-    fitted, files, built = members
-    seen, state = states(fitted, files, images)
-    assert [families for families, _ in seen] == [[], ["a"], ["a", "b"]]  # the largest weight first, c not at all
-    mean = np.array(fitted.mean_embedding, np.float32)
-    np.testing.assert_array_equal(seen[0][1], np.tile(mean, (14, 1)))
-    rows = {name: by_hand(*model, images[:12]) for name, model in built.items()}
-    a = rows["a fold 0"] + rows["a fold 1"]
-    a /= np.linalg.norm(a, axis=1, keepdims=True)
-    np.testing.assert_allclose(seen[1][1][:12], a, atol=1e-6)
-    total = 0.7 * a + 0.3 * rows["b fold 0"]
-    total /= np.linalg.norm(total, axis=1, keepdims=True)
-    np.testing.assert_allclose(seen[2][1][:12], total, atol=1e-6)
-    np.testing.assert_array_equal(seen[2][1][12:], np.tile(mean, (2, 1)))
-    assert [path.name for path in state.unreadable] == ["m.png", "n.jpg"]
-    assert list(state.seconds) == ["a fold 0", "a fold 1", "b fold 0"] and state.dropped == {
-        "c fold 0": "its weight is 0"
-    }
-
-
-def test_no_time_leaves_the_mean_embedding(images, members):
-    fitted, files, _ = members
-    seen, state = states(fitted, files, images, hours=0)
-    assert len(seen) == 1 and set(state.dropped) == {"a fold 0", "a fold 1", "b fold 0", "c fold 0"}
-    np.testing.assert_allclose(np.linalg.norm(seen[0][1], axis=1), 1, atol=1e-6)
-
-
-@pytest.mark.parametrize("error", [predict.OutOfTime("3 of 14"), torch.OutOfMemoryError("full")])
-def test_a_model_that_does_not_finish_is_dropped_and_the_others_count(images, members, monkeypatch, error):
-    fitted, files, built = members
-    whole, calls = predict.predict, []
-
-    def failing(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 2:  # the second member of a
-            raise error
-        return whole(*arguments, **options)
-
-    monkeypatch.setattr(predict, "predict", failing)
-    _, state = states(fitted, files, images[:12])
-    assert "a fold 1" in state.dropped and list(state.families) == ["a", "b"]
-    rows = {name: by_hand(*model, images[:12]) for name, model in built.items()}
-    expected = blending.combine({"a": rows["a fold 0"], "b": rows["b fold 0"]}, fitted.weights)
-    np.testing.assert_allclose(state.embeddings, expected, atol=1e-6)
-
-
-def test_an_empty_folder_is_predicted(members):
-    fitted, files, _ = members
-    seen, _ = states(fitted, files, [])
-    assert seen[-1][0] == ["a", "b"] and seen[-1][1].shape == (0, 384)
+def test_the_command_averages_views(command, images, model_and_recipe):
+    arguments, output = command
+    assert predict.main([*arguments, "--tta", "flip"]) == 0
+    difference = np.abs(np.load(output)["embeddings"] - by_hand(*model_and_recipe, images[:12])).max()
+    assert 1e-5 < difference < 0.5

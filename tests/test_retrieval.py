@@ -131,3 +131,24 @@ def test_help_shows_every_default(capsys):
         retrieval.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 5)" in text and "(default: the recipe's)" in text and "None" not in text
+
+
+def test_a_bank_is_saved_with_few_digits_and_read_again(tmp_path):
+    prompts, embeddings = ["a cat", 'a "quoted" dog', "ein Bär"], unit_rows(3)
+    retrieval.PromptBank(prompts, embeddings).save(tmp_path / "bank.npz")
+    bank = retrieval.PromptBank.load(tmp_path / "bank.npz")
+    assert bank.prompts == prompts and bank.embeddings.dtype == np.float32
+    np.testing.assert_allclose(bank.embeddings, embeddings, atol=1e-4)
+    assert bank.nearest(embeddings, k=1)[0].ravel().tolist() == [0, 1, 2]
+    (tmp_path / "bank.npz").write_bytes(b"PK half a file")
+    with pytest.raises(ValueError, match=r"bank.npz holds no prompts"):
+        retrieval.PromptBank.load(tmp_path / "bank.npz")
+
+
+def test_a_bank_of_some_prompts_is_drawn(workspace):
+    whole = retrieval.PromptBank.from_datasets(["toy"])
+    some = retrieval.PromptBank.from_datasets(["toy"], most=10, seed=1)
+    assert len(whole.prompts) == 40 and len(set(some.prompts)) == 10
+    for prompt, embedding in zip(some.prompts, some.embeddings, strict=True):
+        np.testing.assert_array_equal(embedding, whole.embeddings[whole.prompts.index(prompt)])
+    assert some.prompts == retrieval.PromptBank.from_datasets(["toy"], most=10, seed=1).prompts

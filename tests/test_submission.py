@@ -1,5 +1,6 @@
 """submission.csv: its exact text, its speed, what the check must find; and the kernel that writes it, as on Kaggle."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import unit_rows
-from test_predict import by_hand, save_images, write_ensemble
+from ensembles import by_hand, save_images, write_ensemble
 
 from kutils import checkpoints, ensemble, models, paths, submission
 from kutils.submission import SubmissionError
@@ -156,11 +157,9 @@ def weights(tmp_path, tiny_recipe):
         path = folder / "models" / family / f"{family}_fold0_best_cossim.pth"
         checkpoints.save_checkpoint(path, *built[family], fold=0)
         name = str(path.relative_to(folder / "models"))
-        families[family] = [ensemble.Member(f"conf/{family}.yaml", 0, name, ensemble.sha256_of(path))]
+        families[family] = [ensemble.Member(f"conf/{family}.yaml", 0, name, paths.sha256_of(path))]
     mean = unit_rows(1, seed=8)[0]
-    scores = dict.fromkeys(("equal", "family", "dimension", "baseline", "fold_likeness"), 0.5) | {
-        "members": {"a": 0.5, "b": 0.5}
-    }
+    scores = dict.fromkeys(("equal", "family", "dimension", "baseline"), 0.5) | {"members": {"a": 0.5, "b": 0.5}}
     report = {"scores": scores, "rows": {"fit": 1, "unseen": 1}}
     return write_ensemble(folder, families, {"a": 0.8, "b": 0.2}, mean, **report).parent, mean, built
 
@@ -201,9 +200,12 @@ def test_the_kernel_writes_a_valid_file_from_both_forms_of_mounts(tmp_path, weig
     values = pd.read_csv(tmp_path / "w1" / "submission.csv")["val"].to_numpy().reshape(14, 384)
     np.testing.assert_allclose(values[:12], total / np.linalg.norm(total, axis=1, keepdims=True), atol=2e-6)
     np.testing.assert_allclose(values[12:], np.stack([mean, mean]), atol=1e-6)
-    assert "left out: m.png" in done.stdout and "5,376 rows" in done.stdout
+    assert "the mean embedding for m.png" in done.stdout and "5,376 rows" in done.stdout
     assert (tmp_path / "w2" / "submission.csv").read_text() == "imgId_eId,val\n"
-    assert [path.name for path in (tmp_path / "w1").iterdir()] == ["submission.csv"]
+    assert {path.name for path in (tmp_path / "w1").iterdir()} == {"submission.csv", "submission_report.json"}
+    report = json.loads((tmp_path / "w1" / "submission_report.json").read_text())
+    assert report["images"] == 14 and list(report["unreadable"]) == ["m.png", "n.jpg"] and report["left_out"] == {}
+    assert report["weights"] == pytest.approx({"a": 0.8, "b": 0.2}) and len(report["seconds"]) == 2
 
 
 def test_the_kernel_test_would_notice_an_import(tmp_path):

@@ -1,0 +1,270 @@
+"""All models of an ensemble, one in memory at a time, within a time budget; a complete result at every moment.
+
+What a model costs is measured before the first one runs, on this machine. What does not fit is left out in the order in
+which the ensemble loses least by it.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kutils import blending, checkpoints, devices, predict
+from kutils.config import Recipe
+from kutils.ensemble import Ensemble, Member
+from kutils.pixels import PixelCache, SquareImages
+
+SLACK = 1.1  # of an estimate; the budget is for more than the models
+PROBE_SECONDS = 0.5  # of forward passes that are timed
+PROBE_IMAGES = 32  # that are decoded to time the decoder
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model takes, measured."""
+
+    load: float  # seconds
+    image: float  # seconds per image, on all devices together
+    decode: float  # seconds per image, which is decoded once per input size
+    input_size: int
+
+    def describe(self) -> str:
+        rate = f"{1 / self.image:,.1f} images/s" if self.image else "no image"
+        return f"{rate} at {self.input_size} px, loaded in {self.load:.1f} s"
+
+
+@dataclass
+class EnsemblePrediction:
+    """The state of a submission while its models run."""
+
+    embeddings: np.ndarray  # float32 [n, 384], unit rows: the best so far
+    families: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [n, 384], NaN for an unreadable image
+    weights: dict[str, float] = field(default_factory=dict)  # of those families, summing to 1
+    seconds: dict[str, float] = field(default_factory=dict)  # by member
+    dropped: dict[str, str] = field(default_factory=dict)  # member -> reason
+    unreadable: dict[Path, str] = field(default_factory=dict)  # image -> reason
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def losses(fitted: Ensemble, members: Sequence[Member]) -> dict[Member, float]:
+    """What the mean cosine loses, about, by leaving out one of the members.
+
+    A family's loss was measured when the weights were fitted (leave_one_out). That of one of its k members could not,
+    since each has trained on what the others are validated on: the variance that averaging takes away goes with 1 / k,
+    so that a share of 1 / (k - 1) - 1 / k of the family's loss is taken for it.
+    """
+    found = {}
+    families = {name: [member for member in members if member in of] for name, of in fitted.families.items()}
+    present = [name for name, kept in families.items() if kept]
+    for name in present:
+        count = len(families[name])
+        whole = max(0.0, fitted.scores["family"] - fitted.leave_one_out.get(name, 0.0))
+        share = 1.0 if count == 1 else 1 / (count - 1) - 1 / count
+        loss = math.inf if len(present) == 1 and count == 1 else share * whole
+        found |= dict.fromkeys(families[name], loss)
+    return found
+
+
+def choose(
+    fitted: Ensemble, members: Sequence[Member], costs: Mapping[Member, Cost], seconds: float, num_images: int
+) -> tuple[list[Member], dict[Member, float]]:
+    """The members that fit the time, by leaving out those by which least is lost, of equals the slower one.
+
+    Args:
+        members: still to run.
+        costs: of each.
+        seconds: left for them.
+        num_images: to predict.
+    Returns: members in their order; and those left out, in that order, with the loss of each.
+    """
+    kept, left_out = list(members), {}
+    while kept and estimate(kept, costs, num_images) > seconds:
+        loss = losses(fitted, kept)
+        worst = min(kept, key=lambda member: (loss[member], -estimate([member], costs, num_images)))
+        kept.remove(worst)
+        left_out[worst] = loss[worst]
+    for member in reversed(list(left_out)):  # what was left out before a slow one may still fit beside the rest
+        if estimate([*kept, member], costs, num_images) <= seconds:
+            kept.append(member)
+            del left_out[member]
+    return sorted(kept, key=members.index), left_out
+
+
+def estimate(members: Sequence[Member], costs: Mapping[Member, Cost], num_images: int) -> float:
+    """Seconds for loading and running members and decoding the images once per input size."""
+    decoding = {costs[member].input_size: costs[member].decode for member in members}
+    running = sum(costs[member].load + num_images * costs[member].image for member in members)
+    return SLACK * (running + num_images * sum(decoding.values()))
+
+
+def measure(path: Path, images: Sequence[Path], device_list: Sequence[torch.device], batch_size: int) -> Cost:
+    """Load a model, decode a few images, time forward passes over growing batches: a second or two and the loading."""
+    began = time.monotonic()
+    model, recipe, _ = checkpoints.load_model(path)
+    predictor = predict.Predictor(model, recipe, device_list[0], batch_size, "none")
+    load = time.monotonic() - began
+    probe = range(0, len(images), max(1, len(images) // PROBE_IMAGES))
+    squares = SquareImages(images, recipe.input_size)
+    began = time.monotonic()
+    for position in probe:
+        squares[position]
+    processes = max(1, min(recipe.num_workers, torch.get_num_threads()))
+    decode = (time.monotonic() - began) / max(1, len(probe)) / processes
+    pixels = torch.zeros(batch_size, 3, recipe.input_size, recipe.input_size, dtype=torch.uint8)
+    predictor(pixels[:1])  # the first pass pays for what later ones find ready
+    size, seconds = 1, 0.0
+    while True:
+        began = time.monotonic()
+        predictor(pixels[:size])
+        seconds = time.monotonic() - began
+        if seconds > PROBE_SECONDS or size == batch_size:
+            return Cost(load, seconds / size / len(device_list), decode, recipe.input_size)
+        size = min(2 * size, batch_size)
+
+
+# ---------------------------------------------------------------- all models
+
+
+class Runner:
+    """What all models of an ensemble share: images, devices, decoded pixels, the end of the time.
+
+    Args: as `predict_ensemble` has them.
+    """
+
+    def __init__(self, checkpoint_files, images, *, deadline, batch_size, tta, cache_gb, device):
+        self.checkpoint_files, self.images, self.deadline = checkpoint_files, images, deadline
+        self.batch_size, self.tta, self.cache_gb = batch_size, tta, cache_gb
+        self.device_list = predict.local_devices(devices.pick_device(device), world_size=1)
+        self.caches: dict[int, PixelCache] = {}
+
+    def run(self, member: Member) -> tuple[np.ndarray, PixelCache]:
+        """One model's predictions as `predict.predict` returns them, and the images it looked at."""
+        if time.monotonic() > self.deadline:
+            raise predict.OutOfTime("not started")
+        model, recipe, _ = checkpoints.load_model(self.checkpoint_files[member])
+        pixels = self.caches.get(recipe.input_size) or self.open_cache(recipe)
+        options = {"batch_size": self.batch_size, "tta": self.tta, "deadline": self.deadline}
+        return predict.predict(model, recipe, pixels, self.device_list, **options), pixels
+
+    def open_cache(self, recipe: Recipe) -> PixelCache:
+        """A cache for the recipe's input size, in what the others leave of the budget."""
+        left = 1e9 * self.cache_gb - sum(cache.num_bytes for cache in self.caches.values())
+        options = {"budget_bytes": max(0.0, left), "num_workers": recipe.num_workers}
+        self.caches[recipe.input_size] = PixelCache(self.images, recipe.input_size, **options)
+        return self.caches[recipe.input_size]
+
+    def keep_caches(self, input_sizes: Collection[int]) -> None:
+        self.caches = {size: cache for size, cache in self.caches.items() if size in input_sizes}
+
+    def measure(self, members: Sequence[Member]) -> dict[Member, Cost]:
+        """Every member's cost, measured once per recipe; one that cannot be measured is free: it fails when it runs."""
+        by_recipe: dict[str, Cost] = {}
+        num_views = len(list(predict.views(torch.zeros(1, 3, 8, 8), self.tta)))
+        for member in members:
+            if member.recipe in by_recipe:
+                continue
+            try:
+                cost = measure(self.checkpoint_files[member], self.images, self.device_list, self.batch_size)
+                by_recipe[member.recipe] = dataclasses.replace(cost, image=cost.image * num_views)
+                print(f"{Path(member.recipe).stem}: {by_recipe[member.recipe].describe()}", flush=True)
+            except (RuntimeError, ValueError, OSError):
+                by_recipe[member.recipe] = Cost(0, 0, 0, 0)
+        return {member: by_recipe[member.recipe] for member in members}
+
+
+def predict_ensemble(
+    fitted: Ensemble,
+    checkpoint_files: Mapping[Member, Path],
+    images: Sequence[Path],
+    *,
+    hours: float = math.inf,
+    batch_size: int = predict.BATCH_SIZE,
+    tta: str = "none",
+    cache_gb: float = 24.0,
+    device: str = "auto",
+) -> Iterator[EnsemblePrediction]:
+    """Predict with one model in memory at a time; gives a complete result at the start and after every model.
+
+    The first result is the mean training embedding for every image, which an unreadable image keeps. Families of the
+    largest weights come first. A model for which there is no time, or that fails, is left out, and the weights of the
+    others count for more. What is left out is said as it happens.
+
+    Args:
+        fitted: weights, members and the mean training embedding.
+        checkpoint_files: of every member.
+        images: files.
+        hours: time for all models, from the first call on; infinite: nothing is measured first.
+        batch_size: per device.
+        tta: one of predict.TTA.
+        cache_gb: of decoded images, in files of the temporary folder.
+        device: auto (all GPUs, else the CPU), cuda or cpu.
+    """
+    options = {"batch_size": batch_size, "tta": tta, "cache_gb": cache_gb, "device": device}
+    runner = Runner(checkpoint_files, images, deadline=time.monotonic() + 3600 * hours, **options)
+    mean, weights = np.asarray(fitted.mean_embedding, np.float32), fitted.mean_weights()
+    state = EnsemblePrediction(embeddings=np.tile(mean, (len(images), 1)))
+    yield state
+
+    members = [
+        member for family in sorted(weights, key=weights.get, reverse=True) for member in fitted.families[family]
+    ]
+    family_of = {member: family for family, of in fitted.families.items() for member in of}
+    for member in [member for member in members if not np.any(fitted.weights[family_of[member]])]:
+        leave_out(state, member, "its weight is 0")
+        members.remove(member)
+    costs = runner.measure(members) if hours < math.inf else {}
+    predicted: dict[str, list[np.ndarray]] = {}
+    took = estimated = 0.0
+    while members:
+        if costs:
+            slower = took / estimated if estimated else 1.0  # than measured, now that models have run
+            left = (runner.deadline - time.monotonic()) / slower
+            members, left_out = choose(fitted, members, costs, left, len(images))
+            for member, loss in left_out.items():
+                minutes = slower * estimate([member], costs, len(images)) / 60
+                leave_out(state, member, f"no time left: it takes {minutes:,.1f} minutes (a loss of about {loss:.4f})")
+        if not members:
+            break
+        if costs:  # decoded images of sizes that no model will ask for any more
+            runner.keep_caches({costs[member].input_size for member in members})
+        member, *members = members
+        began = time.monotonic()
+        try:
+            rows, pixels = runner.run(member)
+        except predict.OutOfTime as error:
+            leave_out(state, member, f"no time left ({error})")
+            continue
+        except torch.OutOfMemoryError:
+            leave_out(state, member, "one image alone does not fit the GPU's memory")
+            continue
+        except (RuntimeError, ValueError, OSError) as error:  # one broken model must not cost the others
+            leave_out(state, member, f"it failed: {next(iter(str(error).splitlines()), repr(error))}")
+            continue
+        state.seconds[member.name] = time.monotonic() - began
+        if costs:
+            took, estimated = took + state.seconds[member.name], estimated + estimate([member], costs, len(images))
+            if pixels.stored.all():  # decoded once and for all
+                costs |= {
+                    other: dataclasses.replace(cost, decode=0.0)
+                    for other, cost in costs.items()
+                    if cost.input_size == pixels.input_size
+                }
+        state.unreadable |= {images[position]: reason for position, reason in sorted(pixels.bad.items())}
+        predicted.setdefault(family_of[member], []).append(rows)
+        state.families = {family: blending.average(of) for family, of in predicted.items()}
+        state.embeddings = blending.combine(state.families, fitted.weights, fallback=mean)
+        total = sum(weights[family] for family in state.families)
+        state.weights = {family: weights[family] / total for family in state.families}
+        yield state
+
+
+def leave_out(state: EnsemblePrediction, member: Member, reason: str) -> None:
+    state.dropped[member.name] = reason
+    print(f"left out: {member.name}: {reason}", flush=True)

@@ -1,0 +1,224 @@
+"""An ensemble within its time: what fits, what is left out and in which order; and every result on the way."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import unit_rows
+from ensembles import by_hand, save_images, write_ensemble
+
+from kutils import blending, budget, checkpoints, ensemble, models, pixels, predict, transforms
+from kutils.budget import Cost
+
+SCORES = {"family": 0.60}
+
+
+def make_fitted(folder, members, leave_one_out, weights=None):
+    """An ensemble with so many members by family, and what each family's absence costs."""
+    families = {
+        name: [ensemble.Member(f"{name}.yaml", fold, f"{name}{fold}.pth", "") for fold in range(count)]
+        for name, count in members.items()
+    }
+    weights = weights or dict.fromkeys(members, 1 / len(members))
+    path = write_ensemble(folder, families, weights, unit_rows(1)[0], scores=SCORES, leave_one_out=leave_one_out)
+    return ensemble.load_ensemble(path)
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def test_losses_are_those_of_the_fit_and_shares_of_them(tmp_path):
+    fitted = make_fitted(tmp_path, {"a": 4, "b": 1}, {"a": 0.588, "b": 0.597})
+    a, b = fitted.families["a"], fitted.families["b"][0]
+    losses = budget.losses(fitted, fitted.members())
+    assert losses[b] == pytest.approx(0.003) and losses[a[0]] == pytest.approx(0.012 * (1 / 3 - 1 / 4))
+    losses = budget.losses(fitted, [a[2], b])  # one of four is left
+    assert losses[a[2]] == pytest.approx(0.012)
+    assert budget.losses(fitted, [b]) == {b: math.inf}  # nothing would be left
+
+
+def test_what_does_not_fit_is_left_out_in_order_of_least_loss(tmp_path):
+    fitted = make_fitted(tmp_path, {"a": 2, "b": 1, "c": 1}, {"a": 0.59, "b": 0.596, "c": 0.599})
+    a, b, c = (fitted.families[name] for name in "abc")
+    costs = {member: Cost(load=0, image=1 / budget.SLACK, decode=0, input_size=8) for member in fitted.members()}
+    for seconds, kept in [
+        (40, [*a, *b, *c]),
+        (39, [*a, *b]),  # c costs 0.001
+        (29, a),  # then b with 0.004, before a second a with 0.005
+        (19, a[1:]),
+        (9, []),
+    ]:
+        chosen, left_out = budget.choose(fitted, fitted.members(), costs, seconds, num_images=10)
+        assert chosen == kept and set(left_out) == set(fitted.members()) - set(kept)
+    _, left_out = budget.choose(fitted, fitted.members(), costs, 19, 10)
+    assert list(left_out.values()) == pytest.approx([0.001, 0.004, 0.005])
+
+
+def test_of_equal_losses_the_slower_goes_and_what_still_fits_comes_back(tmp_path):
+    fitted = make_fitted(tmp_path, {"slow": 1, "fast": 1, "best": 1}, {"slow": 0.599, "fast": 0.599, "best": 0.5})
+    slow, fast, best = fitted.members()
+    seconds = {slow: 30, fast: 3, best: 10}
+    costs = {member: Cost(seconds[member] / budget.SLACK, 0, 0, 8) for member in seconds}
+    assert budget.choose(fitted, fitted.members(), costs, 14, 1)[0] == [fast, best]
+    fitted = make_fitted(tmp_path, {"slow": 1, "fast": 1, "best": 1}, {"slow": 0.598, "fast": 0.599, "best": 0.5})
+    slow, fast, best = fitted.members()
+    costs = {member: Cost(seconds[member] / budget.SLACK, 0, 0, 8) for member in seconds}
+    assert budget.choose(fitted, [slow, fast, best], costs, 14, 1) == ([fast, best], {slow: pytest.approx(0.002)})
+
+
+def test_an_estimate_decodes_once_per_size():
+    x, y, z = (ensemble.Member("r.yaml", fold) for fold in range(3))
+    costs = {x: Cost(1, 0.1, 0.5, 8), y: Cost(2, 0.2, 0.5, 8), z: Cost(3, 0.3, 0.7, 16)}
+    expected = 1 + 2 + 3 + 10 * (0.1 + 0.2 + 0.3) + 10 * (0.5 + 0.7)
+    assert budget.estimate([x, y, z], costs, 10) == pytest.approx(budget.SLACK * expected)
+
+
+# ---------------------------------------------------------------- all models
+
+
+@pytest.fixture
+def images(tmp_path):
+    save_images(tmp_path / "images")
+    return pixels.find_images(tmp_path / "images")
+
+
+@pytest.fixture
+def members(tmp_path, tiny_recipe):
+    """Two families, a of two members and b of one, and c without weight: the fitted ensemble, files and models."""
+    families, files, built = {}, {}, {}
+    for seed, (family, fold) in enumerate([("a", 0), ("a", 1), ("b", 0), ("c", 0)]):
+        torch.manual_seed(seed)
+        recipe = tiny_recipe(prefix=family, input_size=32 if family == "a" else 48, amp_dtype="float32", device="cuda")
+        member = ensemble.Member(f"{family}.yaml", fold, f"{family}_{fold}.pth", str(seed))
+        built[member.name] = (models.build_model(recipe).eval(), recipe)
+        files[member] = tmp_path / f"{family}_{fold}.pth"
+        checkpoints.save_checkpoint(files[member], *built[member.name], fold=fold)
+        families.setdefault(family, []).append(member)
+    weights, without = {"b": 0.3, "a": 0.7, "c": 0.0}, {"a": 0.55, "b": 0.59, "c": 0.6}
+    path = write_ensemble(tmp_path, families, weights, unit_rows(1, seed=8)[0], scores=SCORES, leave_one_out=without)
+    return ensemble.load_ensemble(path), files, built
+
+
+def states(*arguments, **options):
+    """(members run, weights, embeddings) of every state, copied, and the last state."""
+    seen = []
+    for state in budget.predict_ensemble(*arguments, **options):
+        seen.append((list(state.seconds), dict(state.weights), state.embeddings.copy()))
+    return seen, state
+
+
+@pytest.mark.parametrize("hours", [math.inf, 1.0])
+def test_an_ensemble_gets_better_model_by_model(images, members, hours):
+    fitted, files, built = members
+    seen, state = states(fitted, files, images, hours=hours)
+    assert [run for run, _, _ in seen] == [[], ["a fold 0"], ["a fold 0", "a fold 1"], [*built][:3]]  # a counts most
+    assert seen[2][1] == {"a": 1.0} and seen[3][1] == pytest.approx({"a": 0.7, "b": 0.3})
+    mean = np.array(fitted.mean_embedding, np.float32)
+    np.testing.assert_array_equal(seen[0][2], np.tile(mean, (14, 1)))
+    rows = {name: by_hand(*model, images[:12]) for name, model in built.items()}
+    np.testing.assert_allclose(seen[1][2][:12], rows["a fold 0"], atol=1e-6)
+    a = rows["a fold 0"] + rows["a fold 1"]
+    a /= np.linalg.norm(a, axis=1, keepdims=True)
+    np.testing.assert_allclose(seen[2][2][:12], a, atol=1e-6)
+    total = 0.7 * a + 0.3 * rows["b fold 0"]
+    total /= np.linalg.norm(total, axis=1, keepdims=True)
+    np.testing.assert_allclose(seen[3][2][:12], total, atol=1e-6)
+    np.testing.assert_array_equal(seen[3][2][12:], np.tile(mean, (2, 1)))
+    assert [path.name for path in state.unreadable] == ["m.png", "n.jpg"]
+    assert state.dropped == {"c fold 0": "its weight is 0"}
+
+
+def test_images_are_decoded_once_per_input_size(images, members, monkeypatch):
+    fitted, files, _ = members
+    whole, decoded = transforms.decode_rgb, []
+    monkeypatch.setattr(transforms, "decode_rgb", lambda path: decoded.append(path) or whole(path))
+    states(fitted, files, images)
+    assert len(decoded) == 2 * 14  # three models of two sizes
+    del decoded[:]
+    states(fitted, files, images, cache_gb=0)
+    assert len(decoded) == 3 * 14
+    del decoded[:]
+    states(fitted, files, images, cache_gb=14 * 3 * 32 * 32 / 1e9)  # the first size alone fits
+    assert len(decoded) == 2 * 14
+
+
+def test_no_time_leaves_the_mean_embedding(images, members, capsys):
+    fitted, files, _ = members
+    seen, state = states(fitted, files, images, hours=0)
+    assert len(seen) == 1 and set(state.dropped) == {"a fold 0", "a fold 1", "b fold 0", "c fold 0"}
+    np.testing.assert_allclose(np.linalg.norm(seen[0][2], axis=1), 1, atol=1e-6)
+    assert "left out: a fold 0: no time left" in capsys.readouterr().out
+
+
+def test_measured_costs_leave_out_what_does_not_fit(images, members, monkeypatch, capsys):
+    fitted, files, built = members
+    cost = {"a_0.pth": Cost(1000, 0, 0, 32), "b_0.pth": Cost(5000, 0, 0, 48)}
+    monkeypatch.setattr(budget, "measure", lambda path, *_: cost[path.name])
+    _, state = states(fitted, files, images[:12], hours=1)
+    assert list(state.seconds) == ["a fold 0", "a fold 1"] and state.weights == {"a": 1.0}
+    said = capsys.readouterr().out
+    assert "left out: b fold 0: no time left: it takes 91.7 minutes (a loss of about 0.0100)" in said
+    a = sum(by_hand(*built[f"a fold {fold}"], images[:12]) for fold in (0, 1))
+    np.testing.assert_allclose(state.embeddings, a / np.linalg.norm(a, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_models_that_turn_out_slower_leave_no_time_for_the_last(images, members, monkeypatch):
+    """Each is said to take 0.3 s and takes over a second, of two: nothing is left for b, which counts least."""
+    fitted, files, _ = members
+    monkeypatch.setattr(budget, "measure", lambda *_: Cost(0.3, 0, 0, 32))
+    whole = budget.Runner.run
+    monkeypatch.setattr(budget.Runner, "run", lambda *arguments: (time.sleep(1.1), whole(*arguments))[1])
+    _, state = states(fitted, files, images, hours=2 / 3600)
+    assert list(state.seconds) == ["a fold 0"] and "no time left" in state.dropped["b fold 0"]
+
+
+def test_a_measured_cost_is_what_a_pass_takes(tmp_path, images, tiny_recipe, monkeypatch):
+    recipe = tiny_recipe(amp_dtype="float32")
+    checkpoints.save_checkpoint(tmp_path / "m.pth", models.build_model(recipe), recipe, fold=0)
+    sizes = []
+
+    def slow(self, inputs):
+        sizes.append(len(inputs))
+        time.sleep(0.05 * len(inputs))
+        return torch.ones(len(inputs), 384)
+
+    monkeypatch.setattr(predict.Predictor, "forward", slow)
+    cost = budget.measure(tmp_path / "m.pth", images, [torch.device("cpu")] * 2, batch_size=64)
+    assert sizes == [1, 1, 2, 4, 8, 16] and cost.input_size == 32
+    assert 0.025 <= cost.image < 0.04  # on two devices
+    assert cost.load > 0 and cost.decode > 0
+    assert "at 32 px" in cost.describe()
+
+
+@pytest.mark.parametrize("error", [predict.OutOfTime("3 of 14"), torch.OutOfMemoryError("full"), ValueError("broken")])
+def test_a_model_that_does_not_finish_is_left_out_and_the_others_count(images, members, monkeypatch, error):
+    fitted, files, built = members
+    whole, calls = predict.predict, itertools.count(1)
+
+    def failing(*arguments, **options):
+        if next(calls) == 2:  # the second member of a
+            raise error
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(predict, "predict", failing)
+    _, state = states(fitted, files, images[:12])
+    assert "a fold 1" in state.dropped and list(state.families) == ["a", "b"]
+    rows = {name: by_hand(*model, images[:12]) for name, model in built.items()}
+    expected = blending.combine({"a": rows["a fold 0"], "b": rows["b fold 0"]}, fitted.weights)
+    np.testing.assert_allclose(state.embeddings, expected, atol=1e-6)
+
+
+def test_a_broken_file_costs_only_itself(images, members):
+    fitted, files, _ = members
+    files[fitted.families["a"][0]].write_bytes(b"half a file")
+    _, state = states(fitted, files, images, hours=1)
+    assert "no readable checkpoint" in state.dropped["a fold 0"] and list(state.seconds) == ["a fold 1", "b fold 0"]
+
+
+def test_an_empty_folder_is_predicted(members):
+    fitted, files, _ = members
+    seen, _ = states(fitted, files, [], hours=1)
+    assert len(seen[-1][0]) == 3 and seen[-1][2].shape == (0, 384)
