@@ -2,7 +2,8 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check notebooks train refine lab test-install test-recipes
+.PHONY: help env demo test check notebooks train refine lab test-install test-recipes \
+	kaggle-code kaggle-weights kaggle-push kaggle-submit
 
 PYTHON ?= python3
 SCALE ?= quick
@@ -10,6 +11,9 @@ MODEL ?= tiny_convnext
 FOLD ?= 0
 STAGE ?= 2
 OVERRIDES ?=
+KERNEL ?= submission
+MESSAGE ?=
+DRY_RUN ?=
 bin := .venv/bin
 stamp := .venv/requirements-are-installed
 export OMP_WAIT_POLICY := PASSIVE# torch processes side by side would spin away each other's time
@@ -21,6 +25,9 @@ parameters = -p model $(MODEL) -p fold $(FOLD) $(if $(OVERRIDES),-r overrides "$
 # one way only: --sync would trust file times, and could take an old .ipynb for the newer one
 build_notebooks = $(bin)/jupytext --quiet --to ipynb --update $(1)/*.py && \
 	$(bin)/nbstripout --extra-keys "metadata.language_info cell.metadata.papermill metadata.papermill" $(1)/*.ipynb
+
+kaggle = $(bin)/python -m kutils.kaggle
+dry = $(if $(DRY_RUN),--dry-run)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +66,18 @@ refine: env ## stage 2 (STAGE=3: 3) of MODEL on FOLD, from the stage before
 
 lab: env ## JupyterLab on the notebooks
 	$(bin)/jupyter lab notebooks
+
+kaggle-code: env ## upload the committed package as a Kaggle data set (DRY_RUN=1: only show it, here and below)
+	$(kaggle) code $(dry)
+
+kaggle-weights: env ## upload the fitted ensemble and its checkpoints in float16 as a Kaggle data set
+	$(kaggle) weights $(dry)
+
+kaggle-push: env ## push a kernel (KERNEL=submission or train), wait for its run, fetch and check its output
+	$(kaggle) push $(KERNEL) $(dry)
+
+kaggle-submit: env ## submit the checked version of the submission kernel (MESSAGE="...")
+	$(kaggle) submit $(dry) $(if $(MESSAGE),--message "$(MESSAGE)")
 
 test-recipes: env ## the five real networks, and the twelve recipes in a chain on miniature data: 15 minutes
 	$(bin)/python -m pytest -m recipes tests/test_recipes.py

@@ -16,7 +16,7 @@ import torch
 
 from kutils import blending, checkpoints, devices, predict
 from kutils.config import Recipe
-from kutils.ensemble import Ensemble, Member
+from kutils.ensemble import Ensemble, Member, has_weight
 from kutils.pixels import PixelCache, SquareImages
 
 SLACK = 1.1  # of an estimate; the budget is for more than the models
@@ -216,7 +216,7 @@ def predict_ensemble(
         member for family in sorted(weights, key=weights.get, reverse=True) for member in fitted.families[family]
     ]
     family_of = {member: family for family, of in fitted.families.items() for member in of}
-    for member in [member for member in members if not np.any(fitted.weights[family_of[member]])]:
+    for member in [member for member in members if not has_weight(fitted, family_of[member])]:
         leave_out(state, member, "its weight is 0")
         members.remove(member)
     costs = runner.measure(members) if hours < math.inf else {}

@@ -229,14 +229,26 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
         **report,
     )
     path = Path(output) if output else paths.working_dir() / "models" / f"{Path(config_name).stem}.json"
-    text = json.dumps({"kind": mounts.ENSEMBLE_KIND, **asdict(fitted)}, indent=2) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and path.read_text(encoding="utf-8") != to_json(fitted):
         shutil.copy2(path, f"{path}.bak")
     names = sorted(json.loads(common["folds_hash"]))
     PromptBank.from_datasets(names, most=BANK_PROMPTS, seed=seed).save(bank_path(path))
-    with paths.atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_ensemble(fitted, path)
     return fitted, path
+
+
+def to_json(fitted: Ensemble) -> str:
+    return json.dumps({"kind": mounts.ENSEMBLE_KIND, **asdict(fitted)}, indent=2) + "\n"
+
+
+def write_ensemble(fitted: Ensemble, path: Path) -> None:
+    """Write the JSON file, atomically; replaced if it is there."""
+    with paths.atomic_path(path) as temporary:
+        temporary.write_text(to_json(fitted), encoding="utf-8")
+
+
+def has_weight(fitted: Ensemble, family: str) -> bool:
+    return bool(np.any(fitted.weights[family]))
 
 
 def bank_path(weights: Path | str) -> Path:

@@ -1,0 +1,329 @@
+"""Pack code and weights, push the kernels, submit: `python -m kutils.kaggle code|weights|push|submit`.
+
+What is sent is first laid out in `working/kaggle/<name>/`, so that it can be looked at; `--dry-run` stops there.
+`kernel-metadata/kaggle.yaml` says whose account it is and which ensemble.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kutils import checkpoints, config, ensemble, kaggle_client, mounts, paths, runs, submission
+from kutils.kaggle_client import KaggleError, Pushed
+
+PLACEHOLDER = "INSERT_KAGGLE_NAME_HERE"
+CODE = ("kutils", "conf", "LICENSE")  # of the committed tree: all that the kernels need beside themselves
+WHEELS = ("madgrad",)  # absent on Kaggle, needed for training
+KERNELS = ("submission", "train")
+RUN_HOURS = 12.5  # a session ends after 12, and may wait for a machine first
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`kernel-metadata/kaggle.yaml`."""
+
+    user: str
+    ensemble: str
+    train: dict
+
+
+def read_settings(path: Path | None = None, user: str = "") -> Settings:
+    """Raises: KaggleError for an unknown or missing key, or a name that was not filled in."""
+    path = path or metadata_folder() / "kaggle.yaml"
+    values = config.read_yaml(path) | ({"user": user} if user else {})
+    keys = {"": ("user", "ensemble", "train"), "train: ": ("data_sets", "kernels", "parameters")}
+    for where, known in keys.items():
+        found = values.get("train", {}) if where else values
+        for key in found:
+            if key not in known:
+                raise KaggleError(f"{path}: {where}no key {key!r}{config.nearest(str(key), known)}")
+        if missing := [key for key in known if key not in found]:
+            raise KaggleError(f"{path}: {where}{', '.join(missing)} is missing")
+    if values["user"] == PLACEHOLDER or not re.fullmatch(r"[\w-]+", str(values["user"])):
+        raise KaggleError(f"{path}: user is {values['user']}; put your Kaggle name there, as in kaggle.com/<user>")
+    return Settings(**values)
+
+
+def metadata_folder() -> Path:
+    return paths.repository_root() / "kernel-metadata"
+
+
+def staging_folder(name: str) -> Path:
+    return paths.working_dir() / "kaggle" / name
+
+
+# ---------------------------------------------------------------- laying out
+
+
+@contextmanager
+def staged(name: str) -> Iterator[Path]:
+    """An empty folder that becomes `working/kaggle/<name>` when the block ends; what was laid out before is replaced."""
+    folder = staging_folder(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
+        partial = Path(temporary) / name
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def write_metadata(template: Path, folder: Path, user: str, **changes) -> dict:
+    """A metadata file of `kernel-metadata/` with the user's name in it, under its own name in a folder."""
+    values = json.loads(template.read_text(encoding="utf-8").replace(PLACEHOLDER, user)) | changes
+    paths.write_json(folder / template.name, values)
+    return values
+
+
+def git(*arguments: str) -> bytes:
+    """Output of git in the repository. Raises: KaggleError: only what is committed is sent, so it takes a clone."""
+    try:
+        command = ["git", "-C", str(paths.repository_root()), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
+        raise KaggleError(
+            f"what is sent is the committed tree, and {paths.repository_root()} has none: {told}"
+        ) from None
+
+
+def warn_of_changes(*places: str) -> None:
+    changed = git("status", "--porcelain", "--", *places).decode().splitlines()
+    if changed:
+        print(f"warning: not committed, and not sent: {', '.join(line[3:] for line in changed[:8])}", flush=True)
+
+
+def stage_code(settings: Settings) -> Path:
+    """The committed package and recipes with their commit's id, and the wheels that Kaggle lacks."""
+    warn_of_changes(*CODE)
+    with staged("code") as folder:
+        archive = folder / "code.tar"
+        archive.write_bytes(git("archive", "--format=tar", "HEAD", "--", *CODE))
+        with tarfile.open(archive) as stream:
+            stream.extractall(folder, filter="data")
+        archive.unlink()
+        (folder / paths.COMMIT_FILE).write_text(git("rev-parse", "HEAD").decode(), encoding="utf-8")
+        for package in WHEELS:
+            shutil.copy2(build_wheel(package), folder)
+        write_metadata(metadata_folder() / "code" / "dataset-metadata.json", folder, settings.user)
+    return staging_folder("code")
+
+
+def build_wheel(package: str) -> Path:
+    """The wheel of a pure Python package in the version installed here, kept in `working/kaggle/wheels/`."""
+    version, folder = runs.version_of(package), staging_folder("wheels")
+    if version is None:
+        raise KaggleError(f"{package} is not installed: pip install -r requirements.txt")
+    if found := sorted(folder.glob(f"{package}-{version}-py3-none-any.whl")):
+        return found[0]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    found = sorted(folder.glob(f"{package}-{version}-py3-none-any.whl"))
+    if done.returncode or not found:
+        told = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise KaggleError(f"no wheel of {package} {version} could be made; put one into {folder}. pip said:\n{told}")
+    return found[0]
+
+
+def stage_weights(settings: Settings) -> Path:
+    """The fitted ensemble with its checkpoints in float16, their recipes, hashes of all, and a small bank of prompts.
+
+    Members without weight are left out.
+
+    Raises: KaggleError or EnsembleError for a checkpoint that is missing or is not the one that was fitted.
+    """
+    source = paths.working_dir() / "models" / f"{Path(settings.ensemble).stem}.json"
+    if not source.is_file():
+        raise KaggleError(f"{source} is not there: python -m kutils.ensemble fit --config {settings.ensemble}")
+    fitted = ensemble.load_ensemble(source)
+    used = {family: members for family, members in fitted.families.items() if ensemble.has_weight(fitted, family)}
+    wanted = {member.checkpoint: member.sha256 for members in used.values() for member in members}
+    found = mounts.find_checkpoints(wanted, [source.parent])
+    with staged("weights") as folder:
+        packed, manifest = {}, {}
+        for family, members in used.items():
+            packed[family] = []
+            for member in members:
+                name = str(Path(member.checkpoint).with_suffix(".safetensors"))
+                content = checkpoints.read(found[member.checkpoint])
+                checkpoints.save_half(content, folder / name)
+                recipe = checkpoints.recipe_of(content, found[member.checkpoint])
+                (folder / name).with_suffix(".yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+                sha256 = paths.sha256_of(folder / name)
+                packed[family].append(dataclasses.replace(member, checkpoint=name, sha256=sha256))
+                size = (folder / name).stat().st_size
+                manifest[name] = {"sha256": sha256, "bytes": size, "packed_from_sha256": member.sha256}
+                print(f"{name}: {size / 1e6:,.1f} MB", flush=True)
+        weights = {family: fitted.weights[family] for family in used}
+        ensemble.write_ensemble(dataclasses.replace(fitted, families=packed, weights=weights), folder / source.name)
+        if ensemble.bank_path(source).is_file():
+            shutil.copyfile(ensemble.bank_path(source), ensemble.bank_path(folder / source.name))
+        paths.write_json(folder / "manifest.json", {"commit": runs.git_commit(), "files": manifest})
+        write_metadata(metadata_folder() / "weights" / "dataset-metadata.json", folder, settings.user)
+    return staging_folder("weights")
+
+
+def stage_kernel(name: str, settings: Settings) -> Path:
+    """The committed notebook with its metadata; the parameters of `train` are put into it, since a push takes none."""
+    template = metadata_folder() / name / "kernel-metadata.json"
+    values = json.loads(template.read_text(encoding="utf-8"))
+    notebook = (template.parent / values["code_file"]).resolve().relative_to(paths.repository_root())
+    warn_of_changes(str(notebook))
+    with staged(name) as folder:
+        changes = {"code_file": notebook.name}
+        content = git("show", f"HEAD:{notebook.as_posix()}").decode()
+        if name == "train":
+            changes["dataset_sources"] = [
+                *(source.replace(PLACEHOLDER, settings.user) for source in values["dataset_sources"]),
+                *settings.train["data_sets"],
+            ]
+            changes["kernel_sources"] = list(settings.train["kernels"])
+            content = with_parameters(content, settings.train["parameters"])
+        (folder / notebook.name).write_text(content, encoding="utf-8")
+        write_metadata(template, folder, settings.user, **changes)
+    return staging_folder(name)
+
+
+def with_parameters(content: str, parameters: dict) -> str:
+    """A notebook's source with papermill's cell of parameters; an unknown one is an error here, not on Kaggle."""
+    import nbformat  # these come with papermill, which the kernels on Kaggle do without
+    from papermill.inspection import _infer_parameters
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = nbformat.reads(content, as_version=4)
+    known = _infer_parameters(notebook)
+    for key in parameters:
+        if key not in known:
+            raise KaggleError(f"the notebook has no parameter {key!r}{config.nearest(key, known)}")
+    return nbformat.writes(parameterize_notebook(notebook, parameters))
+
+
+# ---------------------------------------------------------------- sending
+
+
+def describe(folder: Path, *commands: str) -> str:
+    """What a folder would send: its files with their sizes, the metadata, and the client's commands."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in files)
+    lines = [f"{folder}: {len(files)} files, {total / 1e6:,.1f} MB"]
+    lines += [f"  {path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in files[:40]]
+    lines += [f"  ... and {len(files) - 40} more"] if len(files) > 40 else []
+    lines += [path.read_text(encoding="utf-8").strip() for path in files if path.name.endswith("-metadata.json")]
+    return "\n".join([*lines, *(f"would run: {command}" for command in commands)])
+
+
+def send_dataset(name: str, folder: Path, dry_run: bool) -> None:
+    message = f"commit {git('rev-parse', '--short', 'HEAD').decode().strip()}"
+    if dry_run:
+        print(describe(folder, f"kaggle datasets create (or version -m '{message}') -p {folder} -r zip"))
+        return
+    print(describe(folder), flush=True)
+    kaggle_client.upload_dataset(folder, message)
+    print(f"{name} is ready: {json.loads((folder / 'dataset-metadata.json').read_text())['id']}", flush=True)
+
+
+def push(name: str, settings: Settings, dry_run: bool, wait: bool) -> None:
+    """Push a kernel, wait for its run, fetch its output and look at it; remembers the version for `submit`."""
+    folder = stage_kernel(name, settings)
+    if dry_run:
+        print(describe(folder, f"kaggle kernels push -p {folder}"))
+        return
+    pushed = kaggle_client.push_kernel(folder)
+    commit = git("rev-parse", "HEAD").decode().strip()
+    paths.write_json(pushed_path(name), {**asdict(pushed), "commit": commit, "checked": False})
+    print(f"version {pushed.version} of {pushed.ref} runs: {pushed.url}", flush=True)
+    if not wait:
+        return
+    version = f"{pushed.ref}/{pushed.version}"
+    kaggle_client.wait_for_run(version, wait_seconds=3600 * RUN_HOURS)
+    output = staging_folder(f"{name}-output")
+    files = kaggle_client.fetch_output(version, output)
+    print(f"its output, {len(files)} files: {output}", flush=True)
+    if name == "submission":
+        print(check_output(output), flush=True)
+        paths.write_json(pushed_path(name), {**asdict(pushed), "commit": commit, "checked": True})
+
+
+def pushed_path(name: str) -> Path:
+    return staging_folder(name).with_name(f"{name}-pushed.json")
+
+
+def check_output(folder: Path) -> str:
+    """Hold a kernel's output to what the competition scores; what it says of its models in one line.
+
+    Raises: KaggleError or SubmissionError if the file is not valid, or a model with weight was left out.
+    """
+    csv, told = folder / "submission.csv", folder / "submission_report.json"
+    if not csv.is_file() or not told.is_file():
+        raise KaggleError(f"{folder} holds no submission.csv with its submission_report.json; see the log there")
+    num_rows = submission.check_submission(csv, submission.read_ids(csv))
+    report = json.loads(told.read_text(encoding="utf-8"))
+    if report["left_out"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in report["left_out"].items())
+        raise KaggleError(f"the kernel ran and left out {reasons}")
+    unreadable = f"; unreadable: {', '.join(report['unreadable'])}" if report["unreadable"] else ""
+    return f"{num_rows:,} valid rows of {report['images']:,} images by {len(report['seconds'])} models{unreadable}"
+
+
+def submit(settings: Settings, message: str, dry_run: bool) -> None:
+    """Submit the version of the submission kernel that was pushed last and whose output was looked at."""
+    path = pushed_path("submission")
+    if not path.is_file():
+        raise KaggleError("nothing was pushed from here: make kaggle-push")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    pushed = Pushed(values["ref"], values["version"], values["url"])
+    if not values["checked"]:
+        raise KaggleError(
+            f"the output of version {pushed.version} of {pushed.ref} was never looked at: push without --no-wait"
+        )
+    metadata = json.loads((metadata_folder() / "submission" / "kernel-metadata.json").read_text(encoding="utf-8"))
+    competition = metadata["competition_sources"][0]
+    message = message or f"commit {values['commit'][:12]}"
+    if dry_run:
+        options = f"-k {pushed.ref} -v {pushed.version} -f submission.csv -m '{message}'"
+        print(f"would run: kaggle competitions submit {competition} {options}")
+        return
+    print(kaggle_client.submit(competition, pushed.ref, pushed.version, message), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kutils.kaggle", description=__doc__.splitlines()[0])
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--dry-run", action="store_true", help="lay out and show what would be sent, send nothing")
+    common.add_argument("--user", default="", help="Kaggle name (default: that of kernel-metadata/kaggle.yaml)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("code", parents=[common], help="upload the committed package as a data set")
+    commands.add_parser("weights", parents=[common], help="upload the fitted ensemble in float16 as a data set")
+    options = commands.add_parser("push", parents=[common], help="push a kernel, wait for its run, check its output")
+    options.add_argument("kernel", nargs="?", default="submission", choices=KERNELS, help="(default: submission)")
+    options.add_argument("--no-wait", action="store_true", help="return when it runs")
+    options = commands.add_parser("submit", parents=[common], help="submit the kernel's checked version")
+    options.add_argument("--message", default="", help="of the submission (default: the commit)")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = read_settings(user=arguments.user)
+        if arguments.command == "push":
+            push(arguments.kernel, settings, arguments.dry_run, not arguments.no_wait)
+        elif arguments.command == "submit":
+            submit(settings, arguments.message, arguments.dry_run)
+        else:
+            stage = stage_code if arguments.command == "code" else stage_weights
+            send_dataset(arguments.command, stage(settings), arguments.dry_run)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
