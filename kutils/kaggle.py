@@ -40,7 +40,8 @@ class Settings:
 def read_settings(path: Path | None = None, user: str = "") -> Settings:
     """Raises: KaggleError for an unknown or missing key, or a name that was not filled in."""
     path = path or metadata_folder() / "kaggle.yaml"
-    values = config.read_yaml(path) | ({"user": user} if user else {})
+    values = config.read_yaml(path)
+    values["user"] = user = user or str(values.get("user"))
     keys = {"": ("user", "ensemble", "train"), "train: ": ("data_sets", "kernels", "parameters")}
     for where, known in keys.items():
         found = values.get("train", {}) if where else values
@@ -49,9 +50,9 @@ def read_settings(path: Path | None = None, user: str = "") -> Settings:
                 raise KaggleError(f"{path}: {where}no key {key!r}{config.nearest(str(key), known)}")
         if missing := [key for key in known if key not in found]:
             raise KaggleError(f"{path}: {where}{', '.join(missing)} is missing")
-    if values["user"] == PLACEHOLDER or not re.fullmatch(r"[\w-]+", str(values["user"])):
-        raise KaggleError(f"{path}: user is {values['user']}; put your Kaggle name there, as in kaggle.com/<user>")
-    return Settings(**values)
+    if user == PLACEHOLDER or not re.fullmatch(r"[\w-]+", user):
+        raise KaggleError(f"{path}: user is {user}; put your Kaggle name there, as in kaggle.com/<user>")
+    return Settings(**json.loads(json.dumps(values).replace(PLACEHOLDER, user)))
 
 
 def metadata_folder() -> Path:
@@ -67,7 +68,7 @@ def staging_folder(name: str) -> Path:
 
 @contextmanager
 def staged(name: str) -> Iterator[Path]:
-    """An empty folder that becomes `working/kaggle/<name>` when the block ends; what was laid out before is replaced."""
+    """An empty folder that becomes `working/kaggle/<name>` when the block ends, in place of a former one."""
     folder = staging_folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
@@ -181,31 +182,27 @@ def stage_kernel(name: str, settings: Settings) -> Path:
     warn_of_changes(str(notebook))
     with staged(name) as folder:
         changes = {"code_file": notebook.name}
-        content = git("show", f"HEAD:{notebook.as_posix()}").decode()
+        (folder / notebook.name).write_bytes(git("show", f"HEAD:{notebook.as_posix()}"))
         if name == "train":
             changes["dataset_sources"] = [
                 *(source.replace(PLACEHOLDER, settings.user) for source in values["dataset_sources"]),
                 *settings.train["data_sets"],
             ]
             changes["kernel_sources"] = list(settings.train["kernels"])
-            content = with_parameters(content, settings.train["parameters"])
-        (folder / notebook.name).write_text(content, encoding="utf-8")
+            set_parameters(folder / notebook.name, settings.train["parameters"])
         write_metadata(template, folder, settings.user, **changes)
     return staging_folder(name)
 
 
-def with_parameters(content: str, parameters: dict) -> str:
-    """A notebook's source with papermill's cell of parameters; an unknown one is an error here, not on Kaggle."""
-    import nbformat  # these come with papermill, which the kernels on Kaggle do without
-    from papermill.inspection import _infer_parameters
-    from papermill.parameterize import parameterize_notebook
+def set_parameters(notebook: Path, parameters: dict) -> None:
+    """Put papermill's cell of parameters into a notebook; an unknown one is an error here, not on Kaggle."""
+    import papermill  # a second, and the kernels on Kaggle do without
 
-    notebook = nbformat.reads(content, as_version=4)
-    known = _infer_parameters(notebook)
+    known = papermill.inspect_notebook(notebook)
     for key in parameters:
         if key not in known:
-            raise KaggleError(f"the notebook has no parameter {key!r}{config.nearest(key, known)}")
-    return nbformat.writes(parameterize_notebook(notebook, parameters))
+            raise KaggleError(f"{notebook.name} has no parameter {key!r}{config.nearest(key, known)}")
+    papermill.execute_notebook(notebook, notebook, parameters, prepare_only=True, progress_bar=False)
 
 
 # ---------------------------------------------------------------- sending

@@ -6,38 +6,48 @@ import re
 import pytest
 
 from kutils import paths
+from kutils.kaggle_client import KERNEL_KEYS, slugify
 
 FOLDER = paths.repository_root() / "kernel-metadata"
 KERNELS = sorted(FOLDER.glob("*/kernel-metadata.json"))
-# every key that `kaggle kernels push` reads (kaggle 2.2.5)
-KEYS = {
-    *("id", "id_no", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_tpu"),
-    *("enable_internet", "machine_shape", "dataset_sources", "competition_sources", "kernel_sources", "model_sources"),
-    *("keywords", "docker_image", "docker_image_pinning_type"),
-}
+DATASETS = sorted(FOLDER.glob("*/dataset-metadata.json"))
+COMPETITIONS = {"submission": ["stable-diffusion-image-to-prompts"], "train": []}
 
 
-def test_the_submission_kernel_is_described():
-    assert FOLDER / "submission" / "kernel-metadata.json" in KERNELS
+def test_kernels_and_data_sets_are_described():
+    assert [path.parent.name for path in KERNELS] == ["submission", "train"]
+    assert [path.parent.name for path in DATASETS] == ["code", "weights"]
+    assert {source for path in KERNELS for source in json.loads(path.read_text())["dataset_sources"]} == {
+        json.loads(path.read_text())["id"] for path in DATASETS
+    }
+
+
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.parent.name)
+def test_a_data_set_has_what_the_client_wants(path):
+    values = json.loads(path.read_text())
+    owner, slug = values["id"].split("/")
+    assert set(values) == {"id", "title", "licenses"} and owner == "INSERT_KAGGLE_NAME_HERE"
+    assert 6 <= len(slug) <= 50 and 6 <= len(values["title"]) <= 50
+    assert len(values["licenses"]) == 1 and set(values["licenses"][0]) == {"name"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.parent.name)
 def test_the_metadata_is_what_the_client_reads(path):
     values = json.loads(path.read_text())
-    assert set(values) <= KEYS
+    assert set(values) <= set(KERNEL_KEYS)
     for key in ("is_private", "enable_gpu", "enable_internet"):
         assert values[key] in ("true", "false")
     assert values["enable_internet"] == "false"  # a version saved with internet on cannot be submitted
     assert values["enable_gpu"] == "true" and values["machine_shape"] == "NvidiaTeslaT4"
     assert values["language"] == "python" and values["kernel_type"] == "notebook"
-    assert values["competition_sources"] == ["stable-diffusion-image-to-prompts"]
+    assert values["competition_sources"] == COMPETITIONS[path.parent.name]
     for key in ("dataset_sources", "competition_sources", "kernel_sources", "model_sources"):
         assert isinstance(values[key], list) and all(isinstance(source, str) for source in values[key])
 
     # names: one owner everywhere, the placeholder in what is committed; the title gives the slug
     owner, slug = values["id"].split("/")
     assert owner == "INSERT_KAGGLE_NAME_HERE" and len(slug) >= 5
-    assert re.sub(r"[^a-z0-9]+", "-", values["title"].lower()) == slug
+    assert slugify(values["title"]) == slug
     for source in values["dataset_sources"]:
         assert re.fullmatch(rf"{owner}/[a-z0-9-]{{6,50}}", source)
 
