@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check notebooks train refine lab test-install test-recipes \
-	kaggle-code kaggle-weights kaggle-push kaggle-submit
+	kaggle-env test-kernel kaggle-code kaggle-weights kaggle-push kaggle-submit
 
 PYTHON ?= python3
 SCALE ?= quick
@@ -14,6 +14,8 @@ OVERRIDES ?=
 KERNEL ?= submission
 MESSAGE ?=
 DRY_RUN ?=
+KAGGLE_PYTHON ?=
+PYTHON313 ?=
 bin := .venv/bin
 stamp := .venv/requirements-are-installed
 export OMP_WAIT_POLICY := PASSIVE# torch processes side by side would spin away each other's time
@@ -81,6 +83,19 @@ kaggle-submit: env ## submit the checked version of the submission kernel (MESSA
 
 test-recipes: env ## the five real networks, and the twelve recipes in a chain on miniature data: 15 minutes
 	$(bin)/python -m pytest -m recipes tests/test_recipes.py
+
+kaggle-env: .venv-kaggle/requirements-are-installed ## Python 3.13 with Kaggle's versions in .venv-kaggle, for test-kernel
+
+.venv-kaggle/requirements-are-installed: tests/kaggle_requirements.txt
+	@for python in $(PYTHON313) python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python; do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null; then break; fi; python=; done; \
+	test -n "$$python" || { echo "error: no Python 3.13; name one: make kaggle-env PYTHON313=PATH" >&2; exit 1; }; \
+	"$$python" -m venv .venv-kaggle
+	.venv-kaggle/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+test-kernel: env $(if $(KAGGLE_PYTHON),,kaggle-env) ## the kernels as Kaggle runs them, without network (root): 8 minutes
+	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m kernel tests/test_kernel.py
 
 test-install: env ## a fresh copy with nothing but requirements.txt installed runs every command of the README
 	$(bin)/python tests/install_check.py

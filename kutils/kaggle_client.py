@@ -118,7 +118,7 @@ def push_kernel(
         number = f"version {saved[1]} was saved and runs all the same; " if saved else ""
         raise KaggleError(f"kernel {ref}: {number}the client said\n{_said(text)}")
     pushed = Pushed(ref, int(saved[1]), saved[2])
-    if f"/{ref}".lower() not in pushed.url.lower():
+    if not re.search(rf"/{re.escape(ref)}(?:[/?#]|$)", pushed.url, re.I):
         raise KaggleError(f"Kaggle saved {ref} elsewhere, at {pushed.url}: title, id and id_no do not belong together")
     for state in _poll(f"kernel {ref}", lambda: _differences(ref, values), wait_seconds, poll_seconds):
         if state == "saved as described":
@@ -210,7 +210,7 @@ def _client(*arguments: str, seconds: float | None = CALL_SECONDS) -> str:
     except subprocess.TimeoutExpired:
         code, text = 1, f"no answer within {seconds:g} s"
     known |= _secrets()  # the client renews some of them
-    text = _masked(text.replace("\r", "\n"), known)  # a progress bar returns to the start of its line
+    text = _masked(text, known)
     if not code:
         return text
     if absent := re.search(r"No module named '?([\w.]+)", text):

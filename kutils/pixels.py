@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from kutils import datasets, transforms
 
+WORKER_SECONDS = 300  # for a batch; then it is an error
 MOST_OF_DISK = 0.5  # share of the free space that a cache may take
 
 
@@ -116,11 +117,13 @@ class PixelCache:
         """
         positions = np.asarray(positions, np.int64)
         known, unknown = positions[self.stored[positions]], positions[~self.stored[positions]]
+        num_workers = min(self.num_workers, os.cpu_count() or 1, len(unknown) // batch_size)
         loader = DataLoader(
             SquareImages(self.images, self.input_size),
             sampler=unknown.tolist(),
             batch_size=batch_size,
-            num_workers=min(self.num_workers, os.cpu_count() or 1, len(unknown) // batch_size),
+            num_workers=num_workers,
+            timeout=WORKER_SECONDS if num_workers else 0,  # what a process cannot send is lost without an error here
             collate_fn=datasets.collate,
             generator=torch.Generator(),  # a loader draws a seed when it starts; nobody else's numbers must move
         )

@@ -121,7 +121,7 @@ class Kaggle:
         return {"token": token, "createUrl": f"http://localhost/upload/{token}?X-Goog-Signature=5161"}
 
     def received(self, body) -> dict[str, bytes]:
-        return dict(self.blobs[file["token"]] for file in body["files"])
+        return dict(self.blobs[file["token"]] for file in body.get("files", []))
 
     def dataset_answer(self, ref: str) -> dict:
         answer = {"ref": ref, "url": f"https://www.kaggle.com/datasets/{ref}", "status": "ok"}
@@ -185,7 +185,7 @@ class Kaggle:
         if self.submission_answer is not None:
             return self.submission_answer
         self.submissions.append(body)
-        return {"message": "Successfully submitted to The Competition", "ref": 4711}
+        return {"message": "Successfully submitted to The Comp\u00e9tition", "ref": 4711}
 
     def GetSubmissionLimits(self, body):
         return {"numAllowedNow": 4}
@@ -204,6 +204,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Refusal as refusal:
             content = {"code": refusal.status, "message": str(refusal)} if str(refusal) else {}
             self.send(refusal.status, json.dumps(content).encode())
+        except Exception as error:  # the client would try again for minutes if there were no answer
+            self.send(500, json.dumps({"code": 500, "message": f"the stub failed: {error!r}"}).encode())
 
     def do_PUT(self):
         token = urlsplit(self.path).path.rpartition("/")[2]

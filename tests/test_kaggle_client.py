@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import sys
 import zipfile
 
@@ -53,10 +54,11 @@ def refused(*parts):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder to upload: a sub-folder with a sub-folder, another one, and a file."""
+    """A folder to upload: a sub-folder with a sub-folder, a link to a folder, and a file."""
     root = tmp_path / "upload"
     (root / "kutils" / "inner").mkdir(parents=True)
-    (root / "conf").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (root / "conf").symlink_to(tmp_path / "elsewhere")
     (root / "kutils" / "a.py").write_text("A = 1\n")
     (root / "kutils" / "inner" / "b.py").write_text("B = 2\n")
     (root / "conf" / "c.yaml").write_text("c: 3\n")
@@ -131,9 +133,9 @@ def test_a_new_data_set_holds_what_the_folder_holds(stub, folder, capsys, absent
 def test_a_version_replaces_the_content_and_is_waited_for(stub, folder, capsys):
     """Kaggle says `ready` of the former version until the new one is processed."""
     known = stub.add_dataset(DATASET)
-    kaggle.upload_dataset(folder, "-- a message like an option", **FAST)
+    kaggle.upload_dataset(folder, "--quiet", **FAST)  # a message like an option
     assert set(known.versions[1]) == {"kutils.zip", "conf.zip", "notes.txt"}
-    assert known.notes == ["-- a message like an option"]
+    assert known.notes == ["--quiet"]
     assert known.polls_left == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"data set {DATASET}: in process", f"data set {DATASET}: ready"]
@@ -158,11 +160,26 @@ def test_a_refusal_that_the_client_prints_in_passing(stub, folder, switches, sai
 
 
 @needs_client
-def test_a_folder_that_the_client_leaves_out(stub, folder, monkeypatch):
-    """What the checks before the upload miss is seen in what the client says of it: here, a broken link."""
+def test_what_the_client_leaves_out(stub, folder):
+    """What the checks before the upload miss is seen in what the client says, or does not say."""
     (folder / "lost.bin").symlink_to(folder / "nowhere")
     with refused("lost.bin did not arrive", "Skipping: lost.bin"):
         kaggle.upload_dataset(folder, "first", **FAST)
+    (folder / "lost.bin").unlink()
+    (folder / "kernel-metadata.json").touch()  # without a word
+    with refused("kernel-metadata.json did not arrive"):
+        kaggle.upload_dataset(folder, "second", **FAST)
+
+
+@needs_client
+def test_no_success_is_an_error_whatever_the_client_says(stub, folder, kernel, monkeypatch):
+    """Another version of the client may word its complaints otherwise."""
+    monkeypatch.setattr(kaggle, "COMPLAINT", re.compile("(?!)"))
+    stub.dataset_error, stub.push_error = "the quota is used up", "too many sessions"
+    with refused("the quota is used up"):
+        kaggle.upload_dataset(folder, "first", **FAST)
+    with refused("too many sessions"):
+        kaggle.push_kernel(kernel(), **FAST)
 
 
 @needs_client
@@ -217,14 +234,13 @@ def test_files_that_do_not_belong_into_a_data_set(folder, name):
         kaggle.upload_dataset(folder, "first")
 
 
-def test_a_data_set_with_nothing_in_it_or_without_a_message(tmp_path, folder):
-    describe(tmp_path)
-    (tmp_path / "upload").rename(tmp_path.parent / f"{tmp_path.name}-away")
+def test_a_data_set_with_nothing_in_it_or_without_a_message(tmp_path):
     (tmp_path / "empty").mkdir()
+    with refused("dataset-metadata.json cannot be read"):
+        kaggle.upload_dataset(tmp_path, "first")
+    describe(tmp_path)
     with refused("there is nothing to upload", "the message is empty"):
         kaggle.upload_dataset(tmp_path, " ")
-    with refused("cannot be read"):
-        kaggle.upload_dataset(tmp_path / "empty", "first")
 
 
 def test_a_link_to_a_folder_inside_a_folder_would_be_left_out(folder, tmp_path):
@@ -309,8 +325,8 @@ def test_a_title_that_resolves_to_another_slug(stub, kernel, monkeypatch):
     monkeypatch.setattr(kaggle, "slugify", lambda title: "kutils-submission")
     with refused("Your kernel title does not resolve to the specified id", "version 1 was saved"):
         kaggle.push_kernel(kernel(title="something else"), **FAST)
-    stub.extra_push_answer = {"url": "https://www.kaggle.com/code/someone/something-else"}
-    with refused("elsewhere, at https://www.kaggle.com/code/someone/something-else"):
+    stub.extra_push_answer = {"url": f"https://www.kaggle.com/code/{KERNEL}-two"}
+    with refused(f"elsewhere, at https://www.kaggle.com/code/{KERNEL}-two"):
         kaggle.push_kernel(kernel(), **FAST)
 
 
@@ -374,7 +390,7 @@ def test_slugs_are_those_of_the_client():
 
 
 @pytest.fixture
-def pushed(stub, kernel):
+def pushed(stub):
     """A stub that holds the kernel."""
     stub.kernels[KERNEL] = [{"slug": KERNEL, "newTitle": "kutils submission", "text": "{}"}]
     return stub
@@ -452,9 +468,8 @@ def test_output_that_does_not_come_leaves_the_former_one(pushed, tmp_path):
     pushed.outputs = {"../../escaped.txt": b"x"}
     with refused("Refusing to download"):
         kaggle.fetch_output(KERNEL, target)
-    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.txt")) == [
-        (target / "mine.txt").relative_to(tmp_path)
-    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
     with refused("is a file"):
         kaggle.fetch_output(KERNEL, target / "mine.txt")
 
@@ -463,9 +478,10 @@ def test_output_that_does_not_come_leaves_the_former_one(pushed, tmp_path):
 
 
 @needs_client
-def test_a_submission(stub):
+def test_a_submission(stub, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     said = kaggle.submit("the-competition", KERNEL, 3, "third try")
-    assert "Successfully submitted to The Competition" in said and "Submission ref: 4711" in said
+    assert "Successfully submitted to The Comp\u00e9tition" in said and "Submission ref: 4711" in said
     assert stub.submissions == [
         {
             "competitionName": "the-competition",
@@ -515,6 +531,18 @@ def test_secrets_are_masked_wherever_they_come_from(stub, monkeypatch):
     assert stub.requests[-1][2].startswith("Basic ")  # it was that key which the client has used
 
 
+def test_a_token_that_the_client_renews_is_masked(tmp_path, monkeypatch):
+    (tmp_path / ".kaggle").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code = """import json, pathlib
+text = json.dumps({"access_token": "renewed-token", "username": "someone"})
+pathlib.Path("~/.kaggle/credentials.json").expanduser().write_text(text)
+raise SystemExit("someone has the renewed-token")"""
+    monkeypatch.setattr(kaggle, "CLIENT", [sys.executable, "-c", code])
+    with refused("someone has the ***"):
+        kaggle.submit("the-competition", KERNEL, 3, "x")
+
+
 @needs_client
 def test_a_client_that_would_show_all_its_traffic(stub, monkeypatch):
     monkeypatch.setenv("VERBOSE", "1")
@@ -536,10 +564,15 @@ def test_signatures_and_passwords_of_addresses_are_masked(text, masked):
 @needs_client
 def test_no_account(stub, monkeypatch, folder):
     stub.account_known = False  # a token that has expired
-    with refused("https://www.kaggle.com/settings", "KAGGLE_API_TOKEN", "~/.kaggle/access_token"):
+    with refused(
+        "Kaggle knows no account of yours",
+        "https://www.kaggle.com/settings",
+        "KAGGLE_API_TOKEN",
+        "~/.kaggle/access_token",
+    ):
         kaggle.upload_dataset(folder, "first")
     monkeypatch.delenv("KAGGLE_API_TOKEN")
-    with refused("https://www.kaggle.com/settings"):
+    with refused("Kaggle knows no account of yours"):
         kaggle.submit("the-competition", KERNEL, 3, "x")
 
 
