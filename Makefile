@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check notebooks train refine lab test-install test-recipes \
-	kaggle-env test-kernel kaggle-code kaggle-weights kaggle-push kaggle-submit
+	kaggle-env test-kernel kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
 SCALE ?= quick
@@ -78,6 +78,9 @@ kaggle-weights: env ## upload the fitted ensemble and its checkpoints in float16
 kaggle-push: env ## push a kernel (KERNEL=submission or train), wait for its run, fetch and check its output
 	$(kaggle) push $(KERNEL) $(dry)
 
+kaggle-check: env ## wait for the version of KERNEL pushed last, fetch its output and check it
+	$(kaggle) check $(KERNEL)
+
 kaggle-submit: env ## submit the checked version of the submission kernel (MESSAGE="...")
 	$(kaggle) submit $(dry) $(if $(MESSAGE),--message "$(MESSAGE)")
 
@@ -95,7 +98,7 @@ kaggle-env: .venv-kaggle/requirements-are-installed ## Python 3.13 with Kaggle's
 	@touch $@
 
 test-kernel: env $(if $(KAGGLE_PYTHON),,kaggle-env) ## the kernels as Kaggle runs them, without network (root): 8 minutes
-	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m kernel tests/test_kernel.py
+	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m "kernel or not recipes" tests/test_kernel.py tests/test_kaggle*.py
 
 test-install: env ## a fresh copy with nothing but requirements.txt installed runs every command of the README
 	$(bin)/python tests/install_check.py

@@ -11,6 +11,7 @@ METHODS = ("equal", "family", "dimension")
 PULLS = (np.inf, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 MOST_ROWS = 20_000  # that weights per dimension are fitted on: 1,536 numbers need no more
 PROMPTS_PER_TOPIC, MOST_TOPICS = 8, 50
+LEAST_GROUPS = 5  # that tell how much a mean varies
 
 
 class BlendingError(ValueError):
@@ -176,18 +177,21 @@ def split_groups(groups: np.ndarray, seed: int) -> np.ndarray:
     return (order < len(distinct) / 2)[numbers]
 
 
-def gain(better: np.ndarray, than: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+def gain(better: np.ndarray, than: np.ndarray, groups: np.ndarray) -> dict[str, float | None]:
     """Mean difference of two scores of the same rows, and its standard error, rows of a group not being independent.
 
     Args:
         better, than: float [n], cosines.
         groups: int [n].
-    Returns: `mean` and `error` (cluster-robust: Liang and Zeger 1986, of a mean).
+    Returns: `mean` and `error` (cluster-robust: Liang and Zeger 1986, of a mean; None for less than LEAST_GROUPS).
     """
     difference = better.astype(np.float64) - than
     _, numbers = np.unique(groups, return_inverse=True)
     sums = np.bincount(numbers, difference - difference.mean())
-    return {"mean": float(difference.mean()), "error": float(np.sqrt(np.square(sums).sum()) / len(difference))}
+    mean, count = float(difference.mean()), len(sums)
+    if count < LEAST_GROUPS:
+        return {"mean": mean, "error": None}
+    return {"mean": mean, "error": float(np.sqrt(count / (count - 1) * np.square(sums).sum()) / len(difference))}
 
 
 def fit_and_score(

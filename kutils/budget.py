@@ -73,7 +73,12 @@ def losses(fitted: Ensemble, members: Sequence[Member]) -> dict[Member, float]:
 
 
 def choose(
-    fitted: Ensemble, members: Sequence[Member], costs: Mapping[Member, Cost], seconds: float, num_images: int
+    fitted: Ensemble,
+    members: Sequence[Member],
+    costs: Mapping[Member, Cost],
+    seconds: float,
+    num_images: int,
+    done: Sequence[Member] = (),
 ) -> tuple[list[Member], dict[Member, float]]:
     """The members that fit the time, by leaving out those by which least is lost, of equals the slower one.
 
@@ -82,11 +87,12 @@ def choose(
         costs: of each.
         seconds: left for them.
         num_images: to predict.
+        done: members that have run.
     Returns: members in their order; and those left out, in that order, with the loss of each.
     """
     kept, left_out = list(members), {}
     while kept and estimate(kept, costs, num_images) > seconds:
-        loss = losses(fitted, kept)
+        loss = losses(fitted, [*kept, *done])
         worst = min(kept, key=lambda member: (loss[member], -estimate([member], costs, num_images)))
         kept.remove(worst)
         left_out[worst] = loss[worst]
@@ -174,7 +180,7 @@ class Runner:
                 cost = measure(self.checkpoint_files[member], self.images, self.device_list, self.batch_size)
                 by_recipe[member.recipe] = dataclasses.replace(cost, image=cost.image * num_views)
                 print(f"{Path(member.recipe).stem}: {by_recipe[member.recipe].describe()}", flush=True)
-            except (RuntimeError, ValueError, OSError):
+            except Exception:
                 by_recipe[member.recipe] = Cost(0, 0, 0, 0)
         return {member: by_recipe[member.recipe] for member in members}
 
@@ -208,13 +214,12 @@ def predict_ensemble(
     """
     options = {"batch_size": batch_size, "tta": tta, "cache_gb": cache_gb, "device": device}
     runner = Runner(checkpoint_files, images, deadline=time.monotonic() + 3600 * hours, **options)
-    mean, weights = np.asarray(fitted.mean_embedding, np.float32), fitted.mean_weights()
-    state = EnsemblePrediction(embeddings=np.tile(mean, (len(images), 1)))
+    weights = fitted.mean_weights()
+    state = EnsemblePrediction(embeddings=mean_embeddings(fitted, len(images)))
     yield state
 
-    members = [
-        member for family in sorted(weights, key=weights.get, reverse=True) for member in fitted.families[family]
-    ]
+    order = sorted(weights, key=weights.get, reverse=True)
+    members = [member for family in order for member in fitted.families[family]]
     family_of = {member: family for family, of in fitted.families.items() for member in of}
     for member in [member for member in members if not has_weight(fitted, family_of[member])]:
         leave_out(state, member, "its weight is 0")
@@ -222,47 +227,66 @@ def predict_ensemble(
     costs = runner.measure(members) if hours < math.inf else {}
     predicted: dict[str, list[np.ndarray]] = {}
     took = estimated = 0.0
+    planned: list[Member] = members
     while members:
+        left_out: dict[Member, float] = {}
         if costs:
             slower = took / estimated if estimated else 1.0  # than measured, now that models have run
             left = (runner.deadline - time.monotonic()) / slower
-            members, left_out = choose(fitted, members, costs, left, len(images))
-            for member, loss in left_out.items():
-                minutes = slower * estimate([member], costs, len(images)) / 60
-                leave_out(state, member, f"no time left: it takes {minutes:,.1f} minutes (a loss of about {loss:.4f})")
-        if not members:
-            break
-        if costs:  # decoded images of sizes that no model will ask for any more
+            done = [member for member in family_of if member.name in state.seconds]
+            former, (planned, left_out) = planned, choose(fitted, members, costs, left, len(images), done)
+            if set(planned) != set(former) & set(members):
+                print(f"there is time for {', '.join(member.name for member in planned) or 'no model'}", flush=True)
             runner.keep_caches({costs[member].input_size for member in members})
-        member, *members = members
+        if not planned:
+            for member, loss in left_out.items():
+                leave_out(state, member, no_time(slower * estimate([member], costs, len(images)), loss))
+            break
+        member, *planned = planned
+        members = [other for other in members if other != member]
         began = time.monotonic()
         try:
             rows, pixels = runner.run(member)
         except predict.OutOfTime as error:
             leave_out(state, member, f"no time left ({error})")
             continue
-        except torch.OutOfMemoryError:
-            leave_out(state, member, "one image alone does not fit the GPU's memory")
-            continue
-        except (RuntimeError, ValueError, OSError) as error:  # one broken model must not cost the others
+        except Exception as error:  # one broken model must not cost the others
             leave_out(state, member, f"it failed: {next(iter(str(error).splitlines()), repr(error))}")
             continue
         state.seconds[member.name] = time.monotonic() - began
         if costs:
-            took, estimated = took + state.seconds[member.name], estimated + estimate([member], costs, len(images))
-            if pixels.stored.all():  # decoded once and for all
-                costs |= {
-                    other: dataclasses.replace(cost, decode=0.0)
-                    for other, cost in costs.items()
-                    if cost.input_size == pixels.input_size
-                }
+            took += state.seconds[member.name]
+            estimated += estimate([member], costs, len(images)) / SLACK
+            costs = decoded(costs, pixels)
         state.unreadable |= {images[position]: reason for position, reason in sorted(pixels.bad.items())}
         predicted.setdefault(family_of[member], []).append(rows)
         state.families = {family: blending.average(of) for family, of in predicted.items()}
-        state.embeddings = blending.combine(state.families, fitted.weights, fallback=mean)
+        state.embeddings = blending.combine(state.families, fitted.weights, fallback=fitted.mean_embedding)
         total = sum(weights[family] for family in state.families)
         state.weights = {family: weights[family] / total for family in state.families}
         yield state
+
+
+def decoded(costs: Mapping[Member, Cost], pixels: PixelCache) -> dict[Member, Cost]:
+    """The costs once the images were decoded at one size: of that size, each model decodes what is not kept."""
+    again = 1 - float(pixels.stored.mean()) if len(pixels.stored) else 0.0
+    return {
+        member: dataclasses.replace(cost, decode=0.0, image=cost.image + again * cost.decode)
+        if cost.input_size == pixels.input_size
+        else cost
+        for member, cost in costs.items()
+    }
+
+
+def mean_embeddings(fitted: Ensemble, count: int) -> np.ndarray:
+    """The mean training embedding for so many images, float32 [count, 384]: what is predicted without a model."""
+    return np.tile(np.asarray(fitted.mean_embedding, np.float32), (count, 1))
+
+
+def no_time(seconds: float, loss: float) -> str:
+    """Why a model is left out: what it takes, and what is lost by it."""
+    lost = f"a loss of about {loss:.4f}" if loss < math.inf else "the last of all"
+    return f"no time left: it takes {seconds / 60:,.1f} minutes ({lost})"
 
 
 def leave_out(state: EnsemblePrediction, member: Member, reason: str) -> None:

@@ -46,10 +46,10 @@ def save(path: Path, content: dict) -> None:
         ) from error
 
 
-def save_half(content: dict, path: Path) -> None:
+def save_half(path: Path, content: dict) -> None:
     """Write what `read` gave as float16 safetensors, half the size, with all beside the weights as JSON in its header.
 
-    Raises: CheckpointError for a weight beyond float16's 65,504, naming it.
+    Raises: CheckpointError for a weight beyond float16's 65,504, naming it, or a full disk.
     """
     weights = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
@@ -59,8 +59,11 @@ def save_half(content: dict, path: Path) -> None:
         if not tensor.isfinite().all():
             raise CheckpointError(f"{name} holds values that float16 cannot; the file is not written: {path}")
     facts = {key: value for key, value in content.items() if key != "model"}
-    with paths.atomic_path(path) as temporary:
-        save_file(weights, temporary, {HEADER_KEY: json.dumps(facts)})
+    try:
+        with paths.atomic_path(path) as temporary:
+            save_file(weights, temporary, {HEADER_KEY: json.dumps(facts)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written ({error}); is the disk full?") from error
 
 
 def read_half(path: Path) -> dict:

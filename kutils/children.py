@@ -81,16 +81,16 @@ def run_module(
         code = child.wait(seconds)
     except subprocess.TimeoutExpired:
         end(child)
-        return False
+        code = None
     except BaseException:
         end(child)
         raise
     finally:
         reader.join(timeout=5)  # not for ever: a grandchild may hold the pipe open
-    if code:
+    if code or (code is None and error):  # ended in order, a child says nothing of an error
         told = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])
         raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}", tuple(last))
-    return True
+    return code is not None
 
 
 def follow(output, last: collections.deque, error: list[str], hide: str | None) -> None:

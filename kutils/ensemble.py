@@ -276,7 +276,7 @@ def describe(fitted: Ensemble) -> str:
     lines.append(f"  {'mean prompt':24} {scores['baseline']:.4f}")
     for family, score in scores["members"].items():
         without = f"   (without it {fitted.leave_one_out[family]:.4f})" if family in fitted.leave_one_out else ""
-        lines.append(f"  {family:24} {score:.4f}   weight {weights[family]:.3f}{without}")
+        lines.append(f"  {family:24} {score:.4f}   weight {weights.get(family, 0.0):.3f}{without}")
     for method in blending.METHODS:
         lines.append(f"  {method + ' weights':24} {scores[method]:.4f}{'   chosen' if method == fitted.method else ''}")
     lines += [f"{method} weights {verdict(gain)}" for method, gain in fitted.over_equal.items()]
@@ -286,8 +286,10 @@ def describe(fitted: Ensemble) -> str:
 def verdict(gain: Mapping[str, float]) -> str:
     """Whether weights beat equal ones, in words: a gain counts from twice its standard error on."""
     mean, error = gain["mean"], gain["error"]
+    if error is None:
+        return f"cannot be told from equal ones: {mean:+.5f} on rows that the fit has not seen, of too few topics"
     told = "beat" if mean > 2 * error else "are worse than" if mean < -2 * error else "are no different from"
-    return f"{told} equal ones on rows that the fit has not seen: {mean:+.4f}, standard error {error:.4f}"
+    return f"{told} equal ones on rows that the fit has not seen: {mean:+.5f}, standard error {error:.5f}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,10 +1,11 @@
-"""Pack code and weights, push the kernels, submit: `python -m kutils.kaggle code|weights|push|submit`.
+"""Pack code and weights, push the kernels, submit: `python -m kutils.kaggle code|weights|push|check|submit`.
 
 What is sent is first laid out in `working/kaggle/<name>/`, so that it can be looked at; `--dry-run` stops there.
 `kernel-metadata/kaggle.yaml` says whose account it is and which ensemble.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -44,7 +45,7 @@ def read_settings(path: Path | None = None, user: str = "") -> Settings:
     values["user"] = user = user or str(values.get("user"))
     keys = {"": ("user", "ensemble", "train"), "train: ": ("data_sets", "kernels", "parameters")}
     for where, known in keys.items():
-        found = values.get("train", {}) if where else values
+        found = (values.get("train") or {}) if where else values
         for key in found:
             if key not in known:
                 raise KaggleError(f"{path}: {where}no key {key!r}{config.nearest(str(key), known)}")
@@ -157,7 +158,7 @@ def stage_weights(settings: Settings) -> Path:
             for member in members:
                 name = str(Path(member.checkpoint).with_suffix(".safetensors"))
                 content = checkpoints.read(found[member.checkpoint])
-                checkpoints.save_half(content, folder / name)
+                checkpoints.save_half(folder / name, content)
                 recipe = checkpoints.recipe_of(content, found[member.checkpoint])
                 (folder / name).with_suffix(".yaml").write_text(recipe.to_yaml(), encoding="utf-8")
                 sha256 = paths.sha256_of(folder / name)
@@ -230,7 +231,7 @@ def send_dataset(name: str, folder: Path, dry_run: bool) -> None:
 
 
 def push(name: str, settings: Settings, dry_run: bool, wait: bool) -> None:
-    """Push a kernel, wait for its run, fetch its output and look at it; remembers the version for `submit`."""
+    """Push a kernel and remember its version, which Kaggle then runs; `check` it unless nobody waits."""
     folder = stage_kernel(name, settings)
     if dry_run:
         print(describe(folder, f"kaggle kernels push -p {folder}"))
@@ -239,20 +240,41 @@ def push(name: str, settings: Settings, dry_run: bool, wait: bool) -> None:
     commit = git("rev-parse", "HEAD").decode().strip()
     paths.write_json(pushed_path(name), {**asdict(pushed), "commit": commit, "checked": False})
     print(f"version {pushed.version} of {pushed.ref} runs: {pushed.url}", flush=True)
-    if not wait:
-        return
-    version = f"{pushed.ref}/{pushed.version}"
-    kaggle_client.wait_for_run(version, wait_seconds=3600 * RUN_HOURS)
-    output = staging_folder(f"{name}-output")
+    if wait:
+        check(name)
+
+
+def check(name: str) -> None:
+    """Wait for the run of the version pushed last, fetch its output and look at it; `submit` takes what was looked at.
+
+    What a run that failed has left is fetched too: a training that was cut goes on from it.
+    """
+    values = read_pushed(name)
+    version = f"{values['ref']}/{values['version']}"
+    output = staging_folder(f"{name}-output") / f"version{values['version']}"
+    try:
+        kaggle_client.wait_for_run(version, wait_seconds=3600 * RUN_HOURS)
+    except KaggleError:
+        with contextlib.suppress(KaggleError):
+            kaggle_client.fetch_output(version, output)
+            print(f"what it has left: {output}", flush=True)
+        raise
     files = kaggle_client.fetch_output(version, output)
     print(f"its output, {len(files)} files: {output}", flush=True)
     if name == "submission":
         print(check_output(output), flush=True)
-        paths.write_json(pushed_path(name), {**asdict(pushed), "commit": commit, "checked": True})
+    paths.write_json(pushed_path(name), values | {"checked": True})
 
 
 def pushed_path(name: str) -> Path:
     return staging_folder(name).with_name(f"{name}-pushed.json")
+
+
+def read_pushed(name: str) -> dict:
+    """The version of a kernel that was pushed last from here; KaggleError if there is none."""
+    if not pushed_path(name).is_file():
+        raise KaggleError(f"nothing was pushed from here: make kaggle-push KERNEL={name}")
+    return json.loads(pushed_path(name).read_text(encoding="utf-8"))
 
 
 def check_output(folder: Path) -> str:
@@ -265,6 +287,8 @@ def check_output(folder: Path) -> str:
         raise KaggleError(f"{folder} holds no submission.csv with its submission_report.json; see the log there")
     num_rows = submission.check_submission(csv, submission.read_ids(csv))
     report = json.loads(told.read_text(encoding="utf-8"))
+    if not report["gpus"]:
+        raise KaggleError("the kernel ran without a GPU: is one left for this week, and is its machine_shape right?")
     if report["left_out"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in report["left_out"].items())
         raise KaggleError(f"the kernel ran and left out {reasons}")
@@ -274,15 +298,10 @@ def check_output(folder: Path) -> str:
 
 def submit(settings: Settings, message: str, dry_run: bool) -> None:
     """Submit the version of the submission kernel that was pushed last and whose output was looked at."""
-    path = pushed_path("submission")
-    if not path.is_file():
-        raise KaggleError("nothing was pushed from here: make kaggle-push")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_pushed("submission")
     pushed = Pushed(values["ref"], values["version"], values["url"])
     if not values["checked"]:
-        raise KaggleError(
-            f"the output of version {pushed.version} of {pushed.ref} was never looked at: push without --no-wait"
-        )
+        raise KaggleError(f"nobody looked at the output of version {pushed.version} of {pushed.ref}: make kaggle-check")
     metadata = json.loads((metadata_folder() / "submission" / "kernel-metadata.json").read_text(encoding="utf-8"))
     competition = metadata["competition_sources"][0]
     message = message or f"commit {values['commit'][:12]}"
@@ -303,11 +322,16 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("weights", parents=[common], help="upload the fitted ensemble in float16 as a data set")
     options = commands.add_parser("push", parents=[common], help="push a kernel, wait for its run, check its output")
     options.add_argument("kernel", nargs="?", default="submission", choices=KERNELS, help="(default: submission)")
-    options.add_argument("--no-wait", action="store_true", help="return when it runs")
+    options.add_argument("--no-wait", action="store_true", help="return when it runs; `check` comes later")
+    options = commands.add_parser("check", help="wait for the version pushed last, fetch its output and check it")
+    options.add_argument("kernel", nargs="?", default="submission", choices=KERNELS, help="(default: submission)")
     options = commands.add_parser("submit", parents=[common], help="submit the kernel's checked version")
     options.add_argument("--message", default="", help="of the submission (default: the commit)")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "check":
+            check(arguments.kernel)
+            return 0
         settings = read_settings(user=arguments.user)
         if arguments.command == "push":
             push(arguments.kernel, settings, arguments.dry_run, not arguments.no_wait)

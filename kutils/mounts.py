@@ -3,6 +3,7 @@
 Inputs are mounted as `/kaggle/input/{competitions,datasets,notebooks}/...` now and as `/kaggle/input/<slug>` before.
 """
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -25,9 +26,17 @@ class MountError(ValueError):
 
 
 def below(root: Path, pattern: str) -> Iterator[Path]:
-    """Paths that match a pattern in a folder or up to LEVELS below it, the upper ones first."""
+    """Paths that match a pattern in a folder or up to LEVELS below it, the upper ones first.
+
+    What is mounted in two places is given once.
+    """
+    seen = set()
     for depth in range(LEVELS + 1):
-        yield from sorted(root.glob("*/" * depth + pattern))
+        for path in sorted(root.glob("*/" * depth + pattern)):
+            status = path.stat()
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                yield path
 
 
 # ---------------------------------------------------------------- for the submission
@@ -106,18 +115,39 @@ def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path]) -> dict
 # ---------------------------------------------------------------- for training
 
 
-def prepare_training(run: Run) -> None:
+def prepare_training(run: Run) -> Run:
     """On Kaggle, make the inputs look like `input/` and `working/` of a clone; elsewhere do nothing.
 
     Data sets are linked into one folder, which KUTILS_INPUT then names; a former version's output is copied, so that
     the run goes on from there, or starts from the stage before; madgrad is installed from its wheel for the ranks.
+
+    Returns: the run, with `pretrained=true` turned into the place of a weights file among the inputs, if there is one.
     """
     if not paths.on_kaggle():
-        return
+        return run
     root = paths.input_dir()
     install_wheel("madgrad", root)
     bring_run(run, root)
     os.environ["KUTILS_INPUT"] = str(link_datasets(run.recipe.datasets, root))
+    return with_pretrained(run, root)
+
+
+def with_pretrained(run: Run, root: Path) -> Run:
+    """The run with `pretrained=` the place of `<backbone>.<suffix>` below the inputs, which has no network to ask.
+
+    The place is the same however the input is mounted: a run that goes on must have the configuration that it had.
+    """
+    if run.recipe.pretrained is not True:
+        return run
+    folder = Path(tempfile.gettempdir()) / "kutils-pretrained"
+    for path in list(below(root, f"{run.recipe.backbone}.*"))[:1]:
+        folder.mkdir(exist_ok=True)
+        link = folder / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        overrides = (*run.overrides, f"pretrained={folder}")
+        return dataclasses.replace(run, recipe=config.load_recipe(run.config_path, overrides), overrides=overrides)
+    return run
 
 
 def link_datasets(names: Sequence[str], root: Path) -> Path:
@@ -137,6 +167,8 @@ def link_datasets(names: Sequence[str], root: Path) -> Path:
         entries = [entry for table in tables for entry in table.parent.iterdir()]
         for entry in [*entries, *below(root, f"{name}_images")]:
             link = folder / entry.name
+            if link.is_dir() and not link.samefile(entry):
+                raise MountError(f"{link.resolve()} and {entry} have the same name: rename one, in its table too")
             if not link.exists():
                 link.unlink(missing_ok=True)  # of an input that is gone
                 link.symlink_to(entry)
@@ -155,7 +187,9 @@ def bring_run(run: Run, root: Path) -> None:
         print(f"going on from {farthest}", flush=True)
         copy(farthest, run.folder)
         for path in below(farthest.parent.parent, f"{run.recipe.save_dir}/{run.recipe.prefix}_fold{run.fold}_*.pth"):
-            copy(path, run.recipe.models_folder() / run.recipe.save_dir / path.name)
+            target = run.recipe.models_folder() / run.recipe.save_dir / path.name
+            if not target.exists():
+                copy(path, target)
     initial = run.recipe.initial_checkpoint(run.fold)
     if initial and not initial.exists():
         for path in list(below(root, f"{initial.parent.name}/{initial.name}"))[:1]:

@@ -132,9 +132,9 @@ class PixelCache:
             chosen = known[start : start + batch_size]
             yield chosen, torch.from_numpy(self.pixels[chosen])
         for batch in decoded:
-            chosen = batch["row"].numpy()
-            self.bad.update(batch["bad"])
-            kept = chosen < self.capacity
+            chosen, bad = batch["row"].numpy(), dict(batch["bad"])
+            self.bad = {position: reason for position, reason in self.bad.items() if position not in chosen} | bad
+            kept = (chosen < self.capacity) & ~np.isin(chosen, list(bad))  # a mount may fail once
             if kept.any():
                 self.pixels[chosen[kept]] = batch["image"].numpy()[kept]
                 self.stored[chosen[kept]] = True

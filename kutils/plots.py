@@ -5,7 +5,9 @@ Elsewhere figures stay open until they are closed: `save` writes one and closes 
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,6 +34,15 @@ def save(figure: Figure, path: Path | str, dpi: int = 110) -> None:
     with paths.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi, bbox_inches="tight")
     plt.close(figure)
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Print an error of the block and go on: a figure must not cost the results that are already there."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
 
 
 def new_axes(

@@ -90,27 +90,33 @@ def predict(
         return len(chosen)
 
     done, running = 0, collections.deque()
-    with (
-        concurrent.futures.ThreadPoolExecutor(len(device_list)) as pool,
-        progress_bar(len(positions), "image", delay=5, disable=not progress) as bar,
-    ):
-        for chosen, batch in pixels.batches(positions, batch_size):  # the next one is decoded while the devices compute
-            predictor = idle.get()
-            running.append(pool.submit(work, predictor, chosen, batch))
-            while running and (running[0].done() or len(running) > len(device_list)):
-                count = running.popleft().result()
-                done += count
-                bar.update(count)
-            if done < len(positions) and time.monotonic() > deadline:
-                raise OutOfTime(f"{done:,} of {len(positions):,} images were done")
-        for future in running:
-            bar.update(future.result())
+    try:
+        with (
+            concurrent.futures.ThreadPoolExecutor(len(device_list)) as pool,
+            progress_bar(len(positions), "image", delay=5, disable=not progress) as bar,
+        ):
+            for chosen, batch in pixels.batches(positions, batch_size):  # the next is decoded while the devices compute
+                running.append(pool.submit(work, idle.get(), chosen, batch))
+                while running and (running[0].done() or len(running) > len(device_list)):
+                    count = running.popleft().result()
+                    done += count
+                    bar.update(count)
+                if done < len(positions) and time.monotonic() > deadline:
+                    raise OutOfTime(f"{done:,} of {len(positions):,} images were done")
+            while running:
+                bar.update(running.popleft().result())
+    finally:
+        running.clear()  # a failed one holds its traceback, that this frame, and this frame the models
     embeddings[list(pixels.bad)] = np.nan
+    unknown = np.setdiff1d(positions[np.isnan(embeddings[positions]).any(axis=1)], list(pixels.bad))
+    if len(unknown):
+        first = pixels.images[unknown[0]]
+        raise PredictionError(f"{len(unknown):,} images have no finite prediction, {first} is the first")
     return embeddings[positions]
 
 
 class Predictor:
-    """A model on one device: uint8 pixels to unit embeddings on the CPU."""
+    """A model on one device: uint8 pixels to unit embeddings on the CPU, in parts that its memory holds."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device, batch_size: int, tta: str):
         self.model = model.to(device, memory_format=torch.channels_last)
@@ -121,27 +127,35 @@ class Predictor:
     def __call__(self, pixels: Tensor) -> np.ndarray:
         """uint8 [B, 3, S, S] to float32 [B, 384]; each thread has an inference mode, GPU and autocast of its own."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            inputs = transforms.normalize(pixels.to(self.device), self.recipe.mean, self.recipe.std)
-            rows = sum(self.embed(view) for view in views(inputs, self.tta))
-            return nn.functional.normalize(rows, dim=1).cpu().numpy()
+            while True:
+                try:
+                    return np.concatenate([self.embed(part) for part in pixels.split(self.size)])
+                except RuntimeError as error:
+                    if self.size == 1 or not is_out_of_memory(error):
+                        raise
+                self.size = (min(self.size, len(pixels)) + 1) // 2  # out of `except`, whose traceback holds memory
+                torch.cuda.empty_cache()
+                print(f"{self.device}: the memory is full, going on with {self.size} images at a time", flush=True)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            rows = self.forward(inputs.contiguous(memory_format=torch.channels_last))
-        # float16 ends at 65,504, and some activations do not
-        return rows.float() if rows.isfinite().all() else self.forward(inputs)
+    def embed(self, pixels: Tensor) -> np.ndarray:
+        """The mean of the views' unit embeddings, as one of unit length."""
+        inputs = transforms.normalize(pixels.to(self.device), self.recipe.mean, self.recipe.std)
+        rows = sum(self.forward(view.contiguous(memory_format=torch.channels_last)) for view in views(inputs, self.tta))
+        return nn.functional.normalize(rows, dim=1).cpu().numpy()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The forward pass in parts of a size that is halved whenever the GPU's memory does not hold it."""
-        while True:
-            try:
-                return torch.cat([self.model(part) for part in inputs.split(self.size)])
-            except torch.OutOfMemoryError:
-                if self.size == 1:
-                    raise
-            self.size = (min(self.size, len(inputs)) + 1) // 2  # outside of `except`, whose traceback holds the memory
-            torch.cuda.empty_cache()
-            print(f"{self.device}: the memory is full, going on with {self.size} images at a time", flush=True)
+        """[B, 3, S, S] to float32 [B, 384]; what overflows in half precision is computed in full."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            rows = self.model(inputs).float()
+        overflown = ~rows.isfinite().all(dim=1)  # float16 ends at 65,504, and some activations do not
+        if self.dtype != torch.float32 and overflown.any():
+            rows[overflown] = self.model(inputs[overflown].contiguous(memory_format=torch.channels_last)).float()
+        return rows
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Also of cuBLAS and cuDNN, which say it as an error of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error) or "out of memory" in str(error)
 
 
 def views(inputs: Tensor, tta: str) -> Iterator[Tensor]:

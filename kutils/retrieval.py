@@ -1,6 +1,7 @@
 """The nearest prompts to an embedding: what a prediction means, in words."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +87,14 @@ class PromptBank:
             cosines, order = torch.topk(cosines, min(k, cosines.shape[1]))
             indices = indices.gather(1, order)
         return indices.numpy(), cosines.numpy()
+
+    def describe(self, queries: np.ndarray, k: int = 2, width: int = 64) -> list[str]:
+        """The nearest prompts of each query with their cosines, as one line for a title; long prompts are cut."""
+        told = []
+        for row, values in zip(*self.nearest(queries, k), strict=True):
+            prompts = (textwrap.shorten(self.prompts[index], width, placeholder=" ...") for index in row)
+            told.append(" / ".join(f"{prompt} ({cosine:.2f})" for prompt, cosine in zip(prompts, values, strict=True)))
+        return told
 
 
 @torch.inference_mode()

@@ -53,19 +53,20 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # Versions, devices and inputs. What is missing stops here, with the tree of what is there.
 
 # %%
+import time
+
+import torch
 from kutils import blending, budget, devices, mounts, paths, pixels, plots, retrieval, submission
 from kutils.ensemble import bank_path, describe, load_ensemble
 
+began = time.monotonic()
 print(f"{mounts.describe_machine()}\n{devices.describe_gpus()}")
-images_folder = images or mounts.find_images_folder(paths.input_dir())
-image_files = pixels.find_images(images_folder, same_name_is_error=False)
+image_files = pixels.find_images(images or mounts.find_images_folder(paths.input_dir()), same_name_is_error=False)
+ids = [path.stem for path in image_files]
 folders = mounts.weight_folders(models)
 ensemble_path = Path(ensemble) if ensemble else mounts.find_ensemble(folders)
 fitted = load_ensemble(ensemble_path)
-files = mounts.find_checkpoints({member.checkpoint: member.sha256 for member in fitted.members()}, folders)
-checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
-output_path = Path(output) if output else paths.working_dir() / "submission.csv"
-print(f"{len(image_files):,} images, {len(checkpoint_files)} models\n{describe(fitted)}")
+print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(fitted)}")
 
 # %% [markdown]
 # ## Predict
@@ -73,8 +74,14 @@ print(f"{len(image_files):,} images, {len(checkpoint_files)} models\n{describe(f
 # whole one, so that a valid file is there whenever this is stopped.
 
 # %%
-ids = [path.stem for path in image_files]
-options = {"hours": hours, "batch_size": batch_size, "tta": tta, "cache_gb": cache_gb}
+output_path = Path(output) if output else paths.working_dir() / "submission.csv"
+submission.write_submission(output_path, ids, budget.mean_embeddings(fitted, len(ids)))
+files = mounts.find_checkpoints({member.checkpoint: member.sha256 for member in fitted.members()}, folders)
+checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
+
+# %%
+hours_left = hours - (time.monotonic() - began) / 3600
+options = {"hours": hours_left, "batch_size": batch_size, "tta": tta, "cache_gb": cache_gb}
 for state in budget.predict_ensemble(fitted, checkpoint_files, image_files, **options):
     submission.write_submission(output_path, ids, state.embeddings)
     weights = ", ".join(f"{family} {weight:.3f}" for family, weight in state.weights.items())
@@ -82,12 +89,13 @@ for state in budget.predict_ensemble(fitted, checkpoint_files, image_files, **op
 
 # %% [markdown]
 # ## Will it be scored?
-# The file is read back: rows, ids and their order, finite values, unit length.
+# The file is read back: rows, ids and their order, finite values, unit length. What follows are figures, which no error
+# of theirs must cost it.
 
 # %%
 print(f"{submission.check_submission(output_path, ids):,} rows are as the competition wants them")
 unreadable = {path.name: reason for path, reason in state.unreadable.items()}
-told = {"images": len(ids), "seconds": state.seconds, "weights": state.weights}
+told = {"images": len(ids), "gpus": torch.cuda.device_count(), "seconds": state.seconds, "weights": state.weights}
 told |= {"left_out": state.dropped, "unreadable": unreadable}
 paths.write_json(output_path.with_name("submission_report.json"), told)
 for name, reason in unreadable.items():
@@ -98,8 +106,9 @@ for name, reason in unreadable.items():
 # Seconds per model, loading included; their sum must stay within the budget.
 
 # %%
-if state.seconds:
-    plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
+with plots.errors_shown():
+    if state.seconds:
+        plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
 
 # %% [markdown]
 # ## What does it mean?
@@ -107,11 +116,11 @@ if state.seconds:
 # what is to be seen, as far as so few can.
 
 # %%
-if bank_path(ensemble_path).is_file() and image_files:
-    bank = retrieval.PromptBank.load(bank_path(ensemble_path))
-    indices, cosines = bank.nearest(state.embeddings[:8], k=2)
-    titles = [f"{ids[i]}: " + " / ".join(bank.prompts[j] for j in indices[i]) for i in range(len(indices))]
-    plots.image_grid(image_files[:8], titles, columns=4)
+with plots.errors_shown():
+    if bank_path(ensemble_path).is_file() and image_files:
+        bank = retrieval.PromptBank.load(bank_path(ensemble_path))
+        titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
+        plots.image_grid(image_files[:8], titles, columns=4)
 
 # %% [markdown]
 # ## Do the families agree?
@@ -119,7 +128,8 @@ if bank_path(ensemble_path).is_file() and image_files:
 # least sure of them.
 
 # %%
-if len(state.families) > 1 and image_files:
-    agreement = blending.agreement(state.families)
-    least = agreement.argsort()[:8]
-    plots.image_grid([image_files[i] for i in least], [f"{ids[i]}: {agreement[i]:.3f}" for i in least], columns=4)
+with plots.errors_shown():
+    if len(state.families) > 1 and image_files:
+        agreement = blending.agreement(state.families)
+        least = agreement.argsort()[:8]
+        plots.image_grid([image_files[i] for i in least], [f"{ids[i]}: {agreement[i]:.3f}" for i in least], columns=4)

@@ -66,7 +66,7 @@ print(run.recipe.to_yaml())
 # %%
 from kutils import mounts
 
-mounts.prepare_training(run)
+run = mounts.prepare_training(run)
 launch.ensure_datasets(run.recipe)
 processes = launch.count_processes(num_processes, run.recipe.device)
 launch.torchrun("kutils.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs", hours=hours)

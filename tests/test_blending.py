@@ -153,9 +153,10 @@ def test_the_error_of_a_gain_knows_that_rows_of_a_topic_are_alike():
     effect = np.repeat(random.normal(0.02, 0.1, 200), 10)
     gain = blending.gain(effect, np.zeros(2000), groups)
     assert gain["mean"] == pytest.approx(effect.mean())
-    assert gain["error"] == pytest.approx(effect[::10].std() / np.sqrt(200), rel=1e-6)  # 200 numbers, not 2,000
+    assert gain["error"] == pytest.approx(effect[::10].std(ddof=1) / np.sqrt(200), rel=1e-6)  # 200 numbers, not 2,000
     alone = blending.gain(effect, np.zeros(2000), np.arange(2000))
-    assert alone["error"] == pytest.approx(effect.std() / np.sqrt(2000), rel=1e-6)
+    assert alone["error"] == pytest.approx(effect.std(ddof=1) / np.sqrt(2000), rel=1e-6)
+    assert blending.gain(effect, np.zeros(2000), np.arange(2000) % 4)["error"] is None  # too few
 
 
 def test_dimension_weights_find_what_each_family_knows():

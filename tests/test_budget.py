@@ -2,7 +2,7 @@
 
 import itertools
 import math
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +38,14 @@ def test_losses_are_those_of_the_fit_and_shares_of_them(tmp_path):
     losses = budget.losses(fitted, [a[2], b])  # one of four is left
     assert losses[a[2]] == pytest.approx(0.012)
     assert budget.losses(fitted, [b]) == {b: math.inf}  # nothing would be left
+
+
+def test_a_member_counts_less_where_another_of_its_family_has_run(tmp_path):
+    fitted = make_fitted(tmp_path, {"a": 2, "b": 1}, {"a": 0.588, "b": 0.59})
+    (first, second), (b,) = fitted.families.values()
+    costs = dict.fromkeys((first, second, b), Cost(1, 0, 0, 8))
+    assert budget.choose(fitted, [second, b], costs, 1.5, 10)[0] == [second]  # 0.012 against 0.010
+    assert budget.choose(fitted, [second, b], costs, 1.5, 10, done=[first])[0] == [b]  # 0.006
 
 
 def test_what_does_not_fit_is_left_out_in_order_of_least_loss(tmp_path):
@@ -136,13 +144,13 @@ def test_images_are_decoded_once_per_input_size(images, members, monkeypatch):
     whole, decoded = transforms.decode_rgb, []
     monkeypatch.setattr(transforms, "decode_rgb", lambda path: decoded.append(path) or whole(path))
     states(fitted, files, images)
-    assert len(decoded) == 2 * 14  # three models of two sizes
+    assert len(decoded) == 2 * 14 + 2  # three models of two sizes; what cannot be read is tried again
     del decoded[:]
     states(fitted, files, images, cache_gb=0)
     assert len(decoded) == 3 * 14
     del decoded[:]
     states(fitted, files, images, cache_gb=14 * 3 * 32 * 32 / 1e9)  # the first size alone fits
-    assert len(decoded) == 2 * 14
+    assert len(decoded) == 2 * 14 + 2
 
 
 def test_no_time_leaves_the_mean_embedding(images, members, capsys):
@@ -153,47 +161,102 @@ def test_no_time_leaves_the_mean_embedding(images, members, capsys):
     assert "left out: a fold 0: no time left" in capsys.readouterr().out
 
 
-def test_measured_costs_leave_out_what_does_not_fit(images, members, monkeypatch, capsys):
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that goes on only where a test says so: `clock.now += seconds`."""
+    state = SimpleNamespace(now=1000.0)
+    for module in (budget, predict):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: state.now))
+    return state
+
+
+def run_for(monkeypatch, clock, seconds):
+    """Let each model take so many seconds of the clock, by its checkpoint's name."""
+    whole = budget.Runner.run
+
+    def run(self, member):
+        clock.now += seconds[self.checkpoint_files[member].name]
+        return whole(self, member)
+
+    monkeypatch.setattr(budget.Runner, "run", run)
+
+
+def test_measured_costs_leave_out_what_does_not_fit(images, members, monkeypatch, clock, capsys):
     fitted, files, built = members
+    run_for(monkeypatch, clock, {"a_0.pth": 1000.0, "a_1.pth": 1000.0})
     cost = {"a_0.pth": Cost(1000, 0, 0, 32), "b_0.pth": Cost(5000, 0, 0, 48)}
     monkeypatch.setattr(budget, "measure", lambda path, *_: cost[path.name])
     _, state = states(fitted, files, images[:12], hours=1)
     assert list(state.seconds) == ["a fold 0", "a fold 1"] and state.weights == {"a": 1.0}
     said = capsys.readouterr().out
     assert "left out: b fold 0: no time left: it takes 91.7 minutes (a loss of about 0.0100)" in said
+    assert "there is time for a fold 0, a fold 1\n" in said
     a = sum(by_hand(*built[f"a fold {fold}"], images[:12]) for fold in (0, 1))
     np.testing.assert_allclose(state.embeddings, a / np.linalg.norm(a, axis=1, keepdims=True), atol=1e-6)
 
 
-def test_models_that_turn_out_slower_leave_no_time_for_the_last(images, members, monkeypatch):
-    """Each is said to take 0.3 s and takes over a second, of two: nothing is left for b, which counts least."""
+def test_models_that_turn_out_slower_leave_no_time_for_the_last(images, members, monkeypatch, clock, capsys):
+    """Each is said to take 1 s and takes 2: of 5 s there is time for two, and b adds least (0.01 of 0.035)."""
     fitted, files, _ = members
-    monkeypatch.setattr(budget, "measure", lambda *_: Cost(0.3, 0, 0, 32))
-    whole = budget.Runner.run
-    monkeypatch.setattr(budget.Runner, "run", lambda *arguments: (time.sleep(1.1), whole(*arguments))[1])
-    _, state = states(fitted, files, images, hours=2 / 3600)
-    assert list(state.seconds) == ["a fold 0"] and "no time left" in state.dropped["b fold 0"]
+    monkeypatch.setattr(budget, "measure", lambda *_: Cost(1, 0, 0, 32))
+    run_for(monkeypatch, clock, dict.fromkeys((path.name for path in files.values()), 2.0))
+    _, state = states(fitted, files, images, hours=5 / 3600)
+    assert list(state.seconds) == ["a fold 0", "a fold 1"]
+    assert "no time left: it takes 0.0 minutes (a loss of about 0.0100)" in state.dropped["b fold 0"]
+    assert "there is time for a fold 1\n" in capsys.readouterr().out  # said once it is known, not before
 
 
-def test_a_measured_cost_is_what_a_pass_takes(tmp_path, images, tiny_recipe, monkeypatch):
+def test_models_that_turn_out_faster_leave_time_for_one_that_was_left_out(images, members, monkeypatch, clock, capsys):
+    fitted, files, _ = members
+    monkeypatch.setattr(budget, "measure", lambda *_: Cost(3, 0, 0, 32))
+    run_for(monkeypatch, clock, dict.fromkeys((path.name for path in files.values()), 1.0))
+    _, state = states(fitted, files, images, hours=7 / 3600)
+    assert len(state.seconds) == 3 and "a fold 1" in state.seconds and list(state.dropped) == ["c fold 0"]
+    said = capsys.readouterr().out
+    assert "there is time for a fold 1, b fold 0\n" in said  # two of three at first; then all that are left
+
+
+def test_what_was_measured_right_keeps_its_slack(images, members, monkeypatch, clock):
+    """3 s of 3.4 are planned with a tenth more; the last model is still started with that tenth in hand, or not."""
+    fitted, files, _ = members
+    monkeypatch.setattr(budget, "measure", lambda *_: Cost(1, 0, 0, 32))
+    run_for(monkeypatch, clock, dict.fromkeys((path.name for path in files.values()), 1.0))
+    assert len(states(fitted, files, images, hours=3.31 / 3600)[1].seconds) == 3
+    assert len(states(fitted, files, images, hours=3.05 / 3600)[1].seconds) == 2
+
+
+def test_a_measured_cost_is_what_a_pass_takes(tmp_path, images, tiny_recipe, monkeypatch, clock):
     recipe = tiny_recipe(amp_dtype="float32")
     checkpoints.save_checkpoint(tmp_path / "m.pth", models.build_model(recipe), recipe, fold=0)
-    sizes = []
+    sizes, whole = [], transforms.decode_rgb
 
     def slow(self, inputs):
         sizes.append(len(inputs))
-        time.sleep(0.05 * len(inputs))
+        clock.now += 0.05 * len(inputs)
         return torch.ones(len(inputs), 384)
 
+    def slow_decoder(path):
+        clock.now += 0.25
+        return whole(path)
+
     monkeypatch.setattr(predict.Predictor, "forward", slow)
+    monkeypatch.setattr(transforms, "decode_rgb", slow_decoder)
     cost = budget.measure(tmp_path / "m.pth", images, [torch.device("cpu")] * 2, batch_size=64)
     assert sizes == [1, 1, 2, 4, 8, 16] and cost.input_size == 32
-    assert 0.025 <= cost.image < 0.04  # on two devices
-    assert cost.load > 0 and cost.decode > 0
-    assert "at 32 px" in cost.describe()
+    assert cost.image == pytest.approx(0.025) and cost.decode == pytest.approx(0.25)  # two devices, one process
+    assert cost.describe() == "40.0 images/s at 32 px, loaded in 0.0 s"
 
 
-@pytest.mark.parametrize("error", [predict.OutOfTime("3 of 14"), torch.OutOfMemoryError("full"), ValueError("broken")])
+def test_after_a_pass_what_is_kept_costs_nothing(images):
+    x, y = (ensemble.Member("r.yaml", fold) for fold in range(2))
+    costs = {x: Cost(1, 0.1, 0.4, 32), y: Cost(1, 0.1, 0.4, 48)}
+    cache = pixels.PixelCache(images[:10], 32, budget_bytes=5 * 3 * 32 * 32)
+    list(cache.batches(range(10), 4))
+    costs = budget.decoded(costs, cache)
+    assert costs[y] == Cost(1, 0.1, 0.4, 48) and costs[x] == Cost(1, pytest.approx(0.3), 0, 32)  # half is decoded anew
+
+
+@pytest.mark.parametrize("error", [predict.OutOfTime("3 of 14"), torch.OutOfMemoryError("full"), TypeError("broken")])
 def test_a_model_that_does_not_finish_is_left_out_and_the_others_count(images, members, monkeypatch, error):
     fitted, files, built = members
     whole, calls = predict.predict, itertools.count(1)

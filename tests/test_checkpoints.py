@@ -101,7 +101,7 @@ def test_other_folds_are_refused(saved):
 def test_half_the_size_for_upload_and_the_same_model(saved, tmp_path):
     path, model, recipe = saved
     packed = tmp_path / "packed.safetensors"
-    checkpoints.save_half(checkpoints.read(path), packed)
+    checkpoints.save_half(packed, checkpoints.read(path))
     assert packed.stat().st_size < 0.6 * path.stat().st_size
     loaded, its_recipe, facts = checkpoints.load_model(packed)
     assert its_recipe == recipe and facts["fold"] == 0 and facts["folds_hashes"] == {"toy": "aa"}
@@ -116,14 +116,14 @@ def test_what_half_precision_cannot_hold_is_not_packed(saved, tmp_path):
     content = checkpoints.read(saved[0])
     content["model"] = {**content["model"], "fc.weight": torch.full((384, 4), 1e5)}
     with pytest.raises(CheckpointError, match=r"fc.weight holds values that float16 cannot"):
-        checkpoints.save_half(content, tmp_path / "packed.safetensors")
+        checkpoints.save_half(tmp_path / "packed.safetensors", content)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("keep", [0, 7, 1000, -100])
 def test_a_truncated_packed_file_is_named(saved, tmp_path, keep):
     packed = tmp_path / "packed.safetensors"
-    checkpoints.save_half(checkpoints.read(saved[0]), packed)
+    checkpoints.save_half(packed, checkpoints.read(saved[0]))
     packed.write_bytes(packed.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"packed.safetensors is no readable checkpoint"):
         checkpoints.load_model(packed)

@@ -246,6 +246,7 @@ def test_the_ensemble_in_conf_is_read():
         ({"mean": 0.002, "error": 0.0005}, "beat equal ones"),
         ({"mean": -0.002, "error": 0.0005}, "are worse than equal ones"),
         ({"mean": 0.002, "error": 0.0015}, "are no different from equal ones"),
+        ({"mean": 0.002, "error": None}, "cannot be told from equal ones"),
     ],
 )
 def test_the_verdict_knows_chance(gain, said):

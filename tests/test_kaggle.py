@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from kaggle_stub import OWNER
 from kutils import checkpoints, ensemble, kaggle, kaggle_client, models, paths, retrieval, runs, submission
 from kutils.kaggle import KaggleError
 
-needs_client = pytest.mark.skipif(importlib.util.find_spec("kaggle") is None, reason="pip install kaggle six")
+absent = importlib.util.find_spec("kaggle") is None and not os.environ.get("CI")  # there it has to be installed
+needs_client = pytest.mark.skipif(absent, reason="pip install kaggle six")
 
 
 @pytest.fixture
@@ -80,6 +82,7 @@ def fitted(tmp_path, tiny_recipe):
         (("ensemble:", "ensembel:"), "no key 'ensembel'; did you mean 'ensemble'?"),
         (("  kernels: []", "  kernel: []"), "train: no key 'kernel'; did you mean 'kernels'?"),
         (("  kernels: []", ""), "train: kernels is missing"),
+        (("train:", "train: {}\nother:"), "no key 'other'"),
     ],
 )
 def test_settings_that_cannot_be_used(repository, change, said):
@@ -170,7 +173,7 @@ def test_the_training_kernel_carries_its_parameters(repository, settings):
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
     injected = next(source for source in sources if source.startswith("# Parameters"))
     assert 'model = "vit_large_24gb"' in injected and "hours = 11.5" in injected
-    assert f"/kaggle/input/datasets/{OWNER}/kutils-pretrained" in injected
+    assert "datasets=cc3m" in injected
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     values = json.loads((folder / "kernel-metadata.json").read_text())
     owned = [f"{OWNER}/kutils-{name}" for name in ("code", "training-data", "pretrained")]
@@ -198,7 +201,7 @@ def valid_output(state, left_out=None):
     """What the submission kernel leaves, of two images."""
     path = paths.working_dir() / "s.csv"
     submission.write_submission(path, ["aa", "b_b"], unit_rows(2))
-    report = {"images": 2, "seconds": {"a fold 0": 1.0}, "weights": {"a": 1.0}, "unreadable": {}}
+    report = {"images": 2, "gpus": 2, "seconds": {"a fold 0": 1.0}, "weights": {"a": 1.0}, "unreadable": {}}
     state.outputs = {
         "submission.csv": path.read_bytes(),
         "submission_report.json": json.dumps(report | {"left_out": left_out or {}}).encode(),
@@ -243,10 +246,15 @@ def test_what_ran_badly_is_not_submitted(repository, stub, capsys):
     assert run("push") == 1
     assert "left out a fold 0: it failed: no CUDA" in capsys.readouterr().err
     assert run("submit") == 1
-    assert "was never looked at" in capsys.readouterr().err
+    assert "nobody looked at the output of version 1" in capsys.readouterr().err
     stub.outputs["submission.csv"] = b"imgId_eId,val\naa_0,0.1\n"
     assert run("push") == 1
     assert "has 1 rows" in capsys.readouterr().err
+    report = json.loads(stub.outputs["submission_report.json"])
+    valid_output(stub)
+    stub.outputs["submission_report.json"] = json.dumps(report | {"left_out": {}, "gpus": 0}).encode()
+    assert run("push") == 1
+    assert "ran without a GPU" in capsys.readouterr().err
     stub.outputs = {"other.txt": b"x"}
     assert run("push") == 1
     assert "holds no submission.csv" in capsys.readouterr().err
@@ -261,8 +269,24 @@ def test_the_training_kernel_is_pushed(repository, stub, capsys):
     stub.outputs = {"runs/x_fold0/resume.pt": b"state"}
     assert run("push", "train") == 0
     assert "# Parameters" in stub.kernels[f"{OWNER}/kutils-train"][0]["text"]
-    assert (kaggle.staging_folder("train-output") / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"state"
+    fetched = kaggle.staging_folder("train-output")
+    assert (fetched / "version1" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"state"
     assert run("push", "train", "--no-wait") == 0 and len(stub.called("GetKernelSessionStatus")) == 3
+    stub.outputs = {"runs/x_fold0/resume.pt": b"of a run that was cut"}
+    stub.run_states = ["ERROR"]
+    assert kaggle.main(["check", "train"]) == 1  # what it has left is fetched all the same
+    assert (fetched / "version2" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"of a run that was cut"
+    assert (fetched / "version1" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"state"
+
+
+@needs_client
+def test_a_kernel_that_nobody_waited_for_is_checked_later(repository, stub, capsys):
+    valid_output(stub)
+    assert kaggle.main(["check"]) == 1
+    assert "nothing was pushed from here: make kaggle-push KERNEL=submission" in capsys.readouterr().err
+    assert run("push", "--no-wait") == 0 and run("submit") == 1
+    assert kaggle.main(["check"]) == 0 and run("submit") == 0
+    assert len(stub.submissions) == 1 and len(stub.kernels[f"{OWNER}/kutils-submission"]) == 1
 
 
 @pytest.mark.parametrize("command", [("code",), ("weights",), ("push",), ("push", "train")])

@@ -124,6 +124,41 @@ def test_data_sets_of_several_inputs_become_one_folder(kaggle):
     assert str(kaggle / "input" / "copy" / "toy.tsv") in str(caught.value)
 
 
+def test_two_sets_whose_folders_have_one_name_are_refused(kaggle):
+    for name in ("toy", "other"):
+        make_dataset(kaggle / "input" / name, name, num_prompts=20)
+        (kaggle / "input" / name / f"{name}_images").rename(kaggle / "input" / name / "images")
+    with pytest.raises(mounts.MountError, match="have the same name: rename one") as caught:
+        mounts.link_datasets(["toy", "other"], kaggle / "input")
+    assert str(kaggle / "input" / "toy" / "images") in str(caught.value)
+
+
+def test_what_is_mounted_in_both_forms_is_found_once(kaggle):
+    expected = competition(kaggle / "input" / "competitions" / "sdip")
+    (kaggle / "input" / "sdip").symlink_to(kaggle / "input" / "competitions" / "sdip")
+    assert mounts.find_images_folder(kaggle / "input").samefile(expected)
+    make_dataset(kaggle / "input" / "datasets" / "me" / "toy", "toy", num_prompts=20)
+    (kaggle / "input" / "toy").symlink_to(kaggle / "input" / "datasets" / "me" / "toy")
+    assert (mounts.link_datasets(["toy"], kaggle / "input") / "toy.tsv").is_file()
+
+
+def test_pretrained_weights_are_found_by_their_name(kaggle, tiny_recipe):
+    recipe = tiny_recipe(pretrained=True)
+    (kaggle / "r.yaml").write_text(recipe.to_yaml())
+    run = launch.Run(kaggle / "r.yaml", recipe, 0, ("epochs=2",))
+    assert mounts.with_pretrained(run, kaggle / "input") is run  # none is there: the error comes where they are loaded
+    for place in ("flat", "datasets/me/weights"):
+        folder = kaggle / "input" / place
+        folder.mkdir(parents=True)
+        (folder / "test_convnext.safetensors").write_bytes(place.encode())
+        found = mounts.with_pretrained(run, kaggle / "input")
+        (folder / "test_convnext.safetensors").unlink()
+        assert found.recipe.pretrained == str(kaggle / "temporary" / "kutils-pretrained")  # wherever it is mounted
+        assert found.overrides == ("epochs=2", f"pretrained={found.recipe.pretrained}")
+    random = launch.Run(kaggle / "r.yaml", tiny_recipe(pretrained=False), 0, ())
+    assert mounts.with_pretrained(random, kaggle / "input") is random
+
+
 def former_output(root, run, step, checkpoint=b"weights"):
     """What a former version of a training notebook left, `step` updates in."""
     folder = root / "runs" / run.folder.name
@@ -185,8 +220,8 @@ def test_a_wheel_is_installed_beside_what_is_there(kaggle):
 
 def test_outside_of_kaggle_nothing_is_moved(workspace, tiny_recipe, monkeypatch):
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    before = dict(os.environ)
-    mounts.prepare_training(launch.Run(workspace / "r.yaml", tiny_recipe(), 0, ()))
+    before, run = dict(os.environ), launch.Run(workspace / "r.yaml", tiny_recipe(pretrained=True), 0, ())
+    assert mounts.prepare_training(run) is run
     assert dict(os.environ) == before and not list((workspace / "working").iterdir())
 
 

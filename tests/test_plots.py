@@ -206,3 +206,11 @@ def test_no_text_of_best_and_worst_lies_on_the_row_below(text, count):
     lowest = min(axes.texts[0].get_window_extent().y0 for axes in above)
     assert lowest > max(axes.title.get_window_extent().y1 for axes in below)
     assert min(axes.texts[0].get_window_extent().y0 for axes in below) >= 0
+
+
+def test_an_error_of_a_figure_is_shown_and_costs_nothing(capsys):
+    with plots.errors_shown():
+        plots.timing({})
+    assert "PlotError" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt), plots.errors_shown():
+        raise KeyboardInterrupt

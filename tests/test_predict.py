@@ -1,10 +1,13 @@
 """Predictions against the network by hand: any image, any batch size, any number of devices or ranks, any views."""
 
+import contextlib
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -103,43 +106,85 @@ def test_views_are_averaged(images, model_and_recipe, tta):
 class SmallMemory(torch.nn.Module):
     """A network that runs out of memory above a batch size, and returns each image's mean and number of pixels."""
 
-    def __init__(self, most):
+    def __init__(self, most, error):
         super().__init__()
-        self.most, self.sizes = most, []
+        self.most, self.error, self.sizes = most, error, []
 
     def forward(self, pixels):
         self.sizes.append(len(pixels))
         if len(pixels) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return pixels.mean(dim=(2, 3))
 
 
-def test_the_batch_is_halved_until_it_fits_and_stays_so(capsys, tiny_recipe):
-    model, inputs = SmallMemory(most=3), torch.rand(8, 3, 4, 4)
-    forward = predict.Predictor(model, tiny_recipe(), CPU, 64, "none").forward  # 64 is more than there are
-    torch.testing.assert_close(forward(inputs), inputs.mean(dim=(2, 3)))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_the_batch_is_halved_until_it_fits_and_stays_so(capsys, tiny_recipe, error):
+    model, squares = SmallMemory(3, error), torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
+    predictor = predict.Predictor(model, tiny_recipe(amp_dtype="float32"), CPU, 64, "none")  # 64 is more than there are
+    expected = normalize(transforms.normalize(squares, (0.5,) * 3, (0.5,) * 3).mean(dim=(2, 3)), dim=1)
+    np.testing.assert_allclose(predictor(squares), expected, atol=1e-6)
     assert model.sizes == [8, 4, 2, 2, 2, 2]
-    torch.testing.assert_close(forward(inputs[:3]), inputs[:3].mean(dim=(2, 3)))
+    np.testing.assert_allclose(predictor(squares[:3]), expected[:3], atol=1e-6)
     assert model.sizes[6:] == [2, 1]
     assert "going on with 2 images" in capsys.readouterr().out
-    with pytest.raises(torch.OutOfMemoryError):
-        predict.Predictor(SmallMemory(most=0), tiny_recipe(), CPU, 4, "none").forward(inputs)
+    with pytest.raises(RuntimeError):
+        predict.Predictor(SmallMemory(0, error), tiny_recipe(), CPU, 4, "none")(squares)
 
 
-def test_what_overflows_in_half_precision_is_predicted_in_full(images, model_and_recipe, tiny_recipe):
+def test_another_error_is_no_reason_to_halve(tiny_recipe):
+    model = SmallMemory(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        predict.Predictor(model, tiny_recipe(), CPU, 4, "none")(torch.zeros(4, 3, 4, 4, dtype=torch.uint8))
+    assert model.sizes == [4]
+
+
+def test_what_overflows_in_half_precision_is_predicted_in_full_alone(images, model_and_recipe, tiny_recipe):
     model, _ = model_and_recipe
     recipe = tiny_recipe(amp_dtype="bfloat16")
-    forward, overflows = model.forward, []
+    forward, seen = model.forward, []
 
-    def overflowing(pixels):
-        overflows.append(torch.is_autocast_enabled("cpu"))
-        return forward(pixels) * (torch.nan if overflows[-1] else 1)
+    def overflowing(inputs):
+        seen.append((torch.is_autocast_enabled("cpu"), len(inputs)))
+        rows = forward(inputs)
+        if seen[-1][0]:
+            rows[1] = torch.inf
+        return rows
 
     model.forward = overflowing
     embeddings = predict.predict(model, recipe, cache(recipe, images[:5]), [CPU])
-    assert overflows == [True, False]
+    assert seen == [(True, 5), (False, 1)]
     model.forward = forward
-    np.testing.assert_allclose(embeddings, by_hand(model, recipe, images[:5]), atol=1e-6)
+    expected = by_hand(model, recipe, images[:5])
+    np.testing.assert_allclose(embeddings[1], expected[1], atol=1e-6)
+    assert np.einsum("nd,nd->n", embeddings, expected).min() > 0.999
+
+
+def test_a_model_without_finite_predictions_is_an_error(images, model_and_recipe):
+    model, recipe = model_and_recipe
+    with torch.no_grad():
+        model.fc.weight[0, 0] = torch.nan
+    with pytest.raises(predict.PredictionError, match=r"12 images have no finite prediction, .*a.JPG is the first"):
+        predict.predict(model, recipe, cache(recipe, images), [CPU], batch_size=5)
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_a_failed_model_leaves_the_memory_at_once(images, tiny_recipe, monkeypatch, batch_size):
+    recipe = tiny_recipe(amp_dtype="float32")
+    model = models.build_model(recipe).eval()
+    weights = weakref.ref(model.fc.weight)
+
+    def failing(self, inputs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(predict.Predictor, "forward", failing)
+    gc.disable()  # nothing but the counts of references
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            predict.predict(model, recipe, cache(recipe, images), [CPU], batch_size=batch_size)
+        del model
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 def test_after_the_deadline_it_stops(images, model_and_recipe):
@@ -237,3 +282,43 @@ def test_the_command_averages_views(command, images, model_and_recipe):
     assert predict.main([*arguments, "--tta", "flip"]) == 0
     difference = np.abs(np.load(output)["embeddings"] - by_hand(*model_and_recipe, images[:12])).max()
     assert 1e-5 < difference < 0.5
+
+
+# ---------------------------------------------------------------- on GPUs
+
+
+@pytest.fixture
+def gpus():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return predict.local_devices(torch.device("cuda"), world_size=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gpus_predict_what_the_cpu_predicts(gpus, images, tiny_recipe, dtype):
+    recipe = tiny_recipe(amp_dtype=dtype, num_workers=2, backbone="test_vit")
+    model = models.build_model(recipe).eval()
+    expected = by_hand(model, recipe, images[:12])
+    for device_list in (gpus, [gpus[0]] * 2):  # the second: two models on one GPU
+        for batch_size in (3, 64):  # with 3, processes decode, forked after CUDA has started
+            predicted = predict.predict(model, recipe, cache(recipe, images), device_list, batch_size=batch_size)
+            assert np.einsum("nd,nd->n", predicted[:12], expected).min() > 0.9999
+    model.cpu()
+
+
+@pytest.mark.gpu
+def test_a_full_gpu_halves_the_batch(gpus, images, tiny_recipe, capsys):
+    recipe = tiny_recipe(amp_dtype="float32", input_size=512, backbone="test_convnext")
+    model = models.build_model(recipe).eval()
+    expected = by_hand(model, recipe, images[:12])
+    squares = cache(recipe, images * 20)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(gpus[0]).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.6e9 / total, gpus[0])
+    try:
+        predicted = predict.predict(model, recipe, squares, gpus[:1], batch_size=256)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, gpus[0])
+    np.testing.assert_allclose(predicted[:12], expected, atol=1e-3)
+    assert "the memory is full" in capsys.readouterr().out

@@ -152,3 +152,11 @@ def test_a_bank_of_some_prompts_is_drawn(workspace):
     for prompt, embedding in zip(some.prompts, some.embeddings, strict=True):
         np.testing.assert_array_equal(embedding, whole.embeddings[whole.prompts.index(prompt)])
     assert some.prompts == retrieval.PromptBank.from_datasets(["toy"], most=10, seed=1).prompts
+
+
+def test_the_nearest_prompts_become_a_title():
+    bank = PromptBank(["a cat", "a very long prompt of a dog that nobody would want to read to its end"], unit_rows(2))
+    (told,) = bank.describe(bank.embeddings[1:], k=2, width=24)
+    cosine = float(bank.embeddings[0] @ bank.embeddings[1])
+    assert told == f"a very long prompt ... (1.00) / a cat ({cosine:.2f})"
+    assert PromptBank(["alone"], unit_rows(1)).describe(unit_rows(1)) == ["alone (1.00)"]

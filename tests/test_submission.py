@@ -204,7 +204,12 @@ def test_the_kernel_writes_a_valid_file_from_both_forms_of_mounts(tmp_path, weig
     assert (tmp_path / "w2" / "submission.csv").read_text() == "imgId_eId,val\n"
     assert {path.name for path in (tmp_path / "w1").iterdir()} == {"submission.csv", "submission_report.json"}
     report = json.loads((tmp_path / "w1" / "submission_report.json").read_text())
-    assert report["images"] == 14 and list(report["unreadable"]) == ["m.png", "n.jpg"] and report["left_out"] == {}
+    assert (
+        report["images"] == 14
+        and report["gpus"] == 0
+        and list(report["unreadable"]) == ["m.png", "n.jpg"]
+        and report["left_out"] == {}
+    )
     assert report["weights"] == pytest.approx({"a": 0.8, "b": 0.2}) and len(report["seconds"]) == 2
 
 
