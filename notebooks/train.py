@@ -30,7 +30,7 @@ fold: int = 0  # validation fold, 0..9
 num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU
 overrides: str = ""  # keys of the recipe to change, as for dist_train.sh
 recipe: str = ""  # a recipe file of conf/ instead of a model's own
-hours: float = 0  # after which it saves and stops, to be started again; 0: no limit
+hours: float = 0.0  # after which it saves and stops, to be started again; 0: no limit
 
 # %%
 import sys
