@@ -149,7 +149,7 @@ def check(copy: Copy) -> None:
     copy.run(f"papermill notebooks/refine.ipynb working/runs/r.ipynb -p model vit_large -p fold 0 {tiny}")
     copy.expect("working/runs/t.ipynb", "working/t.json", "working/runs/r.ipynb")
 
-    for module in ("train", "predict", "retrieval", "generate", "grouping", "ensemble", "launch"):
+    for module in ("train", "predict", "retrieval", "generate", "grouping", "ensemble", "kaggle", "launch"):
         copy.run(f"python -m kutils.{module} --help")
 
 
