@@ -87,7 +87,8 @@ def run_module(
         raise
     finally:
         reader.join(timeout=5)  # not for ever: a grandchild may hold the pipe open
-    if code or (code is None and error):  # ended in order, a child says nothing of an error
+    orderly = not error or error[0].startswith("error: stopped by a signal")  # what a rank says that saved its state
+    if code or (code is None and not orderly):
         told = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])
         raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}", tuple(last))
     return code is not None
