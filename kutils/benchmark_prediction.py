@@ -42,12 +42,12 @@ def predict_ensemble(num_images: int = 2000, repeats: int = 3) -> list[benchmark
     return [benchmark.entry("predict_ensemble", "s", once, each)]
 
 
-def make_images(folder: Path, count: int) -> None:
-    """Smooth random pictures, and links to them."""
+def make_images(folder: Path, count: int, extension: str = "png") -> None:
+    """Smooth random pictures of 512 px, and links to them."""
     folder.mkdir(parents=True)
     random = torch.Generator().manual_seed(0)
     for number in range(count):
-        path, original = folder / f"{number:09x}.png", folder / f"{number % NUM_PICTURES:09x}.png"
+        path, original = (folder / f"{name:09x}.{extension}" for name in (number, number % NUM_PICTURES))
         if number < NUM_PICTURES:
             coarse = 255 * torch.rand(1, 3, 16, 16, generator=random)
             smooth = torch.nn.functional.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic")

@@ -125,7 +125,7 @@ def measure(path: Path, images: Sequence[Path], device_list: Sequence[torch.devi
     decode = (time.monotonic() - began) / max(1, len(probe)) / processes
     pixels = torch.zeros(batch_size, 3, recipe.input_size, recipe.input_size, dtype=torch.uint8)
     predictor(pixels[:1])  # the first pass pays for what later ones find ready
-    size, seconds = 1, 0.0
+    size = 1
     while True:
         began = time.monotonic()
         predictor(pixels[:size])
@@ -141,10 +141,21 @@ def measure(path: Path, images: Sequence[Path], device_list: Sequence[torch.devi
 class Runner:
     """What all models of an ensemble share: images, devices, decoded pixels, the end of the time.
 
-    Args: as `predict_ensemble` has them.
+    Args:
+        deadline: by time.monotonic(); the others as `predict_ensemble` has them.
     """
 
-    def __init__(self, checkpoint_files, images, *, deadline, batch_size, tta, cache_gb, device):
+    def __init__(
+        self,
+        checkpoint_files: Mapping[Member, Path],
+        images: Sequence[Path],
+        *,
+        deadline: float,
+        batch_size: int,
+        tta: str,
+        cache_gb: float,
+        device: str,
+    ):
         self.checkpoint_files, self.images, self.deadline = checkpoint_files, images, deadline
         self.batch_size, self.tta, self.cache_gb = batch_size, tta, cache_gb
         self.device_list = predict.local_devices(devices.pick_device(device), world_size=1)

@@ -15,8 +15,9 @@ from kutils.config import HINTS, ConfigError, Recipe, convert
 from kutils.models import PromptEmbedder, build_model
 
 HEADER_KEY = "kutils"  # of a safetensors file's metadata, which holds texts
-UNREADABLE = (SafetensorError, KeyError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
-UNREADABLE += (zipfile.BadZipFile,)
+# what the readers of damaged files raise
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError)
+UNREADABLE += (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class CheckpointError(ValueError):
@@ -67,7 +68,7 @@ def save_half(path: Path, content: dict) -> None:
 
 
 def read_half(path: Path) -> dict:
-    """Read what `save_half` wrote; a ValueError of some kind if it is none."""
+    """Read what `save_half` wrote; one of UNREADABLE if it is none."""
     with safe_open(path, "pt") as stored:
         facts = json.loads((stored.metadata() or {})[HEADER_KEY])
         return {**facts, "model": {name: stored.get_tensor(name) for name in stored.keys()}}  # noqa: SIM118

@@ -21,6 +21,7 @@ from kutils import paths
 
 LAST_LINES = 40  # of the output, repeated in the exception
 KEPT_LINES = 400  # torchrun's summary holds tracebacks; who failed stands above the last of them
+STOPPED = "stopped by a signal"  # how the error begins that a rank ends with once it has saved its state
 SAVING_SECONDS = 600  # from SIGTERM on: the state of the largest network is 13 GB, and it may go to a network disk
 
 
@@ -57,7 +58,7 @@ def run_module(
         environment: variables to set for it; None takes one away.
         hide: regular expression of whole lines that are not shown.
         seconds: after which it is ended in order, as by an interrupt.
-    Returns: True if it came to its end, False if the time was over before.
+    Returns: True if it came to its end, False if the time was over before and it said of no error but STOPPED.
     Raises: CommandFailed with the command's last lines.
     """
     settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -87,8 +88,8 @@ def run_module(
         raise
     finally:
         reader.join(timeout=5)  # not for ever: a grandchild may hold the pipe open
-    orderly = not error or error[0].startswith("error: stopped by a signal")  # what a rank says that saved its state
-    if code or (code is None and not orderly):
+    saved = not error or error[0].startswith(f"error: {STOPPED}")
+    if code or (code is None and not saved):
         told = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])
         raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}", tuple(last))
     return code is not None

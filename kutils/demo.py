@@ -18,9 +18,8 @@ import numpy as np
 
 from kutils import generate, launch, paths, prompts, runs, shapes
 from kutils.blending import mean_cosine
-from kutils.config import EMBEDDING_DIM
+from kutils.config import EMBEDDING_DIM, SUBMISSION_HEADER
 from kutils.ensemble import load_ensemble
-from kutils.submission import HEADER
 from kutils.tables import read_table
 
 FAMILIES = ("tiny_convnext", "tiny_vit")
@@ -101,7 +100,7 @@ class Demo:
                 shapes.render(prompt, generate.image_seed(prompt, 0)).save(temporary)
         with paths.atomic_path(folder.parent / "sample_submission.csv") as temporary:
             rows = [f"0000_{dimension},0.0" for dimension in range(EMBEDDING_DIM)]
-            temporary.write_text("\n".join([HEADER, *rows, ""]))
+            temporary.write_text("\n".join([SUBMISSION_HEADER, *rows, ""]))
         return folder, fresh
 
 

@@ -197,7 +197,7 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tuple[Ensemble, Path]:
-    """Fit the ensemble of a configuration and write its JSON file.
+    """Fit the ensemble of a configuration and write its JSON file, and a small bank of prompts beside it.
 
     The weights are those of the half of fold 0 that the fit saw, so that the scores, of the other half, are theirs.
 

@@ -13,14 +13,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kutils import checkpoints, config, ensemble, kaggle_client, mounts, paths, runs, submission
-from kutils.kaggle_client import KaggleError, Pushed
+from kutils.kaggle_client import Pushed
+from kutils.kaggle_metadata import KaggleError
 
 PLACEHOLDER = "INSERT_KAGGLE_NAME_HERE"
 CODE = ("kutils", "conf", "LICENSE")  # of the committed tree: all that the kernels need beside themselves
@@ -70,21 +70,15 @@ def staging_folder(name: str) -> Path:
 @contextmanager
 def staged(name: str) -> Iterator[Path]:
     """An empty folder that becomes `working/kaggle/<name>` when the block ends, in place of a former one."""
-    folder = staging_folder(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
-        partial = Path(temporary) / name
-        partial.mkdir()
+    with paths.atomic_folder(staging_folder(name)) as partial:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        shutil.rmtree(staging_folder(name), ignore_errors=True)
 
 
-def write_metadata(template: Path, folder: Path, user: str, **changes) -> dict:
-    """A metadata file of `kernel-metadata/` with the user's name in it, under its own name in a folder."""
-    values = json.loads(template.read_text(encoding="utf-8").replace(PLACEHOLDER, user)) | changes
-    paths.write_json(folder / template.name, values)
-    return values
+def write_metadata(template: Path, folder: Path, user: str, **changes) -> None:
+    """A metadata file of `kernel-metadata/`, changed and with the user's name in it, under its own name in a folder."""
+    values = json.loads(template.read_text(encoding="utf-8")) | changes
+    paths.write_json(folder / template.name, json.loads(json.dumps(values).replace(PLACEHOLDER, user)))
 
 
 def git(*arguments: str) -> bytes:
@@ -185,10 +179,7 @@ def stage_kernel(name: str, settings: Settings) -> Path:
         changes = {"code_file": notebook.name}
         (folder / notebook.name).write_bytes(git("show", f"HEAD:{notebook.as_posix()}"))
         if name == "train":
-            changes["dataset_sources"] = [
-                *(source.replace(PLACEHOLDER, settings.user) for source in values["dataset_sources"]),
-                *settings.train["data_sets"],
-            ]
+            changes["dataset_sources"] = [*values["dataset_sources"], *settings.train["data_sets"]]
             changes["kernel_sources"] = list(settings.train["kernels"])
             set_parameters(folder / notebook.name, settings.train["parameters"])
         write_metadata(template, folder, settings.user, **changes)
@@ -282,9 +273,10 @@ def check_output(folder: Path) -> str:
 
     Raises: KaggleError or SubmissionError if the file is not valid, or a model with weight was left out.
     """
-    csv, told = folder / "submission.csv", folder / "submission_report.json"
+    csv = folder / "submission.csv"
+    told = submission.report_path(csv)
     if not csv.is_file() or not told.is_file():
-        raise KaggleError(f"{folder} holds no submission.csv with its submission_report.json; see the log there")
+        raise KaggleError(f"{folder} holds no {csv.name} with its {told.name}; see the log there")
     num_rows = submission.check_submission(csv, submission.read_ids(csv))
     report = json.loads(told.read_text(encoding="utf-8"))
     if not report["gpus"]:

@@ -199,16 +199,14 @@ def bring_run(run: Run, root: Path) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """A file or folder, under its name when it is whole; inputs are read-only, the copy is not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as temporary:
-        partial = Path(temporary) / source.name
-        if source.is_dir():
-            shutil.copytree(source, partial, copy_function=shutil.copyfile)
-            for folder, _, _ in os.walk(partial):
-                Path(folder).chmod(0o755)
-        else:
+    if source.is_file():
+        with paths.atomic_path(target) as partial:
             shutil.copyfile(source, partial)
-        partial.rename(target)
+        return
+    with paths.atomic_folder(target) as partial:
+        shutil.copytree(source, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        for folder, _, _ in os.walk(partial):
+            Path(folder).chmod(0o755)
 
 
 def install_wheel(package: str, root: Path) -> None:
@@ -233,7 +231,7 @@ def install_wheel(package: str, root: Path) -> None:
 
 
 def describe_machine() -> str:
-    """Versions, GPUs, memory and disk, in lines."""
+    """Versions, cores, memory and disk, in lines."""
     packages = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow")
     versions = ", ".join(f"{name} {runs.version_of(name) or 'absent'}" for name in packages)
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

@@ -73,7 +73,8 @@ def predict(
         tta: one of TTA; the unit predictions of several views of an image are averaged.
         deadline: by time.monotonic().
     Returns: float32 [len(positions), 384], unit rows, NaN for an unreadable image (`pixels.bad` says why).
-    Raises: OutOfTime after the deadline; torch.OutOfMemoryError if one image alone does not fit.
+    Raises: OutOfTime after the deadline; torch.OutOfMemoryError if one image alone does not fit; PredictionError if
+        the model gives readable images no finite prediction.
     """
     positions = np.arange(len(pixels.images)) if positions is None else np.asarray(positions, np.int64)
     embeddings = np.full((len(pixels.images), EMBEDDING_DIM), np.nan, np.float32)

@@ -12,8 +12,7 @@ from pyarrow import csv
 from kutils import paths
 from kutils.config import EMBEDDING_DIM, SUBMISSION_HEADER
 
-HEADER = SUBMISSION_HEADER
-COLUMNS = HEADER.split(",")
+COLUMNS = SUBMISSION_HEADER.split(",")
 CHUNK_IMAGES = 256  # written and compared at once: 98,304 rows
 BLOCK_BYTES = 1 << 20  # read at once
 DECIMALS = 6  # of a value; they move a unit vector by 1e-5 at most
@@ -42,12 +41,29 @@ def write_submission(path: Path | str, ids: Sequence[str], embeddings: np.ndarra
     schema = pa.schema([(COLUMNS[0], pa.string()), (COLUMNS[1], pa.float64())])
     options = csv.WriteOptions(include_header=False, quoting_style="none", batch_size=65_536)
     with paths.atomic_path(path) as temporary, temporary.open("wb") as stream:
-        stream.write(f"{HEADER}\n".encode())
+        stream.write(f"{SUBMISSION_HEADER}\n".encode())
         with csv.CSVWriter(stream, schema, write_options=options) as writer:
             for start in range(0, len(ids), CHUNK_IMAGES):
                 values = embeddings[start : start + CHUNK_IMAGES].astype(np.float64).round(DECIMALS).ravel()
                 keys = row_ids(ids[start : start + CHUNK_IMAGES])
                 writer.write_batch(pa.record_batch([keys, pa.array(values)], schema=schema))
+
+
+def report_path(path: Path) -> Path:
+    """Where a finished run tells, beside its submission, what it is made of: `<name>_report.json`."""
+    return path.with_name(f"{path.stem}_report.json")
+
+
+def keep_former(path: Path) -> None:
+    """Move a former submission and its report to `<name>.bak`, before a new run begins.
+
+    One without a report, of a run that did not finish, does not take the place of a finished one there.
+    """
+    report = report_path(path)
+    if report.is_file() or not Path(f"{path}.bak").exists():
+        for former in (path, report):
+            if former.is_file():
+                former.replace(f"{former}.bak")
 
 
 def row_ids(ids: Sequence[str]) -> pa.Array:
@@ -73,8 +89,8 @@ def check_submission(path: Path | str, ids: Sequence[str]) -> int:
         raise SubmissionError(f"{path} is not there")
     with path.open("rb") as stream:
         header = stream.readline(200).decode(errors="replace").rstrip("\r\n")
-    if header != HEADER:
-        raise SubmissionError(f"{path}: the first line is {header!r}, not {HEADER!r}")
+    if header != SUBMISSION_HEADER:
+        raise SubmissionError(f"{path}: the first line is {header!r}, not {SUBMISSION_HEADER!r}")
     num_rows, expected_rows = 0, len(ids) * EMBEDDING_DIM
     for start, keys, values in read_images(path):
         wanted = row_ids(ids[start : start + CHUNK_IMAGES])
@@ -111,7 +127,7 @@ def read_images(path: Path) -> Iterator[tuple[int, pa.Array, np.ndarray]]:
                 yield start, *columns_of(kept.slice(0, chunk))
                 kept, start = kept.slice(chunk), start + CHUNK_IMAGES
     except pa.ArrowInvalid as error:
-        raise SubmissionError(f"{path} cannot be read as {HEADER}: {error}") from error
+        raise SubmissionError(f"{path} cannot be read as {SUBMISSION_HEADER}: {error}") from error
     if len(kept):
         yield start, *columns_of(kept)
 

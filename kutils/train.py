@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kutils import (
     check,
     checkpoints,
+    children,
     config,
     datasets,
     devices,
@@ -209,7 +210,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
                 saved_at = save_state(epoch)
             if stop:
                 ranks.barrier()  # a rank that ended now would have torchrun kill the one that still writes
-                raise TrainingError(f"stopped by a signal after update {step}; the same command goes on from there")
+                raise TrainingError(f"{children.STOPPED} after update {step}; the same command goes on from there")
 
         # ------------------------------------------------------------ evaluate
         found = engine.evaluate(network, validation_loader, recipe, dtype, ranks, total=len(validation_rows))

@@ -29,7 +29,7 @@
 images: str = ""  # folder of images; empty: the competition's, found below the inputs
 ensemble: str = ""  # JSON file of the weights; empty: the one below working/models or, on Kaggle, the inputs
 models: str = ""  # folder of the checkpoints; empty: found likewise
-output: str = ""  # the file to write; empty: working/submission.csv
+output: str = ""  # the file to write; empty: working/submission.csv (a former one is kept as .bak)
 hours: float = 8.5  # time for all models; Kaggle ends the notebook after 9
 batch_size: int = 64  # images at a time on each GPU; halved where the memory is full
 tta: str = "none"  # views of an image that are averaged: none, flip, five_crops
@@ -75,6 +75,7 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(f
 
 # %%
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
+submission.keep_former(output_path)
 submission.write_submission(output_path, ids, budget.mean_embeddings(fitted, len(ids)))
 files = mounts.find_checkpoints({member.checkpoint: member.sha256 for member in fitted.members()}, folders)
 checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
@@ -97,7 +98,7 @@ print(f"{submission.check_submission(output_path, ids):,} rows are as the compet
 unreadable = {path.name: reason for path, reason in state.unreadable.items()}
 told = {"images": len(ids), "gpus": torch.cuda.device_count(), "seconds": state.seconds, "weights": state.weights}
 told |= {"left_out": state.dropped, "unreadable": unreadable}
-paths.write_json(output_path.with_name("submission_report.json"), told)
+paths.write_json(submission.report_path(output_path), told)
 for name, reason in unreadable.items():
     print(f"it holds the mean embedding for {name}: {reason}")
 

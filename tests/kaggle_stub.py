@@ -14,6 +14,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 OWNER = "someone"
+SETTINGS = """\
+user: INSERT_KAGGLE_NAME_HERE
+ensemble: conf/ensemble_tiny.yaml
+train:
+  data_sets:
+    - INSERT_KAGGLE_NAME_HERE/kutils-training-data
+    - INSERT_KAGGLE_NAME_HERE/kutils-pretrained
+  kernels: []
+  parameters: {model: vit_large_24gb, fold: 0, overrides: datasets=cc3m max_local_batch_size=4, hours: 11.5}
+"""  # kaggle.yaml as it comes: a user changes the repository's own
 TOKEN = "KGAT_0123456789abcdef0123456789abcdef"  # no secret, but nothing may show it
 
 

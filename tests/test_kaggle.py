@@ -32,6 +32,7 @@ def repository(tmp_path, monkeypatch):
     for name in ("kutils", "conf", "notebooks", "kernel-metadata"):
         shutil.copytree(paths.repository_root() / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(paths.repository_root() / "LICENSE", root)
+    (root / "kernel-metadata" / "kaggle.yaml").write_text(kaggle_stub.SETTINGS)
     run = lambda *command: subprocess.run(["git", "-C", root, *command], check=True, capture_output=True)  # noqa: E731
     run("init", "-q")
     run("add", ".")
@@ -93,6 +94,12 @@ def test_settings_that_cannot_be_used(repository, change, said):
     with pytest.raises(KaggleError) as caught:
         kaggle.read_settings()
     assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_the_repositorys_settings_are_read_with_any_name_and_choices_in_them():
+    settings = kaggle.read_settings(user=OWNER)
+    assert settings.user == OWNER and kaggle.PLACEHOLDER not in str(settings)
+    assert ensemble.read_config(settings.ensemble)[0] in ("equal", "family", "dimension")
 
 
 def test_the_code_is_what_was_committed(repository, settings, capsys):

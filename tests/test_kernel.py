@@ -16,9 +16,10 @@ import torch
 from conftest import make_dataset, unit_rows
 from ensembles import by_hand, save_images, write_ensemble
 from kaggle_machine import Machine, kill, problem_of
-from torchvision.transforms.v2.functional import to_pil_image
+from kaggle_stub import SETTINGS
 
 from kutils import checkpoints, ensemble, kaggle, models, paths, pixels, retrieval, runs, submission
+from kutils.benchmark_prediction import make_images
 from kutils.config import Recipe
 
 pytestmark = pytest.mark.kernel
@@ -52,6 +53,7 @@ def packed(tmp_path_factory):
     for name in ("kutils", "conf", "notebooks", "kernel-metadata"):
         shutil.copytree(paths.repository_root() / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(paths.repository_root() / "LICENSE", clone)
+    (clone / "kernel-metadata" / "kaggle.yaml").write_text(SETTINGS)
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
         subprocess.run(["git", "-C", clone, *identity, *command], check=True)
@@ -111,28 +113,13 @@ def mounts_of(packed, data, form, weights="tiny"):
     return {"kutils-code": packed["code"], "kutils-weights": packed[weights], COMPETITION: data}
 
 
-def rendered(folder, count, size=512, extension="png"):
-    """So many files of a few pictures, linked; they are decoded one by one all the same."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(5)
-    originals = folder.with_name("originals")
-    originals.mkdir()
-    for number in range(min(count, 32)):
-        coarse = torch.from_numpy(random.integers(0, 256, (1, 3, 8, 8))).float()
-        smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 255)
-        image = to_pil_image(smooth[0].byte())
-        image.save(originals / f"{number}.{extension}")
-    for number in range(count):
-        os.link(originals / f"{number % 32}.{extension}", folder / f"{number * 7919:09x}.{extension}")
-
-
 def seven(folder):
     """The competition's own images where they are at hand, else seven rendered ones."""
     real = os.environ.get("KUTILS_REAL_DATA")
     if real:
         shutil.copytree(Path(real) / "competition" / "images", folder)
     else:
-        rendered(folder, 7)
+        make_images(folder, 7)
 
 
 def valid(session, ids):
@@ -200,7 +187,7 @@ def test_no_images(python, packed, tmp_path):
 
 
 def test_sixteen_thousand_images(python, packed, tmp_path):
-    data = competition(tmp_path / "data", lambda folder: rendered(folder, 16_000))
+    data = competition(tmp_path / "data", lambda folder: make_images(folder, 16_000))
     files = pixels.find_images(data / "images")
     session = Machine(python, tmp_path / "working", mounts_of(packed, data, "new")).run(packed["submission"])
     values, report = valid(session, [path.stem for path in files])
@@ -212,7 +199,7 @@ def test_sixteen_thousand_images(python, packed, tmp_path):
 
 
 def test_a_budget_for_one_model(python, packed, tmp_path):
-    data = competition(tmp_path / "data", lambda folder: rendered(folder, 1500, extension="jpg"))
+    data = competition(tmp_path / "data", lambda folder: make_images(folder, 1500, extension="jpg"))
     files = pixels.find_images(data / "images")
     machine = Machine(python, tmp_path / "working", mounts_of(packed, data, "new", "heavy"))
     session = machine.run(packed["submission"], hours=40 / 3600)
@@ -225,7 +212,7 @@ def test_a_budget_for_one_model(python, packed, tmp_path):
 
 
 def test_a_kill_in_the_middle(python, packed, tmp_path):
-    data = competition(tmp_path / "data", lambda folder: rendered(folder, 600, extension="jpg"))
+    data = competition(tmp_path / "data", lambda folder: make_images(folder, 600, extension="jpg"))
     files = pixels.find_images(data / "images")
     machine = Machine(python, tmp_path / "working", mounts_of(packed, data, "new", "heavy"))
     process = machine.start(packed["submission"])

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from kutils import paths
-from kutils.kaggle_client import KERNEL_KEYS, slugify
+from kutils.kaggle_metadata import KERNEL_KEYS, slugify
 
 FOLDER = paths.repository_root() / "kernel-metadata"
 KERNELS = sorted(FOLDER.glob("*/kernel-metadata.json"))

@@ -157,6 +157,22 @@ def test_the_end_of_the_time_lets_the_child_save(module, capsys):
     assert launch.run_module("this", seconds=60) is True
 
 
+@pytest.mark.parametrize(
+    ("said", "fails"),
+    [("stopped by a signal after update 6; the same command goes on", False), ("no space left on the device", True)],
+)
+def test_what_could_not_be_saved_at_the_end_of_the_time_is_an_error(module, said, fails):
+    name = module(
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit('error: {said}'))\nprint('begun')\ntime.sleep(600)"
+    )
+    if fails:
+        with pytest.raises(CommandFailed, match="no space left"):
+            launch.run_module(name, seconds=5)
+    else:
+        assert launch.run_module(name, seconds=5) is False
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_a_killed_parent_takes_its_child_along(module, tmp_path):
     name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")

@@ -187,7 +187,7 @@ def test_the_former_version_that_came_farthest_is_copied_once(kaggle, tiny_recip
     assert run.recipe.checkpoint_path(0).read_bytes() == b"the latest" and not run.recipe.checkpoint_path(1).exists()
     mounts.bring_run(run, root)
     assert (run.folder / "resume.pt").read_bytes() == b"21"  # what is there stays
-    assert not list(kaggle.rglob(".partial-*"))
+    assert not list(kaggle.rglob("*.partial"))
 
 
 def test_the_stage_before_is_found_by_its_name(kaggle, tiny_recipe):

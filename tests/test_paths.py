@@ -34,3 +34,18 @@ def test_missing_data_sets_are_told_with_the_commands_that_make_them(workspace):
     assert "'toy': toy.npy not in" in told and "gen_prompt_embedding.py input/toy.tsv" in told
     assert "'other': other.tsv and other.npy not in" in told and "--output input/other" in told
     assert told.count("kutils.grouping folds input/toy.tsv input/other.tsv") == 1
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with paths.atomic_folder(target) as partial:
+        (partial / "a").write_text("1")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["a"] and list(target.parent.iterdir()) == [target]
+    with pytest.raises(RuntimeError), paths.atomic_folder(target) as partial:
+        (partial / "b").write_text("2")
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["a"]
+    with pytest.raises(OSError), paths.atomic_folder(target) as partial:  # nobody took the former one away
+        (partial / "b").write_text("2")
+    assert [path.name for path in target.iterdir()] == ["a"] and list(target.parent.iterdir()) == [target]

@@ -129,6 +129,27 @@ print(time.time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss -
     assert seconds < 60 and megabytes < 500
 
 
+def test_a_finished_submission_outlives_the_runs_that_fail_after_it(tmp_path):
+    path, report = tmp_path / "submission.csv", tmp_path / "submission_report.json"
+    submission.keep_former(path)
+    assert not list(tmp_path.iterdir())
+    path.write_text("good")
+    report.write_text("of the good one")
+    for attempt in ("first failure", "second failure"):
+        submission.keep_former(path)
+        assert not report.exists() and (tmp_path / "submission.csv.bak").read_text() == "good"
+        assert (tmp_path / "submission_report.json.bak").read_text() == "of the good one"
+        path.write_text(attempt)  # the fallback that is written first
+    path.write_text("better")
+    report.write_text("of the better one")
+    submission.keep_former(path)
+    assert (tmp_path / "submission.csv.bak").read_text() == "better" and not path.exists()
+    other = tmp_path / "other.csv"  # somebody's own file, no run of ours
+    other.write_text("mine")
+    submission.keep_former(other)
+    assert (tmp_path / "other.csv.bak").read_text() == "mine"
+
+
 # ---------------------------------------------------------------- the kernel
 
 KERNEL = """

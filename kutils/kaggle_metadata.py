@@ -1,0 +1,153 @@
+"""What is sent to Kaggle, checked before it is sent: a folder of a data set, a kernel with its notebook.
+
+The client ignores a misspelt key, leaves out a folder and takes a notebook that ends at once, all without a word. What
+it reads was looked up in the sources of kaggle 2.2.5.
+"""
+
+import difflib
+import fnmatch
+import json
+import os
+import re
+from pathlib import Path
+
+MAX_NOTEBOOK_BYTES = 1_000_000
+KERNEL_KEYS = (
+    *("id", "id_no", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_tpu"),
+    *("enable_internet", "machine_shape", "dataset_sources", "competition_sources", "kernel_sources", "model_sources"),
+    *("keywords", "docker_image", "docker_image_pinning_type"),
+)
+REQUIRED_KEYS = ("id", "title", "code_file", "language", "kernel_type", "machine_shape")
+SOURCES = tuple(key for key in KERNEL_KEYS if key.endswith("_sources"))
+FLAGS = {"is_private": True, "enable_gpu": False, "enable_internet": True}  # and what the client takes if one is absent
+CREDENTIALS = ("kaggle.json", "access_token*", "credentials*.json", "*.netrc", "_netrc", ".env", ".env.*", "*.pem")
+CREDENTIALS += ("id_rsa", "id_ecdsa", "id_ed25519", ".git-credentials", ".pypirc", ".npmrc")
+NO_DATA = ("__pycache__", ".git", ".cache", ".huggingface", ".ipynb_checkpoints")  # the client leaves out three of them
+
+
+class KaggleError(ValueError):
+    """What Kaggle or its client refused, or would; the message says what to do."""
+
+
+def check_dataset(folder: Path, message: str) -> str:
+    """The data set's owner/slug. Raises: KaggleError naming all that the folder has wrong."""
+    path = folder / "dataset-metadata.json"
+    values = read_metadata(path)
+    ref, title, licences = (values.get(key) or "" for key in ("id", "title", "licenses"))
+    inside = [place for entry in contents(folder) for place in all_below(entry)]
+    checks = [
+        (message.strip(), "the message is empty"),
+        (re.fullmatch(r"[\w-]+/[a-z0-9-]{6,50}", ref), f"id {ref!r} is not owner/slug with a slug of 6 to 50 letters"),
+        (6 <= len(title) <= 50, f"title {title!r} does not have 6 to 50 characters"),
+        (len(licences) == 1 and "name" in licences[0], 'licenses is not one licence, [{"name": "CC0-1.0"}]'),
+        ("id_no" not in values, "id_no would be taken instead of id"),
+        (any(place.is_file() for place in inside), "there is nothing to upload"),
+    ]
+    for place in inside:
+        unwanted = place.name in NO_DATA or any(fnmatch.fnmatch(place.name.lower(), name) for name in CREDENTIALS)
+        checks.append((not unwanted, f"{place} does not belong into a data set"))
+        lost = place.is_symlink() and place.is_dir() and place.parent != folder
+        checks.append((not lost, f"{place} is a link to a folder, which the client leaves out"))
+    refuse(path, [fault for passed, fault in checks if not passed])
+    return ref
+
+
+def contents(folder: Path) -> list[Path]:
+    """What becomes a file or an archive of the data set."""
+    apart = re.compile(r"dataset-metadata\.json|dataset-cover-image\.\w+")
+    return sorted(entry for entry in folder.iterdir() if not apart.fullmatch(entry.name))
+
+
+def all_below(entry: Path) -> list[Path]:
+    """A file, or a folder and all that the client sees in it: it follows no links to folders."""
+    return [entry] + [Path(base, name) for base, folders, files in os.walk(entry) for name in folders + files]
+
+
+def read_metadata(path: Path) -> dict:
+    """Raise KaggleError if the file is no JSON object, or still holds a placeholder for the user's name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = dict(json.loads(text))
+    except OSError as error:
+        raise KaggleError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise KaggleError(f"{path} is no JSON object: {error}") from None
+    placeholder = re.search(r"INSERT_\w+", text)
+    refuse(path, [f"put your own value in place of {placeholder[0]}"] if placeholder else [])
+    return values
+
+
+def refuse(path: Path, faults: list[str]) -> None:
+    if faults:
+        raise KaggleError(f"{path}: {'; '.join(faults)}")
+
+
+def check_kernel(folder: Path, allow_internet: bool) -> dict:
+    """The kernel's metadata. Raises: KaggleError naming all that it, or the notebook, has wrong."""
+    path = folder / "kernel-metadata.json"
+    values = read_metadata(path)
+    refuse(path, [f"{key} is missing" for key in REQUIRED_KEYS if not values.get(key)])
+    faults = []
+    for key in sorted(set(values) - set(KERNEL_KEYS)):
+        nearest = difflib.get_close_matches(key, KERNEL_KEYS, 1, cutoff=0)[0]
+        faults.append(f"the client ignores {key!r}; did you mean {nearest!r}?")
+    ref, slug = values["id"], slugify(values["title"])
+    offline = allow_internet or not (values.get("competition_sources") and described(values)["enable_internet"])
+    checks = [
+        (re.fullmatch(r"[\w-]+/[\w-]{5,}", ref), f"id {ref!r} is not owner/slug with a slug of 5 letters or more"),
+        (slug == ref.rpartition("/")[2].lower(), f"the title gives the slug {slug!r}, unlike the id {ref!r}"),
+        (values["language"] == "python", f"language is {values['language']!r}, not 'python'"),
+        (values["kernel_type"] == "notebook", f"kernel_type is {values['kernel_type']!r}, not 'notebook'"),
+        (offline, 'a version with internet cannot be submitted: write "enable_internet": "false"'),
+    ]
+    faults += [fault for passed, fault in checks if not passed]
+    notebook = folder / values["code_file"]
+    try:
+        if notebook.stat().st_size >= MAX_NOTEBOOK_BYTES:
+            faults.append(f"{notebook} is larger than Kaggle takes, 1 MB: strip its outputs")
+        elif not json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"]:
+            raise KeyError("name")
+    except OSError as error:
+        faults.append(f"{notebook} cannot be read: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        faults.append(f"{notebook} is no notebook with metadata.kernelspec.name, without which a run ends at once")
+    refuse(path, faults)
+    return values
+
+
+def slugify(title: str) -> str:
+    """The slug that the client, and Kaggle, make of a title of ASCII letters."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=\d),(?=\d)", "", title.lower())).strip("-")
+
+
+def described(values: dict) -> dict[str, bool | str | set[str]]:
+    """What decides over a run, in one spelling: true or false, the machine, the sources."""
+    flags = {key: str(values.get(key, default)).lower() == "true" for key, default in FLAGS.items()}
+    sources = {key: {source_name(key, name) for name in values.get(key) or []} for key in SOURCES}
+    return flags | {"machine_shape": values.get("machine_shape") or ""} | sources
+
+
+def source_name(key: str, name: str) -> str:
+    """Kaggle may report `datasets/owner/slug` for `owner/slug`, or leave out a version."""
+    parts = name.lower().split("/")
+    if key == "competition_sources":
+        return parts[-1]
+    if key == "model_sources":
+        return "/".join(parts[-5:])  # owner/model/framework/variation/version
+    prefixed = len(parts) > 2 and parts[0] in ("code", "dataset", "datasets")
+    return "/".join(parts[1:3] if prefixed else parts[:2])
+
+
+def differences(values: dict, held: dict) -> str:
+    """What Kaggle holds otherwise than the metadata says; `saved as described` if there is nothing.
+
+    Kaggle reports the machine of the last session, so that none is no difference.
+    """
+    found, held = [], described(held)
+    for key, wanted in described(values).items():
+        if isinstance(wanted, set):
+            found += [f"{source} is not in {key}" for source in sorted(wanted - held[key])]
+            found += [f"{source} is in {key} unasked" for source in sorted(held[key] - wanted)]
+        elif held[key] != wanted and held[key] != "":
+            found.append(f"{key} is {held[key]}, not {wanted}")
+    return "; ".join(found) or "saved as described"
