@@ -15,6 +15,8 @@ from kutils.config import ConfigError
 from kutils.launch import CommandFailed, LaunchError, check_parameters
 from kutils.nodes import Node
 
+# a shell lets its background jobs ignore SIGINT, and these tests may be one
+HEARS_INTERRUPTS = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 CELLS = ["", 'model: str = "tiny"  # a model\nfold: int = 0', '# Parameters\nmodel = "other"\nfold = 3\n', "import sys"]
 
 
@@ -119,7 +121,7 @@ def test_a_clear_error_is_repeated_alone(module):
 
 def test_an_interrupt_ends_the_child(module, tmp_path):
     name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
-    code = f"from kutils import launch\nlaunch.run_module({name!r})"
+    code = f"{HEARS_INTERRUPTS}from kutils import launch\nlaunch.run_module({name!r})"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
     child = wait_for_pid(tmp_path / "pid")
     parent.send_signal(signal.SIGINT)
@@ -133,7 +135,7 @@ def test_a_second_interrupt_does_not_cut_what_the_child_saves(module, tmp_path):
         "def save(*_):\n    print('saving')\n    time.sleep(1)\n    print('saved')\n    sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, save)\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
-    code = f"from kutils import launch\nlaunch.run_module({name!r})"
+    code = f"{HEARS_INTERRUPTS}from kutils import launch\nlaunch.run_module({name!r})"
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
