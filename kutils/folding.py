@@ -6,15 +6,20 @@ fold would have to swallow. The default is therefore a balanced partition of the
 edges; the report says whom that touches.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pymetis
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from sklearn.cluster import MiniBatchKMeans
 from sklearn.model_selection import GroupKFold
 
-from kutils.similarity import GroupingError, SimilarPairs, greedy_leaders
+from kutils.deduplication import greedy_leaders
+from kutils.similarity import GroupingError, SimilarPairs
 
-METHODS = ("partition", "components", "leader")
+METHODS = ("partition", "components", "leader", "kmeans")
+KMEANS_CLUSTERS = 200  # as many topics as were published for this competition; fewer where they would be tiny
 PARTITION_ATTEMPTS = 5  # seeds of METIS: on real prompts the best leaks 3 to 15 % less than their mean
 EVEN = 0.1  # fold sizes this close to their mean count as equally good
 LARGE_LEAK = 0.25  # share of leaked prompts that the report warns about
@@ -30,6 +35,16 @@ def similarity_graph(num_prompts: int, pairs: SimilarPairs, weights: np.ndarray 
 def groups_by_components(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
     """Connected component of each prompt, int [num_prompts]: nothing leaks, sizes are what they are."""
     return connected_components(similarity_graph(num_prompts, pairs), directed=False)[1]
+
+
+def groups_by_kmeans(embeddings: np.ndarray, num_folds: int, seed: int = 0) -> np.ndarray:
+    """Cluster of each prompt by mini-batch k-means (Sculley 2010), int [num_prompts]: topics, whatever is similar.
+
+    Args:
+        embeddings: float32 [num_prompts, D].
+    """
+    clusters = int(np.clip(len(embeddings) // 20, num_folds, KMEANS_CLUSTERS))
+    return MiniBatchKMeans(clusters, batch_size=4096, n_init=3, random_state=seed).fit_predict(embeddings)
 
 
 def folds_of_groups(groups: np.ndarray, num_rows: np.ndarray, num_folds: int) -> np.ndarray:
@@ -69,38 +84,108 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
     Returns: int8 [prompts].
     Raises: GroupingError if a fold stays empty.
     """
-    dtype = pymetis.zero_copy_dtype()
-    num_prompts = len(num_rows)
+    graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
+    candidates = partitions(graph, num_rows, num_folds, seed)
+    folds = min(candidates, key=lambda folds: cost(folds, num_rows, pairs, num_folds))
+    if len(np.unique(folds)) < num_folds:
+        raise GroupingError(f"{len(num_rows)} prompts did not fill {num_folds} folds; ask for fewer folds")
+    return folds
+
+
+def edge_weights(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
+    """int64 [pairs], 1 to 1000: what it costs to cut the pair, the more, the fewer similar ones its prompts have."""
     degree = np.bincount(np.concatenate([pairs.first, pairs.second]), minlength=num_prompts)
-    weights = np.maximum(1, 1000 // np.minimum(degree[pairs.first], degree[pairs.second]))
-    graph = similarity_graph(num_prompts, pairs, weights)
+    return np.maximum(1, 1000 // np.minimum(degree[pairs.first], degree[pairs.second]))
+
+
+def partitions(
+    graph: csr_array, weights: np.ndarray, num_folds: int, seed: int, unevenness: float = 0.03
+) -> Iterator[np.ndarray]:
+    """Cut a graph into parts of even weight, PARTITION_ATTEMPTS times: int8 [vertices] each, by METIS."""
+    dtype = pymetis.zero_copy_dtype()
     adjacency = pymetis.CSRAdjacency(graph.indptr.astype(dtype), graph.indices.astype(dtype))
-    candidates = []
     for attempt in range(PARTITION_ATTEMPTS):
         part = pymetis.part_graph(
             num_folds,
             adjacency,
-            vweights=num_rows.astype(dtype),
+            vweights=weights.astype(dtype),
             eweights=graph.data.astype(dtype),
-            options=pymetis.Options(seed=1 + seed * PARTITION_ATTEMPTS + attempt),  # the C library takes 0 for 1
+            # the C library takes seed 0 for 1; ufactor is in thousandths
+            options=pymetis.Options(
+                seed=1 + seed * PARTITION_ATTEMPTS + attempt, ufactor=max(1, round(1000 * unevenness))
+            ),
             recursive=attempt == 0,  # k-way refinement leaks less, but leaves parts of small graphs empty
         )
-        folds = np.array(part.vertex_part, np.int8)
-        sizes = np.bincount(folds, num_rows, num_folds)
-        unevenness = max(EVEN, np.abs(sizes / sizes.mean() - 1).max())
-        candidates.append((unevenness, num_rows[leaked_prompts(folds, pairs)].sum(), attempt, folds))
-    folds = min(candidates, key=lambda candidate: candidate[:3])[3]
-    if len(np.unique(folds)) < num_folds:
-        raise GroupingError(f"{num_prompts} prompts did not fill {num_folds} folds; ask for fewer folds")
-    return folds
+        yield np.array(part.vertex_part, np.int8)
 
 
-def assign(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int, method: str, seed: int) -> np.ndarray:
-    """Folds of distinct prompts by one of METHODS: int8 [prompts], each of 0 to num_folds - 1 at least once."""
+def cost(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> tuple[float, int]:
+    """What makes folds worse: their unevenness where it exceeds EVEN, then the rows of leaked prompts."""
+    sizes = np.bincount(folds, num_rows, num_folds)
+    return max(EVEN, np.abs(sizes / sizes.mean() - 1).max()), int(num_rows[leaked_prompts(folds, pairs)].sum())
+
+
+def extend_folds(
+    folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int, seed: int = 0
+) -> np.ndarray:
+    """Give folds to new prompts; those that have one keep it.
+
+    The graph is partitioned as in `folds_by_partition`, with all prompts of a former fold as one vertex. These are
+    so heavy that even parts hold one each.
+
+    Args:
+        folds: int8 [prompts], -1 for the new ones.
+        num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
+    Returns: int8 [prompts].
+    Raises: GroupingError if a fold has no former prompt.
+    """
+    new = np.flatnonzero(folds < 0)
+    former = np.bincount(folds[folds >= 0], num_rows[folds >= 0], num_folds).astype(np.int64)
+    if (former == 0).any():
+        raise GroupingError(
+            f"fold {int(np.argmin(former))} of {num_folds} has no prompt, so that nothing says what belongs to it; "
+            "assign all folds anew"
+        )
+    vertex = folds.astype(np.int64)
+    vertex[new] = num_folds + np.arange(len(new))
+    graph = similarity_graph(len(folds), pairs, edge_weights(len(folds), pairs)).tocoo()
+    ends = vertex[graph.row], vertex[graph.col]
+    apart = ends[0] != ends[1]
+    num_vertices = num_folds + len(new)
+    merged = csr_array((graph.data[apart], (ends[0][apart], ends[1][apart])), shape=(num_vertices, num_vertices))
+    weight = int(num_rows[new].sum())
+    weights = np.concatenate([former + weight, num_rows[new]])
+    size = num_rows.sum() / num_folds
+    candidates = []
+    for parts in partitions(merged, weights, num_folds, seed, unevenness=0.03 * size / (size + weight)):
+        if len(set(parts[:num_folds])) == num_folds:
+            fold_of_part = np.argsort(parts[:num_folds]).astype(np.int8)
+            candidates.append(np.where(folds < 0, fold_of_part[parts[vertex]], folds))
+    if not candidates:
+        raise GroupingError("the new prompts tie former folds together; assign all folds anew, without --keep")
+    return min(candidates, key=lambda folds: cost(folds, num_rows, pairs, num_folds))
+
+
+def assign(
+    num_rows: np.ndarray,
+    pairs: SimilarPairs,
+    num_folds: int,
+    method: str,
+    seed: int,
+    embeddings: np.ndarray | None = None,
+) -> np.ndarray:
+    """Folds of distinct prompts by one of METHODS: int8 [prompts], each of 0 to num_folds - 1 at least once.
+
+    Args:
+        embeddings: float32 [prompts, D], for kmeans alone.
+    """
     if method == "partition":
         return folds_by_partition(num_rows, pairs, num_folds, seed)
-    group = groups_by_components if method == "components" else greedy_leaders
-    return folds_of_groups(group(len(num_rows), pairs), num_rows, num_folds)
+    if method == "kmeans":
+        groups = groups_by_kmeans(embeddings, num_folds, seed)
+    else:
+        groups = (groups_by_components if method == "components" else greedy_leaders)(len(num_rows), pairs)
+    return folds_of_groups(groups, num_rows, num_folds)
 
 
 def leaked_prompts(folds: np.ndarray, pairs: SimilarPairs) -> np.ndarray:

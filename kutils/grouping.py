@@ -1,4 +1,4 @@
-"""Folds and de-duplication of data sets on disk: reads tables and embeddings, writes fold columns and reports."""
+"""Folds and de-duplication of files on disk: reads tables and embeddings, writes fold columns, lists and reports."""
 
 import argparse
 import json
@@ -13,9 +13,10 @@ import pyarrow as pa
 from kutils import paths
 from kutils.config import EMBEDDING_DIM
 from kutils.dataset_index import check_rows, open_embeddings
-from kutils.folding import METHODS, assign, format_report, leakage_report, leaked_prompts, report_warnings
-from kutils.prompts import embed_table
-from kutils.similarity import GroupingError, check_threshold, deduplicate, similar_pairs
+from kutils.deduplication import deduplicate_table, format_dedup
+from kutils.devices import Ranks, join_ranks, leave_ranks, pick_device
+from kutils.folding import METHODS, assign, extend_folds, format_report, leakage_report, leaked_prompts, report_warnings
+from kutils.similarity import GroupingError, check_threshold, kept_strips, similar_pairs
 from kutils.tables import folds_hash, read_table, write_table
 
 MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints
@@ -23,7 +24,7 @@ MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, 
 
 @dataclass(frozen=True)
 class DistinctPrompts:
-    """The prompts of several data sets, each once."""
+    """The prompts of several files, each once."""
 
     tables: dict[Path, pa.Table]
     codes: dict[Path, np.ndarray]  # int32 [rows of the set]: which distinct prompt a row has
@@ -32,14 +33,19 @@ class DistinctPrompts:
 
 
 def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
-    """Read data sets with the embeddings beside them.
+    """Read data sets, or prompts files that have no images yet, with the embeddings beside them.
 
     Raises: TableError, DataError (naming file and row), GroupingError if rows of one prompt differ in their embeddings.
     """
     tables, maps = {}, {}
     for path in tsv_paths:
-        tables[path] = read_table(path, ["image", "prompt", "fold"])
-        check_rows(path, tables[path])
+        table = read_table(path, ["prompt"])
+        if "image" in table.column_names:
+            table = read_table(path, ["image", "prompt", "fold"])
+        elif "fold" not in table.column_names:
+            table = table.append_column("fold", pa.array(np.full(table.num_rows, -1, np.int8)))
+        check_rows(path, table)
+        tables[path] = table
         maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
     prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])
     encoded = prompts.combine_chunks().dictionary_encode()
@@ -67,6 +73,29 @@ def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddi
             )
 
 
+def former_folds(distinct: DistinctPrompts, num_folds: int) -> np.ndarray:
+    """The fold that each prompt has by now, int8 [distinct], -1 for none.
+
+    Raises: GroupingError if a prompt is in two, if a fold is beyond num_folds, or where no prompt has one.
+    """
+    folds = np.full(len(distinct.num_rows), -1, np.int8)
+    for path, table in distinct.tables.items():
+        np.maximum.at(folds, distinct.codes[path], table["fold"].to_numpy())
+    for path, table in distinct.tables.items():
+        own = table["fold"].to_numpy()
+        torn = np.flatnonzero((own >= 0) & (own != folds[distinct.codes[path]]))
+        if len(torn):
+            row = int(torn[0])
+            raise GroupingError(
+                f"{path}, line {row + 2}: the prompt {table['prompt'][row].as_py()!r} is in the folds {own[row]} and "
+                f"{folds[distinct.codes[path][row]]}; assign all folds anew, without --keep"
+            )
+    if folds.max() < 0 or folds.max() >= num_folds:
+        wrong = f"there is a fold {folds.max()}, and {num_folds} were asked for; give --folds {folds.max() + 1} or more"
+        raise GroupingError(wrong if folds.max() >= 0 else "no row has a fold that could be kept; leave out --keep")
+    return folds
+
+
 def assign_folds(
     tsv_paths: Sequence[Path | str],
     threshold: float = 0.7,
@@ -74,22 +103,27 @@ def assign_folds(
     method: str = "partition",
     seed: int = 0,
     *,
+    keep: bool = False,
     device: str = "auto",
+    ranks: Ranks | None = None,
     progress: bool = True,
-) -> dict:
-    """Give the prompts of all data sets folds together, and rewrite the fold columns in place.
+) -> dict | None:
+    """Give the prompts of all files folds together, and write the fold columns in place.
 
-    Per data set, the former table is kept as `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar
-    prompt in another fold, and `<name>.folds.json` holds the report. The reports go first and come last: after a kill
-    in between there are none, `read_report` says so, and the same call again completes the work.
+    Per file, the former table is kept as `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar prompt
+    in another fold, and `<name>.folds.json` holds the report. The reports go first and come last: after a kill in
+    between there are none, `read_report` says so, and the same call again completes the work.
 
     Args:
-        tsv_paths: data sets with their .npy beside them.
+        tsv_paths: data sets, or prompts files (which get a column `fold`), with their .npy beside them.
         threshold: cosine from which prompts are similar, in (0, 1].
         num_folds: 2 to 10.
-        method: partition, components or leader.
-        seed: of the partition.
-    Returns: the report, with the folds hash of every data set.
+        method: partition, components, leader or kmeans.
+        seed: of partition and kmeans.
+        keep: only give folds to prompts that have none (-1); the others stay where they are.
+        device: auto, cpu or cuda; of no interest where ranks are given.
+        ranks: that search for similar pairs together; the main one does all else.
+    Returns: the report, with the folds hash of every file; None on ranks that are not the main one.
     Raises: TableError, DataError or GroupingError, before anything is written.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
@@ -98,18 +132,29 @@ def assign_folds(
         raise GroupingError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
     if method not in METHODS:
         raise GroupingError(f"method {method!r}: choose one of {', '.join(METHODS)}")
+    if keep and method != "partition":
+        raise GroupingError(f"method {method} cannot keep folds; new prompts are added by partition alone")
     if len({path.stem for path in tsv_paths}) < len(tsv_paths):
         raise GroupingError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
+    ranks = ranks or Ranks(0, 1, pick_device(device))
     distinct = read_distinct(tsv_paths)
     num_prompts = len(distinct.num_rows)
     if num_prompts < num_folds:
         raise GroupingError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
-    pairs = similar_pairs(distinct.embeddings, threshold, device=device, progress=progress)
-    folds = assign(distinct.num_rows, pairs, num_folds, method, seed)
-    report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
-    report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
-    report["warnings"] = report_warnings(report)
-    write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
+    former = former_folds(distinct, num_folds) if keep else None
+    with kept_strips(distinct.embeddings, threshold) as folder:
+        pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
+        if not ranks.is_main:
+            return None
+        if keep:
+            folds = extend_folds(former, distinct.num_rows, pairs, num_folds, seed)
+        else:
+            folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
+        report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
+        report |= {"added_prompts": int((former < 0).sum())} if keep else {}
+        report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
+        report["warnings"] = report_warnings(report)
+        write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
     return report
 
 
@@ -123,7 +168,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
         path.with_suffix(".clean.npz").unlink(missing_ok=True)
     for path, table in distinct.tables.items():
         codes = distinct.codes[path]
-        if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # else the same work again: keep the older .bak
+        if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # else the same again: keep the older .bak
             with paths.atomic_path(path.with_name(path.name + ".bak")) as temporary:
                 shutil.copy2(path, temporary)
             column = pa.array(folds[codes])
@@ -158,39 +203,6 @@ def read_report(tsv_path: Path | str) -> dict:
     return report
 
 
-def deduplicate_table(
-    tsv_path: Path | str,
-    kept_path: Path | str,
-    rest_path: Path | str,
-    threshold: float = 0.9,
-    *,
-    device: str = "auto",
-    overwrite: bool = False,
-) -> tuple[int, int]:
-    """Split a prompts file in two: those that no earlier kept one resembles, and the rest (the recipe's part 2 sets).
-
-    Embeds the prompts first where that has not been done. Both files have the columns of the input.
-
-    Args:
-        overwrite: write over other content of the two files; without, a second call has to lead to the same.
-    Returns: number of rows kept, number of the rest.
-    Raises: TableError, PromptError, EncoderError or GroupingError, before anything but the embeddings is written.
-    """
-    check_threshold(threshold)
-    if len({Path(path).resolve() for path in (tsv_path, kept_path, rest_path)}) < 3:
-        raise GroupingError("PROMPTS.tsv, --kept and --rest have to be three different files")
-    table = read_table(tsv_path, ["prompt"])
-    embeddings = open_embeddings(embed_table(tsv_path, device=device), table.num_rows)
-    keep = deduplicate(embeddings, threshold, device=device, progress=True)
-    parts = {kept_path: table.filter(pa.array(keep)), rest_path: table.filter(pa.array(~keep))}
-    for path, part in parts.items():
-        if Path(path).exists() and not overwrite and not read_table(path, []).equals(part.combine_chunks()):
-            raise GroupingError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
-    for path, part in parts.items():
-        write_table(path, dict(zip(part.column_names, part.columns, strict=True)))
-    return int(keep.sum()), int((~keep).sum())
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kutils.grouping", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -202,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folds.add_argument("--threshold", type=float, default=0.7, help="cosine from which prompts are similar")
     folds.add_argument("--folds", type=int, default=10, help="number of folds, 2 to 10")
     folds.add_argument("--method", choices=METHODS, default="partition", help="how similar prompts are kept together")
-    folds.add_argument("--seed", type=int, default=0, help="of the partition")
+    folds.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
+    folds.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
     dedup = commands.add_parser("dedup", help="leave out prompts that resemble an earlier one", **defaults)
     dedup.add_argument("file", type=Path, metavar="PROMPTS.tsv", help="prompts file, the most wanted first")
     dedup.add_argument("--threshold", type=float, default=0.9, help="cosine from which prompts are near-duplicates")
@@ -210,20 +223,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         dedup.add_argument(
             name, type=Path, required=True, default=argparse.SUPPRESS, help=f"prompts file to write: {text}"
         )
+    dedup.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="KEPT.tsv",
+        help="prompts files kept earlier: leave out what resembles one of theirs",
+    )
+    dedup.add_argument(
+        "--priority", nargs="+", default=[], metavar="SOURCE", help="sources whose prompts come before those of others"
+    )
     dedup.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
     for command in (folds, dedup):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)
     try:
+        ranks = join_ranks(args.device)
         if args.command == "folds":
-            report = assign_folds(args.files, args.threshold, args.folds, args.method, args.seed, device=args.device)
-            print(format_report(report))
+            options = {"keep": args.keep, "ranks": ranks}
+            report = assign_folds(args.files, args.threshold, args.folds, args.method, args.seed, **options)
+            told = format_report(report) if ranks.is_main else ""
         else:
-            options = {"device": args.device, "overwrite": args.overwrite}
-            kept, rest = deduplicate_table(args.file, args.kept, args.rest, args.threshold, **options)
-            print(f"{kept:,} prompts kept in {args.kept}, {rest:,} near-duplicates in {args.rest}")
+            options = {"against": args.against, "priority": args.priority, "overwrite": args.overwrite}
+            report = deduplicate_table(args.file, args.kept, args.rest, args.threshold, ranks=ranks, **options)
+            told = format_dedup(report, args.kept, args.rest) if ranks.is_main else ""
+        print(told, end="\n" if told else "")
     except (ValueError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
+    finally:
+        leave_ranks()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,29 @@
-"""Similar prompts: all pairs above a cosine, exactly, and a list without near-duplicates."""
+"""Similar prompts: all pairs at or above a cosine, exactly, within one set of embeddings or between two."""
 
-from itertools import pairwise
+import hashlib
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kutils.devices import pick_device
+from kutils import paths
+from kutils.devices import Ranks, autocast_dtype, pick_device
 from kutils.progress import progress_bar
 
 UNIT_TOLERANCE = 1e-3  # of an embedding's length
+BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # on the CPU a block's products stay in the cache
+GROUP = 64  # rows whose largest cosine is looked at first: most groups hold nothing, and one comparison says so
+DENSE = 1 / 50  # share of candidates in a block from which its products in float32 cost less than looking at each
+VERIFIED = 32_768  # candidates verified at a time: 100 MB
+COPIED = 65_536  # embeddings copied at a time
+EXACTLY = 1e-12  # of float64: so that equal rows are found at 1.0
 
 
 class GroupingError(ValueError):
@@ -20,74 +33,119 @@ class GroupingError(ValueError):
 class SimilarPairs(NamedTuple):
     """Pairs of rows, sorted by first, then second."""
 
-    first: np.ndarray  # int64 [pairs]
-    second: np.ndarray  # int64 [pairs], first < second
+    first: np.ndarray  # int32 [pairs]
+    second: np.ndarray  # int32 [pairs]; within one set: first < second
     cosine: np.ndarray  # float32 [pairs]
 
 
-def similar_pairs(
-    embeddings: np.ndarray, threshold: float, *, block_rows: int = 2048, device: str = "auto", progress: bool = False
-) -> SimilarPairs:
-    """All pairs of rows with cosine >= threshold, exactly: float32 products, and float64 wherever those could err.
+@dataclass(frozen=True)
+class UnitRows:
+    """Embeddings on the device, padded with zeros to a multiple of GROUP, and a copy in which candidates are found."""
 
-    Only the upper triangle is computed, in blocks. Memory: the embeddings, the pairs and about 5 * block_rows ** 2
-    bytes. 60,000 real prompts at 0.7 take 28 s on one CPU core.
+    exact: Tensor  # float32 [padded, D], rows of length 1
+    rounded: Tensor  # [padded, D] in bfloat16, float16 or float32
+    num_rows: int
+    error: float  # the largest distance of a row to its rounded copy: 0.0017 to 0.002 in bfloat16
+
+
+def similar_pairs(
+    embeddings: np.ndarray,
+    threshold: float,
+    *,
+    others: np.ndarray | None = None,
+    block_rows: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    folder: Path | None = None,
+    ranks: Ranks | None = None,
+    progress: bool = False,
+) -> SimilarPairs:
+    """All pairs of rows with cosine >= threshold, exactly.
+
+    Candidates are pairs whose product in bfloat16 (float16, float32) is not below the threshold by more than that
+    precision can err; each is verified in float32, and in float64 where float32 could err. Rows are taken in strips of
+    `block_rows`, each a row of blocks, from the diagonal on. Memory: the embeddings in both precisions, the pairs, and
+    a few bytes times block_rows ** 2, whatever the number of rows.
 
     Args:
-        embeddings: float32 [n, D], unit rows (lengths within 0.001 of 1 are made exact here).
+        embeddings: float32 [n, D], unit rows (lengths within 0.001 of 1 are made exact here); a memory map will do.
         threshold: in (0, 1].
-        block_rows: rows and columns of a block.
-        device: auto, cpu or cuda.
+        others: float32 [m, D]; pairs of a row of `embeddings` and a row of these are looked for instead.
+        block_rows: rows and columns of a block; 0: 2,048 on the CPU, 16,384 on a GPU.
+        device: auto, cpu or cuda; of no interest where ranks are given.
+        dtype: of the candidates' products: auto (what the device multiplies fast), bfloat16, float16 or float32.
+        folder: where finished strips are kept, so that a call that was cut goes on. Ranks need it, and share it.
+        ranks: over which the strips are dealt.
         progress: show a bar if it takes more than 5 s.
+    Returns: all pairs; with several ranks on the main one, and none on the others.
     Raises: GroupingError for another threshold, or a row that is not finite or not of unit length.
     """
     check_threshold(threshold)
-    rows = unit_rows(embeddings).to(pick_device(device))
-    blocks = range(0, len(rows), block_rows)
-    num_blocks = len(blocks) * (len(blocks) + 1) // 2
-    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
-    with progress_bar(num_blocks, "block", "pairs", delay=5, disable=not progress) as bar:
-        for top in blocks:
-            for left in range(top, len(rows), block_rows):
-                first, second, cosine = pairs_between(
-                    rows[top : top + block_rows], rows[left : left + block_rows], threshold
-                )
-                first, second = first + top, second + left
-                above = first < second  # on the diagonal: each pair once, and no row with itself
-                found.append(tuple(values[above].cpu().numpy() for values in (first, second, cosine)))
+    ranks = ranks or Ranks(0, 1, pick_device(device))
+    assert ranks.world_size == 1 or folder is not None
+    left = put_rows(embeddings, ranks.device, dtype)
+    right = left if others is None else put_rows(others, ranks.device, dtype)
+    block_rows = block_rows or BLOCK_ROWS[ranks.device.type]
+    block_rows += -block_rows % GROUP
+    tops = list(range(0, left.num_rows, block_rows))
+    blocks_of = {top: range(top if others is None else 0, right.num_rows, block_rows) for top in tops}
+    own = deal(tops, ranks)
+    total = sum(len(blocks_of[top]) for top in own)
+    with exact_products(), progress_bar(total, "block", "pairs", delay=5, disable=not progress) as bar:
+
+        def pairs_of_strip(top: int) -> SimilarPairs:
+            if (kept := read_strip(folder, top)) is not None:
+                bar.update(len(blocks_of[top]))
+                return kept
+            found = []
+            for start in blocks_of[top]:
+                found.append(pairs_of_block(left, right, top, start, block_rows, threshold))
                 bar.update()
-    first, second, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order = np.lexsort((second, first))
-    return SimilarPairs(first[order], second[order], cosine[order])
+            pairs = join(found, sort=True)
+            write_strip(folder, top, pairs)
+            return pairs
+
+        strips = {top: pairs_of_strip(top) for top in own}
+        ranks.barrier()
+        if not ranks.is_main:
+            return join([])
+        bar.disable = True  # what is left are the strips of other ranks, read from the folder
+        return join([strips[top] if top in strips else pairs_of_strip(top) for top in tops])
 
 
-def pairs_between(left: Tensor, right: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (row of left, row of right, cosine) at or above the threshold: int64, int64, float32, sorted.
+def deal(tops: list[int], ranks: Ranks) -> list[int]:
+    """This rank's strips. Later ones are shorter: dealt to and fro, all ranks get about the same number of blocks."""
+    cycle = [*range(ranks.world_size), *reversed(range(ranks.world_size))]
+    return [top for number, top in enumerate(tops) if cycle[number % len(cycle)] == ranks.rank]
 
-    Args:
-        left, right: float32 [m, D] and [n, D], unit rows.
+
+def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRows:
+    """Copy embeddings to the device, block by block, in float32 (scaled to length 1) and in the faster precision."""
+    num_rows, dimension = embeddings.shape
+    exact = torch.zeros(num_rows + -num_rows % GROUP, dimension, device=device)
+    for start in range(0, num_rows, COPIED):
+        exact[start : start + COPIED][: num_rows - start] = unit_rows(embeddings[start : start + COPIED], start).to(
+            device
+        )
+    rounded = exact.to(autocast_dtype(dtype, device))
+    blocks = zip(exact.split(COPIED), rounded.split(COPIED), strict=True)
+    error = max(float((a - b.float()).norm(dim=1).amax()) if len(a) else 0.0 for a, b in blocks)
+    return UnitRows(exact, rounded, num_rows, error)
+
+
+def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
+    """A float32 copy with rows of length 1.
+
+    Raises: GroupingError for a row that is not finite or not of unit length; `first_row` is the number of the first.
     """
-    margin = left.shape[1] * 2.0**-23  # twice the bound D * u on the rounding error of a float32 scalar product
-    product = left @ right.T
-    row, column = (product >= threshold - margin).nonzero(as_tuple=True)
-    cosine = product[row, column]
-    doubtful = (cosine < threshold + margin).nonzero().flatten()
-    a, b = left[row[doubtful]].double(), right[column[doubtful]].double()
-    exact = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
-    keep = torch.ones_like(row, dtype=torch.bool)
-    keep[doubtful] = exact >= threshold - 1e-12  # so that equal rows are found at 1.0
-    cosine[doubtful] = exact.float()
-    return row[keep], column[keep], cosine[keep]
-
-
-def unit_rows(embeddings: np.ndarray) -> Tensor:
-    """A float32 copy with rows of length 1; GroupingError for a row that is not finite or far from it."""
     rows = torch.from_numpy(np.array(embeddings, np.float32))
     lengths = rows.norm(dim=1, keepdim=True)
     bad = (~((lengths - 1).abs() < UNIT_TOLERANCE)).nonzero()  # NaN compares false
     if len(bad):
         row = int(bad[0, 0])
-        raise GroupingError(f"row {row} of the embeddings has length {lengths[row].item()}, not 1; embed it again")
+        raise GroupingError(
+            f"row {first_row + row} of the embeddings has length {lengths[row].item()}, not 1; embed it again"
+        )
     return rows.div_(lengths)
 
 
@@ -96,29 +154,121 @@ def check_threshold(threshold: float) -> None:
         raise GroupingError(f"threshold {threshold} is not in (0, 1]; 0.7 groups similar prompts, 0.9 near-duplicates")
 
 
-def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
-    """In order, make each prompt a leader unless an earlier leader is similar; else it follows the most similar one.
+def pairs_of_block(
+    left: UnitRows, right: UnitRows, top: int, start: int, block_rows: int, threshold: float
+) -> SimilarPairs:
+    """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right."""
+    limit = candidate_limit(left, right, threshold)
+    here, there = slice(top, top + block_rows), slice(start, start + block_rows)
+    row, column = candidates(left.rounded[here], right.rounded[there], limit)
+    within = (row + top < left.num_rows) & (column + start < right.num_rows)  # not of the padding
+    if left is right:
+        within &= row + top < column + start  # on the diagonal: each pair once, and no row with itself
+    row, column = row[within], column[within]
+    a, b = left.exact[here], right.exact[there]
+    if len(row) > DENSE * len(a) * len(b):
+        cosine = (a @ b.T)[row, column]
+    else:
+        parts = zip(row.split(VERIFIED), column.split(VERIFIED), strict=True)
+        cosine = torch.cat([(a[i] * b[j]).sum(dim=1) for i, j in parts])
+    keep = cosine >= threshold
+    doubtful = ((cosine - threshold).abs() < float32_margin(a.shape[1])).nonzero().flatten()
+    for some in doubtful.split(VERIFIED):
+        u, v = a[row[some]].double(), b[column[some]].double()
+        exact = (u * v).sum(dim=1) / (u.norm(dim=1) * v.norm(dim=1))
+        keep[some] = exact >= threshold - EXACTLY
+        cosine[some] = exact.float()
+    row, column = (row[keep] + top).int(), (column[keep] + start).int()
+    return SimilarPairs(*(values.cpu().numpy() for values in (row, column, cosine[keep])))
 
-    Returns: int64 [num_prompts], the leader's row; its own for a leader.
+
+def float32_margin(dimension: int) -> float:
+    """Twice the bound D * u on the rounding error of a scalar product of unit rows in float32."""
+    return dimension * 2.0**-23
+
+
+def candidate_limit(left: UnitRows, right: UnitRows, threshold: float) -> Tensor:
+    """The product of rounded rows below which no pair can have the threshold's cosine, as a number of their precision.
+
+    With a' = a + d, |d| <= e, and likewise b': |a'b' - ab| <= e_a (1 + e_b) + e_b. Sums are made in float32; the result
+    is rounded once more to the precision of the rows, by at most its unit roundoff times 1.01.
     """
-    leaders = np.arange(num_prompts)
-    order = np.argsort(pairs.second, kind="stable")
-    first, second, cosine = pairs.first[order], pairs.second[order], pairs.cosine[order]
-    bounds = np.flatnonzero(np.diff(second, prepend=-1, append=-1))  # where the pairs of another second one begin
-    for begin, end in pairwise(bounds):
-        earlier = first[begin:end]
-        is_leader = leaders[earlier] == earlier
-        if is_leader.any():
-            leaders[second[begin]] = earlier[np.argmax(np.where(is_leader, cosine[begin:end], -1))]
-    return leaders
+    dtype = left.rounded.dtype
+    error = left.error * (1 + right.error) + right.error
+    error += 1.01 * torch.finfo(dtype).eps / 2 + float32_margin(left.exact.shape[1])
+    limit = torch.tensor(threshold - error, dtype=torch.float64)
+    rounded = limit.to(dtype)
+    below = torch.nextafter(rounded, torch.tensor(-torch.inf, dtype=dtype))
+    return (below if rounded.double() > limit else rounded).to(left.rounded.device)
 
 
-def deduplicate(embeddings: np.ndarray, threshold: float = 0.9, **pairs_options) -> np.ndarray:
-    """Which prompts to keep so that no two kept ones have cosine >= threshold and each left out is that close to one.
+def candidates(left: Tensor, right: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column, int64, of every product of a row of left and a row of right that is not below the limit.
 
-    Earlier rows have priority. Options go to `similar_pairs`.
-
-    Returns: bool [n].
+    Args:
+        left, right: [m, D] and [n, D] of one dtype; m is a multiple of GROUP.
     """
-    pairs = similar_pairs(embeddings, threshold, **pairs_options)
-    return greedy_leaders(len(embeddings), pairs) == np.arange(len(embeddings))
+    groups = (left @ right.T).view(-1, GROUP, len(right))
+    group, column = (groups.amax(dim=1) >= limit).nonzero(as_tuple=True)
+    hit, member = (groups[group, :, column] >= limit).nonzero(as_tuple=True)
+    return group[hit] * GROUP + member, column[hit]
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """No TF32 in products of float32, and no sums in half precision, inside the block: the margins count on it."""
+    matmul, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    former = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = former
+
+
+def join(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
+    empty = SimilarPairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+    pairs = SimilarPairs(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
+    if sort:
+        order = np.lexsort((pairs.second, pairs.first))
+        pairs = SimilarPairs(*(column[order] for column in pairs))
+    return pairs
+
+
+@contextmanager
+def kept_strips(embeddings: np.ndarray, *settings) -> Iterator[Path]:
+    """A folder for the strips of these embeddings: the same one after a kill, removed when the block ends well.
+
+    Args:
+        embeddings: float32 [n, D].
+        settings: what else the pairs depend on, such as the threshold.
+    """
+    digest = hashlib.sha256(repr((embeddings.shape, *settings)).encode())
+    for start in range(0, len(embeddings), COPIED):
+        digest.update(np.ascontiguousarray(embeddings[start : start + COPIED]))
+    folder = paths.working_dir() / "cache" / f"pairs-{digest.hexdigest()[:16]}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def strip_path(folder: Path, top: int) -> Path:
+    return folder / f"{top:09d}.npz"
+
+
+def read_strip(folder: Path | None, top: int) -> SimilarPairs | None:
+    """The pairs of a finished strip, or None."""
+    if folder is None or not strip_path(folder, top).is_file():
+        return None
+    try:
+        with np.load(strip_path(folder, top), allow_pickle=False) as saved:
+            return SimilarPairs(*(saved[name] for name in SimilarPairs._fields))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: it is worked out again
+        return None
+
+
+def write_strip(folder: Path | None, top: int, pairs: SimilarPairs) -> None:
+    if folder is not None:
+        with paths.atomic_path(strip_path(folder, top)) as temporary:
+            np.savez(temporary, **pairs._asdict())

@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import unit_rows
-from test_similarity import cosines, neighbourhoods, pairs_of
+from test_deduplication import pairs_of
+from test_similarity import cosines, neighbourhoods
 
-from kutils import datasets, folding, grouping, paths
+from kutils import datasets, deduplication, folding, grouping, paths
 from kutils.grouping import assign_folds, read_report
 from kutils.similarity import GroupingError, SimilarPairs, similar_pairs
 from kutils.tables import TableError, folds_hash, read_table, write_table
 
 
-@pytest.mark.parametrize("method", folding.METHODS)
+BY_PAIRS = ("partition", "components", "leader")
+
+
+@pytest.mark.parametrize("method", BY_PAIRS)
 def test_separate_neighbourhoods_stay_whole_and_folds_are_even(method):
     rows = neighbourhoods(num_groups=60, group_size=5, noise=0.3)  # within a group all are similar, between none
     pairs = similar_pairs(rows, 0.7)
@@ -26,6 +30,18 @@ def test_separate_neighbourhoods_stay_whole_and_folds_are_even(method):
     folds = folding.assign(np.full(300, 3), pairs, 10, method, seed=0)
     assert not folding.leaked_prompts(folds, pairs).any()
     assert np.bincount(folds).tolist() == [30] * 10
+
+
+def test_kmeans_keeps_topics_whole_and_folds_even():
+    rows = neighbourhoods(num_groups=40, group_size=25, noise=0.3)  # as many topics as it makes of 800 to 1,000 prompts
+    nothing = SimilarPairs(*np.empty((3, 0), int))
+    folds = folding.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows)
+    topics = np.unique(cosines(rows) > 0.5, axis=0)  # 40 rows: who is of one topic
+    assert len(topics) == 40
+    torn = sum(len(set(folds[topic])) > 1 for topic in topics)
+    assert torn <= 4
+    assert np.bincount(folds, minlength=10).min() >= 75 and np.bincount(folds).max() <= 125
+    assert np.array_equal(folds, folding.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows))
 
 
 def percolating() -> np.ndarray:
@@ -58,7 +74,7 @@ def test_partition_repeats_and_follows_the_seed():
 
 
 @pytest.mark.parametrize(("num_prompts", "num_folds"), [(10, 10), (13, 10), (2, 2), (200, 7)])
-@pytest.mark.parametrize("method", folding.METHODS)
+@pytest.mark.parametrize("method", BY_PAIRS)
 def test_every_fold_has_prompts_where_none_are_similar(method, num_prompts, num_folds):
     pairs = similar_pairs(np.eye(384, dtype=np.float32)[:num_prompts], 0.7)
     folds = folding.assign(np.ones(num_prompts, int), pairs, num_folds, method, seed=0)
@@ -164,7 +180,7 @@ def pooled(tsv_paths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return prompts, folds, np.concatenate([np.load(path.with_suffix(".npy")) for path in tsv_paths])
 
 
-@pytest.mark.parametrize("method", folding.METHODS)
+@pytest.mark.parametrize("method", BY_PAIRS)
 def test_a_prompt_has_one_fold_in_all_data_sets(tables, method):
     report = assign_folds(tables, 0.7, 10, method, progress=False)
     prompts, folds, _ = pooled(tables)
@@ -251,11 +267,11 @@ def test_a_kill_between_any_two_files_leaves_whole_ones_and_no_report(tables, mo
 
         @contextlib.contextmanager
         def killed(path, last=last, written=written):
-            if len(written) == last:
+            if len(written) == last and path.parent == folder:
                 raise Killed
             with write(path) as temporary:
                 yield temporary
-            written.append(path)
+            written += [path] if path.parent == folder else []  # not the strips of similar pairs
 
         monkeypatch.setattr(paths, "atomic_path", killed)
         with pytest.raises(Killed):
@@ -348,7 +364,7 @@ def prompts_file(tmp_path, monkeypatch):
     tsv = tmp_path / "prompts.tsv"
     write_table(tsv, {"prompt": [f'"{row}' for row in range(160)], "source": [f"s{row % 3}" for row in range(160)]})
     np.save(tsv.with_suffix(".npy"), neighbourhoods(num_groups=40, group_size=4, noise=0.2))  # 0.93 to 0.98 within
-    monkeypatch.setattr(grouping, "embed_table", lambda path, device: Path(path).with_suffix(".npy"))
+    monkeypatch.setattr(deduplication, "embed_table", lambda path, device: Path(path).with_suffix(".npy"))
     return tsv
 
 
@@ -375,7 +391,7 @@ def test_dedup_splits_a_prompts_file(prompts_file, capsys):
 
 def test_dedup_never_writes_over_its_input(prompts_file):
     before = contents(prompts_file.parent)
-    with pytest.raises(SystemExit, match="three different files"):
+    with pytest.raises(SystemExit, match="have to be different files"):
         grouping.main(["dedup", str(prompts_file), "--kept", str(prompts_file), "--rest", "rest.tsv", "--overwrite"])
     assert contents(prompts_file.parent) == before
 

@@ -1,10 +1,14 @@
-"""Similar pairs against float64 brute force; leaders and de-duplication worked out by hand."""
+"""Similar pairs against float64 brute force, in every precision, between two sets, and after a kill."""
 
 import numpy as np
 import pytest
+import torch
 from conftest import unit_rows
 
-from kutils.similarity import GroupingError, SimilarPairs, deduplicate, greedy_leaders, similar_pairs
+from kutils import similarity
+from kutils.similarity import GroupingError, kept_strips, similar_pairs
+
+DTYPES = ["bfloat16", "float16", "float32"]
 
 
 def neighbourhoods(num_groups: int, group_size: int, noise: float, seed: int = 0) -> np.ndarray:
@@ -27,14 +31,71 @@ def brute_force(rows: np.ndarray, threshold: float) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.7, 0.78, 0.99])
-@pytest.mark.parametrize("block_rows", [16, 37, 1000])
-def test_pairs_are_those_of_brute_force(threshold, block_rows):
-    rows = neighbourhoods(num_groups=30, group_size=5, noise=0.55)  # cosines within a group: 0.7 to 0.83
-    pairs = similar_pairs(rows, threshold, block_rows=block_rows)
+@pytest.mark.parametrize("block_rows", [64, 100, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairs_are_those_of_brute_force(threshold, block_rows, dtype):
+    rows = neighbourhoods(num_groups=70, group_size=5, noise=0.55)  # cosines within a group: 0.7 to 0.83
+    pairs = similar_pairs(rows, threshold, block_rows=block_rows, dtype=dtype)
     assert list(zip(pairs.first, pairs.second, strict=True)) == brute_force(rows, threshold)
     np.testing.assert_allclose(pairs.cosine, cosines(rows)[pairs.first, pairs.second], atol=1e-6)
-    assert pairs.first.dtype == pairs.second.dtype == np.int64 and pairs.cosine.dtype == np.float32
+    assert pairs.first.dtype == pairs.second.dtype == np.int32 and pairs.cosine.dtype == np.float32
     assert len(pairs.first) > 50 or threshold == 0.99
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.7, 0.9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairs_of_two_sets_are_those_of_brute_force(threshold, dtype):
+    rows = neighbourhoods(num_groups=70, group_size=5, noise=0.35)
+    left, right = rows[:90], rows[90:]
+    pairs = similar_pairs(left, threshold, others=right, block_rows=64, dtype=dtype)
+    expected = cosines(rows)[:90, 90:]
+    assert list(zip(pairs.first, pairs.second, strict=True)) == list(
+        zip(*np.nonzero(expected >= threshold), strict=True)
+    )
+    np.testing.assert_allclose(pairs.cosine, expected[pairs.first, pairs.second], atol=1e-6)
+    assert (pairs.first > pairs.second).any() and len(pairs.first) > 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_rounding_hides_a_pair(dtype):
+    """Numbers a little above powers of two all round down, so that the product of equal rows falls far below 1."""
+    above = 0.3 * torch.finfo(getattr(torch, dtype)).eps
+    left, numbers = (1 + above) ** -2, []  # of the sum of squares
+    for power in (1 / 16, 1 / 32, 1 / 64):
+        numbers += [power * (1 + above)] * int(left / power**2)
+        left -= int(left / power**2) * power**2
+    rows = np.tile(np.pad(numbers, (0, 384 - len(numbers))), (2, 1)).astype(np.float32)
+    rounded = similarity.put_rows(rows, torch.device("cpu"), dtype).rounded.float()
+    assert rounded[0] @ rounded[1] < 1 - above  # a comparison without a margin would miss it
+    assert similar_pairs(rows, 0.9999999, dtype=dtype).first.tolist() == [0]
+
+
+def test_a_search_goes_on_where_it_was_cut(monkeypatch, tmp_path):
+    rows = neighbourhoods(num_groups=70, group_size=5, noise=0.55)
+    whole = similar_pairs(rows, 0.7, block_rows=64)
+    searched, search = [], similarity.pairs_of_block
+
+    def cut(left, right, top, start, *args):
+        if len(searched) == 9:
+            raise KeyboardInterrupt
+        searched.append((top, start))
+        return search(left, right, top, start, *args)
+
+    monkeypatch.setattr(similarity, "pairs_of_block", cut)
+    with pytest.raises(KeyboardInterrupt), kept_strips(rows, 0.7) as folder:
+        similar_pairs(rows, 0.7, block_rows=64, folder=folder)
+    assert [path.name for path in folder.iterdir()] == ["000000000.npz"]  # six blocks; the second strip has five
+    similarity.strip_path(folder, 128).write_bytes(b"damaged")
+    searched.clear()
+    monkeypatch.setattr(similarity, "pairs_of_block", lambda *args: searched.append(args[2:4]) or search(*args))
+    with kept_strips(rows, 0.7) as again:
+        assert again == folder
+        pairs = similar_pairs(rows, 0.7, block_rows=64, folder=again)
+    assert searched == [(top, start) for top in range(64, 350, 64) for start in range(top, 350, 64)]
+    assert all(np.array_equal(one, other) for one, other in zip(pairs, whole, strict=True))
+    assert not folder.exists()
+    with kept_strips(rows, 0.8) as other, kept_strips(rows[1:], 0.7) as another:
+        assert len({folder, other, another}) == 3
 
 
 def test_pairs_at_the_threshold_are_decided_in_float64():
@@ -56,8 +117,7 @@ def test_equal_rows_are_similar_at_every_threshold():
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_nothing_similar(count):
     rows = unit_rows(count)
-    assert len(similar_pairs(rows, 0.9).first) == 0
-    assert deduplicate(rows, 0.9).tolist() == [True] * count
+    assert len(similar_pairs(rows, 0.9).first) == len(similar_pairs(rows, 0.9, others=rows[:0]).first) == 0
 
 
 @pytest.mark.parametrize(("factor", "length"), [(np.nan, "nan"), (np.inf, "inf"), (0, "0.0"), (2, "[12].[90]")])
@@ -72,25 +132,3 @@ def test_rows_that_are_no_unit_vectors_are_named(factor, length):
 def test_threshold_is_checked(threshold):
     with pytest.raises(GroupingError, match=r"threshold .* is not in \(0, 1\]"):
         similar_pairs(unit_rows(3), threshold)
-
-
-def pairs_of(*triples) -> SimilarPairs:
-    first, second, cosine = zip(*triples, strict=True)
-    return SimilarPairs(np.array(first), np.array(second), np.array(cosine, np.float32))
-
-
-def test_leaders_by_hand():
-    # 1 follows 0. 2 resembles 1 alone, a follower: it leads. 3 resembles both leaders, 2 more. 4 resembles nothing.
-    pairs = pairs_of((0, 1, 0.8), (0, 3, 0.75), (1, 2, 0.9), (2, 3, 0.85), (3, 5, 0.7))
-    assert greedy_leaders(6, pairs).tolist() == [0, 0, 2, 2, 4, 5]
-
-
-def test_dedup_keeps_one_of_each_neighbourhood():
-    rows = neighbourhoods(num_groups=40, group_size=4, noise=0.3)
-    keep = deduplicate(rows, 0.9)
-    similar = cosines(rows) >= 0.9
-    np.fill_diagonal(similar, False)
-    assert 40 <= keep.sum() < 100
-    assert not similar[np.ix_(keep, keep)].any()
-    for row in np.flatnonzero(~keep):
-        assert similar[row, :row][keep[:row]].any()  # an earlier one that was kept
