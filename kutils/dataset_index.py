@@ -138,10 +138,11 @@ def check_rows(path: Path, table: pa.Table) -> None:
     if table.num_rows == 0:
         raise DataError(f"{path} has a header and no rows")
     unsafe = r"^[/~]|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|^\s*$"
-    for column, bad, advice in (
-        ("prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt"),
-        ("image", pc.match_substring_regex(table["image"], unsafe), "image paths are relative to input/, without .."),
-    ):
+    checks = [("prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt")]
+    if "image" in table.column_names:  # a list of prompts has none yet
+        bad = pc.match_substring_regex(table["image"], unsafe)
+        checks.append(("image", bad, "image paths are relative to input/, without .."))
+    for column, bad, advice in checks:
         row = pc.index(bad, True).as_py()
         if row >= 0:
             raise DataError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")

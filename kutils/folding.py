@@ -44,7 +44,7 @@ def groups_by_kmeans(embeddings: np.ndarray, num_folds: int, seed: int = 0) -> n
         embeddings: float32 [num_prompts, D].
     """
     clusters = int(np.clip(len(embeddings) // 20, num_folds, KMEANS_CLUSTERS))
-    return MiniBatchKMeans(clusters, batch_size=4096, n_init=3, random_state=seed).fit_predict(embeddings)
+    return MiniBatchKMeans(clusters, batch_size=4096, n_init=1, random_state=seed).fit_predict(embeddings)
 
 
 def folds_of_groups(groups: np.ndarray, num_rows: np.ndarray, num_folds: int) -> np.ndarray:

@@ -18,7 +18,6 @@ from kutils.grouping import assign_folds, read_report
 from kutils.similarity import GroupingError, SimilarPairs, similar_pairs
 from kutils.tables import TableError, folds_hash, read_table, write_table
 
-
 BY_PAIRS = ("partition", "components", "leader")
 
 
@@ -285,6 +284,53 @@ def test_a_kill_between_any_two_files_leaves_whole_ones_and_no_report(tables, mo
         assert contents(folder) == complete, f"killed at file {last}"
 
 
+def test_new_prompts_join_folds_and_old_ones_stay(tables):
+    assign_folds(tables[:1], progress=False)
+    old = dict(zip(*(read_table(tables[0], [])[name].to_pylist() for name in ("prompt", "fold")), strict=True))
+    report = assign_folds(tables, keep=True, progress=False)
+    prompts, folds, _ = pooled(tables)
+    new = dict(zip(prompts, folds.tolist(), strict=True))
+    assert len(new) == 300 and {prompt: new[prompt] for prompt in old} == old
+    assert report["added_prompts"] == 300 - len(old) == 120
+    sizes = np.bincount(folds) / len(folds)
+    assert sizes.min() > 0.07 and sizes.max() < 0.13
+    assert read_report(tables[1])["folds_hash"] == report["datasets"]["two"]["folds_hash"]
+    written = [path.read_bytes() for path in tables]
+    assert assign_folds(tables, keep=True, progress=False)["added_prompts"] == 0
+    assert [path.read_bytes() for path in tables] == written
+    assert report["leaked_share"] <= 0.25  # 0.17 where all are assigned anew
+
+
+def test_folds_that_cannot_be_kept_are_refused(tables):
+    with pytest.raises(GroupingError, match="no row has a fold that could be kept; leave out --keep"):
+        assign_folds(tables, keep=True, progress=False)
+    with pytest.raises(GroupingError, match="method leader cannot keep folds"):
+        assign_folds(tables, method="leader", keep=True, progress=False)
+    assign_folds(tables[:1], num_folds=3, progress=False)
+    with pytest.raises(GroupingError, match="fold 3 of 10 has no prompt"):
+        assign_folds(tables, keep=True, progress=False)
+    with pytest.raises(GroupingError, match="there is a fold 2, and 2 were asked for; give --folds 3 or more"):
+        assign_folds(tables, num_folds=2, keep=True, progress=False)
+    assign_folds(tables[1:], num_folds=3, seed=1, progress=False)
+    before = contents(tables[0].parent)
+    with pytest.raises(GroupingError, match=r"(one|two).tsv, line \d+: the prompt .* is in the folds \d and \d"):
+        assign_folds(tables, num_folds=3, keep=True, progress=False)
+    assert contents(tables[0].parent) == before
+
+
+def test_prompts_without_images_get_a_column_of_folds(tmp_path):
+    rows = neighbourhoods(num_groups=20, group_size=5, noise=0.3)
+    write_table(tmp_path / "p.tsv", {"prompt": [f"prompt {n}" for n in range(100)], "source": ["s"] * 100})
+    np.save(tmp_path / "p.npy", rows)
+    report = assign_folds([tmp_path / "p.tsv"], progress=False)
+    table = read_table(tmp_path / "p.tsv", ["prompt", "source", "fold"])
+    assert [fold["rows"] for fold in report["folds"]] == [10] * 10 and report["leaked_share"] == 0
+    torn = (cosines(rows) >= 0.7) & (table["fold"].to_numpy()[:, None] != table["fold"].to_numpy())
+    assert not torn.any()
+    assert read_report(tmp_path / "p.tsv")["rows"] == 100
+    assert read_table(tmp_path / "p.tsv.bak", []).column_names == ["prompt", "source"]
+
+
 def break_embeddings(change):
     def apply(tsv_path: Path):
         np.save(tsv_path.with_suffix(".npy"), change(np.load(tsv_path.with_suffix(".npy"))))
@@ -389,6 +435,39 @@ def test_dedup_splits_a_prompts_file(prompts_file, capsys):
     assert read_table(kept, ["prompt"]).num_rows == 160 and read_table(rest, ["prompt"]).num_rows == 0
 
 
+def test_dedup_leaves_out_what_resembles_an_earlier_list(prompts_file, capsys):
+    folder = prompts_file.parent
+    embeddings, table = np.load(prompts_file.with_suffix(".npy")), read_table(prompts_file, [])
+    for name, rows in {"a": slice(0, 50), "b": slice(50, 160)}.items():
+        write_table(folder / f"{name}.tsv", {c: table[c].to_pylist()[rows] for c in ("prompt", "source")})
+        np.save(folder / f"{name}.npy", embeddings[rows])
+
+    def dedup(name, *options):
+        files = [str(folder / f"{name}.{part}.tsv") for part in ("kept", "rest")]
+        grouping.main(["dedup", str(folder / f"{name}.tsv"), "--kept", files[0], "--rest", files[1], *options])
+        return read_table(files[0], ["prompt"])["prompt"].to_pylist()
+
+    first = dedup("a")
+    rows = [table["prompt"].to_pylist().index(prompt) for prompt in first]
+    np.save(folder / "a.kept.npy", embeddings[rows])
+    second = dedup("b", "--against", str(folder / "a.kept.tsv"))
+    together = dedup("prompts")
+    assert first + second == together and len(together) == 40 and 0 < len(second) < 30
+    assert read_table(folder / "a.kept.tsv", ["prompt"])["prompt"].to_pylist() == first
+
+    capsys.readouterr()
+    chosen = dedup("prompts", "--priority", "s2", "s1", "--overwrite")
+    said = capsys.readouterr().out
+    sources = dict(zip(table["prompt"].to_pylist(), table["source"].to_pylist(), strict=True))
+    count = {name: sum(sources[prompt] == name for prompt in chosen) for name in ("s0", "s1", "s2")}
+    assert sum(count.values()) == 40 and count["s2"] > count["s1"] > count["s0"]
+    assert f"  s2: {count['s2']} kept, {53 - count['s2']} not" in said and "resembles" in said
+    with pytest.raises(SystemExit, match=r"prompts.tsv has no prompts of the source 'lexica'; it has s0, s1, s2"):
+        dedup("prompts", "--priority", "lexica")
+    with pytest.raises(SystemExit, match="have to be different files"):
+        dedup("b", "--against", str(folder / "b.tsv"))
+
+
 def test_dedup_never_writes_over_its_input(prompts_file):
     before = contents(prompts_file.parent)
     with pytest.raises(SystemExit, match="have to be different files"):
@@ -406,10 +485,14 @@ def test_help_shows_every_default(command, capsys):
         assert f"(default: {default})" in " ".join(text.split())
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *arguments: str, launcher: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kutils.grouping", *arguments]
+    command = [sys.executable, *launcher, "-m", "kutils.grouping", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run_on_ranks(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return run(folder, *arguments, launcher=["-m", "torch.distributed.run", "--nproc-per-node", "2"])
 
 
 def test_commands_from_a_shell(tables):
@@ -418,6 +501,14 @@ def test_commands_from_a_shell(tables):
     assert done.returncode == 0, done.stderr
     assert "300 distinct prompts; folds by partition at cosine >= 0.7" in done.stdout
     assert read_report(tables[0])["method"] == "partition"
+    alone = [path.read_bytes() for path in tables]
+    done = run_on_ranks(folder, "folds", "one.tsv", "two.tsv", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("300 distinct prompts") == 1
+    together = [path.read_bytes() for path in tables]
+    assert run(folder, "folds", "one.tsv", "two.tsv", "--seed", "1").returncode == 0
+    assert [path.read_bytes() for path in tables] == together != alone
+
     tables[1].with_suffix(".npy").unlink()
     with pytest.raises(SystemExit, match=r"python -m kutils.grouping: .*two.npy cannot be read"):
         grouping.main(["folds", *map(str, tables)])
