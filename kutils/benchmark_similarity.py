@@ -1,0 +1,145 @@
+"""Similar pairs beside FAISS, and what folds leak: the benchmark's sections on grouping."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kutils import benchmark, folding, paths, prompts, templates
+from kutils.similarity import SimilarPairs, similar_pairs
+from kutils.tables import write_table
+
+THRESHOLD = 0.7  # of the published folds
+SIZES = (15_000, 30_000, 60_000, 120_000)  # prompts
+COMPARED = 60_000  # prompts at most that FAISS searches: it takes a minute for them
+SEED_PROMPTS = 3_378_588  # of the six published sets
+NUM_FOLDS = 10
+
+
+def embedded_prompts(prompts_path: str, count: int) -> np.ndarray:
+    """Embeddings to measure with: float32 [n, 384], n up to `count`, in random order.
+
+    Args:
+        prompts_path: a prompts file; "" takes `count` prompts from the grammar of `kutils.templates`. They are embedded
+            where that has not been done, in bfloat16 where the device multiplies that fast.
+    """
+    path = Path(prompts_path)
+    if not prompts_path:
+        path = paths.working_dir() / "benchmark" / f"prompts_{count}.tsv"
+        texts = templates.generate_prompts(count, seed=0)
+        write_table(path, {"prompt": texts, "source": ["templates"] * len(texts)})
+    embeddings = np.load(prompts.embed_table(path, dtype="bfloat16"), mmap_mode="r")
+    rows = np.random.default_rng(0).permutation(len(embeddings))[:count]
+    return embeddings[rows]
+
+
+def time_pairs(embeddings: np.ndarray, dtype: str) -> tuple[float, SimilarPairs]:
+    """Seconds, and the pairs."""
+    began = time.monotonic()
+    pairs = similar_pairs(embeddings, THRESHOLD, dtype=dtype, progress=True)
+    return time.monotonic() - began, pairs
+
+
+def time_faiss(embeddings: np.ndarray) -> tuple[float, int]:
+    """Seconds of FAISS's exact range search of all rows among all, by the CPU, and the number of pairs it found."""
+    import faiss
+
+    began = time.monotonic()
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(embeddings)
+    _, _, found = index.range_search(embeddings, THRESHOLD)
+    return time.monotonic() - began, (len(found) - len(embeddings)) // 2  # each pair twice, and each row with itself
+
+
+def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[benchmark.Entry]:
+    """Seconds for all pairs at 0.7 among growing numbers of prompts, beside FAISS; how they grow; and the memory.
+
+    The memory is what is held at most beyond the embeddings (in float32 and bfloat16) and the pairs.
+
+    Args:
+        embeddings: float32 [n, 384]; SIZES beyond n are left out.
+    """
+    sizes = [size for size in SIZES if size <= len(embeddings)] or [len(embeddings)]
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    if not has_faiss:
+        print("faiss is not installed, so that there is nothing to compare with: pip install faiss-cpu", flush=True)
+    entries, seconds = [], []
+    time_pairs(embeddings[:2000], "auto")  # threads and libraries are there from now on
+    for size in sizes:
+        rows = embeddings[:size]
+        ours: dict[str, list[float]] = {"auto": [], "float32": []}
+        theirs = []
+        for _ in range(repeats):
+            for dtype, times in ours.items():
+                took, pairs = time_pairs(rows, dtype)
+                times.append(took)
+            if has_faiss and size <= COMPARED:
+                took, count = time_faiss(rows)
+                theirs.append(took)
+                assert abs(count - len(pairs.first)) <= 1e-5 * count, "FAISS finds other pairs"  # its float32 errs
+        entries.append(benchmark.entry(f"similar_pairs_{size}", "s", ours["auto"], theirs))
+        entries.append(benchmark.entry(f"similar_pairs_{size}_float32", "s", ours["float32"], theirs))
+        entries.append(benchmark.entry(f"similar_pairs_{size}_memory", "MB", [extra_megabytes(rows)]))
+        seconds.append(entries[-3].ours)
+    if len(sizes) > 1:
+        exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+        entries.append(benchmark.entry("similar_pairs_exponent", "", [exponent]))
+    return entries
+
+
+def extra_megabytes(embeddings: np.ndarray) -> float:
+    """The most memory of a search beyond two copies of the embeddings (float32, bfloat16) and the pairs, MB."""
+    with benchmark.peak_megabytes() as peak:
+        before = peak[0]
+        pairs = similar_pairs(embeddings, THRESHOLD)
+    copies = embeddings.size * (4 + 2) + 2 * sum(column.nbytes for column in pairs)  # pairs: strips, and joined
+    return max(0.0, peak[0] - before - copies / 1e6)
+
+
+def measure_seed_scale(repeats: int = 3) -> list[benchmark.Entry]:
+    """Seconds for all pairs among as many rows as the six published sets have prompts, on a GPU; nothing without one.
+
+    The rows are random, in groups of five neighbours.
+    """
+    if not torch.cuda.is_available():
+        return []
+    random = np.random.default_rng(0)
+    rows = np.empty((SEED_PROMPTS, 384), np.float32)
+    for start in range(0, SEED_PROMPTS, 100_000):
+        count = min(100_000, SEED_PROMPTS - start)
+        centres = np.repeat(random.standard_normal((-(-count // 5), 384), np.float32), 5, axis=0)[:count]
+        block = centres + 0.5 * random.standard_normal((count, 384), np.float32)
+        rows[start : start + count] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    return [
+        benchmark.entry(f"similar_pairs_{SEED_PROMPTS}", "s", [time_pairs(rows, "auto")[0] for _ in range(repeats)])
+    ]
+
+
+def measure_folds(embeddings: np.ndarray, repeats: int = 3) -> list[benchmark.Entry]:
+    """What ten folds of up to 60,000 prompts leak, by partition and beside leader groups and random rows; seconds."""
+    rows = embeddings[:COMPARED]
+    _, pairs = time_pairs(rows, "auto")
+    num_rows = np.ones(len(rows), np.int64)
+    seconds, leaked = [], {}
+    for _ in range(repeats):
+        began = time.monotonic()
+        folds = folding.assign(num_rows, pairs, NUM_FOLDS, "partition", seed=0)
+        seconds.append(time.monotonic() - began)
+    assignments = {
+        "partition": folds,
+        "leader": folding.assign(num_rows, pairs, NUM_FOLDS, "leader", seed=0),
+        "random": np.random.default_rng(0).permutation(len(rows)) % NUM_FOLDS,
+    }
+    for method, assigned in assignments.items():
+        leaked[method] = 100 * float(folding.leaked_prompts(assigned, pairs).mean())
+    sizes = 100 * np.bincount(folds, minlength=NUM_FOLDS) / len(rows)
+    name = f"folds_{len(rows)}"
+    return [
+        benchmark.entry(name, "s", seconds),
+        benchmark.entry(f"{name}_smallest", "% of prompts", [sizes.min()]),
+        benchmark.entry(f"{name}_largest", "% of prompts", [sizes.max()]),
+        benchmark.entry(f"{name}_leaked_beside_leader", "% of prompts", [leaked["partition"]], [leaked["leader"]]),
+        benchmark.entry(f"{name}_leaked_beside_random", "% of prompts", [leaked["partition"]], [leaked["random"]]),
+    ]
