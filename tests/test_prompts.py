@@ -26,7 +26,7 @@ class FakeEncoder:
     def __init__(self):
         self.asked = []
 
-    def encode(self, texts, batch_size):
+    def encode(self, texts, batch_size, dtype="float32"):
         self.asked += texts
         return np.stack([self.row(text) for text in texts])
 
