@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -39,7 +38,7 @@ class ChunkFiles:
 
     def missing(self) -> list[int]:
         """Numbers of the chunks that are not finished."""
-        finished = set(os.listdir(self.folder))
+        finished = {path.name for path in self.folder.iterdir()}
         return [number for number in range(self.count) if f"{number:06d}.npz" not in finished]
 
     def save(self, number: int, **arrays: np.ndarray | int) -> None:
