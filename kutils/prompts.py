@@ -107,7 +107,7 @@ def embed_table(
     A file without a record is someone else's work and is kept as `<name>.npy.bak`.
 
     A run that was cut goes on with the next one of the same prompts, encoder and arguments, to the same bytes; until
-    then its finished chunks lie in a hidden folder beside the table. At most, that takes twice the disk of the result.
+    then its finished chunks lie in a hidden folder beside the table, and take up to as much disk as the result.
 
     Args:
         tsv_path: a data set or a prompts file; only its `prompt` column matters.
@@ -176,22 +176,23 @@ def encode_chunks(
     progress: bool,
 ) -> None:
     """Encode the chunks that are missing, dealt over the ranks; returns on all ranks when all chunks are there."""
-    missing = ranks.gather_objects(chunks.missing())[0]  # of rank 0: nobody deals from what another has just saved
+    # as rank 0 sees it: nobody deals from what another has just saved
+    missing = ranks.gather_objects(chunks.missing() if ranks.is_main else None)[0]
 
-    def num_finished() -> int:
-        return min(len(distinct), CHUNK_PROMPTS * (chunks.count - len(chunks.missing())))
+    def num_finished(missing: list[int]) -> int:
+        return min(len(distinct), CHUNK_PROMPTS * (chunks.count - len(missing)))
 
-    with progress_bar(
-        len(distinct), "prompt", "embedding", initial=num_finished(), disable=not (progress and ranks.is_main)
-    ) as bar:
+    options = {"initial": num_finished(missing), "disable": not (progress and ranks.is_main)}
+    with progress_bar(len(distinct), "prompt", "embedding", **options) as bar:
         for number in missing[ranks.rank :: ranks.world_size]:
             chunk = distinct[number * CHUNK_PROMPTS : (number + 1) * CHUNK_PROMPTS].to_pylist()
             embeddings = encoder.encode(chunk, batch_size, dtype)
             chunks.save(number, embeddings=embeddings, num_truncated=encoder.count_truncated(chunk))
-            bar.update(num_finished() - bar.n)
-        while chunks.missing():  # not the barrier, whose patience ends: another rank may need half an hour longer
+            bar.update(num_finished(chunks.missing()) - bar.n)  # of all ranks
+        while left := chunks.missing():  # not the barrier, whose patience ends: another rank may need an hour longer
+            bar.update(num_finished(left) - bar.n)
             time.sleep(0.2)
-            bar.update(num_finished() - bar.n)
+        bar.update(len(distinct) - bar.n)
     ranks.barrier()
 
 
