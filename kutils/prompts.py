@@ -190,6 +190,8 @@ def encode_chunks(
             chunks.save(number, embeddings=embeddings, num_truncated=encoder.count_truncated(chunk))
             bar.update(num_finished(chunks.missing()) - bar.n)  # of all ranks
         while left := chunks.missing():  # not the barrier, whose patience ends: another rank may need an hour longer
+            if not rows_path(chunks).is_file():
+                raise FileNotFoundError(f"{chunks.folder} was removed, maybe by another run; start again")
             bar.update(num_finished(left) - bar.n)
             time.sleep(0.2)
         bar.update(len(distinct) - bar.n)
@@ -202,8 +204,10 @@ def rows_path(chunks: ChunkFiles) -> Path:
 
 def reserve_rows(chunks: ChunkFiles, num_rows: int) -> None:
     """Make the file of all rows, float32 [num_rows, 384]; OSError if it or the missing chunks do not fit the disk."""
-    np.lib.format.open_memmap(rows_path(chunks), "w+", np.float32, (num_rows, EMBEDDING_DIM))
-    reserve(rows_path(chunks))
+    if not rows_path(chunks).is_file():  # else a second run would empty what a first one is just writing
+        with paths.atomic_path(rows_path(chunks)) as temporary:
+            np.lib.format.open_memmap(temporary, "w+", np.float32, (num_rows, EMBEDDING_DIM))
+            reserve(temporary)
     needed = 4 * EMBEDDING_DIM * CHUNK_PROMPTS * len(chunks.missing())
     free = shutil.disk_usage(chunks.folder).free
     if needed > free:

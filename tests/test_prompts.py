@@ -321,6 +321,31 @@ def test_a_killed_run_goes_on_with_the_same_prompts_only(tmp_path, monkeypatch):
         assert len(encoder.asked) == 55 and not list(folder.glob(".*"))
 
 
+def test_two_runs_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CHUNK_PROMPTS", 10)
+    tsv, texts = tmp_path / "set.tsv", [f"prompt {number}" for number in range(25)]
+    make_table(tsv, texts)
+    expected = np.stack([FakeEncoder.row(text) for text in texts])
+
+    def run_another():  # once, while this one is at its third chunk
+        prompts.embed_table(tsv, FakeEncoder(), overwrite=True, progress=False)
+
+    with pytest.raises(FileNotFoundError, match="was removed, maybe by another run; start again"):
+        prompts.embed_table(tsv, MortalEncoder(2, run_another), progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "set.npy"), expected)
+
+    assemble = prompts.assemble
+
+    def assemble_slowly(chunks, codes):  # a second run begins when all rows are written
+        num_truncated = assemble(chunks, codes)
+        prompts.reserve_rows(chunks, len(codes))
+        return num_truncated
+
+    monkeypatch.setattr(prompts, "assemble", assemble_slowly)
+    prompts.embed_table(tsv, FakeEncoder(), overwrite=True, progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "set.npy"), expected)
+
+
 def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "CHUNK_PROMPTS", 10)
     tsv, texts = tmp_path / "set.tsv", [f"prompt {number}" for number in range(25)]
