@@ -38,7 +38,7 @@ class TextEncoder:
         """float32 [n, D], unit rows, in the order given.
 
         Batches are formed by length in tokens, and padded ones have about the same number of tokens. On two CPU cores
-        that is 1.15 to 1.5 times as fast as `SentenceTransformer.encode`, and 3 times in bfloat16.
+        that is 1.1 to 1.3 times as fast as `SentenceTransformer.encode`, and 3 times in bfloat16.
 
         Args:
             batch_size: prompts of 32 tokens per forward pass; more short ones, fewer long ones.
