@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from kutils.dataset_index import open_embeddings
 from kutils.devices import Ranks, pick_device
-from kutils.prompts import embed_table
+from kutils.prompts import embed_table, take_embeddings
 from kutils.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
 from kutils.tables import read_table, write_table
 
@@ -100,18 +100,21 @@ def deduplicate_table(
     *,
     against: Sequence[Path | str] = (),
     priority: Sequence[str] = (),
+    dtype: str = "float32",
     device: str = "auto",
     ranks: Ranks | None = None,
     overwrite: bool = False,
 ) -> dict | None:
     """Split a prompts file in two: those that no earlier kept one resembles, and the rest (the recipe's part 2 sets).
 
-    Embeds the prompts first where that has not been done. Both files have the columns of the input and its order.
+    Embeds the prompts first where that has not been done. The embeddings come along. Both files have the columns of the input and its order; one
+    that is there with the same rows stays as it is, folds included.
 
     Args:
         against: prompts files that were kept before, which stay as they are; what resembles one of theirs is left out.
         priority: sources (of the column `source`) in the order in which their prompts are considered; those of other
             sources follow. Without, the order of the rows.
+        dtype: of the embedding, as in `embed_table`.
         device, ranks: as in `assign_folds`.
         overwrite: write over other content of the two files; without, a second call has to lead to the same.
     Returns: kept and rest (numbers of prompts), sources (name -> [kept, rest]; where there is such a column), examples
@@ -126,7 +129,7 @@ def deduplicate_table(
     table = read_table(tsv_path, ["prompt", "source"] if priority else ["prompt"])
     known = [read_table(path, ["prompt"])["prompt"] for path in against]
     own, *former = [
-        open_embeddings(embed_table(path, device=device), count)
+        open_embeddings(embed_table(path, dtype=dtype, ranks=ranks), count)
         for path, count in zip((tsv_path, *against), (table.num_rows, *map(len, known)), strict=True)
     ]
     leaders = deduplicate(
@@ -142,11 +145,16 @@ def deduplicate_table(
     num_known = sum(map(len, known))
     keep = leaders == num_known + np.arange(table.num_rows)
     parts = {kept_path: table.filter(pa.array(keep)), rest_path: table.filter(pa.array(~keep))}
-    for path, part in parts.items():
-        if Path(path).exists() and not overwrite and not read_table(path, []).equals(part.combine_chunks()):
+    there = [path for path, part in parts.items() if Path(path).exists() and same_prompts(path, part)]
+    for path in parts:
+        if Path(path).exists() and path not in there and not overwrite:
             raise GroupingError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
     for path, part in parts.items():
-        write_table(path, dict(zip(part.column_names, part.columns, strict=True)))
+        if path not in there:  # else it may have folds by now
+            write_table(path, dict(zip(part.column_names, part.columns, strict=True)))
+    for path, mask in ((kept_path, keep), (rest_path, ~keep)):
+        if mask.any():
+            take_embeddings(tsv_path, np.flatnonzero(mask), path)
     every = pa.chunked_array([chunk for prompts in (*known, table["prompt"]) for chunk in prompts.chunks])
     rows = np.flatnonzero(~keep)[:: max(1, int((~keep).sum()) // EXAMPLES)][:EXAMPLES]
     report = {"kept": int(keep.sum()), "rest": int((~keep).sum())}
@@ -157,6 +165,13 @@ def deduplicate_table(
         counts = (np.bincount(codes[chosen], minlength=len(names)).tolist() for chosen in (keep, ~keep))
         report["sources"] = {name: list(both) for name, *both in zip(names, *counts, strict=True)}
     return report
+
+
+def same_prompts(path: Path | str, part: pa.Table) -> bool:
+    """Whether a file has the rows of `part`, whatever other columns it has."""
+    there = read_table(path, [])
+    names = part.column_names
+    return set(names) <= set(there.column_names) and there.select(names).equals(part.combine_chunks())
 
 
 def rank_sources(table: pa.Table, priority: Sequence[str], tsv_path: Path | str) -> np.ndarray:

@@ -18,6 +18,7 @@ from kutils.devices import Ranks, join_ranks, leave_ranks, pick_device
 from kutils.folding import METHODS, assign, extend_folds, format_report, leakage_report, leaked_prompts, report_warnings
 from kutils.similarity import GroupingError, check_threshold, kept_strips, similar_pairs
 from kutils.tables import folds_hash, read_table, write_table
+from kutils.text_encoder import DTYPES
 
 MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints
 
@@ -234,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dedup.add_argument(
         "--priority", nargs="+", default=[], metavar="SOURCE", help="sources whose prompts come before those of others"
     )
+    dedup.add_argument("--dtype", default="float32", choices=DTYPES, help="of the embedding, where it is still to be made")
     dedup.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
     for command in (folds, dedup):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -245,8 +247,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = assign_folds(args.files, args.threshold, args.folds, args.method, args.seed, **options)
             told = format_report(report) if ranks.is_main else ""
         else:
-            options = {"against": args.against, "priority": args.priority, "overwrite": args.overwrite}
-            report = deduplicate_table(args.file, args.kept, args.rest, args.threshold, ranks=ranks, **options)
+            options = {"against": args.against, "priority": args.priority, "dtype": args.dtype}
+            options |= {"ranks": ranks, "overwrite": args.overwrite}
+            report = deduplicate_table(args.file, args.kept, args.rest, args.threshold, **options)
             told = format_dedup(report, args.kept, args.rest) if ranks.is_main else ""
         print(told, end="\n" if told else "")
     except (ValueError, OSError) as error:

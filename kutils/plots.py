@@ -338,6 +338,13 @@ def timing(seconds: Mapping[str, float], title: str = "Time", unit: str = "secon
     return figure
 
 
+def counts(values: Mapping[str, int], title: str, unit: str) -> Figure:
+    """One bar per number of things, such as prompts per reason. Raises: PlotError for no number."""
+    figure, axes = bars(values, [f"{value:,}" for value in values.values()], 0.0, color=BLUE)
+    axes.set(title=title, xlabel=unit)
+    return figure
+
+
 def bars(values: Mapping[str, float], told: Sequence[str], start: float, *, color: str) -> tuple[Figure, Axes]:
     """Horizontal bars from `start`, the first on top, each with its text at the end."""
     ends = finite(list(values.values()), "values")

@@ -233,6 +233,33 @@ def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
     return num_truncated
 
 
+def take_embeddings(tsv_path: Path | str, rows: np.ndarray, target_path: Path | str) -> None:
+    """Write `<name>.npy` beside a table whose rows are those rows of another, embedded one: nothing is encoded again.
+
+    Does nothing where it is not known what the other's embeddings are of, or whose those at the target are.
+
+    Args:
+        rows: int [n], at least one.
+    """
+    source_path, npy_path = Path(tsv_path).with_suffix(".npy"), Path(target_path).with_suffix(".npy")
+    record_path = npy_path.with_suffix(".npy.json")
+    record, former = read_record(source_path.with_suffix(".npy.json")), read_record(record_path)
+    if record is None or (npy_path.is_file() and former is None):
+        return
+    record |= {"rows": len(rows), "prompts_sha256": hash_prompts(read_table(target_path, ["prompt"])["prompt"])}
+    if npy_path.is_file() and former == record:
+        return
+    source = np.load(source_path, mmap_mode="r")
+    with paths.atomic_path(npy_path) as temporary:
+        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), EMBEDDING_DIM))
+        reserve(temporary)
+        for start in range(0, len(rows), CHUNK_PROMPTS):
+            out[start : start + CHUNK_PROMPTS] = source[rows[start : start + CHUNK_PROMPTS]]
+        out.flush()
+        record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+    paths.write_json(record_path, record)
+
+
 def reserve(path: Path) -> None:
     """Allocate a new file's disk space now: a memory map on a full disk would end the process with SIGBUS."""
     if hasattr(os, "posix_fallocate"):

@@ -11,9 +11,11 @@ import torch
 
 from kutils import checkpoints, config, paths, transforms
 from kutils.config import EMBEDDING_DIM
+from kutils.dataset_index import map_embeddings
 from kutils.datasets import load_datasets
 from kutils.devices import pick_device
 from kutils.similarity import unit_rows
+from kutils.tables import read_table
 
 BLOCK_PROMPTS, BLOCK_QUERIES = 65_536, 256  # of one matrix product: 100 MB of embeddings, 67 MB of cosines
 
@@ -46,6 +48,15 @@ class PromptBank:
         if most is not None and most < len(rows):
             rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
         return cls(data.prompts.take(pa.array(rows)).to_pylist(), data.targets(rows))
+
+    @classmethod
+    def from_table(cls, tsv_path: Path) -> "PromptBank":
+        """Every row of a prompts file or data set with its .npy beside it; the embeddings are mapped.
+
+        Raises: TableError or DataError.
+        """
+        prompts = read_table(tsv_path, ["prompt"])["prompt"]
+        return cls(prompts.to_pylist(), map_embeddings(tsv_path.with_suffix(".npy"), len(prompts)))
 
     def save(self, path: Path) -> None:
         """Write an .npz of `prompts` and `embeddings` in float16, atomically; replaced if it is there."""

@@ -410,7 +410,7 @@ def prompts_file(tmp_path, monkeypatch):
     tsv = tmp_path / "prompts.tsv"
     write_table(tsv, {"prompt": [f'"{row}' for row in range(160)], "source": [f"s{row % 3}" for row in range(160)]})
     np.save(tsv.with_suffix(".npy"), neighbourhoods(num_groups=40, group_size=4, noise=0.2))  # 0.93 to 0.98 within
-    monkeypatch.setattr(deduplication, "embed_table", lambda path, device: Path(path).with_suffix(".npy"))
+    monkeypatch.setattr(deduplication, "embed_table", lambda path, **options: Path(path).with_suffix(".npy"))
     return tsv
 
 
