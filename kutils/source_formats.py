@@ -233,12 +233,12 @@ def read_source(
     path = Path(path)
     if not path.is_file():
         raise SourceError(f"{path} is {'a folder; name its files' if path.is_dir() else 'not there'}")
-    source_format = recognise(path) if source_format == "auto" else source_format
-    if column and source_format in ("text", "conceptual"):
-        raise SourceError(f"{path} is read as {source_format}, without names of columns: leave --column out")
-    unit, reader = FORMATS[source_format]
     num_entries = 0
     try:
+        source_format = recognise(path) if source_format == "auto" else source_format
+        if column and source_format in ("text", "conceptual"):
+            raise SourceError(f"{path} is read as {source_format}, without names of columns: leave --column out")
+        unit, reader = FORMATS[source_format]
         for entry in reader(path, column):
             num_entries += 1
             if entry.flaw and entry.flaw not in EXPECTED and not skip_bad_lines:
