@@ -64,7 +64,7 @@ def find_column(path: Path, names: Sequence[str], asked: str | None) -> str:
 def read_text(path: Path, column: str | None) -> Iterator[Entry]:
     with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
-            yield make_entry(number, line)
+            yield make_entry(number, line.rstrip("\r\n"))
 
 
 def read_conceptual(path: Path, column: str | None) -> Iterator[Entry]:
@@ -212,7 +212,7 @@ def recognise(path: Path) -> str:
         if first.lstrip()[:1] in ("{", "["):
             try:
                 complete = isinstance(json.loads(first), dict)
-            except ValueError:
+            except (ValueError, RecursionError):
                 complete = False
             return "jsonl" if complete and second.strip() else "json"
         raise SourceError(f"{path}: neither its name nor its beginning tells the format; give --format")

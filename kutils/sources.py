@@ -36,11 +36,13 @@ def gather(
         name: for the column `source`; None: each file's own.
         limit: end as soon as so many prompts are kept.
         options: of `read_source`.
-    Returns: per source its file, name, and the numbers read and kept.
+    Returns: per source that was opened its file, name, and the numbers read and kept.
     """
     told = []
     with progress_bar(0, "entry", "reading", disable=not progress) as bar:
         for path in sources:
+            if limit is not None and len(cleaner.prompts) >= limit:
+                break
             before = cleaner.num_read, len(cleaner.prompts)
             entries = read_source(path, **options)
             while batch := list(islice(entries, BATCH_ENTRIES)):
@@ -117,7 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     unset = {"default": argparse.SUPPRESS}
     parser.add_argument(
-        "sources", nargs="+", type=Path, metavar="SOURCE", help="files; of equal prompts the first stays"
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="files, the most wanted first: of equal prompts the first stays",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="PROMPTS.tsv", **unset, help="to write")
     parser.add_argument("--name", **unset, help="for the column `source` (default: the name of each file)")

@@ -18,7 +18,7 @@ from kutils.sources import positive, write_prompts
 from kutils.tables import read_table
 from kutils.template_words import PATTERNS, PLURALS, WORDS
 
-SKEW = 1.6  # word floor(n * u**SKEW) of n is drawn, u uniform: the first tenth of a list makes 24 % of what is drawn
+SKEW = 2.2  # word floor(n * u**SKEW) of n is drawn, u uniform: the first tenth of a list makes 35 % of what is drawn
 SLOT = re.compile(r"\{(\w+)(:s)?\}")
 ARTICLE = re.compile(r"@ (\w+)")
 JOINS = ("{} and {}", "{}, next to {}", "{} beside {}", "{} with {}", "{}, {}", "{}, near {}")
