@@ -162,9 +162,10 @@ def read_json(path: Path, column: str | None) -> Iterator[Entry]:
         try:
             content = json.load(stream)
         except json.JSONDecodeError as error:
-            raise SourceError(
-                f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg})"
-            ) from error
+            place = f"{path}, line {error.lineno}, column {error.colno}"
+            raise SourceError(f"{place}: broken JSON ({error.msg})") from error
+        except RecursionError as error:
+            raise SourceError(f"{path} is nested too deeply to be a list of prompts") from error
     items = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(items, list):
         there = f"; its keys are {', '.join(map(repr, content))}" if isinstance(content, dict) else ""
