@@ -13,6 +13,7 @@ from kutils.prompt_syntax import tidy
 
 NUM_EXAMPLES = 3  # per reason, the first ones
 EXAMPLE_CHARACTERS = 300
+MAX_CHARACTERS = 10_000  # a line of more is no prompt, and patterns take a time that grows with its square
 CLIP_TOKENS = 77  # that Stable Diffusion reads, with the two special ones
 
 # frequent words that are neither English nor usual in names (as de, la, van, di and der are)
@@ -173,8 +174,10 @@ class Cleaner:
         """
         candidates = []
         for entry in entries:
-            text, kinds = tidy(entry.text)
-            candidates.append((entry, text, kinds, entry.flaw or self.flaw(text), prompt_key(text)))
+            too_long = len(entry.text) > MAX_CHARACTERS
+            text, kinds = ("", []) if too_long else tidy(entry.text)
+            flaw = entry.flaw or ("too many characters" if too_long else self.flaw(text))
+            candidates.append((entry, text, kinds, flaw, prompt_key(text)))
         new = [text for _, text, _, flaw, key in candidates if not flaw and key not in self.seen]
         num_tokens = dict(zip(new, self.count_tokens(new), strict=True)) if self.count_tokens and new else {}
         for entry, text, kinds, flaw, key in candidates:

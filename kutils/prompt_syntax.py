@@ -46,7 +46,7 @@ BRACKET = re.compile(r"(?<!\\)[()\[\]{}]")
 SQUARE = re.compile(r"(?<!\\)\[([^\[\]]*)(?<!\\)\]")
 EDIT_STEP = re.compile(r":\s*\d*\.?\d+\s*$")
 MULTI_PROMPT = re.compile(r"\s*:{2,}(?:\s?-?\d+(?:\.\d+)?(?![\w.]))?\s*")
-ESCAPED = re.compile(r"\\+(['\"()\[\]{}])")
+ESCAPED = re.compile(r"\\{1,4}(['\"()\[\]{}])")
 # most prompts hold none of these and need no second look
 SUSPECT = re.compile(
     r"[\\(\[{<&_\u2013\u2014]|--|::|://|steps:|prompts?\s*:|sampler|cfg scale|seed:|size:|\s-[a-z]", re.IGNORECASE
@@ -78,7 +78,7 @@ def strip_weights(text: str) -> str:
     plain = MULTI_PROMPT.sub(", ", EXTRA_NETWORK.sub(" ", text))
     emphasised = EMPHASIS.search(plain) is not None
     plain = SQUARE.sub(open_square, plain)
-    if emphasised:
+    if emphasised or SQUARE.search(plain):  # still: brackets within brackets
         plain = BRACKET.sub("", WEIGHT.sub("", plain))
     return mended(text, plain)
 
