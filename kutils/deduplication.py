@@ -107,8 +107,8 @@ def deduplicate_table(
 ) -> dict | None:
     """Split a prompts file in two: those that no earlier kept one resembles, and the rest (the recipe's part 2 sets).
 
-    Embeds the prompts first where that has not been done. The embeddings come along. Both files have the columns of the input and its order; one
-    that is there with the same rows stays as it is, folds included.
+    Embeds the prompts first where that has not been done; the embeddings come along. Both files have the columns of the
+    input and its order; one that is there with the same rows stays as it is, folds included.
 
     Args:
         against: prompts files that were kept before, which stay as they are; what resembles one of theirs is left out.

@@ -235,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     dedup.add_argument(
         "--priority", nargs="+", default=[], metavar="SOURCE", help="sources whose prompts come before those of others"
     )
-    dedup.add_argument("--dtype", default="float32", choices=DTYPES, help="of the embedding, where it is still to be made")
+    dedup.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of the embedding, where it is still to be made"
+    )
     dedup.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
     for command in (folds, dedup):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from kutils import check, grouping, paths, prompts
+from kutils import check, grouping, paths, prompts, sources, templates
 from kutils.config import nearest
 from kutils.datasets import DataError, load_datasets
 from kutils.folding import leakage_report, report_warnings
@@ -15,8 +16,42 @@ from kutils.retrieval import PromptBank
 from kutils.similarity import similar_pairs
 from kutils.tables import read_table
 
+GRAMMAR = "templates"  # the source of prompts that no file holds
 MOST_QUERIES = 2_000  # prompts whose nearest neighbours are looked up
 MOST_DECODED = 20_000  # images; a share of broken files worth stopping for shows in them
+
+
+class PromptLists(NamedTuple):
+    """Prompts files of one name in `input/`: all clean prompts, those kept, and the near-duplicates of those."""
+
+    all: Path
+    kept: Path
+    rest: Path
+
+
+def prompt_lists(name: str) -> PromptLists:
+    """The three files of a name. Raises: DataError for a name that is no file name."""
+    if not paths.is_safe_relative(name) or "/" in name:
+        raise DataError(f"{name!r} cannot name lists below {paths.input_dir()}")
+    return PromptLists(*(paths.input_dir() / f"{name}{part}.tsv" for part in (".all", ".prompts", "_part2.prompts")))
+
+
+def collect_prompts(lists: PromptLists, files: str, *, column: str = "", num_prompts: int = 4000) -> dict:
+    """Write the list of all clean prompts, from files or from the grammar.
+
+    Args:
+        files: of any kind that `python -m kutils.sources` reads, separated by commas; "": prompts of the grammar.
+        column: of the prompts, where there are several that may be meant.
+        num_prompts: of the grammar.
+    Returns: the report of `sources.make_prompts_file`.
+    Raises: SourceError, TableError or ValueError, before anything is written.
+    """
+    if files:
+        options = {"column": column} if column else {}
+        return sources.make_prompts_file([name.strip() for name in files.split(",")], lists.all, **options)
+    made = templates.generate_prompts(num_prompts)
+    sources.write_prompts(lists.all, made, [GRAMMAR] * len(made))
+    return {"read": len(made), "kept": len(made), "dropped": {}, "changed": {}}
 
 
 def prepare(
@@ -47,8 +82,9 @@ def prepare(
             raise DataError(f"{path} is not there{close}; from a list of prompts it is made by: {made}")
     folds = np.concatenate([read_table(path, ["image", "prompt", "fold"])["fold"].to_numpy() for path in tsv_paths])
     for path in tsv_paths:
-        if not path.with_suffix(".npy").is_file() or path.with_suffix(".npy.json").is_file():
-            prompts.embed_table(path)
+        record = prompts.read_record(path.with_suffix(".npy.json"))
+        if not path.with_suffix(".npy").is_file() or record is not None:
+            prompts.embed_table(path, dtype=(record or {}).get("dtype", "float32"))
     if refold or (folds < 0).all():
         return grouping.assign_folds(tsv_paths, threshold, num_folds, method)
     if (folds < 0).any():

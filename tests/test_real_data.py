@@ -8,6 +8,7 @@ import csv
 import gzip
 import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kutils import check, folding, grouping, prompts
+from kutils import check, folding, grouping, prompts, sources
 from kutils.datasets import load_datasets
 from kutils.retrieval import PromptBank
 from kutils.similarity import similar_pairs
@@ -142,3 +143,25 @@ def test_partition_of_prompts_that_percolate(real, encoder, tmp_path):
     leader = folding.assign(np.ones(len(texts), int), pairs, 10, "leader", seed=0)
     assert report["leaked_share"] < 0.38  # 0.346 measured; 0.610 by leader groups
     assert folding.leaked_prompts(leader, pairs).mean() > 1.5 * report["leaked_share"]
+
+
+def test_all_real_prompts_through_cleaning(real, tmp_path):
+    began = time.monotonic()
+    output = tmp_path / "clean.tsv"
+    report = sources.make_prompts_file([real / "prompts" / "prompts.tsv.gz"], output, progress=False)
+    assert time.monotonic() - began < 60  # 5 s measured
+    dropped = {reason: case["count"] for reason, case in report["dropped"].items()}
+    assert report["read"] == 139_703 == report["kept"] + sum(dropped.values())
+    assert report["kept"] > 138_500  # 138,833 measured: nearly all are fine prompts, and few of them may be lost
+    assert dropped["another language"] < 20 and dropped["another script"] < 20
+    assert 100 < report["changed"]["attention weights"]["count"] < 500  # 329 written so, of 2,300 with parentheses
+    table = read_table(output, ["prompt", "source"])
+    assert table.num_rows == report["kept"]
+    captions = "rohitgandikota/unified-concept-editing:coco_30k"
+    lines = gzip.decompress((real / "prompts" / "prompts.tsv.gz").read_bytes()).decode().split("\n")[1:-1]
+    coco = {prompt for prompt, source in (line.split("\t") for line in lines) if source == captions}
+    kept = table["prompt"].to_pylist()
+    lost = coco - set(kept)
+    assert len(coco) == 23_503 and len(lost) < 200
+    keys = {"".join(prompt.split()).casefold().rstrip(".!?, ") for prompt in kept}
+    assert not [prompt for prompt in lost if "".join(prompt.split()).casefold().rstrip(".!?, ") not in keys]

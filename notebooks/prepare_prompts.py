@@ -1,0 +1,120 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Prepare prompts: collect, clean, choose, embed, fold
+#
+# **What it does.** Makes a clean list of prompts from files of any kind, or from a grammar; leaves out near-duplicates;
+# embeds what is kept and keeps similar prompts together in one of ten folds. All of it comes before the first image.
+# `papermill notebooks/prepare_prompts.ipynb working/runs/prepare_prompts.ipynb -p sources captions.csv -p name mine`
+#
+# **What it needs.** Text, CSV, TSV, Parquet or JSON files, gzipped or not; captions of COCO, Conceptual Captions and
+# VizWiz as they are published. Without any, prompts come from a grammar.
+#
+# **How long it takes.** Most of it is embedding: on two CPU cores a minute per 15,000 prompts, half of it in bfloat16.
+
+# %% tags=["parameters"]
+sources: str = ""  # files of prompts, the most wanted first, as "a.csv,b.txt"; empty: prompts of a grammar
+name: str = "templates"  # of the lists: input/<name>.all.tsv, <name>.prompts.tsv and <name>_part2.prompts.tsv
+column: str = ""  # column or key of the prompts, where it is not found by itself
+num_prompts: int = 4000  # prompts of the grammar
+against: str = ""  # lists kept earlier, as "input/a.prompts.tsv,input/b.prompts.tsv"; what resembles theirs is left out
+duplicates: float = 0.9  # cosine from which prompts are near-duplicates
+threshold: float = 0.7  # cosine from which prompts are similar, and belong to one fold
+num_folds: int = 10  # number of folds, 2..10
+method: str = "partition"  # partition, components, leader or kmeans
+embedding_dtype: str = "float32"  # or bfloat16: faster, and close enough to choose prompts
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
+from kutils import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## What do the sources hold?
+# Of equal prompts the first stays. What is changed is the notation of image generators; what is dropped cannot be a
+# prompt. Where the examples below show the wrong ones, give other limits: `python -m kutils.sources --help`.
+
+# %%
+from kutils import cleaning, plots, preparation
+
+lists = preparation.prompt_lists(name)
+cleaned = preparation.collect_prompts(lists, sources, column=column, num_prompts=num_prompts)
+print(cleaning.format_report(cleaned))
+
+# %%
+dropped = {reason: case["count"] for reason, case in cleaned["dropped"].items()}
+plots.counts({"kept": cleaned["kept"], **dropped}, title=f"{cleaned['read']:,} entries read", unit="entries");
+
+# %% [markdown]
+# ## How many say the same?
+# A prompt that resembles one before it says little more. What is left out becomes part 2 of the data set, with one
+# image per prompt, for the training on all data.
+
+# %%
+from kutils import deduplication
+from kutils.prompts import embed_table
+
+earlier = [Path(path.strip()) for path in against.split(",") if path.strip()]
+for path in (lists.all, *earlier):
+    embed_table(path, dtype=embedding_dtype)
+chosen = deduplication.deduplicate_table(lists.all, lists.kept, lists.rest, duplicates, against=earlier)
+print(deduplication.format_dedup(chosen, lists.kept, lists.rest))
+
+# %% [markdown]
+# ## Which folds keep similar prompts together?
+# A leaked prompt has a similar one in another fold, which gives away its answer. With lists kept earlier, theirs stay
+# in the folds that they have.
+
+# %%
+from kutils import grouping
+
+files = [lists.kept, *earlier]
+report = grouping.assign_folds(files, threshold, num_folds, method, keep=bool(earlier))
+print(grouping.format_report(report))
+
+# %%
+plots.fold_report(report);
+
+# %% [markdown]
+# ## How long are the prompts?
+# The text encoder reads 256 tokens, about 190 words; Stable Diffusion reads 77 tokens, about 55 words.
+
+# %%
+from kutils.retrieval import PromptBank
+
+bank = PromptBank.from_table(lists.kept)
+plots.prompt_lengths(bank.prompts);
+
+# %% [markdown]
+# ## How similar are those that are left?
+# No nearest neighbour lies above the near-duplicates' cosine any more. The share above the folds' threshold is the
+# share of prompts that random folds would tear from their like.
+
+# %%
+plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
+
+# %% [markdown]
+# ## What is next?
+# Images of the prompts that were kept, in their folds.
+
+# %%
+print(f"python -m kutils.generate {lists.kept} --backend diffusers --images-per-prompt 3 --output input/{name}")
