@@ -71,12 +71,10 @@ plots.counts({"kept": cleaned["kept"], **dropped}, title=f"{cleaned['read']:,} e
 
 # %%
 from kutils import deduplication
-from kutils.prompts import embed_table
 
 earlier = [Path(path.strip()) for path in against.split(",") if path.strip()]
-for path in (lists.all, *earlier):
-    embed_table(path, dtype=embedding_dtype)
-chosen = deduplication.deduplicate_table(lists.all, lists.kept, lists.rest, duplicates, against=earlier)
+options = {"against": earlier, "dtype": embedding_dtype}
+chosen = deduplication.deduplicate_table(lists.all, lists.kept, lists.rest, duplicates, **options)
 print(deduplication.format_dedup(chosen, lists.kept, lists.rest))
 
 # %% [markdown]
