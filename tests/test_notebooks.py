@@ -144,7 +144,7 @@ def test_a_figure_is_not_shown_twice(script):
 # ---------------------------------------------------------------- what they do
 
 
-def execute(name: str, output: Path, cwd: Path = ROOT, **values) -> list[dict]:
+def execute(name: str, output: Path, /, cwd: Path = ROOT, **values) -> list[dict]:
     """Run a notebook and return its executed cells; PapermillExecutionError if a cell fails."""
     papermill.execute_notebook(
         NOTEBOOKS / f"{name}.ipynb", output, parameters=values, cwd=str(cwd), progress_bar=False, kernel_name="python3"
@@ -263,6 +263,38 @@ def test_missing_data_sets_of_a_large_recipe_are_named_in_seconds(workspace):
 def test_a_wrong_model_or_override_names_the_nearest(workspace, values, said):
     with pytest.raises(PapermillExecutionError, match=said):
         execute("train", workspace / "out.ipynb", **values)
+
+
+@pytest.mark.slow
+def test_prepare_prompts_collects_cleans_chooses_and_folds(workspace):
+    """Two lists, one after the other: the second leaves out what the first kept, and joins its folds."""
+    inputs = workspace / "input"
+    things = [
+        f"a {color} {thing}" for color in ("red", "blue") for thing in ("boat", "horse", "castle", "robot", "tree")
+    ]
+    first = [f"{thing} on a beach at sunset" for thing in things]
+    (inputs / "one.txt").write_text(
+        "\n".join([*first, first[0].upper(), f"{first[1]}!", "cat", "un gato con una flor"])
+    )
+    (inputs / "two.csv").write_text(
+        "id,caption\n" + "".join(f'1,"{thing}, oil painting"\n' for thing in (*first, *things))
+    )
+    values = {"num_folds": 2, "duplicates": 0.97, "embedding_dtype": "float32"}
+    executed = execute("prepare_prompts", inputs / "one.ipynb", sources=str(inputs / "one.txt"), name="one", **values)
+    assert_readable(figures(executed), 4)  # what was dropped, folds, lengths, similarities
+    said = printed(executed)
+    assert "14 read, 10 kept" in said and "another language" in said and "10 prompts kept in" in said
+    assert "python -m kutils.generate" in said and "one.prompts.tsv --backend diffusers" in said
+    kept = read_table(inputs / "one.prompts.tsv", ["prompt", "source", "fold"])
+    assert kept["prompt"].to_pylist() == first and sorted(kept["fold"].to_pylist()) == [0] * 5 + [1] * 5
+    before = (inputs / "one.prompts.tsv").read_bytes()
+
+    values |= {"name": "two", "against": str(inputs / "one.prompts.tsv"), "threshold": 0.8}
+    said = printed(execute("prepare_prompts", inputs / "two.ipynb", sources=str(inputs / "two.csv"), **values))
+    assert (inputs / "one.prompts.tsv").read_bytes() == before
+    counts = [read_table(inputs / f"{name}.tsv", ["prompt"]).num_rows for name in ("two.prompts", "two_part2.prompts")]
+    assert sum(counts) == 20 and f"{counts[0]:,} prompts kept in" in said
+    assert set(read_table(inputs / "two.prompts.tsv", ["fold"])["fold"].to_pylist()) == {0, 1}
 
 
 @pytest.mark.slow

@@ -214,3 +214,12 @@ def test_an_error_of_a_figure_is_shown_and_costs_nothing(capsys):
     assert "PlotError" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt), plots.errors_shown():
         raise KeyboardInterrupt
+
+
+def test_counts_are_drawn_in_order():
+    figure = plots.counts({"kept": 12345, "too short": 7}, title="What was read", unit="entries")
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == [12345, 7]
+    assert {"12,345", "7", "kept", "too short", "entries"} <= set(texts(figure))
+    with pytest.raises(PlotError, match="no values"):
+        plots.counts({}, title="", unit="")

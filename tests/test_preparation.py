@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_dataset
 
-from kutils import grouping, preparation
+from kutils import grouping, preparation, prompts
 from kutils.datasets import DataError
 from kutils.grouping import GroupingError
 from kutils.retrieval import PromptBank
@@ -129,3 +129,30 @@ def test_unreadable_images_are_counted_and_named(inputs, capsys):
     assert "80 of 80 images decoded: 2 cannot be read" in capsys.readouterr().out
     preparation.check_readable(["toy"], limit=10)
     assert "10 of 80 images decoded" in capsys.readouterr().out
+
+
+def test_lists_of_a_name_are_in_input(inputs):
+    lists = preparation.prompt_lists("mine")
+    assert [path.name for path in lists] == ["mine.all.tsv", "mine.prompts.tsv", "mine_part2.prompts.tsv"]
+    assert {path.parent for path in lists} == {inputs}
+    with pytest.raises(DataError, match=r"'\.\./mine' cannot name lists below"):
+        preparation.prompt_lists("../mine")
+
+
+def test_prompts_are_collected_from_files_or_the_grammar(inputs, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,caption\nno,a red boat at sea\nno,a blue boat at sea\n")
+    lists = preparation.prompt_lists("mine")
+    report = preparation.collect_prompts(lists, f" {tmp_path / 'a.csv'}", column="caption")
+    assert (report["read"], report["kept"]) == (2, 2)
+    assert read_table(lists.all, ["prompt"])["prompt"].to_pylist() == ["a red boat at sea", "a blue boat at sea"]
+    lists = preparation.prompt_lists("grammar")
+    assert preparation.collect_prompts(lists, "", num_prompts=50)["kept"] == 50
+    assert read_table(lists.all, ["source"])["source"].to_pylist() == ["templates"] * 50
+
+
+def test_embeddings_of_another_precision_stay(inputs):
+    path = inputs / "toy.tsv"
+    prompts.embed_table(path, dtype="bfloat16", overwrite=True, progress=False)
+    before = (inputs / "toy.npy").read_bytes()
+    preparation.prepare(["toy"], refold=True)
+    assert (inputs / "toy.npy").read_bytes() == before

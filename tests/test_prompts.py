@@ -428,3 +428,25 @@ def test_script_runs_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     truth = np.array([entry["values"] for entry in COMPETITION["prompts"]] * 2)
     assert np.abs(np.load(tmp_path / "one.npy")[:, COMPETITION["dimensions"]] - truth).max() < 1e-5
+
+
+def test_embeddings_of_chosen_rows_come_along(tmp_path, minilm):
+    texts = [f"a {thing} on a hill" for thing in ("cat", "dog", "house", "tree", "boat")]
+    write_table(tmp_path / "all.tsv", {"prompt": texts})
+    prompts.embed_table(tmp_path / "all.tsv", minilm, progress=False)
+    rows = np.array([3, 0, 4])
+    write_table(tmp_path / "some.tsv", {"prompt": [texts[row] for row in rows]})
+    prompts.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    np.testing.assert_array_equal(np.load(tmp_path / "some.npy"), np.load(tmp_path / "all.npy")[rows])
+    before = (tmp_path / "some.npy").stat().st_mtime_ns
+    prompts.embed_table(tmp_path / "some.tsv", minilm, progress=False)
+    prompts.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    assert (tmp_path / "some.npy").stat().st_mtime_ns == before  # known to be of these prompts
+
+    (tmp_path / "some.npy.json").unlink()  # someone else's by now
+    prompts.take_embeddings(tmp_path / "all.tsv", rows[::-1], tmp_path / "some.tsv")
+    assert (tmp_path / "some.npy").stat().st_mtime_ns == before
+    (tmp_path / "all.npy.json").unlink()
+    (tmp_path / "some.npy").unlink()
+    prompts.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    assert not (tmp_path / "some.npy").exists()

@@ -6,7 +6,9 @@ import torch
 from conftest import make_dataset, unit_rows
 
 from kutils import checkpoints, models, retrieval, transforms
+from kutils.datasets import DataError
 from kutils.retrieval import PromptBank
+from kutils.tables import write_table
 
 
 def brute_force(embeddings, queries, k):
@@ -160,3 +162,13 @@ def test_the_nearest_prompts_become_a_title():
     cosine = float(bank.embeddings[0] @ bank.embeddings[1])
     assert told == f"a very long prompt ... (1.00) / a cat ({cosine:.2f})"
     assert PromptBank(["alone"], unit_rows(1)).describe(unit_rows(1)) == ["alone (1.00)"]
+
+
+def test_bank_of_a_prompts_file(tmp_path):
+    write_table(tmp_path / "p.tsv", {"prompt": ["a cat", "a dog"], "source": ["x", "y"]})
+    np.save(tmp_path / "p.npy", unit_rows(2))
+    bank = PromptBank.from_table(tmp_path / "p.tsv")
+    assert bank.prompts == ["a cat", "a dog"] and np.array_equal(bank.embeddings, unit_rows(2))
+    np.save(tmp_path / "p.npy", unit_rows(3))
+    with pytest.raises(DataError, match=r"p.npy is float32 \[3, 384\], its TSV needs float32 \[2, 384\]"):
+        PromptBank.from_table(tmp_path / "p.tsv")
