@@ -63,7 +63,7 @@ def locate(settings: DiffusionSettings) -> Path:
         if settings.revision:
             raise DiffusionError(f"--revision {settings.revision} is of a model on the hub; {folder} is a folder")
         return folder
-    options = {"revision": settings.revision or None, "variant": settings.variant or None}
+    options = {"revision": settings.revision or None, "variant": settings.variant or None, "safety_checker": None}
     try:
         return Path(diffusers.DiffusionPipeline.download(settings.model, **options, use_safetensors=True))
     except Exception as error:  # of the hub, the network or the files: dozens of classes
@@ -104,7 +104,7 @@ def load_pipeline(settings: DiffusionSettings, device: torch.device):
         pipeline.scheduler.config, algorithm_type="dpmsolver++"
     )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.enable_slicing()  # one image at a time: the decoder takes more memory than all else
+    pipeline.vae.enable_slicing()  # one image at a time: at full size, its layers would hold the whole batch's
     if settings.upcast_attention:
         upcast_attention(pipeline.unet)
     if settings.attention_slicing:

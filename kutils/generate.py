@@ -113,12 +113,21 @@ def make_shapes_dataset(
     return tsv_path
 
 
+def stop_once(number: int, frame) -> None:
+    """Handle the first SIGINT or SIGTERM as an interrupt, which lets images in work be saved; torchrun sends more."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def generate_by_diffusion(image_set: ImageSet, options: dict, overwrite: bool) -> None:
     """Make a data set by `kutils.sampling`, as one rank of torchrun or alone; `options` are of `DiffusionSettings`."""
     from kutils import devices, sampling  # these load PyTorch; rendering does without
 
     settings = DiffusionSettings(**options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is made is saved, and no temporary file stays
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
+            signal.signal(number, stop_once)
     # gloo, since ranks tell each other little and a GPU that fails must not keep them from it
     ranks = devices.join_ranks(settings.device, backend="gloo", wait_seconds=WAIT_SECONDS)
     try:

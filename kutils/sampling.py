@@ -97,12 +97,13 @@ def on_every_rank(ranks: Ranks, work: Callable) -> list:
 def start(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, record: dict) -> Sampler:
     """Load the pipeline on every rank, and write the record once it is known to be the same on all, and as before."""
 
-    def load() -> tuple:
-        pipeline = diffusion.load_pipeline(settings, ranks.device)
-        return pipeline, diffusion.weights_sha256(pipeline)
+    pipelines = []
 
-    loaded = []
-    hashes = on_every_rank(ranks, lambda: loaded.extend(load()) or loaded[1])
+    def load() -> str:
+        pipelines.append(diffusion.load_pipeline(settings, ranks.device))
+        return diffusion.weights_sha256(pipelines[0])
+
+    hashes = on_every_rank(ranks, load)
 
     def write_record() -> None:
         if not ranks.is_main:
@@ -120,7 +121,7 @@ def start(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, record
         paths.write_json(image_set.folder / RECORD, compared | model | {"started_with": former})
 
     on_every_rank(ranks, write_record)
-    return Sampler(loaded[0], settings)
+    return Sampler(pipelines[0], settings)
 
 
 def make_images(image_set: ImageSet, images: np.ndarray, sampler: Sampler, ranks: Ranks, total: int) -> Made:
