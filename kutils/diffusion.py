@@ -3,7 +3,6 @@
 An image's noise is drawn on the CPU by a generator of its own, so that batch, rank and order do not matter to it.
 """
 
-import contextlib
 import hashlib
 import json
 import warnings
@@ -163,8 +162,8 @@ class Sample:
 class Sampler:
     """A pipeline that makes images of any prompts, in batches that its memory holds.
 
-    A bad image (not finite, or blank: see BLANK_STD) is made again in float32, where half precision cannot overflow,
-    and then with another seed.
+    A bad image (not finite, or blank: see BLANK_STD) is made again in float32, in case half precision has overflowed,
+    and then with another seed, in case nothing is what it shows.
     """
 
     def __init__(self, pipeline, settings: DiffusionSettings):
@@ -231,27 +230,27 @@ class Sampler:
 
     def again(self, prompt: str, number: int, reason: str) -> Sample:
         """The further attempts for an image that was bad because of `reason`."""
-        attempts = [("float32", image_seed(prompt, number)), ("another seed", image_seed(prompt, number, attempt=1))]
-        if self.dtype == torch.float32:
-            attempts.pop(0)  # it would be the same once more
-        with self.in_float32():
-            for outcome, seed in attempts:
-                try:
-                    ((pixels, problem),) = self.sample([prompt], [seed])
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    problem = "does not fit into the memory in float32"
-                if not problem:
-                    return Sample(pixels, outcome, reason, seed)
-        return Sample(None, "failed", f"{reason}; {attempts[-1][0]}: {problem}", attempts[-1][1])
+        seed, reasons = image_seed(prompt, number), [reason]
+        if self.dtype != torch.float32:  # else it would be the same once more
+            pixels, problem = self.in_float32(prompt, seed)
+            if not problem:
+                return Sample(pixels, "float32", reason, seed)
+            reasons.append(f"float32: {problem}")
+        seed = image_seed(prompt, number, attempt=1)
+        ((pixels, problem),) = self.sample([prompt], [seed])
+        if not problem:
+            return Sample(pixels, "another seed", "; ".join(reasons), seed)
+        return Sample(None, "failed", "; ".join([*reasons, f"another seed: {problem}"]), seed)
 
-    @contextlib.contextmanager
-    def in_float32(self):
-        """The whole pipeline in float32 inside the block: from half precision and back changes no weight."""
-        self.pipeline.to(torch.float32)
+    def in_float32(self, prompt: str, seed: int) -> tuple[np.ndarray | None, str]:
+        """One image by the whole pipeline in float32; from half precision and back changes no weight."""
         try:
-            yield
+            self.pipeline.to(torch.float32)
+            return self.sample([prompt], [seed])[0]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None, "does not fit into the memory"
         finally:
             self.pipeline.to(self.dtype)
 

@@ -40,7 +40,7 @@ def generate_images(image_set: ImageSet, settings: DiffusionSettings, ranks: Ran
     """Make the images of a set that are missing, on all ranks, and write its table; called by every rank.
 
     Run again after a kill, or after a rank that failed, it makes what is missing, and tries again what failed. An image
-    depends on its prompt, its number and the settings; another batch size or GPU changes rounding, seldom visibly.
+    depends on its prompt, its number, the model and the settings; another batch size or device changes rounding.
 
     Args:
         overwrite: as in `ImageSet.update_table`.

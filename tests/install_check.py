@@ -132,7 +132,8 @@ def check(copy: Copy) -> None:
     copy.run("papermill notebooks/generate_images.ipynb working/generate_images.ipynb")
     diffusion = "python -m kutils.generate input/shapes.tsv --backend diffusers --output input/diffusion"
     copy.run(diffusion, fails_with="pip install -e '.[generate]'")
-    copy.expect("input/drawn.tsv", "input/shapes.npy", "input/shapes.folds.json", "input/k.tsv", "working/prepare_data.ipynb")
+    copy.expect("input/drawn.tsv", "working/generate_images.ipynb")
+    copy.expect("input/shapes.npy", "input/shapes.folds.json", "input/k.tsv", "working/prepare_data.ipynb")
 
     # every recipe by the command of the README; on a machine without GPUs it says so at once
     recipes = sorted(f"{network}_{stage}" for network, stages in STAGES.items() for stage in stages)

@@ -176,7 +176,7 @@ def test_what_is_wrong_with_an_image():
     ("breaks", "dtype", "reason"),
     [
         (tiny_diffusion.blacken, "float32", "black (standard deviation 0.0 of 255); another seed: black"),
-        (tiny_diffusion.spoil, "bfloat16", "not finite; another seed: not finite"),
+        (tiny_diffusion.spoil, "bfloat16", "not finite; float32: not finite; another seed: not finite"),
     ],
     ids=["black", "nan"],
 )
@@ -189,8 +189,10 @@ def test_an_image_that_never_turns_out_is_given_up(make_sampler, tmp_path, break
     assert image.pixels is None and image.outcome == "failed" and image.reason.startswith(reason)
     first, second = image_seed("a cat", 2), image_seed("a cat", 2, attempt=1)
     assert first != second and image.seed == second
-    half = [] if dtype == "float32" else [(torch.bfloat16, first)]
-    assert used == [*half, (torch.float32, first), (torch.float32, second)]
+    if dtype == "float32":
+        assert used == [(torch.float32, first), (torch.float32, second)]
+    else:
+        assert used == [(torch.bfloat16, first), (torch.float32, first), (torch.bfloat16, second)]
 
 
 def test_what_overflows_in_half_precision_is_made_in_float32(make_sampler, tmp_path):
@@ -260,18 +262,24 @@ def test_a_full_memory_halves_the_batch(make_sampler, capsys):
         sampler(PROMPTS, [0] * 5)
 
 
-def test_a_retry_that_does_not_fit_is_a_failed_image(make_sampler):
+def test_a_retry_that_does_not_fit_leaves_another_seed(make_sampler):
     sampler = make_sampler(dtype="bfloat16")
     sample = sampler.sample
 
     def stand_in(prompts, seeds):
         if sampler.pipeline.unet.dtype == torch.float32:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return [(image, "black") for image, _ in sample(prompts, seeds)]
+        return [
+            (image, "black" * (seed != lucky)) for (image, _), seed in zip(sample(prompts, seeds), seeds, strict=True)
+        ]
 
-    sampler.sample = stand_in
+    sampler.sample, lucky = stand_in, None
     (image,) = sampler(["x"], [0])
-    assert image.outcome == "failed" and image.reason.endswith("another seed: does not fit into the memory in float32")
+    assert image.outcome == "failed"
+    assert image.reason == "black; float32: does not fit into the memory; another seed: black"
+    lucky = image_seed("x", 0, attempt=1)
+    (image,) = sampler(["x"], [0])
+    assert image.outcome == "another seed" and image.reason == "black; float32: does not fit into the memory"
     assert sampler.pipeline.unet.dtype == torch.bfloat16
 
 
