@@ -104,16 +104,27 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def join_ranks(device_name: str) -> Ranks:
-    """Join the process group that torchrun's variables describe; alone without them."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Also of cuBLAS and cuDNN, which say it as an error of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error) or "out of memory" in str(error)
+
+
+def join_ranks(device_name: str, *, backend: str | None = None, wait_seconds: float = 2 * SAVING_SECONDS) -> Ranks:
+    """Join the process group that torchrun's variables describe; alone without them.
+
+    Args:
+        device_name: auto, cuda or cpu.
+        backend: what the ranks talk through: gloo for ranks that exchange little, NCCL by default on GPUs.
+        wait_seconds: how long one waits for the others, as all do for rank 0 while it saves.
+    """
     device = pick_device(device_name)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, as bfloat16 has 7
     if world_size > 1:
-        limit = datetime.timedelta(seconds=2 * SAVING_SECONDS)  # the others wait while rank 0 saves
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=wait_seconds))
     return Ranks(rank, world_size, device)
 
 

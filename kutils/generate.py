@@ -1,38 +1,28 @@
-"""Images from prompts: a data set in the format of the recipes, resumable, each image decided by its prompt alone."""
+"""Images from prompts: a data set in the format of the recipes, resumable, each image decided by its prompt alone.
+
+By the built-in renderer, or by a diffusion model: alone, or as ranks of torchrun.
+"""
 
 import argparse
-import hashlib
-import json
+import dataclasses
+import errno
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 
-from kutils import paths, shapes
+from kutils import children, paths, shapes
+from kutils.image_sets import RECORD, DiffusionSettings, GenerateError, ImageSet, image_seed, read_prompts
 from kutils.progress import progress_bar
-from kutils.tables import hash_prompts, read_table, write_table
 
 CHUNK_PROMPTS = 32  # rendered by a worker between two reports
-PROMPTS_PER_FOLDER = 1000  # a folder with millions of files is slow to list
 JPEG_QUALITY = 92
-RECORD = "generation.json"  # in the folder of images: what they were made from
-
-
-class GenerateError(ValueError):
-    """A data set that cannot be made as asked; the message says what to do."""
-
-
-def image_seed(prompt: str, number: int) -> int:
-    """Seed of a prompt's image `number`, 0 to 2**63 - 1: the same on every machine and in any order of work."""
-    return int.from_bytes(hashlib.sha256(f"{number}\t{prompt}".encode()).digest()[:8], "big") >> 1
-
-
-def image_name(dataset: str, prompt_row: int, number: int) -> str:
-    """Path below `input/` of image `number` of the prompt in row `prompt_row`."""
-    return f"{dataset}_images/{prompt_row // PROMPTS_PER_FOLDER:05d}/{prompt_row:07d}_{number}.jpg"
+SUFFIXES = {"shapes": ".jpg", "diffusers": ".webp"}  # of the images, by backend
+WAIT_SECONDS = 7 * 24 * 3600  # for the slowest rank, which may have many images left when the others are done
 
 
 def render_missing(jobs: list[tuple[str, int, Path]], size: int) -> int:
@@ -45,7 +35,14 @@ def render_missing(jobs: list[tuple[str, int, Path]], size: int) -> int:
 
 
 def generate_images(
-    prompts: Sequence[str], output: Path | str, *, images_per_prompt: int = 3, size: int = 128, num_workers: int = 0
+    prompts: Sequence[str],
+    output: Path | str,
+    *,
+    images_per_prompt: int = 3,
+    size: int = 128,
+    num_workers: int = 0,
+    sources: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Make `<output>_images/` and `<output>.tsv` (fold -1) from prompts by the built-in renderer.
 
@@ -56,60 +53,41 @@ def generate_images(
         output: the data set's name below `input/`, as in `input/shapes`.
         size: side of the images, px.
         num_workers: processes; 0: one per core.
+        sources, overwrite: as in `ImageSet`.
     Returns: path of the table, its rows in the order of the prompts.
     Raises: GenerateError for repeated prompts or a data set that was made from something else; ShapesError naming the
         first prompt that cannot be drawn, before any image is made.
     """
-    output = Path(output).absolute()
-    tsv_path, folder = output.with_name(f"{output.name}.tsv"), output.with_name(f"{output.name}_images")
-    if min(images_per_prompt, size) < 1:
-        raise GenerateError(f"images_per_prompt={images_per_prompt}, size={size}: both must be at least 1")
-    if not prompts or len(set(prompts)) < len(prompts):
-        raise GenerateError("the prompts are none, or one is there twice; give each once")
+    image_set = ImageSet(Path(output), prompts, images_per_prompt, SUFFIXES["shapes"], sources)
+    if size < 1:
+        raise GenerateError(f"size={size}: it must be at least 1")
     for prompt in prompts:
         shapes.parse(prompt)
-    record = {"backend": "shapes", "images_per_prompt": images_per_prompt, "size": size, "num_prompts": len(prompts)}
-    record["prompts_sha256"] = hash_prompts(pa.array(prompts))
-    check_made_alike(tsv_path, folder, record)
-    paths.write_json(folder / RECORD, record)
-    jobs = [
-        (prompt, number, output.parent / image_name(output.name, row, number))
-        for row, prompt in enumerate(prompts)
-        for number in range(images_per_prompt)
-    ]
-    missing = [job for job in jobs if not job[2].is_file()]
-    if not missing and tsv_path.is_file():
-        print(f"{tsv_path} is complete ({len(jobs):,} images)")
-        return tsv_path
+    record = image_set.record(backend="shapes", size=size)
+    image_set.check_made_alike(record)
+    paths.write_json(image_set.folder / RECORD, record)
+    missing = image_set.missing()
     step = CHUNK_PROMPTS * images_per_prompt
-    chunks = [missing[start : start + step] for start in range(0, len(missing), step)]
-    workers = min(num_workers or os.cpu_count() or 1, max(1, len(chunks)))
-    # not fork: a notebook's process may hold threads of PyTorch
-    with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
-        progress_bar(len(missing), "image", "rendering") as bar,
-    ):
-        for done in as_completed([pool.submit(render_missing, chunk, size) for chunk in chunks]):
-            bar.update(done.result())
-    if not tsv_path.is_file():
-        images = [str(path.relative_to(output.parent)) for _, _, path in jobs]
-        write_table(tsv_path, {"image": images, "prompt": [job[0] for job in jobs], "fold": [-1] * len(jobs)})
-    print(f"{tsv_path}: {len(jobs):,} images of {len(prompts):,} prompts, {len(missing):,} of them new")
-    return tsv_path
-
-
-def check_made_alike(tsv_path: Path, folder: Path, record: dict) -> None:
-    """Raise GenerateError where a data set of this name is there and was not made as `record` says."""
-    record_path = folder / RECORD
-    if record_path.is_file():
-        former = json.loads(record_path.read_text())
-        differing = [key for key in record if former.get(key) != record[key]]
-        if differing:
-            told = ", ".join(f"{key} {former.get(key)} (now {record[key]})" for key in differing)
-            raise GenerateError(f"{tsv_path} was made with {told}; choose another name, or delete it with {folder}")
-    elif tsv_path.exists() or folder.exists():
-        found = tsv_path if tsv_path.exists() else folder
-        raise GenerateError(f"{found} was not made by this command; choose another name")
+    chunks = [
+        [(*image_set.prompt(image), image_set.path(image)) for image in missing[start : start + step]]
+        for start in range(0, len(missing), step)
+    ]
+    if chunks:
+        # not fork: a notebook's process may hold threads of PyTorch
+        with (
+            ProcessPoolExecutor(
+                min(num_workers or os.cpu_count() or 1, len(chunks)), multiprocessing.get_context("spawn")
+            ) as pool,
+            progress_bar(len(missing), "image", "rendering") as bar,
+        ):
+            for done in as_completed([pool.submit(render_missing, chunk, size) for chunk in chunks]):
+                bar.update(done.result())
+    if image_set.update_table(np.array([], np.int64), overwrite=overwrite) or len(missing):
+        counts = f"{len(image_set):,} images of {len(prompts):,} prompts, {len(missing):,} of them new"
+        print(f"{image_set.tsv_path}: {counts}")
+    else:
+        print(f"{image_set.tsv_path} is complete ({len(image_set):,} images)")
+    return image_set.tsv_path
 
 
 def make_shapes_dataset(
@@ -135,41 +113,126 @@ def make_shapes_dataset(
     return tsv_path
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def stop_once(number: int, frame) -> None:
+    """Handle the first SIGINT or SIGTERM as an interrupt, which lets images in work be saved; torchrun sends more."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def generate_by_diffusion(image_set: ImageSet, options: dict, overwrite: bool) -> None:
+    """Make a data set by `kutils.sampling`, as one rank of torchrun or alone; `options` are of `DiffusionSettings`."""
+    from kutils import devices, sampling  # these load PyTorch; rendering does without
+
+    settings = DiffusionSettings(**options)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
+            signal.signal(number, stop_once)
+    # gloo, since ranks tell each other little and a GPU that fails must not keep them from it
+    ranks = devices.join_ranks(settings.device, backend="gloo", wait_seconds=WAIT_SECONDS)
+    try:
+        sampling.generate_images(image_set, settings, ranks, overwrite=overwrite)
+    finally:
+        devices.leave_ranks()
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kutils.generate",
-        description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/. Embed and group it next.",
+        description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/. Embed and group it next. "
+        "Run again, it makes what is missing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
-        "prompts", nargs="?", type=Path, metavar="PROMPTS.tsv", help="prompts file, header prompt source"
+        "prompts", nargs="?", default=None, type=Path, metavar="PROMPTS.tsv", help="prompts file, header prompt source"
     )
-    parser.add_argument("--backend", choices=("shapes",), default="shapes", help="what draws: the built-in renderer")
-    parser.add_argument("--output", type=Path, metavar="input/NAME", help="the data set to make")
+    backend_help = "what draws: the built-in renderer, or a diffusion model (pip install -e '.[generate]')"
+    parser.add_argument("--backend", choices=tuple(SUFFIXES), default="shapes", help=backend_help)
+    parser.add_argument("--output", default=None, type=Path, metavar="input/NAME", help="the data set to make")
     parser.add_argument("--images-per-prompt", type=int, help="default: 3, or 2 for --shapes-dataset")
-    parser.add_argument("--size", type=int, default=128, help="side of the images, px")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
+    parser.add_argument(
+        "--size",
+        type=int,
+        help=f"side of the images, px; default: 128, or {DiffusionSettings.size} by diffusion",
+    )
+    parser.add_argument("--workers", type=int, help="processes of the built-in renderer; default: one per core")
+    parser.add_argument(
+        "--table-only", action="store_true", default=False, help="write the table of the images that are there so far"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", default=False, help="replace a table with folds too, and keep it as .bak"
+    )
+    diffusion_group = parser.add_argument_group(
+        "a diffusion model, on one GPU, or as ranks: torchrun --nproc-per-node 8 -m kutils.generate ..."
+    )
+    for item in dataclasses.fields(DiffusionSettings):
+        flag, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
+        if isinstance(item.default, bool):
+            diffusion_group.add_argument(flag, action="store_true", help=text)
+        elif item.name != "size":  # both backends have it
+            text += f"; default: {item.default}" if item.default != "" else ""
+            diffusion_group.add_argument(
+                flag, type=type(item.default), choices=item.metadata["choices"] or None, help=text
+            )
     shapes_group = parser.add_argument_group("the embedded data set, with embeddings and folds")
     shapes_group.add_argument(
-        "--shapes-dataset", metavar="NAME", help="make input/NAME from the renderer's own prompts"
+        "--shapes-dataset", default=None, metavar="NAME", help="make input/NAME from the renderer's own prompts"
     )
     shapes_group.add_argument("--num-prompts", type=int, default=4000, help="prompts of --shapes-dataset")
     shapes_group.add_argument("--seed", type=int, default=0, help="of the prompts of --shapes-dataset")
+    return parser
+
+
+def run(args: argparse.Namespace, options: dict) -> None:
+    """Do what the arguments say; `options` are those of one backend that were given."""
+    counts = {"images_per_prompt": getattr(args, "images_per_prompt", 2 if args.shapes_dataset else 3)}
+    if args.shapes_dataset is not None:
+        make_shapes_dataset(args.shapes_dataset, num_prompts=args.num_prompts, seed=args.seed, **counts, **options)
+        return
+    prompts, sources = read_prompts(args.prompts)
+    image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], sources)
+    if args.backend == "diffusers" and not args.table_only:
+        generate_by_diffusion(image_set, options, args.overwrite)
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise GenerateError("only --backend diffusers makes images on several ranks; start this without torchrun")
+    if args.table_only:
+        image_set.check_made_alike(image_set.record(backend=args.backend))
+        missing = image_set.missing()
+        is_new = image_set.update_table(missing, overwrite=args.overwrite)
+        told = "written" if is_new else "left as it is"
+        print(f"{image_set.tsv_path} {told}: {len(image_set) - len(missing):,} of {len(image_set):,} images are there")
+    else:
+        options["num_workers"] = options.pop("workers", 0)
+        generate_images(prompts, args.output, **counts, **options, sources=sources, overwrite=args.overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
+        children.end_with_parent()
+    parser = make_parser()
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.shapes_dataset is None):
         parser.error("give either PROMPTS.tsv with --output, or --shapes-dataset NAME")
     if args.prompts is not None and args.output is None:
         parser.error("where to? give --output input/NAME")
+    if args.shapes_dataset is not None and (args.backend != "shapes" or args.table_only or args.overwrite):
+        parser.error("--shapes-dataset goes without --backend diffusers, --table-only and --overwrite")
+    of_diffusion = {item.name for item in dataclasses.fields(DiffusionSettings)}
+    of_shapes = {"size", "workers"} if args.shapes_dataset is None else {"size"}
+    options = {name: value for name, value in vars(args).items() if name in of_diffusion | {"workers"}}
+    for name in set(options) - (of_shapes if args.backend == "shapes" else of_diffusion):
+        parser.error(f"--{name.replace('_', '-')} is not for --backend {args.backend}, or not for --shapes-dataset")
     try:
-        if args.shapes_dataset is not None:
-            sizes = {"num_prompts": args.num_prompts, "images_per_prompt": args.images_per_prompt or 2}
-            make_shapes_dataset(args.shapes_dataset, **sizes, size=args.size, seed=args.seed)
-        else:
-            prompts = list(dict.fromkeys(read_table(args.prompts, ["prompt"])["prompt"].to_pylist()))
-            options = {"images_per_prompt": args.images_per_prompt or 3, "size": args.size, "num_workers": args.workers}
-            generate_images(prompts, args.output, **options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
+        run(args, options)
+    except KeyboardInterrupt:
+        raise SystemExit(f"error: {children.STOPPED}; images are kept, and the same command makes the rest") from None
+    except OSError as error:
+        advice = "; make room, and the same command makes the rest" if error.errno == errno.ENOSPC else ""
+        raise SystemExit(f"error: {error}{advice}") from error
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -221,6 +221,25 @@ def show_image(axes: Axes, image) -> None:
 # ---------------------------------------------------------------- prompts and folds
 
 
+def image_statistics(image_paths: Sequence) -> Figure:
+    """Histograms of images' brightness and contrast: mean and standard deviation of the gray levels of each.
+
+    Raises: PlotError for no image; OSError for one that cannot be read.
+    """
+    grays = (np.asarray(Image.open(path).convert("L"), np.float32) for path in image_paths)
+    values = np.array([(gray.mean(), gray.std()) for gray in grays]).reshape(-1, 2)
+    finite(values, "images")
+    figure, all_axes = new_axes(2, width=12)
+    titles = ("Brightness", "Contrast"), ("mean of an image, 0 to 255", "standard deviation within an image")
+    for axes, column, title, label, last in zip(all_axes, values.T, *titles, (255, 128), strict=True):
+        axes.hist(column, bins=32, range=(0, last), color=BLUE)
+        axes.axvline(column.mean(), color=ORANGE, label=f"mean: {column.mean():.0f}")
+        axes.set(title=title, xlabel=label, ylabel="images")
+        legend_below(axes)
+        despine(axes, grid="y")
+    return figure
+
+
 def prompt_lengths(prompts: Sequence[str]) -> Figure:
     """Histogram of words per prompt. Raises: PlotError for no prompt."""
     words = finite([len(prompt.split()) for prompt in prompts], "prompts")

@@ -132,7 +132,7 @@ class Predictor:
                 try:
                     return np.concatenate([self.embed(part) for part in pixels.split(self.size)])
                 except RuntimeError as error:
-                    if self.size == 1 or not is_out_of_memory(error):
+                    if self.size == 1 or not devices.is_out_of_memory(error):
                         raise
                 self.size = (min(self.size, len(pixels)) + 1) // 2  # out of `except`, whose traceback holds memory
                 torch.cuda.empty_cache()
@@ -152,11 +152,6 @@ class Predictor:
         if self.dtype != torch.float32 and overflown.any():
             rows[overflown] = self.model(inputs[overflown].contiguous(memory_format=torch.channels_last)).float()
         return rows
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Also of cuBLAS and cuDNN, which say it as an error of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error) or "out of memory" in str(error)
 
 
 def views(inputs: Tensor, tta: str) -> Iterator[Tensor]:

@@ -129,6 +129,10 @@ def check(copy: Copy) -> None:
     copy.run("python -m kutils.grouping folds input/shapes.tsv --threshold 0.7 --folds 10 --method partition")
     copy.run("python -m kutils.grouping dedup input/shapes.tsv --threshold 0.9 --kept input/k.tsv --rest input/r.tsv")
     copy.run("papermill notebooks/prepare_data.ipynb working/prepare_data.ipynb -p dataset shapes")
+    copy.run("papermill notebooks/generate_images.ipynb working/generate_images.ipynb")
+    diffusion = "python -m kutils.generate input/shapes.tsv --backend diffusers --output input/diffusion"
+    copy.run(diffusion, fails_with="pip install -e '.[generate]'")
+    copy.expect("input/drawn.tsv", "working/generate_images.ipynb")
     copy.expect("input/shapes.npy", "input/shapes.folds.json", "input/k.tsv", "working/prepare_data.ipynb")
 
     # every recipe by the command of the README; on a machine without GPUs it says so at once

@@ -1,14 +1,17 @@
 """Images from prompts: the same whatever the order of work, complete after a kill, nothing overwritten."""
 
+import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from kutils import datasets, generate, grouping
-from kutils.tables import read_table, write_table
+from kutils.image_sets import ImageSet
+from kutils.tables import TableError, read_table, write_table
 
 PROMPTS = ["a red apple", 'two "blue" hats, in falling snow', "a cat under a starry night sky"]
 
@@ -32,8 +35,8 @@ def test_data_set_is_in_the_format_of_the_recipes(tmp_path):
 def test_image_depends_on_its_prompt_alone(tmp_path):
     generate.generate_images(PROMPTS, tmp_path / "a", images_per_prompt=1, size=32, num_workers=2)
     generate.generate_images(PROMPTS[::-1], tmp_path / "b", images_per_prompt=1, size=32, num_workers=1)
-    first = (tmp_path / generate.image_name("a", 0, 0)).read_bytes()
-    assert first == (tmp_path / generate.image_name("b", 2, 0)).read_bytes()
+    first = (tmp_path / "a_images/00000/0000000_0.jpg").read_bytes()
+    assert first == (tmp_path / "b_images/00000/0000002_0.jpg").read_bytes()
     assert generate.image_seed("a red apple", 0) != generate.image_seed("a red apple", 1)
     assert 0 <= generate.image_seed("x", 3) < 2**63
 
@@ -42,7 +45,7 @@ def test_what_is_missing_is_made_again_and_the_rest_is_kept(tmp_path, monkeypatc
     generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=2, size=32, num_workers=1)
     whole = files_of(tmp_path)
     (tmp_path / "set.tsv").unlink()
-    (tmp_path / generate.image_name("set", 1, 1)).unlink()
+    (tmp_path / "set_images/00000/0000001_1.jpg").unlink()
     generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=2, size=32, num_workers=1)
     assert files_of(tmp_path) == whole
 
@@ -78,6 +81,75 @@ def test_bad_prompts_stop_it_before_anything_is_written(tmp_path, prompts, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_seeds_are_what_they_were():
+    # printf "0\ta red apple" | sha256sum, its first 63 bits: the pictures of the demo depend on it
+    assert generate.image_seed("a red apple", 0) == 6306634311379651740
+    seeds = {generate.image_seed("x", number, attempt) for number in range(5) for attempt in range(3)}
+    assert len(seeds) == 15
+
+
+def test_names_and_what_is_missing(tmp_path):
+    prompts = [f"prompt {row}" for row in range(2001)]
+    image_set = ImageSet(tmp_path / "many", prompts, 3, ".webp")
+    assert image_set.name(3 * 1999 + 2) == "many_images/00001/0001999_2.webp"
+    assert image_set.prompt(3 * 1999 + 2) == ("prompt 1999", 2)
+    there = [0, 1, 5, 3 * 1000, 3 * 2000 + 2]
+    for image in there:
+        image_set.path(image).parent.mkdir(parents=True, exist_ok=True)
+        image_set.path(image).touch()
+    folder = tmp_path / "many_images" / "00000"
+    for stranger in ("0000001_3.webp", "0002001_0.webp", "0000002_0.jpg", "notes.txt"):  # of no image of this set
+        (folder / stranger).touch()
+    old, young = folder / ".0000002_0.1234abcd.partial.webp", folder / ".0000002_1.1234abcd.partial.webp"
+    for leftover in (old, young):
+        leftover.touch()
+    os.utime(old, (time.time() - 3600,) * 2)
+    assert image_set.missing().tolist() == [image for image in range(6003) if image not in there]
+    assert not old.exists() and young.exists()  # the young one may be of an image that is being written
+
+
+def test_the_table_follows_the_images_and_keeps_what_it_would_lose(tmp_path):
+    image_set = ImageSet(tmp_path / "set", ["a", 'b "c"'], 2, ".webp", ["me", "you"])
+    assert image_set.update_table(np.array([1]))
+    table = read_table(image_set.tsv_path, ["image", "prompt", "fold", "source"])
+    assert table["image"].to_pylist() == [
+        f"set_images/00000/{name}.webp" for name in ("0000000_0", "0000001_0", "0000001_1")
+    ]
+    assert table["prompt"].to_pylist() == ["a", 'b "c"', 'b "c"'] and table["source"].to_pylist() == [
+        "me",
+        "you",
+        "you",
+    ]
+    assert image_set.update_table(np.array([], np.int64))  # nothing of anybody's was in it
+    assert not image_set.update_table(np.array([], np.int64))
+    whole = read_table(image_set.tsv_path, ["image"])
+    columns = {name: whole[name] for name in whole.column_names} | {"fold": [0, 0, 1, 1]}
+    write_table(image_set.tsv_path, columns)
+    folded = image_set.tsv_path.read_bytes()
+    assert not image_set.update_table(np.array([], np.int64))
+    with pytest.raises(generate.GenerateError, match=r"4 rows, and 3 images are there; .* --overwrite"):
+        image_set.update_table(np.array([2]))
+    assert image_set.tsv_path.read_bytes() == folded
+    assert image_set.update_table(np.array([2]), overwrite=True)
+    assert (tmp_path / "set.tsv.bak").read_bytes() == folded
+    assert read_table(image_set.tsv_path, ["fold"])["fold"].to_pylist() == [-1] * 3
+    with pytest.raises(generate.GenerateError, match="no image of these prompts"):
+        image_set.update_table(np.arange(4))
+
+
+def test_prompts_come_with_their_sources(tmp_path):
+    path = tmp_path / "p.tsv"
+    write_table(path, {"prompt": ["b", 'a "b', "b"], "source": ["x", "y", "z"]})
+    assert generate.read_prompts(path) == (["b", 'a "b'], ["x", "y"])
+    write_table(path, {"prompt": ["b", "a"]})
+    assert generate.read_prompts(path) == (["b", "a"], None)
+    path.write_text("prompt\tsource\nb\tx\n \ty\n")
+    with pytest.raises(generate.GenerateError, match=r"p.tsv, line 3: the prompt is empty"):
+        generate.read_prompts(path)
+    with pytest.raises(TableError, match="is not there"):
+        generate.read_prompts(tmp_path / "none.tsv")
+
+
 def test_embedded_data_set_is_ready_for_training(workspace):
     path = generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
     data = datasets.load_datasets(["little"])
@@ -103,6 +175,14 @@ def test_command(tmp_path):
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 images of 3 prompts" in done.stdout
+    assert read_table(tmp_path / "set.tsv", ["source"])["source"].to_pylist() == ["me"] * 3
+    (tmp_path / "set_images" / "00000" / "0000001_0.jpg").unlink()
+    (tmp_path / "set.tsv").unlink()
+    done = subprocess.run([*command, *options, "--table-only"], cwd=tmp_path, capture_output=True, text=True)
+    assert "2 of 3 images are there" in done.stdout, done.stderr
+    assert read_table(tmp_path / "set.tsv", ["prompt"])["prompt"].to_pylist() == [PROMPTS[0], PROMPTS[2]]
+    done = subprocess.run([*command, *options, "--steps", "3"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "--steps is not for --backend shapes" in done.stderr
     done = subprocess.run([*command, "p.tsv"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "--output" in done.stderr
     write_table(tmp_path / "bad.tsv", {"prompt": ["abstract"], "source": ["me"]})

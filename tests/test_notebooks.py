@@ -15,6 +15,7 @@ import jupytext
 import numpy as np
 import papermill
 import pytest
+import tiny_diffusion
 from conftest import make_dataset
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
@@ -145,11 +146,14 @@ def test_a_figure_is_not_shown_twice(script):
 
 
 def execute(name: str, output: Path, /, cwd: Path = ROOT, **values) -> list[dict]:
+
+
+def execute(name: str, target: Path, /, cwd: Path = ROOT, **values) -> list[dict]:
     """Run a notebook and return its executed cells; PapermillExecutionError if a cell fails."""
     papermill.execute_notebook(
-        NOTEBOOKS / f"{name}.ipynb", output, parameters=values, cwd=str(cwd), progress_bar=False, kernel_name="python3"
+        NOTEBOOKS / f"{name}.ipynb", target, parameters=values, cwd=str(cwd), progress_bar=False, kernel_name="python3"
     )
-    return json.loads(output.read_text(encoding="utf-8"))["cells"]
+    return json.loads(target.read_text(encoding="utf-8"))["cells"]
 
 
 def figures(executed: list[dict]) -> list[Image.Image]:
@@ -295,6 +299,28 @@ def test_prepare_prompts_collects_cleans_chooses_and_folds(workspace):
     counts = [read_table(inputs / f"{name}.tsv", ["prompt"]).num_rows for name in ("two.prompts", "two_part2.prompts")]
     assert sum(counts) == 20 and f"{counts[0]:,} prompts kept in" in said
     assert set(read_table(inputs / "two.prompts.tsv", ["fold"])["fold"].to_pylist()) == {0, 1}
+
+
+def test_generate_images_makes_a_data_set_and_looks_at_it(workspace, tmp_path):
+    executed = execute("generate_images", workspace / "out.ipynb", num_prompts=10, images_per_prompt=2, size=64)
+    assert_readable(figures(executed), 3)  # of different prompts, of the same prompt, brightness and contrast
+    said = printed(executed)
+    assert "10 prompts, 20 images, 20 of them missing" in said and "0 images failed" in said
+    assert "20 images of 10 prompts, 20 of them new" in said and "-p dataset drawn" in said
+    table = read_table(workspace / "input" / "drawn.tsv", ["image", "prompt", "fold", "source"])
+    assert table.num_rows == 20 and table["source"][0].as_py() == "shapes"
+
+    # by a diffusion model, of a prompts file
+    write_table(tmp_path / "prompts.tsv", {"prompt": ['a "red" cat', "two dogs"]})
+    values = {"model": str(tiny_diffusion.save(tmp_path / "tiny")), "steps": 2, "size": 64, "num_processes": 2}
+    values |= {"prompts_path": str(tmp_path / "prompts.tsv"), "options": "--save-size 48 --batch-size 2"}
+    values |= {"backend": "diffusers", "output": "sampled"}
+    executed = execute("generate_images", workspace / "out.ipynb", **values)
+    assert_readable(figures(executed), 3)
+    assert "6 images of 2 prompts, 6 of them new" in printed(executed)
+    folder = workspace / "input" / "sampled_images" / "00000"
+    assert {Image.open(path).size for path in folder.iterdir()} == {(48, 48)} and len(list(folder.iterdir())) == 6
+    assert list((workspace / "working" / "runs" / "generate_sampled" / "logs").rglob("stdout.log"))
 
 
 @pytest.mark.slow

@@ -134,6 +134,19 @@ def test_prompt_lengths_counts_words():
     assert figure.axes[0].get_title() == "4 prompts, the longest of 3 words"
 
 
+def test_image_statistics_are_those_of_the_gray_levels(tmp_path):
+    halves = np.zeros((10, 10, 3), np.uint8)
+    halves[:5] = 200  # mean 100, standard deviation 100
+    for name, pixels in (("a", halves), ("b", np.full((10, 10, 3), 40, np.uint8))):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    brightness, contrast = plots.image_statistics(sorted(tmp_path.glob("*.png"))).axes
+    assert [axes.get_legend().get_texts()[0].get_text() for axes in (brightness, contrast)] == ["mean: 70", "mean: 50"]
+    filled = [patch.get_x() for patch in contrast.patches if patch.get_height() == 1]
+    assert filled == [0.0, 100.0]  # bins of 4 levels
+    with pytest.raises(PlotError, match="no images"):
+        plots.image_statistics([])
+
+
 def test_a_histogram_says_shares_and_what_lies_above_the_threshold():
     sets = {"random pairs": [0.0, 0.1, 0.2, 0.9], "nearest": [0.7, 0.8]}
     axes = plots.similarity_histogram(sets, threshold=0.7).axes[0]
