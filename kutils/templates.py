@@ -55,7 +55,7 @@ def compile_grammar() -> Callable[[random.Random], str]:
     words = {name: [" ".join(word.split()) for word in text.split(",")] for name, text in WORDS.items()}
     parts = {
         option: [piece for piece in re.split(r"(\{\w+(?::s)?\})", option) if piece]
-        for options in [*PATTERNS.values()]
+        for options in PATTERNS.values()
         for option in options
     }
     chances = {name: (list(options), list(accumulate(options.values()))) for name, options in PATTERNS.items()}
