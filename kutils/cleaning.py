@@ -16,17 +16,17 @@ EXAMPLE_CHARACTERS = 300
 MAX_CHARACTERS = 10_000  # a line of more is no prompt, and patterns take a time that grows with its square
 CLIP_TOKENS = 77  # that Stable Diffusion reads, with the two special ones
 
-# frequent words that are neither English nor usual in names (as de, la, van, di and der are)
+# frequent words that are no English ones (as pour, sin, met, under are) and not usual in names (de, la, van, di, der)
 FOREIGN_WORDS = {
-    "Spanish": "una con en y para por que su sus como muy pero sin sobre entre hasta desde estilo mujer hombre",
+    "Spanish": "una con en y para por que su sus como muy pero sobre entre hasta desde estilo mujer hombre",
     "Portuguese": "uma com em um n\u00e3o para por que ao na nos pelo pela sobre entre estilo mulher homem \u00e9",
-    "French": "une un dans avec sur et des aux est qui pour par sans sous femme homme tr\u00e8s \u00e0 au",
-    "Italian": "una un uno con che nel nella sul sulla gli per sono alla dello donna uomo stile \u00e8",
+    "French": "une un dans avec sur et des aux est qui par sans sous femme homme tr\u00e8s \u00e0 au",
+    "Italian": "una un uno con che nel nella sul sulla gli sono alla dello donna uomo stile \u00e8",
     "German": "und mit ein eine einem einen einer auf im ist f\u00fcr nicht vor unter \u00fcber das dem frau",
-    "Dutch": "een het met op en voor uit niet onder naast zijn aan vrouw",
-    "Swedish and Danish": "och og med ett som p\u00e5 p\u00e5 till til inte ikke under kvinna kvinde av",
+    "Dutch": "een het en voor uit niet onder naast zijn aan vrouw",
+    "Swedish and Danish": "och og med ett som p\u00e5 inte ikke kvinna kvinde av",
     "Polish": "na si\u0119 nie jest oraz kobieta przy pod",
-    "Indonesian": "yang dan dengan di seorang untuk pada dari sebuah",
+    "Indonesian": "yang dengan seorang untuk pada dari sebuah",
     "Turkish": "bir ve ile i\u00e7in gibi \u00e7ok olan",
 }
 FOREIGN_WORDS = {language: frozenset(words.split()) for language, words in FOREIGN_WORDS.items()}
@@ -210,10 +210,10 @@ class Cleaner:
             return "too few words"
         if num_words > self.settings.max_words:
             return "too many words"
-        if not text.isascii() or not any(map(str.isalpha, text)):
-            share = latin_share(text)
-            if share < self.settings.min_latin:
-                return "another script" if share or any(map(str.isalpha, text)) else "no letters"
+        if not any(map(str.isalpha, text)):
+            return "no letters"
+        if not text.isascii() and latin_share(text) < self.settings.min_latin:
+            return "another script"
         return "another language" if self.settings.english and foreign_language(text) else ""
 
     def report(self) -> dict:

@@ -48,9 +48,7 @@ EDIT_STEP = re.compile(r":\s*\d*\.?\d+\s*$")
 MULTI_PROMPT = re.compile(r"\s*:{2,}(?:\s?-?\d+(?:\.\d+)?(?![\w.]))?\s*")
 ESCAPED = re.compile(r"\\{1,4}(['\"()\[\]{}])")
 # most prompts hold none of these and need no second look
-SUSPECT = re.compile(
-    r"[\\(\[{<&_\u2013\u2014]|--|::|://|steps:|prompts?\s*:|sampler|cfg scale|seed:|size:|\s-[a-z]", re.IGNORECASE
-)
+SUSPECT = re.compile(r"[\\(\[{<&_\u2013\u2014]|--|::|\w ?:|\s-[A-Za-z]")
 
 
 def strip_html(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kutils.cleaning import CleaningSettings, count_words
+from kutils.cleaning import count_words
 from kutils.sources import positive, write_prompts
 from kutils.tables import read_table
 from kutils.template_words import PATTERNS, PLURALS, WORDS
@@ -22,6 +22,7 @@ SKEW = 2.2  # word floor(n * u**SKEW) of n is drawn, u uniform: the first tenth 
 SLOT = re.compile(r"\{(\w+)(:s)?\}")
 ARTICLE = re.compile(r"@ (\w+)")
 JOINS = ("{} and {}", "{}, next to {}", "{} beside {}", "{} with {}", "{}, {}", "{}, near {}")
+JOINED_WORDS = 20  # at most, of each of the two: an image has no room for two long stories, nor has CLIP
 ENDS = " .,;:!-"
 
 
@@ -55,7 +56,7 @@ def compile_grammar() -> Callable[[random.Random], str]:
     words = {name: [" ".join(word.split()) for word in text.split(",")] for name, text in WORDS.items()}
     parts = {
         option: [piece for piece in re.split(r"(\{\w+(?::s)?\})", option) if piece]
-        for options in [*PATTERNS.values()]
+        for options in PATTERNS.values()
         for option in options
     }
     chances = {name: (list(options), list(accumulate(options.values()))) for name, options in PATTERNS.items()}
@@ -96,8 +97,8 @@ def join_prompts(
 ) -> list[str]:
     """Distinct prompts, each made of two given ones of different topics: "X and Y", "X, next to Y", ...
 
-    Topics are clusters of the embeddings (mini-batch k-means). Prompts of more than half the words that a cleaned one
-    may have are passed over. The same for the same input and seed; a longer list begins with the shorter one.
+    Topics are clusters of the embeddings (mini-batch k-means). Prompts of more than JOINED_WORDS are passed over.
+    The same for the same input and seed; a longer list begins with the shorter one.
 
     Args:
         prompts: n texts.
@@ -113,13 +114,12 @@ def join_prompts(
     from sklearn.cluster import MiniBatchKMeans  # seconds to import
 
     topics = MiniBatchKMeans(num_clusters, random_state=seed, n_init=1, batch_size=4096).fit_predict(embeddings)
-    most_words = CleaningSettings().max_words // 2
-    short = [row for row, prompt in enumerate(prompts) if prompt.strip(ENDS) and count_words(prompt) <= most_words]
+    short = [row for row, prompt in enumerate(prompts) if prompt.strip(ENDS) and count_words(prompt) <= JOINED_WORDS]
     sizes = np.bincount(topics[short], minlength=num_clusters).astype(object)  # integers of Python cannot overflow
     num_pairs = (sum(sizes) ** 2 - sum(sizes**2)) // 2
     if count > num_pairs // 2:
         raise TemplateError(
-            f"{len(short)} prompts of at most {most_words} words make {num_pairs:,} pairs of different clusters: ask "
+            f"{len(short)} prompts of at most {JOINED_WORDS} words make {num_pairs:,} pairs of different clusters: ask "
             f"for half of them at most, not {count:,}"
         )
     rng = random.Random(seed)

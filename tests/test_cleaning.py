@@ -62,6 +62,7 @@ def reasons(cleaner):
         ("a castle -W 1024 -n 9 -i", "a castle", ["generator parameters"]),
         ("a_castle_on_a_hill_-W_1024", "a castle on a hill", ["underscores", "generator parameters"]),
         ("a cat, Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1", "a cat", ["generator parameters"]),
+        ("a cat Clip skip: 2, Model: x", "a cat", ["generator parameters"]),
         ("a cat Negative prompt: blurry, bad Steps: 20, Sampler: DDIM", "a cat", ["negative prompt"]),
         ("the devil\\'s \\(old\\) staff", "the devil's (old) staff", ["backslashes"]),
     ],
@@ -141,7 +142,7 @@ def test_long_odd_texts_take_no_time(piece):
     began = time.process_time()
     for odd in (text + "x:1.2)", "<" + text, text + text.replace("[", "]")):
         tidy(odd[:10_000])
-    assert time.process_time() - began < 5  # 0.3 s measured for the worst
+    assert time.process_time() - began < 5  # 0.2 s measured for the worst
     assert reasons(clean("a cat " * 2000)) == {"too many characters": 1}
 
 
@@ -181,6 +182,7 @@ def test_other_scripts_by_the_share_of_latin_letters():
         ("el ni\u00f1o, painting by Diego Velazquez", None),
         ("by Zdzis\u0142aw Beksi\u0144ski and Fran\u00e7ois Schuiten", None),
         ("die hard movie poster", None),
+        ("dan met van gogh, pour sin on op art till dawn, under per se", None),
         ("a sign that says una cerveza por favor, on a wall of the bar", None),
         ("red car, blue sky, 8k", None),
     ],

@@ -149,12 +149,12 @@ def test_all_real_prompts_through_cleaning(real, tmp_path):
     began = time.monotonic()
     output = tmp_path / "clean.tsv"
     report = sources.make_prompts_file([real / "prompts" / "prompts.tsv.gz"], output, progress=False)
-    assert time.monotonic() - began < 60  # 5 s measured
+    assert time.monotonic() - began < 60  # 4 to 12 s measured, with other work beside it
     dropped = {reason: case["count"] for reason, case in report["dropped"].items()}
     assert report["read"] == 139_703 == report["kept"] + sum(dropped.values())
     assert report["kept"] > 138_500  # 138,833 measured: nearly all are fine prompts, and few of them may be lost
     assert dropped["another language"] < 20 and dropped["another script"] < 20
-    assert 100 < report["changed"]["attention weights"]["count"] < 500  # 329 written so, of 2,300 with parentheses
+    assert 100 < report["changed"]["attention weights"]["count"] < 500  # 327 measured; 1,043 hold a parenthesis
     table = read_table(output, ["prompt", "source"])
     assert table.num_rows == report["kept"]
     captions = "rohitgandikota/unified-concept-editing:coco_30k"

@@ -227,6 +227,19 @@ def test_a_later_set_does_not_repeat_an_earlier_one(tmp_path):
     assert rows == [{"prompt": "a blue cat", "source": "mine"}]
 
 
+def test_bad_lines_are_counted_where_that_is_asked_for(tmp_path):
+    source = write(tmp_path / "a.tsv", b"prompt\tid\na red cat\t1\nbroken\ncaf\xe9 at night\t2\n\t3\na blue cat\t4\n")
+    command = [str(source), "--output", str(tmp_path / "out.tsv")]
+    with pytest.raises(SystemExit, match=r"a\.tsv, line 3: wrong number of columns \('broken"):
+        sources.main(command)
+    assert not (tmp_path / "out.tsv").exists()
+    sources.main([*command, "--skip-bad-lines"])
+    report = json.loads((tmp_path / "out.tsv.report.json").read_text())
+    assert report["read"] == 5 and report["kept"] == 2
+    examples = {reason: case["examples"][0]["place"] for reason, case in report["dropped"].items()}
+    assert examples == {"wrong number of columns": "a.tsv:3", "not UTF-8": "a.tsv:4", "no value": "a.tsv:5"}
+
+
 def test_nothing_left_is_an_error_that_shows_why(tmp_path):
     source = write(tmp_path / "a.txt", "hi\n\n")
     with pytest.raises(SystemExit, match=r"no prompt is left(.|\n)*1  empty(.|\n)*1  too few words"):

@@ -106,12 +106,12 @@ def test_two_prompts_of_different_topics_are_joined():
 
 def test_joined_prompts_fit_into_the_limit_and_names_keep_their_capital():
     prompts, embeddings = clustered(2, 3)
-    prompts[0] = "word " * 38
+    prompts[0] = "word " * 21
     prompts[5] = "Paris at night"
     joined = join_prompts(prompts, embeddings, 3, num_clusters=2)  # 2 x 3 pairs are left
     assert not any("word word" in text for text in joined)
     assert templates.lower_start("Paris at night") == "Paris at night" and templates.lower_start("The end") == "the end"
-    with pytest.raises(TemplateError, match=r"5 prompts of at most 37 words make 6 pairs .* not 4"):
+    with pytest.raises(TemplateError, match=r"5 prompts of at most 20 words make 6 pairs .* not 4"):
         join_prompts(prompts, embeddings, 4, num_clusters=2)
     for count, clusters, rows in ((1, 1, 6), (1, 7, 6), (1, 2, 5), (-1, 2, 6)):
         with pytest.raises(TemplateError, match="give at least 2 clusters"):
