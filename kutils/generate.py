@@ -9,11 +9,12 @@ import errno
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from kutils import children, paths, shapes
 from kutils.image_sets import RECORD, DiffusionSettings, GenerateError, ImageSet, image_seed, read_prompts
@@ -41,10 +42,10 @@ def generate_images(
     images_per_prompt: int = 3,
     size: int = 128,
     num_workers: int = 0,
-    sources: Sequence[str] | None = None,
+    columns: Mapping[str, pa.Array] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Make `<output>_images/` and `<output>.tsv` (fold -1) from prompts by the built-in renderer.
+    """Make `<output>_images/` and `<output>.tsv` from prompts by the built-in renderer.
 
     Run again after a kill, it makes what is missing; a data set that is complete stays as it is, folds included.
 
@@ -53,12 +54,12 @@ def generate_images(
         output: the data set's name below `input/`, as in `input/shapes`.
         size: side of the images, px.
         num_workers: processes; 0: one per core.
-        sources, overwrite: as in `ImageSet`.
+        columns, overwrite: as in `ImageSet`.
     Returns: path of the table, its rows in the order of the prompts.
     Raises: GenerateError for repeated prompts or a data set that was made from something else; ShapesError naming the
         first prompt that cannot be drawn, before any image is made.
     """
-    image_set = ImageSet(Path(output), prompts, images_per_prompt, SUFFIXES["shapes"], sources)
+    image_set = ImageSet(Path(output), prompts, images_per_prompt, SUFFIXES["shapes"], columns or {})
     if size < 1:
         raise GenerateError(f"size={size}: it must be at least 1")
     for prompt in prompts:
@@ -190,8 +191,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if args.shapes_dataset is not None:
         make_shapes_dataset(args.shapes_dataset, num_prompts=args.num_prompts, seed=args.seed, **counts, **options)
         return
-    prompts, sources = read_prompts(args.prompts)
-    image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], sources)
+    prompts, columns = read_prompts(args.prompts)
+    image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], columns)
     if args.backend == "diffusers" and not args.table_only:
         generate_by_diffusion(image_set, options, args.overwrite)
         return
@@ -205,7 +206,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         print(f"{image_set.tsv_path} {told}: {len(image_set) - len(missing):,} of {len(image_set):,} images are there")
     else:
         options["num_workers"] = options.pop("workers", 0)
-        generate_images(prompts, args.output, **counts, **options, sources=sources, overwrite=args.overwrite)
+        generate_images(prompts, args.output, **counts, **options, columns=columns, overwrite=args.overwrite)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

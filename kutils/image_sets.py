@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def image_seed(prompt: str, number: int, attempt: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def read_prompts(path: Path) -> tuple[list[str], list[str] | None]:
-    """The distinct prompts of a prompts file in their order, and each one's source where there is that column.
+def read_prompts(path: Path) -> tuple[list[str], dict[str, pa.Array]]:
+    """The distinct prompts of a prompts file in their order, and what it says of each: `source`, `fold`.
 
     Raises: TableError; GenerateError naming the line of an empty prompt.
     """
@@ -50,12 +50,12 @@ def read_prompts(path: Path) -> tuple[list[str], list[str] | None]:
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise GenerateError(f"{path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
-    if "source" not in table.column_names:
-        return list(dict.fromkeys(prompts)), None
-    source_of = {}
-    for prompt, source in zip(prompts, table["source"].to_pylist(), strict=True):
-        source_of.setdefault(prompt, source)
-    return list(source_of), list(source_of.values())
+    first_row = {}
+    for row, prompt in enumerate(prompts):
+        first_row.setdefault(prompt, row)
+    rows = pa.array(list(first_row.values()))
+    kept = {name: table[name].take(rows).combine_chunks() for name in ("source", "fold") if name in table.column_names}
+    return list(first_row), kept
 
 
 def setting(text: str, default, choices: tuple = ()):
@@ -109,7 +109,7 @@ class ImageSet:
         output: the data set's name below `input/`, as in `input/shapes`.
         prompts: distinct texts.
         suffix: of the image files, with the dot.
-        sources: one per prompt, for the table's column `source`; None: no such column.
+        columns: what the table says of each prompt besides: `source`, and `fold` (int8) where there are folds already.
     Raises: GenerateError for no prompt, a prompt that is there twice, or no image of each.
     """
 
@@ -117,7 +117,7 @@ class ImageSet:
     prompts: Sequence[str] = field(repr=False)
     images_per_prompt: int
     suffix: str
-    sources: Sequence[str] | None = field(default=None, repr=False)
+    columns: Mapping[str, pa.Array] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.images_per_prompt < 1:
@@ -197,9 +197,10 @@ class ImageSet:
             )
 
     def update_table(self, missing: np.ndarray, *, overwrite: bool = False) -> bool:
-        """Write the table of the images that are there (fold -1), unless one of the same images is there already.
+        """Write the table of the images that are there, unless one of the same images is there already.
 
-        A table that holds nothing but what is written here, such as one of half of the images, is replaced.
+        The fold is the prompt's, or -1. A table that holds nothing but what is written here, such as one of half of the
+        images, is replaced.
 
         Args:
             missing: the images to leave out.
@@ -214,18 +215,24 @@ class ImageSet:
         columns = {
             "image": pa.array([self.name(image) for image in images]),
             "prompt": pa.array(self.prompts).take(rows),
-            "fold": np.full(len(images), -1, np.int8),
+            "fold": pa.array(np.full(len(images), -1, np.int8)),
         }
-        if self.sources is not None:
-            columns["source"] = pa.array(self.sources).take(rows)
+        columns |= {name: values.take(rows) for name, values in self.columns.items()}
         if self.tsv_path.is_file():
             former = read_table(self.tsv_path, ["image", "prompt", "fold"])
             if all(former[name].combine_chunks().equals(columns[name]) for name in ("image", "prompt")):
                 return False
-            if (former["fold"].to_numpy() >= 0).any() or not set(former.column_names) <= set(columns):
+            if self.has_folds_of_its_own(former) or not set(former.column_names) <= set(columns):
                 self.set_aside(former.num_rows, len(images), overwrite)
         write_table(self.tsv_path, columns)
         return True
+
+    def has_folds_of_its_own(self, table: pa.Table) -> bool:
+        """Whether a table of this set has a fold that does not come from the prompts."""
+        given = self.columns["fold"].to_pylist() if "fold" in self.columns else [-1] * len(self.prompts)
+        fold_of = dict(zip(self.prompts, given, strict=True))
+        rows = zip(table["prompt"].to_pylist(), table["fold"].to_pylist(), strict=True)
+        return any(fold not in (-1, fold_of.get(prompt)) for prompt, fold in rows)
 
     def set_aside(self, num_rows: int, num_images: int, overwrite: bool) -> None:
         """Keep a table that is about to be replaced as .bak; GenerateError if that was not asked for."""

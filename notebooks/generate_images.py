@@ -17,8 +17,8 @@
 # **What it does.** Makes a data set of images from prompts, by the built-in renderer or by a diffusion model on all
 # GPUs, and looks at what came out. `papermill notebooks/generate_images.ipynb working/runs/generate_images.ipynb`
 #
-# **What it needs.** Nothing for the renderer's own prompts. Else a prompts file (columns `prompt`, and `source` if
-# there is one); for `backend` diffusers the package (`pip install -e '.[generate]'`), and the model from the hub or a
+# **What it needs.** Nothing for the renderer's own prompts. Else a prompts file (column `prompt`; `source` and `fold`
+# come along); for `backend` diffusers the package (`pip install -e '.[generate]'`), and the model from the hub or a
 # folder.
 #
 # **How long it takes.** The renderer: hundreds of images per second. A diffusion model: not measured here; the progress
@@ -63,9 +63,9 @@ prompts_file = Path(prompts_path or paths.working_dir() / "runs" / f"generate_{o
 if not prompts_path:
     made = shapes.generate_prompts(num_prompts)
     write_table(prompts_file, {"prompt": made, "source": ["shapes"] * len(made)})
-prompts, sources = image_sets.read_prompts(prompts_file)
+prompts, columns = image_sets.read_prompts(prompts_file)
 suffix = generate.SUFFIXES[backend]
-image_set = image_sets.ImageSet(paths.input_dir() / output, prompts, images_per_prompt, suffix, sources)
+image_set = image_sets.ImageSet(paths.input_dir() / output, prompts, images_per_prompt, suffix, columns)
 missing = image_set.missing()
 print(f"{len(prompts):,} prompts, {len(image_set):,} images, {len(missing):,} of them missing")
 print("\n".join(prompts[:5]))

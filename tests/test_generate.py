@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -109,7 +110,7 @@ def test_names_and_what_is_missing(tmp_path):
 
 
 def test_the_table_follows_the_images_and_keeps_what_it_would_lose(tmp_path):
-    image_set = ImageSet(tmp_path / "set", ["a", 'b "c"'], 2, ".webp", ["me", "you"])
+    image_set = ImageSet(tmp_path / "set", ["a", 'b "c"'], 2, ".webp", {"source": pa.array(["me", "you"])})
     assert image_set.update_table(np.array([1]))
     table = read_table(image_set.tsv_path, ["image", "prompt", "fold", "source"])
     assert table["image"].to_pylist() == [
@@ -137,17 +138,36 @@ def test_the_table_follows_the_images_and_keeps_what_it_would_lose(tmp_path):
         image_set.update_table(np.arange(4))
 
 
-def test_prompts_come_with_their_sources(tmp_path):
+def test_prompts_come_with_their_sources_and_folds(tmp_path):
     path = tmp_path / "p.tsv"
-    write_table(path, {"prompt": ["b", 'a "b', "b"], "source": ["x", "y", "z"]})
-    assert generate.read_prompts(path) == (["b", 'a "b'], ["x", "y"])
+    write_table(path, {"prompt": ["b", 'a "b', "b"], "source": ["x", "y", "z"], "fold": [3, 1, 3]})
+    prompts, columns = generate.read_prompts(path)
+    assert prompts == ["b", 'a "b']
+    assert {name: values.to_pylist() for name, values in columns.items()} == {"source": ["x", "y"], "fold": [3, 1]}
     write_table(path, {"prompt": ["b", "a"]})
-    assert generate.read_prompts(path) == (["b", "a"], None)
+    assert generate.read_prompts(path) == (["b", "a"], {})
     path.write_text("prompt\tsource\nb\tx\n \ty\n")
     with pytest.raises(generate.GenerateError, match=r"p.tsv, line 3: the prompt is empty"):
         generate.read_prompts(path)
     with pytest.raises(TableError, match="is not there"):
         generate.read_prompts(tmp_path / "none.tsv")
+
+
+def test_folds_of_the_prompts_become_those_of_the_images(tmp_path):
+    prompts = shapes.generate_prompts(2)
+    write_table(tmp_path / "p.tsv", {"prompt": prompts, "fold": [4, 0]})
+    command = [str(tmp_path / "p.tsv"), "--output", str(tmp_path / "set"), "--images-per-prompt", "2", "--size", "32"]
+    generate.main(command)
+    table = read_table(tmp_path / "set.tsv", ["image", "prompt", "fold"])
+    assert table["fold"].to_pylist() == [4, 4, 0, 0]
+
+    # a table of some of the images, with nothing but those folds, is replaced; one with other folds is not
+    (tmp_path / table["image"][1].as_py()).unlink()
+    generate.main([*command, "--table-only"])
+    assert read_table(tmp_path / "set.tsv", ["fold"])["fold"].to_pylist() == [4, 0, 0]
+    write_table(tmp_path / "set.tsv", {"image": ["x"], "prompt": prompts[:1], "fold": [5]})
+    with pytest.raises(SystemExit, match=r"set.tsv has folds or columns of its own and 1 rows"):
+        generate.main(command)
 
 
 def test_embedded_data_set_is_ready_for_training(workspace):

@@ -145,9 +145,6 @@ def test_a_figure_is_not_shown_twice(script):
 # ---------------------------------------------------------------- what they do
 
 
-def execute(name: str, output: Path, /, cwd: Path = ROOT, **values) -> list[dict]:
-
-
 def execute(name: str, target: Path, /, cwd: Path = ROOT, **values) -> list[dict]:
     """Run a notebook and return its executed cells; PapermillExecutionError if a cell fails."""
     papermill.execute_notebook(

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny_diffusion
 import torch
@@ -35,7 +36,9 @@ def make(tmp_path, model):
 
     def make(name="set", prompts=PROMPTS, overwrite=False, **changes):
         settings = DiffusionSettings(**({"model": str(model)} | FAST | changes))
-        image_set = ImageSet(tmp_path / "input" / name, prompts, 2, ".webp", ["me"] * len(prompts))
+        image_set = ImageSet(
+            tmp_path / "input" / name, prompts, 2, ".webp", {"source": pa.array(["me"] * len(prompts))}
+        )
         return sampling.generate_images(image_set, settings, ALONE, overwrite=overwrite)
 
     return make
