@@ -94,10 +94,8 @@ def prepare(
         )
     if not all(grouping.report_path(path).is_file() for path in tsv_paths):
         files = " ".join(map(str, tsv_paths))
-        print(
-            "no report came with these folds; they are kept as they are. To report on them, and to mark the rows without"
-        )
-        print(f"a similar prompt in another fold:  python -m kutils.grouping folds {files} --keep", flush=True)
+        print("no report came with these folds; they are kept as they are. To report on them, and to mark the rows")
+        print(f"without a similar prompt in another fold:  python -m kutils.grouping folds {files} --keep", flush=True)
         return measure_folds(tsv_paths, threshold)
     asked = {"threshold": threshold, "num_folds": num_folds, "method": method}
     for path in tsv_paths:

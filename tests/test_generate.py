@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from kutils import datasets, generate, grouping
+from kutils import datasets, generate, grouping, shapes
 from kutils.image_sets import ImageSet
 from kutils.tables import TableError, read_table, write_table
 
