@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kutils.children import SAVING_SECONDS
+from kutils.children import SAVING_SECONDS, end_with_parent
+
+WORK_SECONDS = 7 * 24 * 3600  # that workers wait for the one that has most left to do
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def join_ranks(device_name: str, *, backend: str | None = None, wait_seconds: fl
 
     Args:
         device_name: auto, cuda or cpu.
-        backend: what the ranks talk through: gloo for ranks that exchange little, NCCL by default on GPUs.
+        backend: what the ranks talk through; None: NCCL on GPUs, else gloo.
         wait_seconds: how long one waits for the others, as all do for rank 0 while it saves.
     """
     device = pick_device(device_name)
@@ -126,6 +128,18 @@ def join_ranks(device_name: str, *, backend: str | None = None, wait_seconds: fl
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=wait_seconds))
     return Ranks(rank, world_size, device)
+
+
+def join_workers(device_name: str) -> Ranks:
+    """Join as ranks that share long work and exchange little: they wait for the slowest, and there is no TF32.
+
+    They talk through gloo, so that a GPU that fails does not keep them from it, and end when their torchrun is killed.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else one would go on holding its GPU
+        end_with_parent()
+    ranks = join_ranks(device_name, backend="gloo", wait_seconds=WORK_SECONDS)
+    torch.set_float32_matmul_precision("highest")  # TF32 is off by 1e-3
+    return ranks
 
 
 def leave_ranks() -> None:

@@ -23,7 +23,6 @@ from kutils.progress import progress_bar
 CHUNK_PROMPTS = 32  # rendered by a worker between two reports
 JPEG_QUALITY = 92
 SUFFIXES = {"shapes": ".jpg", "diffusers": ".webp"}  # of the images, by backend
-WAIT_SECONDS = 7 * 24 * 3600  # for the slowest rank, which may have many images left when the others are done
 
 
 def render_missing(jobs: list[tuple[str, int, Path]], size: int) -> int:
@@ -129,8 +128,7 @@ def generate_by_diffusion(image_set: ImageSet, options: dict, overwrite: bool) -
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
             signal.signal(number, stop_once)
-    # gloo, since ranks tell each other little and a GPU that fails must not keep them from it
-    ranks = devices.join_ranks(settings.device, backend="gloo", wait_seconds=WAIT_SECONDS)
+    ranks = devices.join_workers(settings.device)
     try:
         sampling.generate_images(image_set, settings, ranks, overwrite=overwrite)
     finally:
@@ -210,8 +208,6 @@ def run(args: argparse.Namespace, options: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
-        children.end_with_parent()
     parser = make_parser()
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.shapes_dataset is None):

@@ -14,7 +14,7 @@ from kutils import paths
 from kutils.config import EMBEDDING_DIM
 from kutils.dataset_index import check_rows, open_embeddings
 from kutils.deduplication import deduplicate_table, format_dedup
-from kutils.devices import Ranks, join_ranks, leave_ranks, pick_device
+from kutils.devices import Ranks, join_workers, leave_ranks, pick_device
 from kutils.folding import METHODS, assign, extend_folds, format_report, leakage_report, leaked_prompts, report_warnings
 from kutils.similarity import GroupingError, check_threshold, kept_strips, similar_pairs
 from kutils.tables import folds_hash, read_table, write_table
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)
     try:
-        ranks = join_ranks(args.device)
+        ranks = join_workers(args.device)
         if args.command == "folds":
             options = {"keep": args.keep, "ranks": ranks}
             report = assign_folds(args.files, args.threshold, args.folds, args.method, args.seed, **options)

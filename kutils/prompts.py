@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
-from kutils import children, devices, paths
+from kutils import devices, paths
 from kutils.chunk_files import ChunkFiles
 from kutils.config import EMBEDDING_DIM
 from kutils.progress import progress_bar
@@ -297,12 +296,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: give 1 or more")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
-        children.end_with_parent()
     options = {"device": args.device, "batch_size": args.batch_size, "dtype": args.dtype, "overwrite": args.overwrite}
     try:
-        ranks = devices.join_ranks(args.device)
-        torch.set_float32_matmul_precision("highest")  # ranks allow TF32, which is off by 1e-3
+        ranks = devices.join_workers(args.device)
         for path in args.files:
             embed_table(path, getattr(args, "encoder", None), ranks=ranks, **options)
     except (ValueError, OSError) as error:
