@@ -149,17 +149,23 @@ def check_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: n
             f"{path}, line {without[0] - starts[number] + 2}: fold is -1; assign folds first: python -m "
             f"kutils.grouping folds {path}"
         )
-    fold_of = np.empty(index.prompt_codes.max() + 1, np.int8)
-    fold_of[index.prompt_codes] = index.folds  # of each prompt's last row
-    torn = np.flatnonzero(fold_of[index.prompt_codes] != index.folds)
+    last = last_values(index.prompt_codes, index.folds)
+    torn = np.flatnonzero(last != index.folds)
     if len(torn):
         prompt, files = index.prompts[torn[0]].as_py(), " ".join(f"input/{name}.tsv" for name in names)
-        folds = sorted({int(index.folds[torn[0]]), int(fold_of[index.prompt_codes[torn[0]]])})
+        folds = sorted({int(index.folds[torn[0]]), int(last[torn[0]])})
         raise DataError(
             f"{len(np.unique(index.prompt_codes[torn])):,} prompts are in two folds, the first is {prompt!r} (folds "
             f"{folds[0]} and {folds[1]}): validation would know them from training. Assign folds to all data sets in "
             f"one call: python -m kutils.grouping folds {files}"
         )
+
+
+def last_values(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each of n rows the value of its group's last row, [n]: where that differs, the group has several values."""
+    last = np.empty(groups.max(initial=-1) + 1, values.dtype)
+    last[groups] = values
+    return last[groups]
 
 
 def read_clean_mark(path: Path, num_rows: int, expected_hash: str) -> np.ndarray | None:
