@@ -49,8 +49,8 @@ class Rows:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return number, int(row - self.starts[number]) + 2
 
-    def image_path(self, row: int) -> Path:
-        return self.paths[self.origin(row)[0]].parent / self.images[row].as_py()
+    def read_image(self, row: int) -> bytes:
+        return (self.paths[self.origin(row)[0]].parent / self.images[row].as_py()).read_bytes()
 
     def good(self) -> np.ndarray:
         """int64, the rows that nothing was found against so far."""
@@ -94,7 +94,7 @@ def find_bad_rows(rows: Rows, images: int, num_workers: int, progress: bool) -> 
     looked_at = rows.good()
     if 0 < images < len(looked_at):
         looked_at = np.sort(np.random.default_rng(0).choice(looked_at, images, replace=False))
-    scan = image_facts.scan(rows.image_path, looked_at, num_workers, progress)
+    scan = image_facts.scan(rows.read_image, looked_at, num_workers, progress)
     for number, reason in enumerate(scan.texts[1:], start=1):
         rows.set_bad(looked_at[scan.facts["reason"] == number], reason)
     decoded, facts = looked_at[scan.decoded], scan.facts[scan.decoded]

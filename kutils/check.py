@@ -32,7 +32,7 @@ def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: 
 
     Raises: DataError on every rank, listing the first ten that cannot be read.
     """
-    scan = image_facts.scan(data.image_path, rows[ranks.rank :: ranks.world_size], num_workers)
+    scan = image_facts.scan(data.read_image, rows[ranks.rank :: ranks.world_size], num_workers)
     own = [f"{data.image_path(row)}{reason.removeprefix('image')}" for row, reason in scan.unreadable()]
     found = [message for messages in ranks.gather_objects(own) for message in messages]
     if found:

@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -54,14 +54,16 @@ class Scan:
             yield int(self.rows[position]), self.texts[self.facts["reason"][position]]
 
 
-def image_facts(path: Path) -> tuple[np.ndarray, str]:
+def image_facts(read: Callable[[], bytes]) -> tuple[np.ndarray, str]:
     """Read and decode one file: FACTS [] about it, and what is wrong with it or an empty text."""
     facts = np.zeros((), FACTS)
     try:
-        data = transforms.read_file(path)
+        data = read()
         image = transforms.decode_bytes(data, "image")
+    except OSError as error:
+        return facts, f"image: {error.strerror or error}"
     except transforms.ImageError as error:
-        return facts, str(error).replace(str(path), "image", 1)
+        return facts, str(error)
     facts["digest"] = np.void(hashlib.blake2b(data, digest_size=16).digest())
     facts["bytes"], facts["height"], facts["width"] = len(data), *image.shape[1:]
     every = max(1, min(image.shape[1:]) // 128)  # of its pixels: all would cost half as much as decoding
@@ -78,14 +80,14 @@ def image_facts(path: Path) -> tuple[np.ndarray, str]:
 class ImageFacts(torch.utils.data.Dataset):
     """position -> facts about the image of that row, and what is wrong with it."""
 
-    def __init__(self, locate: Callable[[int], Path], rows: np.ndarray):
-        self.locate, self.rows = locate, rows
+    def __init__(self, read: Callable[[int], bytes], rows: np.ndarray):
+        self.read, self.rows = read, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, str]:
-        return image_facts(self.locate(int(self.rows[position])))
+        return image_facts(partial(self.read, int(self.rows[position])))
 
 
 def join(found: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
@@ -94,16 +96,16 @@ def join(found: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
     return np.stack(facts), list(reasons)
 
 
-def scan(locate: Callable[[int], Path], rows: np.ndarray, num_workers: int = 0, progress: bool = False) -> Scan:
+def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, progress: bool = False) -> Scan:
     """Decode the images of the given rows, in processes side by side.
 
     Args:
-        locate: row -> file.
+        read: row -> content of its image file; raises OSError.
         num_workers: processes; 0: this one.
         progress: show a bar of images.
     """
     loader = DataLoader(
-        ImageFacts(locate, rows),
+        ImageFacts(read, rows),
         batch_size=CHUNK,
         num_workers=min(num_workers, -(-len(rows) // CHUNK)),
         collate_fn=join,

@@ -5,6 +5,7 @@ the whole batch, every image with factors of its own.
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +26,19 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names the file and the reason."""
 
 
-def decode_rgb(path: Path | str) -> Tensor:
+def decode_rgb(path: Path | str, read: Callable[[], bytes] | None = None) -> Tensor:
     """Decode an image file of any mode to RGB.
 
+    Args:
+        read: gives its content where that lies elsewhere, or raises OSError; None: the file is read.
     Returns: uint8 [3, H, W].
     Raises: ImageError for a missing, empty, truncated or unknown file.
     """
-    return decode_bytes(read_file(path), path)
-
-
-def read_file(path: Path | str) -> bytes:
-    """The content of a file; ImageError if it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        data = read() if read else Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error
+    return decode_bytes(data, path)
 
 
 def decode_bytes(data: bytes, name: Path | str) -> Tensor:

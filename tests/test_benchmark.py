@@ -121,3 +121,9 @@ def test_the_check_of_images_is_measured_with_two_processes_and_one(workspace):
     (measured,) = benchmark_data.check_images(images=300, repeats=1)
     assert measured.name == "check_images" and measured.ratio == measured.reference / measured.ours
     assert not list((workspace / "working" / "benchmark").iterdir())
+
+
+def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace):
+    (measured,) = benchmark_data.packed_shards(images=64, repeats=1)
+    assert measured.name == "packed_shards" and measured.ratio == measured.reference / measured.ours
+    assert not list((workspace / "working" / "benchmark").iterdir())

@@ -9,7 +9,7 @@ import torch
 from conftest import make_dataset, unit_rows
 from PIL import Image
 
-from kutils import bad_rows, check, image_facts, paths, prompts, transforms
+from kutils import bad_rows, check, image_facts, paths, prompts
 from kutils.check import check_datasets
 from kutils.datasets import DataError, load_datasets
 from kutils.devices import Ranks
@@ -54,7 +54,7 @@ def run(*arguments):
 
 
 def facts_of(path):
-    facts, reason = image_facts.image_facts(path)
+    facts, reason = image_facts.image_facts(path.read_bytes)
     assert not reason
     return facts
 
@@ -167,7 +167,7 @@ def break_images(folder):
 def test_unreadable_images_are_named_with_their_reason(inputs, num_workers):
     expected = break_images(inputs / "toy_images")
     data = load_datasets(["toy"])
-    scan = image_facts.scan(data.image_path, np.arange(80)[::-1], num_workers)
+    scan = image_facts.scan(data.read_image, np.arange(80)[::-1], num_workers)
     reasons = dict(scan.unreadable())
     assert set(reasons) == set(expected) and all(reasons[row].startswith(text) for row, text in expected.items())
     assert scan.decoded.sum() == 75 and scan.facts["width"][scan.decoded].tolist() == [40] * 75
@@ -250,14 +250,14 @@ def test_a_sample_of_images(inputs):
 
 
 def test_an_image_that_vanishes_meanwhile_is_a_bad_row(inputs, monkeypatch):
-    whole = transforms.read_file
+    whole = bad_rows.Rows.read_image
 
-    def vanishing(path):
-        if path.name == "0001_1.png":
+    def vanishing(rows, row):
+        if row == 3:
             (inputs / "toy_images" / "0007_0.png").unlink()
-        return whole(path)
+        return whole(rows, row)
 
-    monkeypatch.setattr(transforms, "read_file", vanishing)
+    monkeypatch.setattr(bad_rows.Rows, "read_image", vanishing)
     assert found(examine(inputs / "toy.tsv")) == {14: "image: No such file or directory"}
 
 

@@ -95,7 +95,7 @@ def test_pairs_have_even_folds_and_repeated_prompts_stay_together(pairs, data):
 
 
 def test_every_image_decodes_to_what_pillow_sees(data):
-    assert image_facts.scan(data.image_path, np.arange(len(data)), num_workers=2).decoded.all()
+    assert image_facts.scan(data.read_image, np.arange(len(data)), num_workers=2).decoded.all()
     for row in range(0, len(data), 60):
         image = decode_rgb(data.image_path(row))
         assert min(image.shape[1:]) == 384
