@@ -95,8 +95,8 @@ def find_bad_rows(rows: Rows, images: int, num_workers: int, progress: bool) -> 
     if 0 < images < len(looked_at):
         looked_at = np.sort(np.random.default_rng(0).choice(looked_at, images, replace=False))
     scan = image_facts.scan(rows.read_image, looked_at, num_workers, progress)
-    for number, reason in enumerate(scan.texts[1:], start=1):
-        rows.set_bad(looked_at[scan.facts["reason"] == number], reason)
+    numbers = np.array([rows.reasons.setdefault(text, len(rows.reasons)) for text in scan.texts], np.int32)
+    rows.bad[looked_at] = numbers[scan.facts["reason"]]
     decoded, facts = looked_at[scan.decoded], scan.facts[scan.decoded]
     same_content = np.zeros(len(rows), bool)
     same_content[decoded] = compare(rows, decoded, image_facts.same_content(facts), "an image of the same content")

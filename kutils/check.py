@@ -54,7 +54,7 @@ class Checked:
     report: dict  # what `<name>.check.json` holds
 
     @property
-    def is_fit(self) -> bool:
+    def is_in_order(self) -> bool:
         """No bad row, and no problem of the whole set."""
         return not self.bad.any() and not self.report["problems"]
 
@@ -222,7 +222,7 @@ def format_report(checked: Sequence[Checked]) -> str:
             lines.append(f"  bad: line {row + 2}, {item.table['image'][row]}: {item.reasons[item.bad[row]]}")
         if len(bad) > MOST_LISTED:
             lines.append(f"  bad: {len(bad) - MOST_LISTED:,} more rows")
-        lines.append("  fit for training" if item.is_fit else f"  {len(bad):,} bad rows; not fit for training as it is")
+        lines.append(f"  {len(bad):,} bad rows, {len(report['problems'])} problems")
     return "\n".join(lines)
 
 
@@ -237,8 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "prompts, do embeddings and folds fit?",
         epilog="Writes NAME.check.json beside each NAME.tsv. Bad rows go to NAME.quarantine.tsv with their line and a "
         "reason, all others to the data set NAME.checked (datasets=NAME.checked trains on it); NAME itself is never "
-        "changed. A run that was stopped has written nothing, and starts anew. Exit status: 0 if every set is fit for "
-        "training, 1 if one has bad rows or a problem, or cannot be read.",
+        "changed. A run that was stopped has written nothing, and starts anew. Exit status: 0 if no set has bad "
+        "rows or a problem, 1 if one has, or cannot be read.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets")
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))
     except (ValueError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
-    if not all(item.is_fit for item in checked):
+    if not all(item.is_in_order for item in checked):
         raise SystemExit(1)
 
 

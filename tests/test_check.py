@@ -212,7 +212,7 @@ def test_the_same_image_of_the_same_prompt_is_a_warning(inputs):
     change(path, image=setting(1, "toy_images/0000_0.png"))  # rows 0 and 1
     (folder / "0003_1.png").write_bytes((folder / "0003_0.png").read_bytes())  # rows 6 and 7
     checked = examine(path, input_size=40)
-    assert checked.is_fit and (checked.report["same_image_path"], checked.report["same_image_content"]) == (2, 2)
+    assert checked.is_in_order and (checked.report["same_image_path"], checked.report["same_image_content"]) == (2, 2)
     assert "2 rows have the image path of another row, and its prompt" in checked.report["warnings"]
     assert "2 rows have an image of the same content as another row, and its prompt" in checked.report["warnings"]
 
@@ -298,10 +298,10 @@ def test_a_prompt_in_two_folds_over_two_sets(inputs):
     for checked in check_datasets([inputs / "toy.tsv", inputs / "more.tsv"], num_workers=1, progress=False):
         (problem,) = checked.report["problems"]
         assert problem.startswith("1 prompts are in two folds") and repr(shared) in problem
-        assert "kutils.grouping folds" in problem and not checked.bad.any() and not checked.is_fit
-    assert examine(inputs / "toy.tsv").is_fit and examine(inputs / "more.tsv").is_fit
+        assert "kutils.grouping folds" in problem and not checked.bad.any() and not checked.is_in_order
+    assert examine(inputs / "toy.tsv").is_in_order and examine(inputs / "more.tsv").is_in_order
     change(inputs / "more.tsv", fold=lambda values: values.__setitem__(slice(8, 10), [-1] * 2))
-    assert all(item.is_fit for item in check_datasets([inputs / "toy.tsv", inputs / "more.tsv"], progress=False))
+    assert all(item.is_in_order for item in check_datasets([inputs / "toy.tsv", inputs / "more.tsv"], progress=False))
 
 
 def test_embeddings_that_do_not_fit(inputs):
@@ -321,10 +321,10 @@ def test_embeddings_that_do_not_fit(inputs):
     assert "toy.npy is of other prompts" in examine(path).report["problems"][0]
     (inputs / "toy.npy.json").unlink()
     checked = examine(path, input_size=8)
-    assert checked.is_fit and "has no record" in checked.report["warnings"][0]
+    assert checked.is_in_order and "has no record" in checked.report["warnings"][0]
     npy.unlink()
     checked = examine(path)
-    assert checked.is_fit and checked.report["embeddings"] == "missing"
+    assert checked.is_in_order and checked.report["embeddings"] == "missing"
 
 
 class LengthEncoder:
@@ -399,7 +399,7 @@ def test_without_bad_rows_nothing_is_set_apart(inputs, capsys):
     assert run(inputs / "toy.tsv") == 0
     assert set(inputs.iterdir()) - before == {inputs / "toy.check.json"}
     out = capsys.readouterr().out
-    assert "80 looked at, 80 decode" in out and "fit for training" in out and "no quarantine is written" in out
+    assert "80 looked at, 80 decode" in out and "0 bad rows, 0 problems" in out and "no quarantine is written" in out
     (inputs / "toy.quarantine.tsv").write_text("of before")
     assert run(inputs / "toy.tsv") == 0
     assert "toy.quarantine.tsv is of an earlier check" in capsys.readouterr().out
@@ -429,7 +429,7 @@ def test_a_problem_alone_is_exit_status_1_and_errors_are_one_line(inputs, capsys
     change(inputs / "toy.tsv", fold=setting(0, 5))
     assert run(inputs / "toy.tsv") == 1
     out = capsys.readouterr().out
-    assert "problem: 1 prompts are in two folds" in out and "0 bad rows; not fit" in out
+    assert "problem: 1 prompts are in two folds" in out and "0 bad rows, 1 problems" in out
     assert not (inputs / "toy.quarantine.tsv").exists()
     with pytest.raises(SystemExit, match=r"^python -m kutils.check: .*none.tsv is not there$"):
         check.main([str(inputs / "none.tsv")])
@@ -439,7 +439,7 @@ def test_a_problem_alone_is_exit_status_1_and_errors_are_one_line(inputs, capsys
     with pytest.raises(SystemExit) as end:
         check.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and "Exit status: 0 if every set is fit" in shown
+    assert end.value.code == 0 and "Exit status: 0 if no set has bad rows or a problem" in shown
     assert "(default: 384)" in shown and "(default: 0)" in shown and f"(default: {os.cpu_count()})" in shown
     with pytest.raises(SystemExit):
         check.main([str(inputs / "toy.tsv"), "--images", "-1"])
