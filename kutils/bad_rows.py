@@ -18,13 +18,18 @@ class Rows:
     """Rows of several data sets, one after the other, and what is wrong with each.
 
     Args:
-        tsv_paths: of the data sets; image paths are relative to the folder of each.
-    Raises: TableError for a table that cannot be read; DataError for one without rows, or with a column that the
-        quarantine adds.
+        tsv_paths: of the data sets, all in one folder; image paths are relative to it.
+    Raises: TableError for a table that cannot be read; DataError for one without rows, with a column that the
+        quarantine adds, or in another folder.
     """
 
     def __init__(self, tsv_paths: Sequence[Path]):
-        self.paths = list(tsv_paths)
+        self.paths, self.root = list(tsv_paths), tsv_paths[0].parent
+        for path in self.paths:
+            if path.parent.resolve() != self.root.resolve():
+                raise DataError(
+                    f"{path} is not in {self.root}: data sets that are trained on together lie in one folder"
+                )
         self.tables = [read_table(path, ["image", "prompt", "fold"]) for path in self.paths]
         for path, table in zip(self.paths, self.tables, strict=True):
             if not table.num_rows:
@@ -32,9 +37,9 @@ class Rows:
             if taken := [name for name in ADDED_COLUMNS if name in table.column_names]:
                 raise DataError(f"{path} has a column {taken[0]!r}, which the quarantine adds; rename it")
         self.starts = np.cumsum([0, *(table.num_rows for table in self.tables)])
-        self.images, self.prompts = self.column("image"), self.column("prompt")
+        self.images = self.column("image")
         self.folds = np.concatenate([table["fold"].to_numpy() for table in self.tables])
-        self.prompt_codes = codes_of(self.prompts)
+        self.prompt_codes = codes_of(self.column("prompt"))
         self.bad = np.zeros(len(self), np.int32)  # number of the reason; 0: none so far
         self.reasons = {"": 0}  # text -> number
 
@@ -50,7 +55,8 @@ class Rows:
         return number, int(row - self.starts[number]) + 2
 
     def read_image(self, row: int) -> bytes:
-        return (self.paths[self.origin(row)[0]].parent / self.images[row].as_py()).read_bytes()
+        """Content of a row's image file; OSError if it cannot be read."""
+        return (self.root / self.images[row].as_py()).read_bytes()
 
     def good(self) -> np.ndarray:
         """int64, the rows that nothing was found against so far."""
@@ -119,7 +125,7 @@ def compare(rows: Rows, chosen: np.ndarray, keys: np.ndarray, what: str) -> np.n
     other[keys[differs]] = chosen[differs]
     torn = other[keys] >= 0
     partners = np.where(differs, last, other[keys])
-    for row, partner in zip(chosen[torn, None], partners[torn], strict=True):
+    for row, partner in zip(chosen[torn, None], partners[torn], strict=True):  # each row as an array of one
         number, line = rows.origin(partner)
         rows.set_bad(row, f"{what} as line {line} of {rows.paths[number].name}, which has another prompt")
     return (np.bincount(keys)[keys] > 1) & ~torn
@@ -135,7 +141,7 @@ def torn_prompts(rows: Rows) -> np.ndarray:
     return torn[rows.prompt_codes]
 
 
-def split(rows: Rows, found: Found) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+def split(rows: Rows, found: Found) -> Iterator[tuple[slice, int, np.ndarray]]:
     """For each data set its rows, the number of images looked at, and the facts about those that decode."""
     for start, end in zip(rows.starts, rows.starts[1:], strict=False):
         looked_at = np.searchsorted(found.looked_at, [start, end])

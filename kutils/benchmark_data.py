@@ -72,11 +72,9 @@ def packed_shards(images: int = 2000, repeats: int = 3) -> list[benchmark.Entry]
 def open_dataset(folder: Path, name: str, rows: int) -> datasets.PromptImages:
     """A data set that is not below `input/`."""
     index = open_index(folder, [name])
-    embeddings, packed = (
-        map_embeddings(folder / f"{name}.npy", rows),
-        shards.open_shards(folder / f"{name}.tsv", index.images),
-    )
-    return datasets.PromptImages((name,), folder, index, None, (embeddings,), np.array([0, rows]), (packed,))
+    embeddings = (map_embeddings(folder / f"{name}.npy", rows),)
+    packed = (shards.open_shards(folder / f"{name}.tsv", index.images),)
+    return datasets.PromptImages((name,), folder, index, None, embeddings, np.array([0, rows]), packed)
 
 
 def load_epoch(data: datasets.PromptImages) -> None:

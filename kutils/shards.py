@@ -217,9 +217,11 @@ def is_packed(path: Path, files: Sequence[Path], encoding: Encoding) -> bool:
     try:
         found = json.loads(read_shard(path).schema.metadata[b"kutils"])
         wanted = shard_facts(files, encoding)
-    except (OSError, pa.ArrowInvalid):  # no such shard, or no such image, which is told when it is packed
+    except (OSError, pa.ArrowInvalid, TypeError, KeyError):  # no such shard, or no such image: told when it is packed
         return False
-    differing = [f"{key} {found[key]}, not {wanted[key]}" for key in asdict(encoding) if found[key] != wanted[key]]
+    differing = [
+        f"{key} {found.get(key)}, not {value}" for key, value in asdict(encoding).items() if found.get(key) != value
+    ]
     if differing:
         raise ShardError(f"{path.parent} is packed with {', '.join(differing)}; delete it to pack anew")
     return found == wanted

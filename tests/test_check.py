@@ -242,6 +242,13 @@ def test_an_image_is_compared_over_all_data_sets(inputs):
     assert (toy.report["bad_rows"], more.report["bad_rows"]) == (1, 1)
 
 
+def test_data_sets_of_two_folders_are_refused(inputs, tmp_path):
+    """Equal image paths would be other files."""
+    make_dataset(tmp_path / "elsewhere", "more")
+    with pytest.raises(DataError, match=r"more.tsv is not in .*input: data sets that are trained on together"):
+        check_datasets([inputs / "toy.tsv", tmp_path / "elsewhere" / "more.tsv"], progress=False)
+
+
 def test_a_sample_of_images(inputs):
     break_images(inputs / "toy_images")
     report = examine(inputs / "toy.tsv", images=70).report
