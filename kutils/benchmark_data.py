@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from kutils import benchmark, config, datasets, image_facts, paths, shapes, shards
+from kutils import benchmark, config, datasets, image_facts, launch, paths, shapes, shards
 from kutils.config import EMBEDDING_DIM
 from kutils.dataset_index import map_embeddings, open_index
 from kutils.tables import write_table
@@ -55,7 +55,8 @@ def packed_shards(images: int = 2000, repeats: int = 3) -> list[benchmark.Entry]
         names = [str(path.relative_to(folder)) for path in pictures]
         write_table(folder / f"{name}.tsv", {"image": names, "prompt": names, "fold": np.ones(images, np.int8)})
         np.save(folder / f"{name}.npy", np.eye(1, EMBEDDING_DIM, dtype=np.float32).repeat(images, axis=0))
-    shards.pack(folder / "packed.tsv", shards.Encoding(PACKED_SIZE, "webp", shards.QUALITY))
+    # as a command: processes that are not forked would run a script, which the notebook can be, once more
+    launch.run_module("kutils.shards", str(folder / "packed.tsv"), "--size", str(PACKED_SIZE))
     os.sync()  # what is not on the disk yet cannot be forgotten
     times = {"packed": [], "files": []}
     for _ in range(repeats):

@@ -22,7 +22,7 @@ from kutils.devices import Ranks
 from kutils.quarantine import set_apart
 from kutils.tables import hash_prompts
 
-SAME_COSINE = 0.999  # of a prompt embedded again; another device or precision stays above 0.9999
+SAME_COSINE = 0.999  # of a prompt embedded again; another device or precision stays above it
 ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
 MOST_LISTED = 10  # bad rows, or images that cannot be read
 

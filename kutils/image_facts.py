@@ -19,7 +19,7 @@ from kutils.progress import progress_bar
 CHUNK = 64  # images that a worker looks at before it reports
 BLANK_DEVIATION = 2.0  # of 255: a picture whose every channel has a smaller standard deviation is blank
 MOST_KINDS = 20  # sizes, formats or modes that a summary names; the others are counted together
-FACTS = np.dtype(  # 57 bytes per image: 285 MB for five million
+FACTS = np.dtype(  # 56 bytes per image: 280 MB for five million
     [
         ("digest", "V16"),  # BLAKE2b of the file
         ("bytes", np.int64),
@@ -66,7 +66,8 @@ def image_facts(read: Callable[[], bytes]) -> tuple[np.ndarray, str]:
         return facts, str(error)
     facts["digest"] = np.void(hashlib.blake2b(data, digest_size=16).digest())
     facts["bytes"], facts["height"], facts["width"] = len(data), *image.shape[1:]
-    every = max(1, min(image.shape[1:]) // 128)  # of its pixels: all would cost half as much as decoding
+    # a picture of 768 px takes 0.3 ms then, where all its pixels would take 8, and decoding 7
+    every = max(1, min(image.shape[1:]) // 128)
     deviation = image[:, ::every, ::every].float().std(dim=(1, 2), correction=0)
     facts["blank"] = bool((deviation < BLANK_DEVIATION).all())
     with suppress(Exception), Image.open(io.BytesIO(data)) as picture:  # the header; Pillow has limits of its own
