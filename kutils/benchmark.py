@@ -31,7 +31,7 @@ from kutils import config, datasets, launch, paths, tables
 from kutils.config import EMBEDDING_DIM
 from kutils.progress import progress_bar
 
-SECTIONS = ("open_5m_rows", "predict_ensemble")
+SECTIONS = ("open_5m_rows", "predict_ensemble", "check_images", "packed_shards")
 MADE_SETS = {  # rows and images per prompt, as published: 5,059,104 rows of 3,378,588 prompts
     "cc3m": (748_781, 3),
     "lexica": (201_303, 3),

@@ -137,15 +137,19 @@ def check_rows(path: Path, table: pa.Table) -> None:
     """Raise DataError for the first row that training could not use, apart from its fold."""
     if table.num_rows == 0:
         raise DataError(f"{path} has a header and no rows")
-    unsafe = r"^[/~]|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|^\s*$"
-    checks = [("prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt")]
-    if "image" in table.column_names:  # a list of prompts has none yet
-        bad = pc.match_substring_regex(table["image"], unsafe)
-        checks.append(("image", bad, "image paths are relative to input/, without .."))
-    for column, bad, advice in checks:
+    for column, bad, advice in unusable(table):
         row = pc.index(bad, True).as_py()
         if row >= 0:
             raise DataError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")
+
+
+def unusable(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray, str]]:
+    """What training cannot use in a table: column, which rows (bool), and what to do about them."""
+    unsafe = r"^[/~]|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|^\s*$"
+    yield "prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt"
+    if "image" in table.column_names:  # a list of prompts has none yet
+        advice = "image paths are relative to input/, without .."
+        yield "image", pc.match_substring_regex(table["image"], unsafe), advice
 
 
 def map_embeddings(path: Path, num_rows: int) -> np.ndarray:

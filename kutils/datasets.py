@@ -1,12 +1,13 @@
 """Data sets of a recipe, concatenated: rows of image, prompt and fold, mapped embeddings, and what an epoch draws.
 
 A data set is `input/<name>.tsv`, `input/<name>.npy` (float32 [rows, 384], unit rows, same order) and the images that
-the TSV names, relative to `input/`.
+the TSV names, relative to `input/`, or `input/<name>.shards/`, to which they were packed.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch import Tensor
 from kutils import paths, transforms
 from kutils.config import EMBEDDING_DIM
 from kutils.dataset_index import DataError, DatasetIndex, map_embeddings, open_index
+from kutils.shards import ROWS_PER_SHARD, Shards, open_shards
 
 BLOCK = 65_536  # rows of embeddings that are copied at a time
+WINDOW_BLOCKS = 32  # shards that an epoch mixes: 65,536 rows, 3 GB of images in the system's memory at 448 px
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class PromptImages:
     clean: np.ndarray | None  # bool [n]: no similar prompt in another fold; None where a set lacks that mark
     embeddings: tuple[np.ndarray, ...]  # one float32 [rows, 384] memory map per data set
     starts: np.ndarray  # int64 [sets + 1]: first row of each set, and the number of rows
+    shards: tuple[Shards | None, ...]  # of each set, where its images are packed
 
     @property
     def images(self) -> pa.ChunkedArray:  # string [n]
@@ -63,6 +67,21 @@ class PromptImages:
 
     def image_path(self, row: int) -> Path:
         return self.root / self.images[row].as_py()
+
+    def read_image(self, row: int) -> bytes:
+        """Content of a row's image file, or what it was packed to; OSError if it cannot be read."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        shards = self.shards[number]
+        return self.image_path(row).read_bytes() if shards is None else shards.read(row - int(self.starts[number]))
+
+    def decode_image(self, row: int) -> Tensor:
+        """uint8 [3, H, W]; ImageError (naming the image file, packed or not) if it cannot be read."""
+        return transforms.decode_rgb(self.image_path(row), partial(self.read_image, row))
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that lie together on the disk; 0 where images are files, and any order costs the same."""
+        return ROWS_PER_SHARD if any(self.shards) else 0
 
     def origin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which data set each row is of (its number in `names`), and which row of that set it is; both int64."""
@@ -113,7 +132,7 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
         need_folds: refuse rows without a fold (-1).
     Raises: DataError or TableError for a missing file or column, an empty prompt, an absolute image path or one with
         `..`, a fold outside 0-9, a prompt in two folds, embeddings of another number of rows or dimension, with NaN or
-        not of unit length.
+        not of unit length; shards that are not finished or of other images.
     """
     root = paths.input_dir()
     if missing := paths.missing_datasets(names):
@@ -136,6 +155,10 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
             map_embeddings(root / f"{name}.npy", num_rows) for name, num_rows in zip(names, index.num_rows, strict=True)
         ),
         starts=starts,
+        shards=tuple(
+            open_shards(root / f"{name}.tsv", index.images.slice(start, end - start))
+            for name, start, end in zip(names, starts, starts[1:], strict=False)
+        ),
     )
 
 
@@ -149,17 +172,23 @@ def check_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: n
             f"{path}, line {without[0] - starts[number] + 2}: fold is -1; assign folds first: python -m "
             f"kutils.grouping folds {path}"
         )
-    fold_of = np.empty(index.prompt_codes.max() + 1, np.int8)
-    fold_of[index.prompt_codes] = index.folds  # of each prompt's last row
-    torn = np.flatnonzero(fold_of[index.prompt_codes] != index.folds)
+    last = last_values(index.prompt_codes, index.folds)
+    torn = np.flatnonzero(last != index.folds)
     if len(torn):
         prompt, files = index.prompts[torn[0]].as_py(), " ".join(f"input/{name}.tsv" for name in names)
-        folds = sorted({int(index.folds[torn[0]]), int(fold_of[index.prompt_codes[torn[0]]])})
+        folds = sorted({int(index.folds[torn[0]]), int(last[torn[0]])})
         raise DataError(
             f"{len(np.unique(index.prompt_codes[torn])):,} prompts are in two folds, the first is {prompt!r} (folds "
             f"{folds[0]} and {folds[1]}): validation would know them from training. Assign folds to all data sets in "
             f"one call: python -m kutils.grouping folds {files}"
         )
+
+
+def last_values(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each of n rows the value of its group's last row, [n]: where that differs, the group has several values."""
+    last = np.empty(groups.max(initial=-1) + 1, values.dtype)
+    last[groups] = values
+    return last[groups]
 
 
 def read_clean_mark(path: Path, num_rows: int, expected_hash: str) -> np.ndarray | None:
@@ -182,10 +211,13 @@ class EpochSampler:
         seed: of the recipe.
         global_batch_size, local_batch_size, rank, world_size: how the epoch's rows are dealt; an optimiser update takes
             global_batch_size / (world_size * local_batch_size) forward passes on every rank.
+        block_rows: rows that lie together on the disk. The rows of WINDOW_BLOCKS random blocks are then shuffled among
+            each other, and such windows follow each other, so that the disk is read nearly in sequence. 0: all rows
+            are shuffled, as they are where one window holds them all.
     """
 
-    def __init__(self, data, rows, seed, *, global_batch_size, local_batch_size, rank=0, world_size=1):
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+    def __init__(self, data, rows, seed, *, global_batch_size, local_batch_size, rank=0, world_size=1, block_rows=0):
+        self.seed, self.rank, self.world_size, self.block_rows = seed, rank, world_size, block_rows
         self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
         codes = data.prompt_codes[rows]
         order = np.argsort(codes, kind="stable")
@@ -214,6 +246,10 @@ class EpochSampler:
             bounds = self.group_starts[start : start + BLOCK + 1]
             chosen[start : start + BLOCK] = self.grouped_rows[bounds[:-1] + random.integers(0, np.diff(bounds))]
         random.shuffle(chosen)
+        if self.block_rows:
+            blocks = chosen // self.block_rows
+            windows = random.permutation(int(blocks.max()) + 1) // WINDOW_BLOCKS
+            chosen = chosen[np.argsort(windows[blocks], kind="stable")]
         return chosen
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[int, int]]]:
@@ -242,7 +278,7 @@ class TrainingImages(torch.utils.data.Dataset):
         bad = []
         for candidate in self.candidates(epoch, row):
             try:
-                image = transforms.decode_rgb(self.data.image_path(candidate))
+                image = self.data.decode_image(candidate)
                 break
             except transforms.ImageError as error:
                 bad.append((candidate, str(error)))
@@ -276,7 +312,7 @@ class ValidationImages(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict:
         row = int(self.rows[position])
-        image = transforms.resize_square(transforms.decode_rgb(self.data.image_path(row)), self.input_size)
+        image = transforms.resize_square(self.data.decode_image(row), self.input_size)
         return {"image": image, "target": torch.from_numpy(self.data.targets(np.array([row]))[0]), "row": row}
 
 

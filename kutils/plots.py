@@ -6,6 +6,7 @@ Elsewhere figures stay open until they are closed: `save` writes one and closes 
 
 import textwrap
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from kutils.runs import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9772b", "#3b8f4a", "#6b6b6b"
 TILE_PX = 384  # images are shown no larger: a grid of 4-megapixel files would make a notebook of 50 MB
+MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
 LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches
 
 
@@ -256,6 +258,34 @@ def prompt_lengths(prompts: Sequence[str]) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     despine(axes, grid="y")
+    return figure
+
+
+def image_counts(reports: Sequence[dict]) -> Figure:
+    """Prompts by their number of images, and images by their size, of several data sets together.
+
+    Args:
+        reports: of `check.check_datasets`.
+    Raises: PlotError for no report, or none with an image that decodes.
+    """
+    check_same_length(reports=reports)
+    prompts, sizes = Counter(), Counter()
+    for report in reports:
+        for number, count in report["images_per_prompt"].items():
+            prompts[min(int(number), MOST_BARS)] += count
+        sizes.update(report["images"]["sizes"])
+    check_same_length(images=list(sizes))
+    figure, (prompt_axes, size_axes) = new_axes(2, width=11)
+    numbers = sorted(prompts)
+    labels = [f"{number}" if number < MOST_BARS else f"{number} or more" for number in numbers]
+    prompt_axes.bar(labels, [prompts[number] for number in numbers], color=BLUE)
+    prompt_axes.set(title=f"{prompts.total():,} prompts", xlabel="images per prompt", ylabel="prompts")
+    shown = dict(sizes.most_common(MOST_BARS))
+    size_axes.barh(list(shown), list(shown.values()), color=ORANGE)
+    size_axes.set(title=f"{sizes.total():,} images", xlabel="images", ylabel="width x height, px")
+    size_axes.invert_yaxis()
+    despine(prompt_axes, grid="y")
+    despine(size_axes, grid="x")
     return figure
 
 

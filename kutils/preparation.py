@@ -1,13 +1,12 @@
 """Bring data sets to the state that training needs, and look at what they hold before anything is trained on them."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from kutils import check, grouping, paths, prompts, sources, templates
+from kutils import grouping, paths, prompts, sources, templates
 from kutils.config import nearest
 from kutils.datasets import DataError, load_datasets
 from kutils.folding import leakage_report, report_warnings
@@ -18,7 +17,6 @@ from kutils.tables import read_table
 
 GRAMMAR = "templates"  # the source of prompts that no file holds
 MOST_QUERIES = 2_000  # prompts whose nearest neighbours are looked up
-MOST_DECODED = 20_000  # images; a share of broken files worth stopping for shows in them
 
 
 class PromptLists(NamedTuple):
@@ -156,15 +154,3 @@ def cosines_between(bank: PromptBank, seed: int = 0) -> dict[str, np.ndarray]:
     queries = random.permutation(count)[:MOST_QUERIES]
     _, cosines = bank.nearest(bank.embeddings[queries], k=2)  # the nearest is the prompt itself
     return {"random pairs": pairs, "nearest other prompt": cosines[:, 1]}
-
-
-def check_readable(names: Sequence[str], limit: int = MOST_DECODED) -> list[str]:
-    """Decode images (all, or a random sample of `limit`) and say how many cannot be read.
-
-    Returns: what is wrong with each of those.
-    """
-    data = load_datasets(names, need_folds=False)
-    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:limit])
-    found = check.unreadable(data, rows, num_workers=min(8, os.cpu_count() or 1))
-    print(f"{len(rows):,} of {len(data):,} images decoded: {len(found):,} cannot be read")
-    return found

@@ -81,6 +81,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
         local_batch_size=local_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        block_rows=data.block_rows,
     )
     training_images = datasets.TrainingImages(data, training_rows, recipe)
     validation_images = datasets.ValidationImages(data, validation_rows, recipe.input_size)
@@ -130,9 +131,11 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
         "seen": 0,
         "bad": [],
         "seconds": 0.0,
+        "block_rows": data.block_rows,
     }
     if resume_path.is_file():
-        state = load_resume(resume_path, network, optimizer, scaler, ranks)
+        state |= {"block_rows": 0} | load_resume(resume_path, network, optimizer, scaler, ranks)
+        check_order(state, data, ranks)
     step, earlier_seconds = state["step"], state["seconds"]
     total_steps = recipe.epochs * sampler.steps_per_epoch
     if ranks.is_main:
@@ -344,6 +347,17 @@ def load_resume(path: Path, network, optimizer, scaler, ranks: Ranks) -> dict:
             flush=True,
         )
     return content
+
+
+def check_order(state: dict, data: datasets.PromptImages, ranks: Ranks) -> None:
+    """Say so where images were packed, or unpacked, since a run was cut: the rest of its epoch has another order."""
+    if state["block_rows"] != data.block_rows and ranks.is_main:
+        print(
+            "warning: images were packed or unpacked since the run was cut: in the epoch it goes on with, some prompts "
+            "come twice and others not",
+            flush=True,
+        )
+    state["block_rows"] = data.block_rows
 
 
 def device_name(ranks: Ranks) -> str:

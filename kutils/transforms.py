@@ -5,6 +5,7 @@ the whole batch, every image with factors of its own.
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +26,34 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names the file and the reason."""
 
 
-def decode_rgb(path: Path | str) -> Tensor:
+def decode_rgb(path: Path | str, read: Callable[[], bytes] | None = None) -> Tensor:
     """Decode an image file of any mode to RGB.
 
-    torchvision's decoders take JPEG (grey and CMYK too), PNG and WebP, bit for bit as Pillow's `convert("RGB")`; 16-bit
-    and animated files (the first frame), BMP and what else Pillow reads go through Pillow. EXIF orientation is ignored.
-
+    Args:
+        read: gives its content where that lies elsewhere, or raises OSError; None: the file is read.
     Returns: uint8 [3, H, W].
     Raises: ImageError for a missing, empty, truncated or unknown file.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read() if read else Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error
+    return decode_bytes(data, path)
+
+
+def decode_bytes(data: bytes, name: Path | str) -> Tensor:
+    """Decode the content of an image file.
+
+    torchvision's decoders take JPEG (grey and CMYK too), PNG and WebP, bit for bit as Pillow's `convert("RGB")`; 16-bit
+    and animated files (the first frame), BMP and what else Pillow reads go through Pillow. EXIF orientation is ignored.
+
+    Args:
+        name: what a message calls it.
+    Returns: uint8 [3, H, W].
+    Raises: ImageError if it is empty, truncated or of no known format.
+    """
     if not data:
-        raise ImageError(f"{path} is empty (0 bytes)")
+        raise ImageError(f"{name} is empty (0 bytes)")
     try:
         image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         if image.dtype == torch.uint8 and image.ndim == 3:  # not 16-bit, not animated
@@ -58,9 +72,9 @@ def decode_rgb(path: Path | str) -> Tensor:
                 )
             return F.pil_to_tensor(picture.convert("RGB"))
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is no image of a known format ({len(data)} bytes)") from None
+        raise ImageError(f"{name} is no image of a known format ({len(data)} bytes)") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
-        raise ImageError(f"{path} cannot be decoded: {error}") from error
+        raise ImageError(f"{name} cannot be decoded: {error}") from error
 
 
 def resize_square(image: Tensor, size: int) -> Tensor:

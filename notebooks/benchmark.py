@@ -21,13 +21,14 @@
 # **What it needs.** Linux. `open_5m_rows`: 12 GB of disk below `working/`, and 20 GB of memory for the plain way, which
 # is left out where there is less.
 #
-# **How long it takes.** On two CPU cores `open_5m_rows` four minutes, `predict_ensemble` one (with 16,000 images, ten).
+# **How long it takes.** On two CPU cores `open_5m_rows` four minutes, `predict_ensemble` one (with 16,000 images, ten),
+# `check_images` a quarter, `packed_shards` two.
 
 # %% tags=["parameters"]
-sections: str = "open_5m_rows,predict_ensemble"  # what to measure, separated by commas
+sections: str = "open_5m_rows,predict_ensemble,check_images,packed_shards"  # what to measure, separated by commas
 rows: int = 0  # rows of the made data sets together; 0 is all 5,059,104
 repeats: int = 3  # of every measurement
-images: int = 2000  # that an ensemble predicts; the competition has about 16,000
+images: int = 2000  # that are predicted, checked or packed; the competition has about 16,000
 keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
 
 # %% tags=["active-py"]
@@ -76,6 +77,24 @@ from kutils import benchmark_prediction
 
 if "predict_ensemble" in chosen:
     benchmark.save(benchmark_prediction.predict_ensemble(images, repeats))
+
+# %% [markdown]
+# ## Do two processes check images twice as fast as one?
+# Every file is read, hashed and decoded, as `python -m kutils.check` does it.
+
+# %%
+from kutils import benchmark_data
+
+if "check_images" in chosen:
+    benchmark.save(benchmark_data.check_images(images, repeats))
+
+# %% [markdown]
+# ## What does packing save in training?
+# An epoch through the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet.
+
+# %%
+if "packed_shards" in chosen:
+    benchmark.save(benchmark_data.packed_shards(images, repeats))
 
 # %% [markdown]
 # ## What was found?

@@ -31,6 +31,7 @@ images_per_prompt: int = 2  # images of each, where `shapes` is not there yet
 threshold: float = 0.7  # cosine from which prompts are similar
 num_folds: int = 10  # number of folds, 2..10
 method: str = "partition"  # partition, components or leader
+check_images: int = 20000  # images to decode; 0 is all
 refold: bool = False  # replace folds that are there; their checkpoints can then not be refined
 
 # %%
@@ -72,12 +73,23 @@ print(f"{table.num_rows:,} rows")
 table.slice(0, 6).to_pandas()
 
 # %% [markdown]
-# ## Can the images be read?
-# Training replaces a broken image and counts it; validation refuses to start with one. Make those listed here anew.
+# ## Are images, prompts and folds in order?
+# A bad row (an image that cannot be read, or that is there under two prompts) should not be trained on: `python -m
+# kutils.check input/<name>.tsv` looks at all images and sets bad rows apart. Problems are mended as they say.
 
 # %%
-unreadable = preparation.check_readable(names)
-print("\n".join(unreadable[:20]))
+from kutils import check
+
+tsv_paths = [paths.input_dir() / f"{name}.tsv" for name in names]
+checked = check.check_datasets(tsv_paths, images=check_images)
+print(check.format_report(checked))
+
+# %% [markdown]
+# ## How large are the images, and how many has a prompt?
+# Training draws one image per prompt and epoch: a prompt with more of them shows more pictures, not more often.
+
+# %%
+plots.image_counts([item.report for item in checked]);
 
 # %% [markdown]
 # ## Do the images show their prompts?

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kutils import benchmark, benchmark_prediction, datasets, transforms
+from kutils import benchmark, benchmark_data, benchmark_prediction, datasets, transforms
 from kutils.benchmark import BenchmarkError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,9 +101,7 @@ def test_the_section_from_end_to_end(workspace):
 def test_the_notebook_runs_as_a_script(workspace):
     """Everything but the measurements, which take minutes."""
     script = (ROOT / "notebooks" / "benchmark.py").read_text(encoding="utf-8")
-    (workspace / "benchmark.py").write_text(
-        script.replace('sections: str = "open_5m_rows,predict_ensemble"', 'sections: str = ""')
-    )
+    (workspace / "benchmark.py").write_text(re.sub(r'sections: str = "[^"]*"', 'sections: str = ""', script))
     benchmark.save([benchmark.entry("kept", "s", [1.0])])
     done = subprocess.run([sys.executable, workspace / "benchmark.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -116,4 +114,16 @@ def test_the_prediction_of_an_ensemble_is_measured_both_ways(workspace, monkeypa
     (measured,) = benchmark_prediction.predict_ensemble(num_images=40, repeats=1)  # fewer than a batch: decoded here
     assert len(decoded) == 40 + 3 * 40 and len(set(decoded)) == 40
     assert measured.name == "predict_ensemble" and measured.ratio == measured.reference / measured.ours > 1
+    assert not list((workspace / "working" / "benchmark").iterdir())
+
+
+def test_the_check_of_images_is_measured_with_two_processes_and_one(workspace):
+    (measured,) = benchmark_data.check_images(images=300, repeats=1)
+    assert measured.name == "check_images" and measured.ratio == measured.reference / measured.ours
+    assert not list((workspace / "working" / "benchmark").iterdir())
+
+
+def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace):
+    (measured,) = benchmark_data.packed_shards(images=64, repeats=1)
+    assert measured.name == "packed_shards" and measured.ratio == measured.reference / measured.ours
     assert not list((workspace / "working" / "benchmark").iterdir())

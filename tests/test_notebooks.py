@@ -331,8 +331,8 @@ def test_prepare_data_embeds_folds_and_shows(workspace):
     ]
     write_table(path, {"image": table["image"], "prompt": prompts, "fold": [-1] * 60})
     executed = execute("prepare_data", workspace / "out.ipynb", dataset="mine", num_folds=5, cwd=NOTEBOOKS)
-    assert_readable(figures(executed), 4)  # images, lengths, similarities, folds
-    assert "60 of 60 images decoded: 0 cannot be read" in printed(executed)
+    assert_readable(figures(executed), 5)  # images and their sizes, lengths, similarities, folds
+    assert "60 looked at, 60 decode" in printed(executed) and "0 bad rows, 0 problems" in printed(executed)
     assert "datasets=mine" in printed(executed)
     assert set(read_table(path, ["fold"])["fold"].to_numpy()) == set(range(5))
     assert np.load(path.with_suffix(".npy")).shape == (60, 384)

@@ -236,3 +236,17 @@ def test_counts_are_drawn_in_order():
     assert {"12,345", "7", "kept", "too short", "entries"} <= set(texts(figure))
     with pytest.raises(PlotError, match="no values"):
         plots.counts({}, title="", unit="")
+
+
+def test_images_are_counted_over_all_data_sets():
+    reports = [
+        {"images_per_prompt": {"1": 5, "3": 2}, "images": {"sizes": {"512 x 512": 9, "8 x 9": 2}}},
+        {"images_per_prompt": {"1": 1, "8": 3, "40": 4}, "images": {"sizes": {"512 x 512": 100}}},
+    ]
+    prompts, sizes = plots.image_counts(reports).axes
+    assert [bar.get_height() for bar in prompts.patches] == [6, 2, 7]
+    assert [bar.get_width() for bar in sizes.patches] == [109, 2]
+    assert {"1", "3", "8 or more", "512 x 512", "8 x 9", "15 prompts", "111 images"} <= set(texts(prompts.figure))
+    for none in ([], [{"images_per_prompt": {"1": 5}, "images": {"sizes": {}}}]):
+        with pytest.raises(PlotError, match="nothing to draw"):
+            plots.image_counts(none)

@@ -121,16 +121,6 @@ def test_cosines_between_prompts_against_all_pairs():
         preparation.cosines_between(PromptBank(["a"], embeddings[:1]))
 
 
-def test_unreadable_images_are_counted_and_named(inputs, capsys):
-    (inputs / "toy_images" / "0003_1.png").write_bytes(b"broken")
-    (inputs / "toy_images" / "0005_0.png").unlink()
-    found = preparation.check_readable(["toy"])
-    assert [message.split("toy_images/")[1][:10] for message in found] == ["0003_1.png", "0005_0.png"]
-    assert "80 of 80 images decoded: 2 cannot be read" in capsys.readouterr().out
-    preparation.check_readable(["toy"], limit=10)
-    assert "10 of 80 images decoded" in capsys.readouterr().out
-
-
 def test_lists_of_a_name_are_in_input(inputs):
     lists = preparation.prompt_lists("mine")
     assert [path.name for path in lists] == ["mine.all.tsv", "mine.prompts.tsv", "mine_part2.prompts.tsv"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kutils import check, folding, grouping, prompts, sources
+from kutils import folding, grouping, image_facts, prompts, sources
 from kutils.datasets import load_datasets
 from kutils.retrieval import PromptBank
 from kutils.similarity import similar_pairs
@@ -96,7 +96,7 @@ def test_pairs_have_even_folds_and_repeated_prompts_stay_together(pairs, data):
 
 
 def test_every_image_decodes_to_what_pillow_sees(data):
-    assert check.unreadable(data, np.arange(len(data)), num_workers=2) == []
+    assert image_facts.scan(data.read_image, np.arange(len(data)), num_workers=2).decoded.all()
     for row in range(0, len(data), 60):
         image = decode_rgb(data.image_path(row))
         assert min(image.shape[1:]) == 384
