@@ -31,7 +31,15 @@ from kutils import config, datasets, launch, paths, tables
 from kutils.config import EMBEDDING_DIM
 from kutils.progress import progress_bar
 
-SECTIONS = ("open_5m_rows", "predict_ensemble", "check_images", "packed_shards")
+SECTIONS = (
+    "open_5m_rows",
+    "predict_ensemble",
+    "embed_prompts",
+    "similar_pairs",
+    "folds",
+    "check_images",
+    "packed_shards",
+)
 MADE_SETS = {  # rows and images per prompt, as published: 5,059,104 rows of 3,378,588 prompts
     "cc3m": (748_781, 3),
     "lexica": (201_303, 3),
@@ -88,7 +96,9 @@ def machine_name() -> str:
 
 
 def choose(sections: str) -> list[str]:
-    """The sections of a comma-separated list; BenchmarkError for one that there is not."""
+    """The sections of a comma-separated list, or `all`; BenchmarkError for one that there is not."""
+    if sections.strip() == "all":
+        return list(SECTIONS)
     chosen = [name.strip() for name in sections.split(",") if name.strip()]
     for name in chosen:
         if name not in SECTIONS:

@@ -1,15 +1,18 @@
 """Similar pairs beside FAISS, and what folds leak: the benchmark's sections on grouping."""
 
+import argparse
 import importlib.util
+import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kutils import benchmark, folding, paths, prompts, templates
+from kutils import benchmark, folding, launch, paths, prompts, templates
 from kutils.similarity import SimilarPairs, similar_pairs
-from kutils.tables import write_table
+from kutils.tables import read_table, write_table
 
 THRESHOLD = 0.7  # of the published folds
 SIZES = (15_000, 30_000, 60_000, 120_000)  # prompts
@@ -18,8 +21,8 @@ SEED_PROMPTS = 3_378_588  # of the six published sets
 NUM_FOLDS = 10
 
 
-def embedded_prompts(prompts_path: str, count: int) -> np.ndarray:
-    """Embeddings to measure with: float32 [n, 384], n up to `count`, in random order.
+def embedded_prompts(prompts_path: str, count: int) -> tuple[list[str], np.ndarray]:
+    """Prompts to measure with and their embeddings: float32 [n, 384], n up to `count`, in random order.
 
     Args:
         prompts_path: a prompts file; "" takes `count` prompts from the grammar of `kutils.templates`. They are embedded
@@ -32,7 +35,7 @@ def embedded_prompts(prompts_path: str, count: int) -> np.ndarray:
         write_table(path, {"prompt": texts, "source": ["templates"] * len(texts)})
     embeddings = np.load(prompts.embed_table(path, dtype="bfloat16"), mmap_mode="r")
     rows = np.random.default_rng(0).permutation(len(embeddings))[:count]
-    return embeddings[rows]
+    return read_table(path, ["prompt"])["prompt"].take(rows).to_pylist(), embeddings[rows]
 
 
 def time_pairs(embeddings: np.ndarray, dtype: str) -> tuple[float, SimilarPairs]:
@@ -90,12 +93,26 @@ def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[benc
 
 
 def extra_megabytes(embeddings: np.ndarray) -> float:
+    """Measured in a process of its own, in which nothing is left from earlier searches."""
+    folder = paths.working_dir() / "benchmark"
+    npy_path, result = folder / "similar_pairs.npy", folder / "similar_pairs.json"
+    with paths.atomic_path(npy_path) as temporary:
+        np.save(temporary, embeddings)
+    launch.run_module("kutils.benchmark_similarity", str(npy_path), str(result))
+    measured = json.loads(result.read_text(encoding="utf-8"))["megabytes"]
+    npy_path.unlink()
+    result.unlink()
+    return measured
+
+
+def measure_memory(embeddings: np.ndarray) -> float:
     """The most memory of a search beyond two copies of the embeddings (float32, bfloat16) and the pairs, MB."""
+    similar_pairs(embeddings[:64], THRESHOLD)  # threads and libraries are there from now on
     with benchmark.peak_megabytes() as peak:
         before = peak[0]
         pairs = similar_pairs(embeddings, THRESHOLD)
     copies = embeddings.size * (4 + 2) + 2 * sum(column.nbytes for column in pairs)  # pairs: strips, and joined
-    return max(0.0, peak[0] - before - copies / 1e6)
+    return peak[0] - before - copies / 1e6
 
 
 def measure_seed_scale(repeats: int = 3) -> list[benchmark.Entry]:
@@ -143,3 +160,17 @@ def measure_folds(embeddings: np.ndarray, repeats: int = 3) -> list[benchmark.En
         benchmark.entry(f"{name}_leaked_beside_leader", "% of prompts", [leaked["partition"]], [leaked["leader"]]),
         benchmark.entry(f"{name}_leaked_beside_random", "% of prompts", [leaked["partition"]], [leaked["random"]]),
     ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kutils.benchmark_similarity", description="Memory, as a child.")
+    parser.add_argument("embeddings", type=Path, help="an .npy file")
+    parser.add_argument("result", type=Path, help="JSON file to write")
+    arguments = parser.parse_args(argv)
+    embeddings = np.load(arguments.embeddings, mmap_mode="r")
+    paths.write_json(arguments.result, {"megabytes": measure_memory(embeddings)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

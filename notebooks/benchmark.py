@@ -22,12 +22,14 @@
 # is left out where there is less.
 #
 # **How long it takes.** On two CPU cores `open_5m_rows` four minutes, `predict_ensemble` one (with 16,000 images, ten),
-# `check_images` a quarter, `packed_shards` two.
+# `embed_prompts` and `similar_pairs` four each, `folds` and `check_images` less than one, `packed_shards` two.
 
 # %% tags=["parameters"]
-sections: str = "open_5m_rows,predict_ensemble,check_images,packed_shards"  # what to measure, separated by commas
+sections: str = "all"  # or what to measure, as "embed_prompts,similar_pairs"; a wrong name lists them
 rows: int = 0  # rows of the made data sets together; 0 is all 5,059,104
 repeats: int = 3  # of every measurement
+prompts: int = 60000  # that are embedded and compared; 120000 adds a fourth point to the curve
+prompts_path: str = ""  # a prompts file to take them from; empty is the grammar of kutils.templates
 images: int = 2000  # that are predicted, checked or packed; the competition has about 16,000
 keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
 
@@ -77,6 +79,38 @@ from kutils import benchmark_prediction
 
 if "predict_ensemble" in chosen:
     benchmark.save(benchmark_prediction.predict_ensemble(images, repeats))
+
+# %% [markdown]
+# ## How fast are prompts embedded, and how exactly?
+# By `SentenceTransformer.encode` in float32, and here in bfloat16 and float32. The smallest cosine between bfloat16 and
+# float32 says what the speed costs.
+
+# %%
+from kutils import benchmark_embedding, benchmark_similarity
+
+embeddings = None
+if {"embed_prompts", "similar_pairs", "folds"} & set(chosen):
+    texts, embeddings = benchmark_similarity.embedded_prompts(prompts_path, prompts)
+if "embed_prompts" in chosen:
+    benchmark.save(benchmark_embedding.embed_prompts(texts[:4000], repeats))
+
+# %% [markdown]
+# ## How long does it take to find all similar pairs?
+# Exactly all at cosine >= 0.7, beside FAISS, which searches exactly too and in float32 (up to 60,000 prompts). The time
+# grows with the square of the number, the memory beyond embeddings and pairs does not grow.
+
+# %%
+if "similar_pairs" in chosen:
+    benchmark.save(benchmark_similarity.measure_similar_pairs(embeddings, repeats))
+    benchmark.save(benchmark_similarity.measure_seed_scale(repeats))
+
+# %% [markdown]
+# ## What do folds leak?
+# Prompts with a similar one in another fold: of a balanced partition, of greedy leader groups, of random rows.
+
+# %%
+if "folds" in chosen:
+    benchmark.save(benchmark_similarity.measure_folds(embeddings, repeats))
 
 # %% [markdown]
 # ## Do two processes check images twice as fast as one?

@@ -37,6 +37,7 @@ def test_results_of_several_sections_stay_side_by_side(workspace):
 
 def test_an_unknown_section_names_the_nearest():
     assert benchmark.choose(" open_5m_rows ,") == ["open_5m_rows"]
+    assert benchmark.choose("all") == list(benchmark.SECTIONS)
     with pytest.raises(BenchmarkError, match="no section 'open_5m_row'; did you mean 'open_5m_rows'"):
         benchmark.choose("open_5m_row")
 
