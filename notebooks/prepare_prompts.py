@@ -62,7 +62,8 @@ print(cleaning.format_report(cleaned))
 
 # %%
 dropped = {reason: case["count"] for reason, case in cleaned["dropped"].items()}
-plots.counts({"kept": cleaned["kept"], **dropped}, title=f"{cleaned['read']:,} entries read", unit="entries");
+title = f"{cleaned['read']:,} entries read, {cleaned['kept']:,} kept; the others"
+plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
 
 # %% [markdown]
 # ## How many say the same?
