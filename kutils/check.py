@@ -83,8 +83,8 @@ def check_datasets(
     Raises: TableError or DataError for a table that cannot be read or that changes meanwhile.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
+    status = [path.stat() for path in tsv_paths if path.is_file()]  # before they are read; the others are named then
     rows = Rows(tsv_paths)
-    status = [path.stat() for path in tsv_paths]
     found = find_bad_rows(rows, images, num_workers or os.cpu_count() or 1, progress)
     torn, checked = torn_prompts(rows), []
     for path, table, before, part in zip(tsv_paths, rows.tables, status, split(rows, found), strict=True):

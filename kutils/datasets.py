@@ -5,6 +5,7 @@ the TSV names, relative to `input/`, or `input/<name>.shards/`, to which they we
 """
 
 import hashlib
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,8 +196,11 @@ def read_clean_mark(path: Path, num_rows: int, expected_hash: str) -> np.ndarray
     """bool [num_rows] written with the folds, or None where there is none or it belongs to another assignment."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        clean, saved_hash = saved["clean"], str(saved["folds_hash"])
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            clean, saved_hash = saved["clean"], str(saved["folds_hash"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: it counts as none
+        return None
     return clean if saved_hash == expected_hash and clean.shape == (num_rows,) else None
 
 

@@ -75,11 +75,11 @@ def deduplicate(
     order = np.arange(len(embeddings)) if priority is None else np.argsort(priority, kind="stable")
     options = {"ranks": ranks, "progress": progress}
     with ExitStack() as stack:  # strips of both searches are there until both are done
-        folder = stack.enter_context(kept_strips(embeddings, threshold))
+        folder = stack.enter_context(kept_strips(embeddings, threshold, ranks=ranks))
         within = in_order(similar_pairs(embeddings, threshold, folder=folder, **options), order)
         first, second, cosine = within.first + num_kept, within.second + num_kept, within.cosine
         if num_kept:
-            folder = stack.enter_context(kept_strips(kept, threshold, "against", folder.name))
+            folder = stack.enter_context(kept_strips(kept, threshold, "against", folder.name, ranks=ranks))
             place = np.argsort(order) + num_kept
             between = similar_pairs(kept, threshold, others=embeddings, folder=folder, **options)
             first = np.concatenate([between.first, first])
@@ -127,6 +127,7 @@ def deduplicate_table(
         raise GroupingError("PROMPTS.tsv, --kept, --rest and those of --against have to be different files")
     ranks = ranks or Ranks(0, 1, pick_device(device))
     table = read_table(tsv_path, ["prompt", "source"] if priority else ["prompt"])
+    place = rank_sources(table, priority, tsv_path) if priority else None
     known = [read_table(path, ["prompt"])["prompt"] for path in against]
     own, *former = [
         open_embeddings(embed_table(path, dtype=dtype, ranks=ranks), count)
@@ -136,7 +137,7 @@ def deduplicate_table(
         own,
         threshold,
         kept=np.concatenate(former) if former else None,
-        priority=rank_sources(table, priority, tsv_path) if priority else None,
+        priority=place,
         ranks=ranks,
         progress=True,
     )

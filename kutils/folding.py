@@ -6,8 +6,6 @@ fold would have to swallow. The default is therefore a balanced partition of the
 edges; the report says whom that touches.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pymetis
 from scipy.sparse import csr_array
@@ -21,6 +19,8 @@ from kutils.similarity import GroupingError, SimilarPairs
 METHODS = ("partition", "components", "leader", "kmeans")
 KMEANS_CLUSTERS = 200  # as many topics as were published for this competition; fewer where they would be tiny
 PARTITION_ATTEMPTS = 5  # seeds of METIS: on real prompts the best leaks 3 to 15 % less than their mean
+MOST_PARTS = 2000  # of new prompts that join folds: of few prompts each, and placed one by one in seconds
+SWEEPS = 10  # over the prompts that have joined
 EVEN = 0.1  # fold sizes this close to their mean count as equally good
 LARGE_LEAK = 0.25  # share of leaked prompts that the report warns about
 
@@ -85,7 +85,11 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
     Raises: GroupingError if a fold stays empty.
     """
     graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
-    candidates = partitions(graph, num_rows, num_folds, seed)
+    attempts = range(PARTITION_ATTEMPTS)  # recursive once: k-way refinement leaks less, but leaves small parts empty
+    candidates = [
+        cut(graph, num_rows, num_folds, seed * PARTITION_ATTEMPTS + attempt, attempt == 0).astype(np.int8)
+        for attempt in attempts
+    ]
     folds = min(candidates, key=lambda folds: cost(folds, num_rows, pairs, num_folds))
     if len(np.unique(folds)) < num_folds:
         raise GroupingError(f"{len(num_rows)} prompts did not fill {num_folds} folds; ask for fewer folds")
@@ -98,25 +102,18 @@ def edge_weights(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
     return np.maximum(1, 1000 // np.minimum(degree[pairs.first], degree[pairs.second]))
 
 
-def partitions(
-    graph: csr_array, weights: np.ndarray, num_folds: int, seed: int, unevenness: float = 0.03
-) -> Iterator[np.ndarray]:
-    """Cut a graph into parts of even weight, PARTITION_ATTEMPTS times: int8 [vertices] each, by METIS."""
+def cut(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, recursive: bool) -> np.ndarray:
+    """Cut a graph into parts of even weight by METIS: int [vertices]. The C library takes seed 0 for 1."""
     dtype = pymetis.zero_copy_dtype()
-    adjacency = pymetis.CSRAdjacency(graph.indptr.astype(dtype), graph.indices.astype(dtype))
-    for attempt in range(PARTITION_ATTEMPTS):
-        part = pymetis.part_graph(
-            num_folds,
-            adjacency,
-            vweights=weights.astype(dtype),
-            eweights=graph.data.astype(dtype),
-            # the C library takes seed 0 for 1; ufactor is in thousandths
-            options=pymetis.Options(
-                seed=1 + seed * PARTITION_ATTEMPTS + attempt, ufactor=max(1, round(1000 * unevenness))
-            ),
-            recursive=attempt == 0,  # k-way refinement leaks less, but leaves parts of small graphs empty
-        )
-        yield np.array(part.vertex_part, np.int8)
+    part = pymetis.part_graph(
+        num_parts,
+        pymetis.CSRAdjacency(graph.indptr.astype(dtype), graph.indices.astype(dtype)),
+        vweights=weights.astype(dtype),
+        eweights=graph.data.astype(dtype),
+        options=pymetis.Options(seed=1 + seed),
+        recursive=recursive,
+    )
+    return np.array(part.vertex_part)
 
 
 def cost(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> tuple[float, int]:
@@ -130,40 +127,73 @@ def extend_folds(
 ) -> np.ndarray:
     """Give folds to new prompts; those that have one keep it.
 
-    The graph is partitioned as in `folds_by_partition`, with all prompts of a former fold as one vertex. These are
-    so heavy that even parts hold one each.
+    The new prompts are cut into up to MOST_PARTS parts, as in `folds_by_partition`. The part that a fold attracts most,
+    by the weight of the pairs between them, is added to it and attracts others from then on, as long as there is room;
+    the smaller folds have more. Last, single prompts move where they are attracted more. (Of 60,000 real prompts 0.9 %
+    leak in folds made anew; 3.0 % where a tenth of them has joined, 10.5 % where half has.)
 
     Args:
         folds: int8 [prompts], -1 for the new ones.
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
     Returns: int8 [prompts].
-    Raises: GroupingError if a fold has no former prompt.
     """
     new = np.flatnonzero(folds < 0)
-    former = np.bincount(folds[folds >= 0], num_rows[folds >= 0], num_folds).astype(np.int64)
-    if (former == 0).any():
-        raise GroupingError(
-            f"fold {int(np.argmin(former))} of {num_folds} has no prompt, so that nothing says what belongs to it; "
-            "assign all folds anew"
-        )
-    vertex = folds.astype(np.int64)
-    vertex[new] = num_folds + np.arange(len(new))
-    graph = similarity_graph(len(folds), pairs, edge_weights(len(folds), pairs)).tocoo()
-    ends = vertex[graph.row], vertex[graph.col]
-    apart = ends[0] != ends[1]
-    num_vertices = num_folds + len(new)
-    merged = csr_array((graph.data[apart], (ends[0][apart], ends[1][apart])), shape=(num_vertices, num_vertices))
-    weight = int(num_rows[new].sum())
-    weights = np.concatenate([former + weight, num_rows[new]])
-    size = num_rows.sum() / num_folds
-    candidates = []
-    for parts in partitions(merged, weights, num_folds, seed, unevenness=0.03 * size / (size + weight)):
-        if len(set(parts[:num_folds])) == num_folds:
-            fold_of_part = np.argsort(parts[:num_folds]).astype(np.int8)
-            candidates.append(np.where(folds < 0, fold_of_part[parts[vertex]], folds))
-    if not candidates:
-        raise GroupingError("the new prompts tie former folds together; assign all folds anew, without --keep")
-    return min(candidates, key=lambda folds: cost(folds, num_rows, pairs, num_folds))
+    if not len(new):
+        return folds
+    graph = similarity_graph(len(folds), pairs, edge_weights(len(folds), pairs))
+    among = graph[new][:, new]
+    num_parts = min(len(new), MOST_PARTS)
+    part_of = np.arange(len(new)) if num_parts == len(new) else cut(among, num_rows[new], num_parts, seed, False)
+    rows = np.bincount(part_of, num_rows[new], num_parts)
+    members = csr_array((np.ones(len(new), np.int64), (part_of, np.arange(len(new)))), (num_parts, len(new)))
+    former = np.flatnonzero(folds >= 0)
+    in_fold = csr_array((np.ones(len(former), np.int64), (former, folds[former])), (len(folds), num_folds))
+    pull = (members @ graph[new] @ in_fold).toarray()  # [parts, folds]
+    between = members @ among @ members.T
+    sizes = np.bincount(folds[former], num_rows[former], num_folds)
+    room = (1 + EVEN / 2) * level_after(sizes, rows.sum()) - sizes
+    fold_of, open_parts = np.full(num_parts, -1, np.int8), rows > 0
+    while open_parts.any():
+        wanted = np.where(open_parts[:, None] & (rows[:, None] <= room), pull, 0)
+        part, fold = np.unravel_index(np.argmax(wanted), wanted.shape)
+        if wanted[part, fold] == 0:  # nothing is attracted, or fits
+            part, fold = np.argmax(np.where(open_parts, rows, -1)), np.argmax(room)
+        fold_of[part], open_parts[part] = fold, False
+        room[fold] -= rows[part]
+        pull[:, fold] += between[[part]].toarray()[0]
+    extended = folds.copy()
+    extended[new] = fold_of[part_of]
+    refine(extended, new, graph, num_rows, room, seed)
+    return extended
+
+
+def refine(
+    folds: np.ndarray, new: np.ndarray, graph: csr_array, num_rows: np.ndarray, room: np.ndarray, seed: int
+) -> None:
+    """Move new prompts, one by one, to folds that attract them more and have room; changes `folds` and `room`."""
+    random = np.random.default_rng(seed)
+    for _ in range(SWEEPS):
+        in_fold = csr_array((np.ones(len(folds), np.int64), (np.arange(len(folds)), folds)), (len(folds), len(room)))
+        some = random.permutation(new)[: -(-len(new) // 2)]  # of two that would change places, one moves
+        pull = (graph[some] @ in_fold).toarray()
+        gain = pull.max(axis=1) - pull[np.arange(len(some)), folds[some]]
+        best = pull.argmax(axis=1)
+        for number in np.argsort(-gain, kind="stable")[: int((gain > 0).sum())]:
+            prompt, fold = some[number], best[number]
+            if num_rows[prompt] <= room[fold]:
+                room[folds[prompt]] += num_rows[prompt]
+                room[fold] -= num_rows[prompt]
+                folds[prompt] = fold
+
+
+def level_after(sizes: np.ndarray, added: int) -> int:
+    """The size up to which the smaller folds are filled by `added` rows, as by water."""
+    sizes = np.sort(sizes)
+    for count in range(1, len(sizes) + 1):
+        level = (sizes[:count].sum() + added) / count
+        if count == len(sizes) or level <= sizes[count]:
+            return round(level)
+    raise AssertionError("no fold at all")
 
 
 def assign(

@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from kutils import paths
 from kutils.config import EMBEDDING_DIM
-from kutils.dataset_index import check_rows, open_embeddings
+from kutils.dataset_index import check_rows, make_again, open_embeddings
 from kutils.deduplication import deduplicate_table, format_dedup
 from kutils.devices import Ranks, join_workers, leave_ranks, pick_device
 from kutils.folding import METHODS, assign, extend_folds, format_report, leakage_report, leaked_prompts, report_warnings
-from kutils.similarity import GroupingError, check_threshold, kept_strips, similar_pairs
-from kutils.tables import folds_hash, read_table, write_table
+from kutils.prompts import read_record
+from kutils.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
+from kutils.tables import folds_hash, hash_prompts, read_table, write_table
 from kutils.text_encoder import DTYPES
 
 MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints
@@ -46,6 +47,10 @@ def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
         elif "fold" not in table.column_names:
             table = table.append_column("fold", pa.array(np.full(table.num_rows, -1, np.int8)))
         check_rows(path, table)
+        record = read_record(path.with_suffix(".npy.json"))
+        if record is not None and record.get("prompts_sha256") != hash_prompts(table["prompt"]):
+            npy_path = path.with_suffix(".npy")
+            raise GroupingError(f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}")
         tables[path] = table
         maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
     prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])
@@ -74,10 +79,10 @@ def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddi
             )
 
 
-def former_folds(distinct: DistinctPrompts, num_folds: int) -> np.ndarray:
+def former_folds(distinct: DistinctPrompts) -> np.ndarray:
     """The fold that each prompt has by now, int8 [distinct], -1 for none.
 
-    Raises: GroupingError if a prompt is in two, if a fold is beyond num_folds, or where no prompt has one.
+    Raises: GroupingError if a prompt is in two, or where no prompt has one.
     """
     folds = np.full(len(distinct.num_rows), -1, np.int8)
     for path, table in distinct.tables.items():
@@ -91,16 +96,15 @@ def former_folds(distinct: DistinctPrompts, num_folds: int) -> np.ndarray:
                 f"{path}, line {row + 2}: the prompt {table['prompt'][row].as_py()!r} is in the folds {own[row]} and "
                 f"{folds[distinct.codes[path][row]]}; assign all folds anew, without --keep"
             )
-    if folds.max() < 0 or folds.max() >= num_folds:
-        wrong = f"there is a fold {folds.max()}, and {num_folds} were asked for; give --folds {folds.max() + 1} or more"
-        raise GroupingError(wrong if folds.max() >= 0 else "no row has a fold that could be kept; leave out --keep")
+    if folds.max() < 1:
+        raise GroupingError("there are no folds that could be kept; leave out --keep")
     return folds
 
 
 def assign_folds(
     tsv_paths: Sequence[Path | str],
     threshold: float = 0.7,
-    num_folds: int = 10,
+    num_folds: int | None = None,
     method: str = "partition",
     seed: int = 0,
     *,
@@ -118,7 +122,7 @@ def assign_folds(
     Args:
         tsv_paths: data sets, or prompts files (which get a column `fold`), with their .npy beside them.
         threshold: cosine from which prompts are similar, in (0, 1].
-        num_folds: 2 to 10.
+        num_folds: 2 to 10; None: 10, or as many as there are where folds are kept.
         method: partition, components, leader or kmeans.
         seed: of partition and kmeans.
         keep: only give folds to prompts that have none (-1); the others stay where they are.
@@ -129,7 +133,7 @@ def assign_folds(
     """
     tsv_paths = [Path(path) for path in tsv_paths]
     check_threshold(threshold)
-    if not 2 <= num_folds <= MAX_FOLDS:
+    if num_folds is not None and not 2 <= num_folds <= MAX_FOLDS:
         raise GroupingError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
     if method not in METHODS:
         raise GroupingError(f"method {method!r}: choose one of {', '.join(METHODS)}")
@@ -139,16 +143,19 @@ def assign_folds(
         raise GroupingError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
     ranks = ranks or Ranks(0, 1, pick_device(device))
     distinct = read_distinct(tsv_paths)
+    former = former_folds(distinct) if keep else None
+    if keep and num_folds not in (None, former.max() + 1):
+        raise GroupingError(f"there are {former.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
+    num_folds = int(former.max()) + 1 if keep else num_folds or MAX_FOLDS
     num_prompts = len(distinct.num_rows)
     if num_prompts < num_folds:
         raise GroupingError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
-    former = former_folds(distinct, num_folds) if keep else None
-    with kept_strips(distinct.embeddings, threshold) as folder:
+    with kept_strips(distinct.embeddings, threshold, ranks=ranks) as folder:
         pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
         if not ranks.is_main:
             return None
         if keep:
-            folds = extend_folds(former, distinct.num_rows, pairs, num_folds, seed)
+            former, folds = extended_once(folder / f"extended-{seed}.npz", former, distinct.num_rows, pairs, seed)
         else:
             folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
         report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
@@ -157,6 +164,25 @@ def assign_folds(
         report["warnings"] = report_warnings(report)
         write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
     return report
+
+
+def extended_once(
+    path: Path, former: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The former folds of all prompts, int8, and `extend_folds` of them.
+
+    They are kept in a file before the first table is written: a call that was cut between two tables finds there what
+    it has to go on with, for by then some new prompts look like former ones.
+    """
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as saved:
+            planned, folds = saved["former"], saved["folds"]
+        if np.array_equal(np.where(former < 0, former, folds), former) and (former[planned >= 0] >= 0).all():
+            return planned, folds
+    folds = extend_folds(former, num_rows, pairs, int(former.max()) + 1, seed)
+    with paths.atomic_path(path) as temporary:
+        np.savez(temporary, former=former, folds=folds)
+    return former, folds
 
 
 def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray, report: dict) -> None:
@@ -213,7 +239,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets, each with NAME.npy beside it"
     )
     folds.add_argument("--threshold", type=float, default=0.7, help="cosine from which prompts are similar")
-    folds.add_argument("--folds", type=int, default=10, help="number of folds, 2 to 10")
+    folds.add_argument(
+        "--folds",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="number of folds, 2 to 10 (default: 10, or as many as there are with --keep)",
+    )
     folds.add_argument("--method", choices=METHODS, default="partition", help="how similar prompts are kept together")
     folds.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
     folds.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
@@ -246,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks = join_workers(args.device)
         if args.command == "folds":
             options = {"keep": args.keep, "ranks": ranks}
-            report = assign_folds(args.files, args.threshold, args.folds, args.method, args.seed, **options)
+            number = getattr(args, "folds", None)
+            report = assign_folds(args.files, args.threshold, number, args.method, args.seed, **options)
             told = format_report(report) if ranks.is_main else ""
         else:
             options = {"against": args.against, "priority": args.priority, "dtype": args.dtype}

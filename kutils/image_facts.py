@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kutils import transforms
+from kutils.dataset_index import DataError
 from kutils.progress import progress_bar
 
 CHUNK = 64  # images that a worker looks at before it reports
@@ -114,11 +115,16 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
     )
     facts, codes, start = np.zeros(len(rows), FACTS), {"": 0}, 0
     with progress_bar(len(rows), "image", "decoding images", disable=not progress) as bar:
-        for found, reasons in loader:
-            found["reason"] = [codes.setdefault(reason, len(codes)) for reason in reasons]
-            facts[start : start + len(found)] = found
-            start += len(found)
-            bar.update(len(found))
+        try:
+            for found, reasons in loader:
+                found["reason"] = [codes.setdefault(reason, len(codes)) for reason in reasons]
+                facts[start : start + len(found)] = found
+                start += len(found)
+                bar.update(len(found))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a process was ended, maybe for lack of memory; give fewer --workers ({error})") from error
     return Scan(rows, facts, list(codes))
 
 

@@ -34,22 +34,32 @@ def prompt_lists(name: str) -> PromptLists:
     return PromptLists(*(paths.input_dir() / f"{name}{part}.tsv" for part in (".all", ".prompts", "_part2.prompts")))
 
 
-def collect_prompts(lists: PromptLists, files: str, *, column: str = "", num_prompts: int = 4000) -> dict:
+def collect_prompts(
+    lists: PromptLists, files: str, *, column: str = "", num_prompts: int = 4000, overwrite: bool = False
+) -> dict:
     """Write the list of all clean prompts, from files or from the grammar.
 
     Args:
         files: of any kind that `python -m kutils.sources` reads, separated by commas; "": prompts of the grammar.
         column: of the prompts, where there are several that may be meant.
         num_prompts: of the grammar.
+        overwrite: write over another list of this name.
     Returns: the report of `sources.make_prompts_file`.
     Raises: SourceError, TableError or ValueError, before anything is written.
     """
     if files:
         options = {"column": column} if column else {}
-        return sources.make_prompts_file([name.strip() for name in files.split(",")], lists.all, **options)
+        names = [name.strip() for name in files.split(",")]
+        return sources.make_prompts_file(names, lists.all, overwrite=overwrite, **options)
     made = templates.generate_prompts(num_prompts)
-    sources.write_prompts(lists.all, made, [GRAMMAR] * len(made))
+    sources.write_prompts(lists.all, made, [GRAMMAR] * len(made), overwrite=overwrite)
     return {"read": len(made), "kept": len(made), "dropped": {}, "changed": {}}
+
+
+def have_folds(tsv_paths: Sequence[Path]) -> bool:
+    """Whether a row of these files has a fold. Raises: TableError."""
+    tables = [read_table(path, ["prompt"]) for path in tsv_paths]
+    return any("fold" in table.column_names and (table["fold"].to_numpy() >= 0).any() for table in tables)
 
 
 def prepare(

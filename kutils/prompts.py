@@ -248,15 +248,19 @@ def take_embeddings(tsv_path: Path | str, rows: np.ndarray, target_path: Path | 
     record |= {"rows": len(rows), "prompts_sha256": hash_prompts(read_table(target_path, ["prompt"])["prompt"])}
     if npy_path.is_file() and former == record:
         return
-    source = np.load(source_path, mmap_mode="r")
+    record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+    copy_rows(np.load(source_path, mmap_mode="r"), rows, npy_path)
+    paths.write_json(record_path, record)
+
+
+def copy_rows(embeddings: np.ndarray, rows: np.ndarray, npy_path: Path) -> None:
+    """Write some rows of mapped embeddings to a file of their own, block by block, whole or not at all."""
     with paths.atomic_path(npy_path) as temporary:
         out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), EMBEDDING_DIM))
         reserve(temporary)
         for start in range(0, len(rows), CHUNK_PROMPTS):
-            out[start : start + CHUNK_PROMPTS] = source[rows[start : start + CHUNK_PROMPTS]]
+            out[start : start + CHUNK_PROMPTS] = embeddings[rows[start : start + CHUNK_PROMPTS]]
         out.flush()
-        record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
-    paths.write_json(record_path, record)
 
 
 def reserve(path: Path) -> None:

@@ -6,21 +6,19 @@ import numpy as np
 import pyarrow as pa
 
 from kutils import paths, prompts
-from kutils.config import EMBEDDING_DIM
 from kutils.dataset_index import map_embeddings
 from kutils.datasets import read_clean_mark
-from kutils.tables import folds_hash, hash_prompts, write_table
+from kutils.tables import folds_hash, hash_prompts, read_table, write_table
 
 ADDED_COLUMNS = ("line", "reason")
-BLOCK = 16_384  # rows of embeddings that are copied at a time
 
 
 def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], with_embeddings: bool) -> str:
     """Write `<name>.quarantine.tsv` and the data set `<name>.checked`; nothing where no row is bad.
 
     The quarantine has the table's columns, the line and the reason. The data set has the table, the embeddings, and the
-    marks of clean rows where there are some; its table comes last, so that it is not there before it is whole. What an
-    earlier check has written is replaced; the data set itself stays as it is.
+    marks of clean rows where there are some; its table comes last, so that it is not there before it is whole. One of
+    an earlier check stays as it is if it has the same rows, and is replaced else; the data set itself is not changed.
 
     Args:
         path: of the TSV.
@@ -34,24 +32,27 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     quarantine, checked = path.with_suffix(".quarantine.tsv"), path.with_suffix(".checked.tsv")
     rows, good = np.flatnonzero(bad), np.flatnonzero(bad == 0)
     if not len(rows):
-        former = f"; {quarantine.name} is of an earlier check" if quarantine.is_file() else ""
-        return f"{path}: no bad rows, so no quarantine is written{former}"
+        former = [found.name for found in (quarantine, checked) if found.is_file()]
+        told = f"; {' and '.join(former)} {'is' if len(former) == 1 else 'are'} of an earlier check" if former else ""
+        return f"{path}: no bad rows, so that nothing is set apart{told}"
     added = dict(zip(ADDED_COLUMNS, (rows + 2, pa.array(reasons).take(pa.array(bad[rows]))), strict=True))
     write_table(quarantine, columns(table.take(pa.array(rows))) | added)
-    for suffix in (".tsv", ".npy", ".npy.json", ".clean.npz"):
-        checked.with_suffix(suffix).unlink(missing_ok=True)
     if not len(good):
         return f"{path}: all rows are bad, and in {quarantine}"
     kept = table.take(pa.array(good))
+    if checked.is_file() and same_rows(checked, kept):
+        return f"{path}: {len(rows):,} bad rows in {quarantine}; {checked} has the others already, and stays as it is"
+    mark = read_clean_mark(
+        path.with_suffix(".clean.npz"), len(bad), folds_hash(table["prompt"], table["fold"].to_numpy())
+    )
+    for suffix in (".tsv", ".npy", ".npy.json", ".clean.npz", ".folds.json"):
+        checked.with_suffix(suffix).unlink(missing_ok=True)
     if with_embeddings:
-        copy_embeddings(map_embeddings(path.with_suffix(".npy"), len(bad)), good, checked.with_suffix(".npy"))
+        prompts.copy_rows(map_embeddings(path.with_suffix(".npy"), len(bad)), good, checked.with_suffix(".npy"))
         record = prompts.read_record(path.with_suffix(".npy.json"))
         if record is not None:
             facts = {"rows": len(good), "prompts_sha256": hash_prompts(kept["prompt"])}
             paths.write_json(checked.with_suffix(".npy.json"), record | facts)
-    mark = read_clean_mark(
-        path.with_suffix(".clean.npz"), len(bad), folds_hash(table["prompt"], table["fold"].to_numpy())
-    )
     if mark is not None:
         with paths.atomic_path(checked.with_suffix(".clean.npz")) as temporary:
             kept_hash = folds_hash(kept["prompt"], kept["fold"].to_numpy())
@@ -61,15 +62,11 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     return told if with_embeddings else f"{told}, not embedded yet: python input/gen_prompt_embedding.py {checked}"
 
 
+def same_rows(path: Path, table: pa.Table) -> bool:
+    """Whether a table on disk has the same images and prompts; its folds may be others by now."""
+    there, names = read_table(path, ["image", "prompt", "fold"]), ["image", "prompt"]
+    return there.select(names).equals(table.select(names).combine_chunks())
+
+
 def columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return dict(zip(table.column_names, table.columns, strict=True))
-
-
-def copy_embeddings(embeddings: np.ndarray, rows: np.ndarray, npy_path: Path) -> None:
-    """Write some rows of mapped embeddings to a file of their own, block by block."""
-    with paths.atomic_path(npy_path) as temporary:
-        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), EMBEDDING_DIM))
-        prompts.reserve(temporary)
-        for start in range(0, len(rows), BLOCK):
-            out[start : start + BLOCK] = embeddings[rows[start : start + BLOCK]]
-        out.flush()

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kutils import paths, transforms
+from kutils import children, paths, transforms
 from kutils.dataset_index import DataError, check_rows
 from kutils.progress import progress_bar
 from kutils.tables import hash_prompts, read_table
@@ -58,9 +59,8 @@ class Encoding:
             raise ShardError(f"size {self.size}, format {self.format!r}: give 1 or more, and one of {FORMATS}")
         allowed = (None,) if self.format == "png" else range(1, 101)
         if self.quality not in allowed:
-            raise ShardError(
-                f"quality {self.quality} of {self.format}: 1 to 100, and none for png, which loses nothing"
-            )
+            wanted = "leave --quality out, png loses nothing" if self.format == "png" else "give 1 to 100"
+            raise ShardError(f"quality {self.quality} of {self.format}: {wanted}")
 
     def encode(self, image: Tensor) -> bytes:
         """A file's content from uint8 [3, H, W]; the aspect ratio is kept, so that training can still crop."""
@@ -112,7 +112,8 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
         record = json.loads(record_path(folder).read_text())
     except (OSError, ValueError) as error:
         raise ShardError(f"{folder} is not finished: {advice}") from error
-    if (record["version"], record["rows"]) != (VERSION, len(images)) or record["images_sha256"] != hash_prompts(images):
+    wanted = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images)}
+    if any(record.get(key) != value for key, value in wanted.items()):
         raise ShardError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
     for number, size in enumerate(record["shard_bytes"]):
         path = shard_path(folder, number)
@@ -161,20 +162,24 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
     folder, images = shards_folder(tsv_path), table["image"]
     written, jobs = [], []
     for number, start in enumerate(range(0, len(images), ROWS_PER_SHARD)):
-        files = [tsv_path.parent / name for name in images.slice(start, ROWS_PER_SHARD).to_pylist()]
+        names = images.slice(start, ROWS_PER_SHARD).to_pylist()
         written.append(shard_path(folder, number))
-        if not is_packed(written[-1], files, encoding):
-            jobs.append((written[-1], files, encoding))
+        if not is_packed(written[-1], names, encoding):
+            jobs.append((written[-1], names, encoding))
     if jobs:
         record_path(folder).unlink(missing_ok=True)
     with progress_bar(len(images), "image", f"packing {tsv_path.name}", disable=not progress) as bar:
-        bar.update(len(images) - sum(len(files) for _, files, _ in jobs))
+        bar.update(len(images) - sum(len(names) for _, names, _ in jobs))
         # not fork: a notebook's process may hold threads of PyTorch
         workers, context = min(num_workers or os.cpu_count() or 1, len(jobs) or 1), multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(workers, context, start_worker) as pool:
             try:
                 for done in as_completed([pool.submit(write_shard, *job) for job in jobs]):
                     bar.update(done.result())
+            except BrokenProcessPool as error:
+                raise ShardError(
+                    f"a process was ended, maybe for lack of memory; give fewer --workers ({error})"
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -185,39 +190,49 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
     return folder
 
 
-def write_shard(path: Path, files: Sequence[Path], encoding: Encoding) -> int:
+def start_worker() -> None:
+    children.end_with_parent()  # else it would wait for work for ever
+    torch.set_num_threads(1)
+
+
+def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
     """Encode the images of one shard; returns their number.
 
+    Args:
+        names: paths of the image files, relative to the folder that holds the shards' own.
     Raises: ShardError for an image that cannot be read.
     """
+    root = path.parent.parent
     try:
-        facts = shard_facts(files, encoding)
-        images = pa.array([encoding.encode(transforms.decode_rgb(file)) for file in files], pa.large_binary())
+        facts = shard_facts(root, names, encoding)
+        encoded = [encoding.encode(transforms.decode_rgb(root / name)) for name in names]
     except (transforms.ImageError, FileNotFoundError) as error:
         tsv_path = path.parent.with_suffix(".tsv")
         raise ShardError(f"{error}; python -m kutils.check {tsv_path} finds all such images") from error
-    table = pa.table({"image": images}).replace_schema_metadata({"kutils": json.dumps(facts)})
+    table = pa.table({"image": pa.array(encoded, pa.large_binary())}).replace_schema_metadata(
+        {"kutils": json.dumps(facts)}
+    )
     with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
         writer.write_table(table)
-    return len(files)
+    return len(names)
 
 
-def shard_facts(files: Sequence[Path], encoding: Encoding) -> dict:
+def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
     """What tells whether a shard holds these images as they are now: encoding, and names, sizes and times of the files.
 
     Raises: FileNotFoundError.
     """
-    status = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    status = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [(root / name).stat()]]
     digest = hashlib.sha256(json.dumps(status).encode()).hexdigest()
     return {"version": VERSION, **asdict(encoding), "files": digest}
 
 
-def is_packed(path: Path, files: Sequence[Path], encoding: Encoding) -> bool:
+def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
     """Whether a shard is there and holds these images as they are now; ShardError if they are encoded otherwise."""
     try:
         found = json.loads(read_shard(path).schema.metadata[b"kutils"])
-        wanted = shard_facts(files, encoding)
-    except (OSError, pa.ArrowInvalid, TypeError, KeyError):  # no such shard, or no such image: told when it is packed
+        wanted = shard_facts(path.parent.parent, names, encoding)
+    except (OSError, ValueError, TypeError, KeyError):  # no such shard, or no such image: told when it is packed
         return False
     differing = [
         f"{key} {found.get(key)}, not {value}" for key, value in asdict(encoding).items() if found.get(key) != value

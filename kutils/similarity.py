@@ -21,6 +21,10 @@ UNIT_TOLERANCE = 1e-3  # of an embedding's length
 BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # on the CPU a block's products stay in the cache
 GROUP = 64  # rows whose largest cosine is looked at first: most groups hold nothing, and one comparison says so
 DENSE = 1 / 50  # share of candidates in a block from which its products in float32 cost less than looking at each
+CROWDED, CROWDED_ROWS = (
+    1 / 16,
+    2048,
+)  # share of groups with a candidate from which larger blocks are quartered, to these
 VERIFIED = 32_768  # candidates verified at a time: 100 MB
 COPIED = 65_536  # embeddings copied at a time
 EXACTLY = 1e-12  # of float64: so that equal rows are found at 1.0
@@ -64,8 +68,8 @@ def similar_pairs(
 
     Candidates are pairs whose product in bfloat16 (float16, float32) is not below the threshold by more than that
     precision can err; each is verified in float32, and in float64 where float32 could err. Rows are taken in strips of
-    `block_rows`, each a row of blocks, from the diagonal on. Memory: the embeddings in both precisions, the pairs, and
-    a few bytes times block_rows ** 2, whatever the number of rows.
+    `block_rows`, each a row of blocks, from the diagonal on. Memory, whatever the number of rows: the embeddings in
+    both precisions, the pairs, 4 bytes times block_rows ** 2, and 40 times 2,048 ** 2 where most rows are similar.
 
     Args:
         embeddings: float32 [n, D], unit rows (lengths within 0.001 of 1 are made exact here); a memory map will do.
@@ -85,32 +89,35 @@ def similar_pairs(
     assert ranks.world_size == 1 or folder is not None
     left = put_rows(embeddings, ranks.device, dtype)
     right = left if others is None else put_rows(others, ranks.device, dtype)
+    if left.exact.shape[1] != right.exact.shape[1]:
+        raise GroupingError(f"rows of {left.exact.shape[1]} and of {right.exact.shape[1]} numbers cannot be compared")
     block_rows = block_rows or BLOCK_ROWS[ranks.device.type]
     block_rows += -block_rows % GROUP
     tops = list(range(0, left.num_rows, block_rows))
     blocks_of = {top: range(top if others is None else 0, right.num_rows, block_rows) for top in tops}
-    own = deal(tops, ranks)
+    path_of = {top: None if folder is None else strip_path(folder, top, block_rows) for top in tops}
+    missing = [top for top in tops if path_of[top] is None or not path_of[top].is_file()]
+    own = deal(ranks.gather_objects(missing)[0], ranks)  # as the main rank sees it
     total = sum(len(blocks_of[top]) for top in own)
     with exact_products(), progress_bar(total, "block", "pairs", delay=5, disable=not progress) as bar:
 
         def pairs_of_strip(top: int) -> SimilarPairs:
-            if (kept := read_strip(folder, top)) is not None:
-                bar.update(len(blocks_of[top]))
-                return kept
             found = []
             for start in blocks_of[top]:
                 found.append(pairs_of_block(left, right, top, start, block_rows, threshold))
                 bar.update()
             pairs = join(found, sort=True)
-            write_strip(folder, top, pairs)
+            write_strip(path_of[top], pairs)
             return pairs
 
         strips = {top: pairs_of_strip(top) for top in own}
         ranks.barrier()
         if not ranks.is_main:
             return join([])
-        bar.disable = True  # what is left are the strips of other ranks, read from the folder
-        return join([strips[top] if top in strips else pairs_of_strip(top) for top in tops])
+        for top in set(tops) - set(own):  # of other ranks, and of a call that was cut
+            kept = read_strip(path_of[top])
+            strips[top] = pairs_of_strip(top) if kept is None else kept
+        return join([strips[top] for top in tops])
 
 
 def deal(tops: list[int], ranks: Ranks) -> list[int]:
@@ -121,6 +128,8 @@ def deal(tops: list[int], ranks: Ranks) -> list[int]:
 
 def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRows:
     """Copy embeddings to the device, block by block, in float32 (scaled to length 1) and in the faster precision."""
+    if embeddings.ndim != 2:
+        raise GroupingError(f"embeddings of shape {list(embeddings.shape)} are no rows of numbers")
     num_rows, dimension = embeddings.shape
     exact = torch.zeros(num_rows + -num_rows % GROUP, dimension, device=device)
     for start in range(0, num_rows, COPIED):
@@ -157,10 +166,19 @@ def check_threshold(threshold: float) -> None:
 def pairs_of_block(
     left: UnitRows, right: UnitRows, top: int, start: int, block_rows: int, threshold: float
 ) -> SimilarPairs:
-    """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right."""
+    """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right.
+
+    A large block of many candidates, whose lists would take more memory than its products, is quartered.
+    """
     limit = candidate_limit(left, right, threshold)
+    half = block_rows // 2 if block_rows % (2 * GROUP) == 0 else 0
     here, there = slice(top, top + block_rows), slice(start, start + block_rows)
-    row, column = candidates(left.rounded[here], right.rounded[there], limit)
+    found = candidates(left.rounded[here], right.rounded[there], limit, CROWDED if half >= CROWDED_ROWS else 1)
+    if found is None:
+        corners = [(i, j) for i in (top, top + half) for j in (start, start + half)]
+        corners = [(i, j) for i, j in corners if i < left.num_rows and j < right.num_rows]
+        return join([pairs_of_block(left, right, *corner, half, threshold) for corner in corners])
+    row, column = found
     within = (row + top < left.num_rows) & (column + start < right.num_rows)  # not of the padding
     if left is right:
         within &= row + top < column + start  # on the diagonal: each pair once, and no row with itself
@@ -202,14 +220,18 @@ def candidate_limit(left: UnitRows, right: UnitRows, threshold: float) -> Tensor
     return (below if rounded.double() > limit else rounded).to(left.rounded.device)
 
 
-def candidates(left: Tensor, right: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> tuple[Tensor, Tensor] | None:
     """Row and column, int64, of every product of a row of left and a row of right that is not below the limit.
 
     Args:
         left, right: [m, D] and [n, D] of one dtype; m is a multiple of GROUP.
+        most: share of the groups of products that may hold one.
+    Returns: None where more groups do.
     """
     groups = (left @ right.T).view(-1, GROUP, len(right))
     group, column = (groups.amax(dim=1) >= limit).nonzero(as_tuple=True)
+    if len(group) > most * len(groups) * len(right):
+        return None
     hit, member = (groups[group, :, column] >= limit).nonzero(as_tuple=True)
     return group[hit] * GROUP + member, column[hit]
 
@@ -238,37 +260,39 @@ def join(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
 
 
 @contextmanager
-def kept_strips(embeddings: np.ndarray, *settings) -> Iterator[Path]:
+def kept_strips(embeddings: np.ndarray, *settings, ranks: Ranks | None = None) -> Iterator[Path]:
     """A folder for the strips of these embeddings: the same one after a kill, removed when the block ends well.
 
     Args:
         embeddings: float32 [n, D].
         settings: what else the pairs depend on, such as the threshold.
+        ranks: that share it; the main one removes it.
     """
     digest = hashlib.sha256(repr((embeddings.shape, *settings)).encode())
     for start in range(0, len(embeddings), COPIED):
         digest.update(np.ascontiguousarray(embeddings[start : start + COPIED]))
     folder = paths.working_dir() / "cache" / f"pairs-{digest.hexdigest()[:16]}"
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    if ranks is None or ranks.is_main:  # others may be done while it still reads
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def strip_path(folder: Path, top: int) -> Path:
-    return folder / f"{top:09d}.npz"
+def strip_path(folder: Path, top: int, block_rows: int) -> Path:
+    return folder / f"{top:09d}-{block_rows}.npz"  # another device may have other blocks
 
 
-def read_strip(folder: Path | None, top: int) -> SimilarPairs | None:
+def read_strip(path: Path | None) -> SimilarPairs | None:
     """The pairs of a finished strip, or None."""
-    if folder is None or not strip_path(folder, top).is_file():
+    if path is None or not path.is_file():
         return None
     try:
-        with np.load(strip_path(folder, top), allow_pickle=False) as saved:
+        with np.load(path, allow_pickle=False) as saved:
             return SimilarPairs(*(saved[name] for name in SimilarPairs._fields))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: it is worked out again
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: it is worked out again
         return None
 
 
-def write_strip(folder: Path | None, top: int, pairs: SimilarPairs) -> None:
-    if folder is not None:
-        with paths.atomic_path(strip_path(folder, top)) as temporary:
+def write_strip(path: Path | None, pairs: SimilarPairs) -> None:
+    if path is not None:
+        with paths.atomic_path(path) as temporary:
             np.savez(temporary, **pairs._asdict())

@@ -33,6 +33,7 @@ duplicates: float = 0.9  # cosine from which prompts are near-duplicates
 threshold: float = 0.7  # cosine from which prompts are similar, and belong to one fold
 num_folds: int = 10  # number of folds, 2..10
 method: str = "partition"  # partition, components, leader or kmeans
+overwrite: bool = False  # write over lists of this name that were made otherwise
 embedding_dtype: str = "float32"  # or bfloat16: faster, and close enough to choose prompts
 
 # %%
@@ -57,7 +58,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 from kutils import cleaning, plots, preparation
 
 lists = preparation.prompt_lists(name)
-cleaned = preparation.collect_prompts(lists, sources, column=column, num_prompts=num_prompts)
+options = {"column": column, "num_prompts": num_prompts, "overwrite": overwrite}
+cleaned = preparation.collect_prompts(lists, sources, **options)
 print(cleaning.format_report(cleaned))
 
 # %%
@@ -74,7 +76,7 @@ plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
 from kutils import deduplication
 
 earlier = [Path(path.strip()) for path in against.split(",") if path.strip()]
-options = {"against": earlier, "dtype": embedding_dtype}
+options = {"against": earlier, "dtype": embedding_dtype, "overwrite": overwrite}
 chosen = deduplication.deduplicate_table(lists.all, lists.kept, lists.rest, duplicates, **options)
 print(deduplication.format_dedup(chosen, lists.kept, lists.rest))
 
@@ -87,7 +89,8 @@ print(deduplication.format_dedup(chosen, lists.kept, lists.rest))
 from kutils import grouping
 
 files = [lists.kept, *earlier]
-report = grouping.assign_folds(files, threshold, num_folds, method, keep=bool(earlier))
+keep = preparation.have_folds(earlier)
+report = grouping.assign_folds(files, threshold, None if keep else num_folds, method, keep=keep)
 print(grouping.format_report(report))
 
 # %%

@@ -339,7 +339,7 @@ class LengthEncoder:
 
     name, max_tokens = "length", 256
 
-    def encode(self, texts, batch_size):
+    def encode(self, texts, batch_size, dtype="float32"):
         return np.concatenate([unit_rows(1, seed=sum(text.encode())) for text in texts])
 
     def count_truncated(self, texts):
@@ -406,11 +406,28 @@ def test_without_bad_rows_nothing_is_set_apart(inputs, capsys):
     assert run(inputs / "toy.tsv") == 0
     assert set(inputs.iterdir()) - before == {inputs / "toy.check.json"}
     out = capsys.readouterr().out
-    assert "80 looked at, 80 decode" in out and "0 bad rows, 0 problems" in out and "no quarantine is written" in out
+    assert "80 looked at, 80 decode" in out and "0 bad rows, 0 problems" in out and "nothing is set apart" in out
     (inputs / "toy.quarantine.tsv").write_text("of before")
     assert run(inputs / "toy.tsv") == 0
     assert "toy.quarantine.tsv is of an earlier check" in capsys.readouterr().out
     assert (inputs / "toy.quarantine.tsv").read_text() == "of before"
+
+
+def test_a_checked_set_that_was_worked_on_stays(inputs, capsys):
+    bad = break_images(inputs / "toy_images")
+    assert run(inputs / "toy.tsv") == 1
+    change(inputs / "toy.checked.tsv", fold=lambda folds: folds.__setitem__(slice(None), [0] * len(folds)))
+    np.save(inputs / "toy.checked.npy", unit_rows(80 - len(bad)))
+    before = {file: file.read_bytes() for file in inputs.glob("toy.checked.*")}
+    assert run(inputs / "toy.tsv") == 1
+    assert {file: file.read_bytes() for file in inputs.glob("toy.checked.*")} == before
+    assert "toy.checked.tsv has the others already, and stays as it is" in capsys.readouterr().out
+
+    (inputs / "toy.clean.npz").write_bytes(b"damaged")
+    next(path for path in sorted((inputs / "toy_images").iterdir(), reverse=True)).unlink()  # one bad row more
+    assert run(inputs / "toy.tsv") == 1
+    assert read_table(inputs / "toy.checked.tsv", ["fold"])["fold"].to_pylist() != [0] * (79 - len(bad))
+    assert len(np.load(inputs / "toy.checked.npy")) == 79 - len(bad) and not (inputs / "toy.checked.clean.npz").exists()
 
 
 def test_embeddings_that_do_not_fit_are_not_copied(inputs, capsys):

@@ -137,6 +137,10 @@ def test_uneven_folds_are_warned_about():
     ]
 
 
+class Killed(BaseException):
+    pass
+
+
 def make_tables(root: Path) -> list[Path]:
     """Data sets `one` and `two` of 300 prompts, 60 of them in both; up to 3 images per prompt; a column more in `two`.
 
@@ -245,10 +249,6 @@ def test_another_assignment_makes_the_mark_and_the_report_void(tables):
         read_report(tables[1])
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("refold", [False, True])
 def test_a_kill_between_any_two_files_leaves_whole_ones_and_no_report(tables, monkeypatch, refold):
     folder = tables[0].parent
@@ -301,16 +301,69 @@ def test_new_prompts_join_folds_and_old_ones_stay(tables):
     assert report["leaked_share"] <= 0.25  # 0.17 where all are assigned anew
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9])
+def test_uneven_folds_are_kept_and_filled(share, seed):
+    random = np.random.default_rng(seed)
+    folds = random.choice(5, 400, p=[0.6, 0.2, 0.1, 0.05, 0.05]).astype(np.int8)
+    first, second = np.sort(random.integers(0, 400, (2, 300)), axis=0)
+    apart = first < second
+    pairs = SimilarPairs(first[apart], second[apart], np.full(apart.sum(), 0.8, np.float32))
+    former = np.where(random.random(400) < share, -1, folds)
+    former[[int(np.argmax(folds == fold)) for fold in range(5)]] = range(5)
+    extended = folding.extend_folds(former, np.ones(400, int), pairs, 5)
+    assert np.array_equal(extended[former >= 0], former[former >= 0]) and extended.min() >= 0
+    num_new, sizes = (former < 0).sum(), np.bincount(former[former >= 0], minlength=5)
+    level = folding.level_after(sizes, num_new)
+    assert np.maximum(level - sizes, 0).sum() == pytest.approx(num_new, abs=5)
+    assert (np.bincount(extended) <= np.maximum(sizes, 1.05 * level + 2)).all()
+    moved = np.where(former < 0, random.integers(0, 5, 400), former)
+    if share == 0.9:  # pairs are kept together more often than by chance
+        cuts = [(assigned[pairs.first] != assigned[pairs.second]).sum() for assigned in (extended, moved)]
+        assert cuts[0] < 0.9 * cuts[1]
+
+
+def test_a_kill_between_tables_does_not_change_where_new_prompts_go(tables, monkeypatch):
+    third = tables[0].with_name("three.tsv")
+    rows, texts = neighbourhoods(num_groups=12, group_size=25, noise=0.55, seed=1)[:90], [f"p{n}" for n in range(90)]
+    write_table(third, {"image": texts, "prompt": texts, "fold": [-1] * 90})
+    np.save(third.with_suffix(".npy"), rows)
+    assign_folds(tables[:1], progress=False)
+    before, files = contents(third.parent), [*tables, third]
+    report = assign_folds(files, keep=True, progress=False)
+    expected = [path.read_bytes() for path in files]
+    for name, content in before.items():
+        (third.parent / name).write_bytes(content)
+    write = grouping.write_table
+
+    def killed(path, columns):
+        if path == third:
+            raise Killed
+        write(path, columns)
+
+    monkeypatch.setattr(grouping, "write_table", killed)
+    with pytest.raises(Killed):
+        assign_folds(files, keep=True, progress=False)
+    monkeypatch.setattr(grouping, "write_table", write)
+    again = assign_folds(files, keep=True, progress=False)
+    assert [path.read_bytes() for path in files] == expected and again == report
+
+
+def test_embeddings_of_other_prompts_are_refused(tables):
+    record = {"encoder": "x", "rows": 1, "prompts_sha256": "of other prompts"}
+    tables[1].with_suffix(".npy.json").write_text(json.dumps(record))
+    with pytest.raises(GroupingError, match=r"two.npy is of other prompts, or in another order; make it again"):
+        assign_folds(tables, progress=False)
+
+
 def test_folds_that_cannot_be_kept_are_refused(tables):
-    with pytest.raises(GroupingError, match="no row has a fold that could be kept; leave out --keep"):
+    with pytest.raises(GroupingError, match="there are no folds that could be kept; leave out --keep"):
         assign_folds(tables, keep=True, progress=False)
     with pytest.raises(GroupingError, match="method leader cannot keep folds"):
         assign_folds(tables, method="leader", keep=True, progress=False)
     assign_folds(tables[:1], num_folds=3, progress=False)
-    with pytest.raises(GroupingError, match="fold 3 of 10 has no prompt"):
-        assign_folds(tables, keep=True, progress=False)
-    with pytest.raises(GroupingError, match="there is a fold 2, and 2 were asked for; give --folds 3 or more"):
-        assign_folds(tables, num_folds=2, keep=True, progress=False)
+    with pytest.raises(GroupingError, match="there are 3 folds, not 10; leave out --folds, or --keep"):
+        assign_folds(tables, num_folds=10, keep=True, progress=False)
     assign_folds(tables[1:], num_folds=3, seed=1, progress=False)
     before = contents(tables[0].parent)
     with pytest.raises(GroupingError, match=r"(one|two).tsv, line \d+: the prompt .* is in the folds \d and \d"):
@@ -481,7 +534,10 @@ def test_help_shows_every_default(command, capsys):
         grouping.main([command, "--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0 and "None" not in text
-    for default in {"folds": ["0.7", "10", "partition", "0", "auto"], "dedup": ["0.9", "auto"]}[command]:
+    for default in {
+        "folds": ["0.7", "10, or as many as there are with --keep", "partition", "0", "auto"],
+        "dedup": ["0.9", "auto"],
+    }[command]:
         assert f"(default: {default})" in " ".join(text.split())
 
 

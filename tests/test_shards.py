@@ -147,7 +147,7 @@ def test_sizes_by_hand():
     assert torch.equal(transforms.decode_bytes(LOSSLESS.encode(random), "it"), random)
     assert len(Encoding(60, "jpeg", 50).encode(random)) < len(Encoding(60, "jpeg", 95).encode(random))
     for wrong in ((0, "webp", 90), (9, "gif", 90), (9, "webp", None), (9, "png", 90), (9, "jpeg", 101), (9, "webp", 0)):
-        with pytest.raises(ShardError, match=r"give 1 or more|1 to 100"):
+        with pytest.raises(ShardError, match=r"give 1 or more|give 1 to 100|leave --quality out"):
             Encoding(*wrong)
 
 
@@ -297,6 +297,14 @@ def test_a_shard_that_is_damaged_later_names_image_and_shard(packed, inputs):
     assert data.decode_image(16).shape == (3, 40, 40)
 
 
+def test_another_spelling_of_the_path_packs_nothing_anew(packed, inputs, monkeypatch):
+    packed()
+    before = {path: path.stat().st_mtime_ns for path in (inputs / "toy.shards").glob("*.arrow")}
+    monkeypatch.chdir(inputs.parent)
+    pack(Path("input/toy.tsv"), LOSSLESS, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in (inputs / "toy.shards").glob("*.arrow")} == before
+
+
 def test_an_unreadable_image_ends_packing_with_advice(packed, inputs):
     (inputs / "toy_images" / "0030_1.png").write_bytes(b"broken")
     with pytest.raises(ShardError, match=r"0030_1.png is no image .*python -m kutils.check .*toy.tsv finds"):
@@ -308,7 +316,7 @@ def test_an_unreadable_image_ends_packing_with_advice(packed, inputs):
         packed()
     with pytest.raises(SystemExit, match=r"^python -m kutils.shards: .*none.tsv is not there$"):
         shards.main([str(inputs / "none.tsv")])
-    with pytest.raises(SystemExit, match="none for png"):
+    with pytest.raises(SystemExit, match="leave --quality out, png loses nothing"):
         shards.main([str(inputs / "toy.tsv"), "--format", "png", "--quality", "90"])
 
 

@@ -6,6 +6,7 @@ import torch
 from conftest import unit_rows
 
 from kutils import similarity
+from kutils.devices import Ranks
 from kutils.similarity import GroupingError, kept_strips, similar_pairs
 
 DTYPES = ["bfloat16", "float16", "float32"]
@@ -84,14 +85,17 @@ def test_a_search_goes_on_where_it_was_cut(monkeypatch, tmp_path):
     monkeypatch.setattr(similarity, "pairs_of_block", cut)
     with pytest.raises(KeyboardInterrupt), kept_strips(rows, 0.7) as folder:
         similar_pairs(rows, 0.7, block_rows=64, folder=folder)
-    assert [path.name for path in folder.iterdir()] == ["000000000.npz"]  # six blocks; the second strip has five
-    similarity.strip_path(folder, 128).write_bytes(b"damaged")
+    assert [path.name for path in folder.iterdir()] == ["000000000-64.npz"]  # six blocks; the second strip has five
+    similarity.strip_path(folder, 128, 64).write_bytes(b"")  # damaged
     searched.clear()
     monkeypatch.setattr(similarity, "pairs_of_block", lambda *args: searched.append(args[2:4]) or search(*args))
     with kept_strips(rows, 0.7) as again:
         assert again == folder
+        other = similar_pairs(rows, 0.7, block_rows=128, folder=again)  # as on another device: nothing of the above
+        assert all(np.array_equal(one, two) for one, two in zip(other, whole, strict=True))
+        searched.clear()
         pairs = similar_pairs(rows, 0.7, block_rows=64, folder=again)
-    assert searched == [(top, start) for top in range(64, 350, 64) for start in range(top, 350, 64)]
+    assert sorted(searched) == [(top, start) for top in range(64, 350, 64) for start in range(top, 350, 64)]
     assert all(np.array_equal(one, other) for one, other in zip(pairs, whole, strict=True))
     assert not folder.exists()
     with kept_strips(rows, 0.8) as other, kept_strips(rows[1:], 0.7) as another:
@@ -120,12 +124,55 @@ def test_nothing_similar(count):
     assert len(similar_pairs(rows, 0.9).first) == len(similar_pairs(rows, 0.9, others=rows[:0]).first) == 0
 
 
+def test_a_crowded_block_is_quartered(monkeypatch):
+    monkeypatch.setattr(similarity, "CROWDED_ROWS", 64)
+    rows = neighbourhoods(num_groups=2, group_size=250, noise=0.3)
+    sizes, search = [], similarity.candidates
+    monkeypatch.setattr(similarity, "candidates", lambda *args: sizes.append(len(args[0])) or search(*args))
+    pairs = similar_pairs(rows, 0.7, block_rows=256)
+    assert list(zip(pairs.first, pairs.second, strict=True)) == brute_force(rows, 0.7)
+    assert len(pairs.first) == 2 * 250 * 249 // 2 and {256, 128, 64} <= set(sizes)
+
+
+def test_ranks_are_dealt_what_is_missing_and_the_main_one_joins(tmp_path):
+    """Two ranks one after the other, as far as they do not wait for each other."""
+    rows = neighbourhoods(num_groups=70, group_size=5, noise=0.55)
+
+    class Alone(Ranks):
+        def barrier(self):
+            pass
+
+        def gather_objects(self, value):
+            return [value]
+
+    device = torch.device("cpu")
+    options = {"block_rows": 64, "folder": tmp_path}
+    assert len(similar_pairs(rows, 0.7, ranks=Alone(1, 2, device), **options).first) == 0
+    assert len(list(tmp_path.iterdir())) == 3  # of six: 64, 128 and 320
+    assert {path.name[:9] for path in tmp_path.iterdir()} == {"000000064", "000000128", "000000320"}
+    pairs = similar_pairs(rows, 0.7, ranks=Alone(0, 2, device), **options)
+    assert all(np.array_equal(one, two) for one, two in zip(pairs, similar_pairs(rows, 0.7), strict=True))
+    with kept_strips(rows, 0.7, ranks=Alone(1, 2, device)) as folder:
+        folder.mkdir(parents=True)
+    assert folder.is_dir()  # the main rank may still read
+    with kept_strips(rows, 0.7, ranks=Alone(0, 2, device)):
+        pass
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(("factor", "length"), [(np.nan, "nan"), (np.inf, "inf"), (0, "0.0"), (2, "[12].[90]")])
 def test_rows_that_are_no_unit_vectors_are_named(factor, length):
     rows = unit_rows(6)
     rows[4] *= factor
     with pytest.raises(GroupingError, match=f"row 4 of the embeddings has length {length}.*embed it again"):
         similar_pairs(rows, 0.7)
+
+
+def test_rows_of_other_sizes_are_refused():
+    with pytest.raises(GroupingError, match="rows of 384 and of 2 numbers cannot be compared"):
+        similar_pairs(unit_rows(3), 0.7, others=np.eye(2, dtype=np.float32))
+    with pytest.raises(GroupingError, match=r"embeddings of shape \[384\] are no rows of numbers"):
+        similar_pairs(unit_rows(1)[0], 0.7)
 
 
 @pytest.mark.parametrize("threshold", [0, -0.5, 1.1, float("nan")])
