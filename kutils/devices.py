@@ -81,7 +81,7 @@ def pick_device(name: str) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"rank {local_rank} of this machine needs a GPU of its own and {torch.cuda.device_count()} are visible; "
-            "start fewer ranks, or train on the CPU with device=cpu"
+            "start fewer ranks, or compute on the CPU: device=cpu, or --device cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -139,6 +139,7 @@ def join_workers(device_name: str) -> Ranks:
         end_with_parent()
     ranks = join_ranks(device_name, backend="gloo", wait_seconds=WORK_SECONDS)
     torch.set_float32_matmul_precision("highest")  # TF32 is off by 1e-3
+    torch.backends.cudnn.allow_tf32 = False  # convolutions, which are allowed it by default
     return ranks
 
 

@@ -45,8 +45,8 @@ def import_diffusers():
         ) from error
     from transformers.utils import logging
 
-    diffusers.utils.logging.set_verbosity_error()
     for package in (diffusers.utils.logging, logging):
+        package.set_verbosity_error()
         package.disable_progress_bar()
     return diffusers
 
@@ -122,14 +122,17 @@ def upcast_attention(unet: torch.nn.Module) -> None:
 
 
 def weights_sha256(pipeline) -> str:
-    """Hex SHA-256 of all weights as they are loaded, and of the noise they were trained with: a model by any name."""
+    """Hex SHA-256 of all that decides pixels as it is loaded: weights, vocabulary, scheduler; a model by any name."""
     digest = hashlib.sha256()
-    noise = [
-        pipeline.scheduler.config.get(key) for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type")
-    ]
-    digest.update(json.dumps([*noise, pipeline.vae.config.scaling_factor]).encode())
+    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    other = [scheduler, pipeline.tokenizer.get_vocab(), pipeline.vae.config.scaling_factor]
+    digest.update(json.dumps(other, sort_keys=True).encode())
     for name in ("text_encoder", "unet", "vae"):
-        for key, tensor in sorted(getattr(pipeline, name).state_dict().items()):
+        # not all versions of transformers have the prefix
+        tensors = {
+            key.removeprefix("text_model."): value for key, value in getattr(pipeline, name).state_dict().items()
+        }
+        for key, tensor in sorted(tensors.items()):
             digest.update(f"{name}.{key}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -4,12 +4,14 @@ By the built-in renderer, or by a diffusion model: alone, or as ranks of torchru
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from kutils.progress import progress_bar
 
 CHUNK_PROMPTS = 32  # rendered by a worker between two reports
 JPEG_QUALITY = 92
+TELLING_SECONDS = 10  # within which the first rank has told an error of the prompts file
 SUFFIXES = {"shapes": ".jpg", "diffusers": ".webp"}  # of the images, by backend
 
 
@@ -120,11 +123,25 @@ def stop_once(number: int, frame) -> None:
     raise KeyboardInterrupt
 
 
-def generate_by_diffusion(image_set: ImageSet, options: dict, overwrite: bool) -> None:
-    """Make a data set by `kutils.sampling`, as one rank of torchrun or alone; `options` are of `DiffusionSettings`."""
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """An error that every rank of torchrun meets is raised in the first of each machine alone; the others end silently.
+
+    They wait before, because torchrun kills the first, which may not have said it yet, as soon as another one ends.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(TELLING_SECONDS)
+            raise SystemExit(1) from None
+        raise
+
+
+def generate_by_diffusion(image_set: ImageSet, settings: DiffusionSettings, overwrite: bool) -> None:
+    """Make a data set by `kutils.sampling`, as one rank of torchrun or alone."""
     from kutils import devices, sampling  # these load PyTorch; rendering does without
 
-    settings = DiffusionSettings(**options)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
             signal.signal(number, stop_once)
@@ -178,8 +195,8 @@ def make_parser() -> argparse.ArgumentParser:
     shapes_group.add_argument(
         "--shapes-dataset", default=None, metavar="NAME", help="make input/NAME from the renderer's own prompts"
     )
-    shapes_group.add_argument("--num-prompts", type=int, default=4000, help="prompts of --shapes-dataset")
-    shapes_group.add_argument("--seed", type=int, default=0, help="of the prompts of --shapes-dataset")
+    shapes_group.add_argument("--num-prompts", type=int, help="prompts of --shapes-dataset; default: 4000")
+    shapes_group.add_argument("--seed", type=int, help="of the prompts of --shapes-dataset; default: 0")
     return parser
 
 
@@ -187,15 +204,22 @@ def run(args: argparse.Namespace, options: dict) -> None:
     """Do what the arguments say; `options` are those of one backend that were given."""
     counts = {"images_per_prompt": getattr(args, "images_per_prompt", 2 if args.shapes_dataset else 3)}
     if args.shapes_dataset is not None:
-        make_shapes_dataset(args.shapes_dataset, num_prompts=args.num_prompts, seed=args.seed, **counts, **options)
+        make_shapes_dataset(args.shapes_dataset, **counts, **options)
         return
-    prompts, columns = read_prompts(args.prompts)
-    image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], columns)
-    if args.backend == "diffusers" and not args.table_only:
-        generate_by_diffusion(image_set, options, args.overwrite)
+    with told_once():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if args.table_only:
+                raise GenerateError("--table-only goes without torchrun")
+            if args.backend != "diffusers":
+                raise GenerateError(
+                    "only --backend diffusers makes images on several ranks; start this without torchrun"
+                )
+        prompts, columns = read_prompts(args.prompts)
+        image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], columns)
+        settings = DiffusionSettings(**options) if args.backend == "diffusers" else None
+    if settings and not args.table_only:
+        generate_by_diffusion(image_set, settings, args.overwrite)
         return
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise GenerateError("only --backend diffusers makes images on several ranks; start this without torchrun")
     if args.table_only:
         image_set.check_made_alike(image_set.record(backend=args.backend))
         missing = image_set.missing()
@@ -217,10 +241,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.shapes_dataset is not None and (args.backend != "shapes" or args.table_only or args.overwrite):
         parser.error("--shapes-dataset goes without --backend diffusers, --table-only and --overwrite")
     of_diffusion = {item.name for item in dataclasses.fields(DiffusionSettings)}
-    of_shapes = {"size", "workers"} if args.shapes_dataset is None else {"size"}
-    options = {name: value for name, value in vars(args).items() if name in of_diffusion | {"workers"}}
+    of_shapes = {"size", "workers"} if args.shapes_dataset is None else {"size", "num_prompts", "seed"}
+    possible = of_diffusion | {"workers", "num_prompts", "seed"}
+    options = {name: value for name, value in vars(args).items() if name in possible}
     for name in set(options) - (of_shapes if args.backend == "shapes" else of_diffusion):
-        parser.error(f"--{name.replace('_', '-')} is not for --backend {args.backend}, or not for --shapes-dataset")
+        kind = "--shapes-dataset" if args.shapes_dataset is not None else f"--backend {args.backend} with PROMPTS.tsv"
+        parser.error(f"--{name.replace('_', '-')} is not for {kind}; leave it out")
+    if args.table_only and options:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        parser.error(f"--table-only makes no image; leave out what says how to make them: {told}")
     try:
         run(args, options)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """A data set of images that is being made from prompts: names, seeds, what is missing, how it is made, its table."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kutils import paths
 from kutils.tables import hash_prompts, read_table, write_table
 
 PROMPTS_PER_FOLDER = 1000  # a folder with millions of files is slow to list
+SUBJECT = ("image", "prompt")  # columns: what a row of a table is about
 RECORD = "generation.json"  # in the folder of images: what they were made from
 LEFTOVER_SECONDS = 600  # a temporary file older than this is of a run that was killed: one image is written in less
 
@@ -43,17 +46,19 @@ def image_seed(prompt: str, number: int, attempt: int = 0) -> int:
 def read_prompts(path: Path) -> tuple[list[str], dict[str, pa.Array]]:
     """The distinct prompts of a prompts file in their order, and what it says of each: `source`, `fold`.
 
-    Raises: TableError; GenerateError naming the line of an empty prompt.
+    Raises: TableError; GenerateError for no prompt, or naming the line of an empty one.
     """
     table = read_table(path, ["prompt"])
     prompts = table["prompt"].to_pylist()
+    if not prompts:
+        raise GenerateError(f"{path} holds no prompts, only a header; give it some, or name another file")
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise GenerateError(f"{path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
     first_row = {}
     for row, prompt in enumerate(prompts):
         first_row.setdefault(prompt, row)
-    rows = pa.array(list(first_row.values()))
+    rows = pa.array(list(first_row.values()), pa.int64())
     kept = {name: table[name].take(rows).combine_chunks() for name in ("source", "fold") if name in table.column_names}
     return list(first_row), kept
 
@@ -164,8 +169,10 @@ class ImageSet:
                         row, number = int(found[1]), int(found[2])
                         if row < len(self.prompts) and number < self.images_per_prompt:
                             present[row * self.images_per_prompt + number] = True
-                    elif ".partial" in entry.name and time.time() - entry.stat().st_mtime > LEFTOVER_SECONDS:
-                        Path(entry.path).unlink(missing_ok=True)
+                    elif ".partial" in entry.name:
+                        with contextlib.suppress(FileNotFoundError):  # its run has just renamed it
+                            if time.time() - entry.stat().st_mtime > LEFTOVER_SECONDS:
+                                Path(entry.path).unlink()
         return np.flatnonzero(~present)
 
     def record(self, **how) -> dict:
@@ -176,11 +183,14 @@ class ImageSet:
     def former_record(self) -> dict:
         """The record of the images that are there; empty if there are none.
 
-        Raises: GenerateError for files of this name without a record.
+        Raises: GenerateError for files of this name without a record, or with a damaged one.
         """
         path = self.folder / RECORD
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise GenerateError(f"{path} is damaged ({error}); restore it, or choose another name") from error
         for found in (self.tsv_path, self.folder):
             if found.exists():
                 raise GenerateError(f"{found} was not made by this command; choose another name")
@@ -197,16 +207,16 @@ class ImageSet:
             )
 
     def update_table(self, missing: np.ndarray, *, overwrite: bool = False) -> bool:
-        """Write the table of the images that are there, unless one of the same images is there already.
+        """Write the table of the images that are there, with the folds of their prompts, or -1.
 
-        The fold is the prompt's, or -1. A table that holds nothing but what is written here, such as one of half of the
-        images, is replaced.
+        A former table that holds nothing but what is written here is replaced: one of half of the images, or from
+        before the prompts had folds. One of the same images that has folds or columns of its own stays.
 
         Args:
             missing: the images to leave out.
             overwrite: replace a table with folds or columns of its own too; it is kept as `<name>.tsv.bak`.
         Returns: whether it was written.
-        Raises: GenerateError for a table of other images with folds or columns of its own; nothing is changed then.
+        Raises: GenerateError for a table of other images with something of its own; nothing is changed then.
         """
         images = np.delete(np.arange(len(self)), missing)
         if not len(images):
@@ -220,27 +230,35 @@ class ImageSet:
         columns |= {name: values.take(rows) for name, values in self.columns.items()}
         if self.tsv_path.is_file():
             former = read_table(self.tsv_path, ["image", "prompt", "fold"])
-            if all(former[name].combine_chunks().equals(columns[name]) for name in ("image", "prompt")):
+            if former.equals(pa.table(columns)):
                 return False
-            if self.has_folds_of_its_own(former) or not set(former.column_names) <= set(columns):
+            if self.has_content_of_its_own(former):
+                if not overwrite and all(former[name].equals(pa.chunked_array([columns[name]])) for name in SUBJECT):
+                    return False
                 self.set_aside(former.num_rows, len(images), overwrite)
         write_table(self.tsv_path, columns)
         return True
 
-    def has_folds_of_its_own(self, table: pa.Table) -> bool:
-        """Whether a table of this set has a fold that does not come from the prompts."""
-        given = self.columns["fold"].to_pylist() if "fold" in self.columns else [-1] * len(self.prompts)
-        fold_of = dict(zip(self.prompts, given, strict=True))
-        rows = zip(table["prompt"].to_pylist(), table["fold"].to_pylist(), strict=True)
-        return any(fold not in (-1, fold_of.get(prompt)) for prompt, fold in rows)
+    def has_content_of_its_own(self, table: pa.Table) -> bool:
+        """Whether a table has an image, prompt, column or value that is not of this set; folds of -1 alone are none."""
+        expected = {"prompt": pa.array(self.prompts), "fold": pa.array(np.full(len(self.prompts), -1, np.int8))}
+        expected |= self.columns
+        images = pc.index_in(table["image"], pa.array([self.name(image) for image in range(len(self))]))
+        if images.null_count or not set(table.column_names) <= {"image", *expected}:
+            return True
+        rows = pa.array(images.to_numpy() // self.images_per_prompt)
+        unfolded = pc.all(pc.equal(table["fold"], -1)).as_py()
+        names = [name for name in table.column_names if name != "image" and not (name == "fold" and unfolded)]
+        return any(pc.any(pc.not_equal(table[name], expected[name].take(rows))).as_py() for name in names)
 
     def set_aside(self, num_rows: int, num_images: int, overwrite: bool) -> None:
         """Keep a table that is about to be replaced as .bak; GenerateError if that was not asked for."""
         if not overwrite:
             raise GenerateError(
-                f"{self.tsv_path} has folds or columns of its own and {num_rows:,} rows, and {num_images:,} images are "
-                "there; it stays as it is. --overwrite writes it anew without folds and keeps this one as .bak; embed "
-                "and fold the new one then (checkpoints of the former folds cannot be refined any more)"
+                f"{self.tsv_path} has values or columns of its own and {num_rows:,} rows, and {num_images:,} images "
+                "are there; it stays as it is. --overwrite writes it anew with the folds of the prompts file, or none, "
+                "and keeps this one as .bak; embed and fold the new one then (checkpoints of the former folds cannot "
+                "be refined any more)"
             )
         with paths.atomic_path(self.tsv_path.with_name(f"{self.tsv_path.name}.bak")) as temporary:
             shutil.copy2(self.tsv_path, temporary)

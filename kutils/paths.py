@@ -97,7 +97,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
     A reader sees the former file or the whole new one, whatever happens in between (a kill, a full disk). The temporary
-    name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made.
+    name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made. An OSError names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,5 +107,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # the rename must not reach the disk before the content
         temporary.replace(path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk: `write` does not know its file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

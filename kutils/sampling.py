@@ -81,7 +81,7 @@ def on_every_rank(ranks: Ranks, work: Callable) -> list:
         result = work()
     except Exception as caught:
         error = caught
-        if not ranks.is_main:
+        if ranks.world_size > 1:
             print(f"rank {ranks.rank} failed and waits for the others: {error}", file=sys.stderr, flush=True)
     outcomes = ranks.gather_objects((result, error is None))
     failed = [str(rank) for rank, (_, fine) in enumerate(outcomes) if not fine]
@@ -160,7 +160,10 @@ def make_images(image_set: ImageSet, images: np.ndarray, sampler: Sampler, ranks
 
 
 def note(image_set: ImageSet, image: int, sample: diffusion.Sample, rank: int) -> None:
-    """Append an image that was not good at once to `irregular_<rank>.jsonl` in the folder of images."""
+    """Append an image that was not good at once to `irregular_<rank>.jsonl` in the folder of images.
+
+    A run that tries again what failed appends too: the last line of an image is the one that holds.
+    """
     prompt, number = image_set.prompt(image)
     facts = {"image": image_set.name(image), "outcome": sample.outcome, "reason": sample.reason, "seed": sample.seed}
     path = image_set.folder / f"irregular_{rank}.jsonl"

@@ -1,5 +1,6 @@
 """The files that prompts come in: each format's reader gives its entries one by one, and names what is wrong."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -25,10 +26,16 @@ class SourceError(ValueError):
 
 
 def open_text(path: Path) -> TextIO:
-    """A file of UTF-8 lines, gzipped or not, with or without byte-order mark; other bytes come as lone surrogates."""
+    """A file of UTF-8 lines, gzipped or not, with or without byte-order mark; other bytes come as lone surrogates.
+
+    Raises: SourceError for the byte-order mark of UTF-16.
+    """
     with path.open("rb") as stream:
         zipped = stream.read(2) == b"\x1f\x8b"
     opened = (gzip.open if zipped else open)(path, "rb")
+    if opened.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        opened.close()
+        raise SourceError(f"{path} is UTF-16; save it as UTF-8")
     return io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
@@ -93,6 +100,9 @@ def read_csv(path: Path, column: str | None) -> Iterator[Entry]:
     """Comma-separated, with a header and standard quoting; a value may hold line breaks, its number is its last line.
 
     Python's reader, because it tells the line (Arrow's does not, behind a value with a line break or a bad byte).
+
+    Raises: SourceError for a quote that no line closes rightly, whatever is left out: nothing says which of the lines
+        that it swallows are good.
     """
     with open_text(path) as stream:
         rows = csv.reader(stream, strict=True)
@@ -102,9 +112,15 @@ def read_csv(path: Path, column: str | None) -> Iterator[Entry]:
             raise SourceError(f"{path}, line 1: {error}") from error
         index = header.index(find_column(path, header, column))
         while True:
+            first = rows.line_num + 1
             try:
                 values = next(rows, None)
             except csv.Error as error:
+                if rows.line_num > first:
+                    raise SourceError(
+                        f"{path}, lines {first} to {rows.line_num}: a quote opened in line {first} is not closed; "
+                        f"close it, or double it where it is a part of the text ({error})"
+                    ) from error
                 yield Entry(rows.line_num, str(error), "broken quoting")
                 continue
             if values is None:
@@ -118,7 +134,7 @@ def read_csv(path: Path, column: str | None) -> Iterator[Entry]:
 def read_parquet(path: Path, column: str | None) -> Iterator[Entry]:
     try:
         table = parquet.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} is no Parquet file, or is damaged ({error})") from error
     with table:
         name = find_column(path, table.schema_arrow.names, column)
@@ -127,12 +143,15 @@ def read_parquet(path: Path, column: str | None) -> Iterator[Entry]:
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise SourceError(f"{path}: the column {name!r} holds {kind}, not text; name another one by --column")
         number = 0
-        for batch in table.iter_batches(PARQUET_ROWS, columns=[name]):
-            values = batch.column(0)
-            values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
-            for value in values.cast(pa.large_binary()).to_pylist():
-                number += 1
-                yield make_entry(number, value and value.decode(errors="surrogateescape"))
+        try:
+            for batch in table.iter_batches(PARQUET_ROWS, columns=[name]):
+                values = batch.column(0)
+                values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+                for value in values.cast(pa.large_binary()).to_pylist():
+                    number += 1
+                    yield make_entry(number, value and value.decode(errors="surrogateescape"))
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{path} is damaged behind row {number:,} ({error})") from error
 
 
 def read_jsonl(path: Path, column: str | None) -> Iterator[Entry]:
@@ -209,7 +228,7 @@ def recognise(path: Path) -> str:
             first, second = stream.readline(1 << 20), stream.readline(100)
         values = first.rstrip("\r\n").split("\t")
         if found == "tsv":
-            return "conceptual" if len(values) == 2 and values[1].startswith("http") else "tsv"
+            return "conceptual" if len(values) == 2 and values[1].startswith(("http://", "https://")) else "tsv"
         if first.lstrip()[:1] in ("{", "["):
             try:
                 complete = isinstance(json.loads(first), dict)

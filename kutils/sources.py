@@ -56,13 +56,14 @@ def gather(
 
 
 def write_prompts(output: Path, prompts: Sequence[str], sources: Sequence[str], *, overwrite: bool = False) -> None:
-    """Write a prompts file; one that is there with the same content stays.
+    """Write a prompts file; one that is there with the same prompts and sources stays, with its folds if it has any.
 
     Raises: ValueError if other content is there and `overwrite` is not given.
     """
     table = {"prompt": pa.array(prompts, pa.string()), "source": pa.array(sources, pa.string())}
     if output.exists() and not overwrite:
-        if not read_table(output, []).equals(pa.table(table)):
+        former = read_table(output, [])
+        if not set(table) <= set(former.column_names) or not former.select(list(table)).equals(pa.table(table)):
             raise ValueError(f"{output} is there already, with other content; choose another name, or give --overwrite")
         print(f"{output} is up to date ({len(prompts):,} prompts)")
         return

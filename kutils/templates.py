@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kutils.cleaning import count_words
+from kutils.cleaning import count_words, prompt_key
 from kutils.sources import positive, write_prompts
 from kutils.tables import read_table
 from kutils.template_words import PATTERNS, PLURALS, WORDS
@@ -97,8 +97,9 @@ def join_prompts(
 ) -> list[str]:
     """Distinct prompts, each made of two given ones of different topics: "X and Y", "X, next to Y", ...
 
-    Topics are clusters of the embeddings (mini-batch k-means). Prompts of more than JOINED_WORDS are passed over.
-    The same for the same input and seed; a longer list begins with the shorter one.
+    Topics are clusters of the embeddings (mini-batch k-means). Prompts of more than JOINED_WORDS are passed over, and
+    those that differ from an earlier one in case or punctuation alone (`prompt_key`). The same for the same input and
+    seed; a longer list begins with the shorter one.
 
     Args:
         prompts: n texts.
@@ -106,6 +107,16 @@ def join_prompts(
         num_clusters: topics, at least 2.
     Raises: TemplateError for sizes that do not fit, or where so many prompts cannot be made of the pairs there are.
     """
+    first_row = {}
+    for row, prompt in enumerate(prompts):
+        first_row.setdefault(prompt_key(prompt), row)
+    if len(first_row) < len(prompts) == len(embeddings):
+        distinct = list(first_row.values())
+        prompts, embeddings = [prompts[row] for row in distinct], embeddings[distinct]
+    if 2 <= len(prompts) < num_clusters:
+        raise TemplateError(
+            f"only {len(prompts)} prompts for {num_clusters} clusters; give --clusters {len(prompts)} or fewer"
+        )
     if count < 0 or not 2 <= num_clusters <= len(prompts) or len(embeddings) != len(prompts):
         raise TemplateError(
             f"{count} prompts of {len(prompts)} with {len(embeddings)} embeddings in {num_clusters} clusters: give at "

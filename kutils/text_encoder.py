@@ -42,7 +42,7 @@ class TextEncoder:
 
         Args:
             batch_size: prompts of 32 tokens per forward pass; more short ones, fewer long ones.
-            dtype: of the matrix products. bfloat16 has cosines above 0.9999 with float32.
+            dtype: of the matrix products. bfloat16 has cosines above 0.9995 with float32.
         """
         num_tokens = np.minimum(self.count_tokens(prompts), self.max_tokens)
         batches = batches_by_length(num_tokens, batch_size * PROMPT_TOKENS)

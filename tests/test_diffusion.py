@@ -110,6 +110,21 @@ def test_weights_are_known_by_what_they_are(folder, make_sampler, tmp_path):
     assert velocity.pipeline.scheduler.config.prediction_type == "v_prediction"
     assert diffusion.weights_sha256(velocity.pipeline) != digest
 
+    pipeline = make_sampler().pipeline
+    tensors = {f"text_model.{key}": value for key, value in pipeline.text_encoder.state_dict().items()}
+    pipeline.text_encoder.state_dict = lambda: tensors  # as other versions of transformers name them
+    assert diffusion.weights_sha256(pipeline) == digest
+    pipeline.scheduler.register_to_config(timestep_spacing="trailing")
+    assert diffusion.weights_sha256(pipeline) != digest
+    pipeline = make_sampler().pipeline
+    pipeline.tokenizer.add_tokens(["castle"])
+    assert diffusion.weights_sha256(pipeline) != digest
+
+
+def test_a_prompt_that_is_too_long_is_cut_without_a_word(make_sampler, capfd, caplog):
+    make_sampler()(["a very long prompt about a cat in the rain"], [0])
+    assert "".join(capfd.readouterr()) == "" and not caplog.records
+
 
 # ---------------------------------------------------------------- what cannot be used
 

@@ -163,11 +163,97 @@ def test_folds_of_the_prompts_become_those_of_the_images(tmp_path):
 
     # a table of some of the images, with nothing but those folds, is replaced; one with other folds is not
     (tmp_path / table["image"][1].as_py()).unlink()
-    generate.main([*command, "--table-only"])
+    generate.main([*command[:-2], "--table-only"])
     assert read_table(tmp_path / "set.tsv", ["fold"])["fold"].to_pylist() == [4, 0, 0]
     write_table(tmp_path / "set.tsv", {"image": ["x"], "prompt": prompts[:1], "fold": [5]})
-    with pytest.raises(SystemExit, match=r"set.tsv has folds or columns of its own and 1 rows"):
+    with pytest.raises(SystemExit, match=r"set.tsv has values or columns of its own and 1 rows"):
         generate.main(command)
+
+
+def test_folds_that_the_prompts_have_by_now_come_into_the_table(tmp_path):
+    rows, folds = {"source": pa.array(["me", "you"])}, {"fold": pa.array([4, 0], pa.int8())}
+    none = np.array([], np.int64)
+    assert ImageSet(tmp_path / "set", ["a", "b"], 2, ".webp", rows).update_table(none)
+    later = ImageSet(tmp_path / "set", ["a", "b"], 2, ".webp", rows | folds)
+    assert later.update_table(none) and not later.update_table(none, overwrite=True)
+    assert read_table(later.tsv_path, ["fold"])["fold"].to_pylist() == [4, 4, 0, 0]
+    assert not later.tsv_path.with_name("set.tsv.bak").exists()
+
+
+@pytest.mark.parametrize(
+    "edit", [{"fold": [1, 1, 0, 0]}, {"prompt": ["a", "a", "c", "c"]}, {"source": ["my"] * 4}, {"mine": [1, 2, 3, 4]}]
+)
+def test_edits_of_a_table_are_kept(tmp_path, edit):
+    image_set = ImageSet(tmp_path / "set", ["a", "b"], 2, ".webp", {"source": pa.array(["me", "you"])})
+    none = np.array([], np.int64)
+    image_set.update_table(none)
+    made = image_set.tsv_path.read_bytes()
+    table = read_table(image_set.tsv_path, [])
+    write_table(image_set.tsv_path, {name: table[name] for name in table.column_names} | edit)
+    edited = image_set.tsv_path.read_bytes()
+    with pytest.raises(
+        generate.GenerateError, match=r"4 rows, and 3 images are there; .* with the folds of the prompts"
+    ):
+        image_set.update_table(np.array([0]))
+    if "prompt" in edit:
+        with pytest.raises(generate.GenerateError, match="--overwrite"):
+            image_set.update_table(none)
+    else:
+        assert not image_set.update_table(none)
+    assert image_set.tsv_path.read_bytes() == edited
+    assert image_set.update_table(none, overwrite=True)
+    assert image_set.tsv_path.read_bytes() == made and (tmp_path / "set.tsv.bak").read_bytes() == edited
+
+
+def test_a_damaged_record_and_a_leftover_that_vanishes(tmp_path, monkeypatch):
+    image_set = ImageSet(tmp_path / "set", ["a"], 1, ".webp")
+    image_set.path(0).parent.mkdir(parents=True)
+    image_set.path(0).touch()
+    for content in ('{"steps": 2', "3"):
+        (image_set.folder / "generation.json").write_text(content)
+        with pytest.raises(generate.GenerateError, match=r"generation.json is damaged .*restore it, or choose another"):
+            image_set.check_made_alike({})
+    leftover = image_set.path(0).with_name(".0000000_0.12345678.partial.webp")
+    leftover.touch()
+
+    def renamed_meanwhile():
+        leftover.unlink(missing_ok=True)
+        return 0.0
+
+    monkeypatch.setattr("kutils.image_sets.time.time", renamed_meanwhile)
+    assert not len(image_set.missing()) and not leftover.exists()
+
+
+def test_arguments_that_would_not_count_are_refused(tmp_path, capsys, monkeypatch):
+    write_table(tmp_path / "p.tsv", {"prompt": PROMPTS})
+    command = [str(tmp_path / "p.tsv"), "--output", str(tmp_path / "set")]
+    for arguments, said in (
+        ([*command, "--seed", "3"], "--seed is not for --backend shapes with PROMPTS.tsv"),
+        ([*command, "--num-prompts", "3"], "--num-prompts is not for"),
+        (["--shapes-dataset", "x", "--workers", "3"], "--workers is not for --shapes-dataset"),
+        ([*command, "--table-only", "--size", "32"], "leave out what says how to make them: --size"),
+        ([*command, "--table-only", "--backend", "diffusers", "--steps", "3"], "how to make them: --steps"),
+    ):
+        with pytest.raises(SystemExit):
+            generate.main(arguments)
+        assert said in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for options, said in ((["--table-only"], "--table-only goes without torchrun"), ([], "only --backend diffusers")):
+        with pytest.raises(SystemExit, match=said):
+            generate.main([*command, *options])
+
+
+def test_ranks_tell_an_error_of_the_prompts_once(tmp_path, monkeypatch):
+    (tmp_path / "p.tsv").write_text("prompt\tsource\n")
+    command = [str(tmp_path / "p.tsv"), "--output", str(tmp_path / "set"), "--backend", "diffusers"]
+    with pytest.raises(SystemExit, match=r"p.tsv holds no prompts"):
+        generate.main(command)
+    waited = []
+    monkeypatch.setattr(generate.time, "sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        generate.main(command)
+    assert caught.value.code == 1 and waited == [generate.TELLING_SECONDS]
 
 
 def test_embedded_data_set_is_ready_for_training(workspace):
@@ -198,7 +284,7 @@ def test_command(tmp_path):
     assert read_table(tmp_path / "set.tsv", ["source"])["source"].to_pylist() == ["me"] * 3
     (tmp_path / "set_images" / "00000" / "0000001_0.jpg").unlink()
     (tmp_path / "set.tsv").unlink()
-    done = subprocess.run([*command, *options, "--table-only"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*command, *options[:-2], "--table-only"], cwd=tmp_path, capture_output=True, text=True)
     assert "2 of 3 images are there" in done.stdout, done.stderr
     assert read_table(tmp_path / "set.tsv", ["prompt"])["prompt"].to_pylist() == [PROMPTS[0], PROMPTS[2]]
     done = subprocess.run([*command, *options, "--steps", "3"], cwd=tmp_path, capture_output=True, text=True)

@@ -1,5 +1,7 @@
 """Files appear whole or not at all, and no path leaves its root."""
 
+import errno
+
 import pytest
 
 from kutils import paths
@@ -15,6 +17,20 @@ def test_a_block_that_raises_leaves_the_former_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    for error, said in (
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            f"[Errno 28] No space left on device: '{tmp_path / 'a.txt'}'",
+        ),
+        (OSError(errno.ENOENT, "No such file", "other.txt"), "[Errno 2] No such file: 'other.txt'"),
+        (OSError("cannot identify image"), "cannot identify image"),
+    ):
+        with pytest.raises(OSError) as caught, paths.atomic_path(tmp_path / "a.txt"):
+            raise error
+        assert str(caught.value) == said
 
 
 @pytest.mark.parametrize("path", ["a/b.png", "b.png", "a/b..c/d.png", "./a.png"])

@@ -83,7 +83,7 @@ def test_a_csv_value_with_a_line_break_keeps_the_lines_right(tmp_path):
         ("a.csv", "id,prompt\n1,a\n2,b,c\n", r"a.csv, line 3: wrong number of columns \('2,b,c'\)"),
         ("a.csv", "id,prompt\n1,\n", r"a.csv, line 2: no value"),
         ("a.csv", 'prompt,id\n"a"b,1\n', r"a.csv, line 2: broken quoting"),
-        ("a.csv", 'prompt,id\n"a,1\nb,2\n', r"a.csv, line 3: broken quoting \('unexpected end of data'\)"),
+        ("a.csv", 'prompt,id\na,1\n"b,2', r"a.csv, line 3: broken quoting \('unexpected end of data'\)"),
         ("a.csv", b"prompt,id\na,1\n\xff\xfe,2\n", r"a.csv, line 3: not UTF-8"),
         ("a.tsv", "prompt\tid\na\t1\nb\n", r"a.tsv, line 3: wrong number of columns \('b"),
         ("a.tsv", "prompt\tid\n\t1\n", r"a.tsv, line 2: no value"),
@@ -103,6 +103,47 @@ def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, name, content, said):
     assert "--skip-bad-lines" in str(caught.value)
     entries = list(read_source(path, skip_bad_lines=True))
     assert sum(bool(entry.flaw) for entry in entries) == 1
+
+
+@pytest.mark.parametrize("skip_bad_lines", [False, True])
+@pytest.mark.parametrize(
+    ("closing", "lines"),
+    [("", "4 to 5003"), ('say "a", 1\n', "4 to 5004"), (f"{'x' * 200_000},1\n", "4 to 5004")],
+    ids=["never", "by another", "too long"],
+)
+def test_a_quote_that_swallows_lines_is_named_by_its_first(tmp_path, skip_bad_lines, closing, lines):
+    good = [f"prompt number {number},1\n" for number in range(5000)]
+    path = write(tmp_path / "a.csv", 'prompt,id\n"two\nlines",1\n"' + "".join(good) + closing)
+    entries = read_source(path, skip_bad_lines=skip_bad_lines)
+    assert next(entries).text == "two\nlines"
+    with pytest.raises(SourceError, match=rf"a.csv, lines {lines}: a quote opened in line 4 is not closed"):
+        next(entries)
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    prompts = [f"prompt number {number}" for number in range(1000)]
+    table = pa.table({"prompt": prompts})
+    parquet.write_table(table, path, row_group_size=500, use_dictionary=False, compression="gzip")
+    whole = path.read_bytes()
+    column = parquet.read_metadata(path).row_group(1).column(0)
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    path.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
+    with pytest.raises(SourceError, match=r"a.parquet is damaged behind row \d+ \("):
+        list(read_source(path))
+    footer = int.from_bytes(whole[-8:-4], "little")
+    path.write_bytes(whole[: -8 - footer] + b"\xff" * footer + whole[-8:])
+    with pytest.raises(SourceError, match=r"a.parquet is no Parquet file, or is damaged"):
+        list(read_source(path))
+
+
+def test_utf_16_is_named_and_a_link_alone_makes_conceptual_captions(tmp_path):
+    for encoding in ("utf-16", "utf-16-be"):
+        content = ("\ufeff" * (encoding != "utf-16") + "a cat\n").encode(encoding)
+        for name in ("a.txt", "a.csv", "a.txt.gz"):
+            with pytest.raises(SourceError, match=rf"{name} is UTF-16; save it as UTF-8"):
+                list(read_source(write(tmp_path / name, content)))
+    assert recognise(write(tmp_path / "a.tsv", "prompt\thttp_status\na cat\t200\n")) == "tsv"
 
 
 def test_null_and_bad_bytes_in_parquet_are_named(tmp_path):
@@ -216,6 +257,19 @@ def test_the_same_input_gives_the_same_bytes_and_other_content_is_not_written_ov
     assert read_table(output, [])["prompt"].to_pylist() == ["a red cat", "a blue cat"]
     with pytest.raises(SystemExit, match="both read and written"):
         sources.main([str(source), "--output", str(source), "--overwrite"])
+
+
+def test_a_prompts_file_that_has_folds_by_now_stays(tmp_path, capsys):
+    source, output = write(tmp_path / "a.txt", "a red cat\na blue cat\n"), tmp_path / "out.tsv"
+    sources.main([str(source), "--output", str(output)])
+    table = read_table(output, ["prompt", "source"])
+    write_table(output, {"prompt": table["prompt"], "source": table["source"], "fold": [1, 2]})
+    before = output.read_bytes()
+    sources.main([str(source), "--output", str(output)])
+    assert output.read_bytes() == before and "up to date" in capsys.readouterr().out
+    write_table(output, {"prompt": table["prompt"]})
+    with pytest.raises(SystemExit, match="with other content"):
+        sources.main([str(source), "--output", str(output)])
 
 
 def test_a_later_set_does_not_repeat_an_earlier_one(tmp_path):

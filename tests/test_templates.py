@@ -104,6 +104,15 @@ def test_two_prompts_of_different_topics_are_joined():
     assert join_prompts(prompts, embeddings, 50, num_clusters=4, seed=2) != joined[:50]
 
 
+def test_prompts_that_differ_in_case_or_punctuation_alone_are_joined_once():
+    prompts, embeddings = clustered(2, 3)
+    again = [prompt.upper().rstrip(".") for prompt in prompts]
+    joined = join_prompts([*prompts, *again], np.concatenate([embeddings, embeddings]), 4, num_clusters=2)
+    assert joined == join_prompts(prompts, embeddings, 4, num_clusters=2)
+    with pytest.raises(TemplateError, match="6 prompts of at most 20 words make 9 pairs"):
+        join_prompts([*prompts, *again], np.concatenate([embeddings, embeddings]), 5, num_clusters=2)
+
+
 def test_joined_prompts_fit_into_the_limit_and_names_keep_their_capital():
     prompts, embeddings = clustered(2, 3)
     prompts[0] = "word " * 21
@@ -113,7 +122,9 @@ def test_joined_prompts_fit_into_the_limit_and_names_keep_their_capital():
     assert templates.lower_start("Paris at night") == "Paris at night" and templates.lower_start("The end") == "the end"
     with pytest.raises(TemplateError, match=r"5 prompts of at most 20 words make 6 pairs .* not 4"):
         join_prompts(prompts, embeddings, 4, num_clusters=2)
-    for count, clusters, rows in ((1, 1, 6), (1, 7, 6), (1, 2, 5), (-1, 2, 6)):
+    with pytest.raises(TemplateError, match="only 6 prompts for 7 clusters; give --clusters 6 or fewer"):
+        join_prompts(prompts, embeddings, 1, num_clusters=7)
+    for count, clusters, rows in ((1, 1, 6), (1, 2, 5), (-1, 2, 6)):
         with pytest.raises(TemplateError, match="give at least 2 clusters"):
             join_prompts(prompts, embeddings[:rows], count, num_clusters=clusters)
 
