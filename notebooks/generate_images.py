@@ -126,7 +126,10 @@ there = np.setdiff1d(np.arange(len(image_set)), left)
 first_of_prompt = there[np.unique(there // images_per_prompt, return_index=True)[1]]
 shown = first_of_prompt[np.linspace(0, len(first_of_prompt) - 1, min(8, len(first_of_prompt))).astype(int)]
 titles = [image_set.prompt(image)[0] for image in shown]
-plots.image_grid([image_set.path(image) for image in shown], titles, columns=4);
+if len(there):
+    plots.image_grid([image_set.path(image) for image in shown], titles, columns=4)
+else:
+    print("no image is there yet: start the same notebook again, with more hours")
 
 # %% [markdown]
 # ## Are the images of one prompt different?
@@ -137,7 +140,8 @@ plots.image_grid([image_set.path(image) for image in shown], titles, columns=4);
 rows = shown[:3] // images_per_prompt
 images = [image for image in there if image // images_per_prompt in rows]
 titles = ["{} ({})".format(*image_set.prompt(image)) for image in images]
-plots.image_grid([image_set.path(image) for image in images], titles, columns=images_per_prompt);
+if len(there):
+    plots.image_grid([image_set.path(image) for image in images], titles, columns=images_per_prompt)
 
 # %% [markdown]
 # ## Are they too dark, too bright, too flat?
@@ -145,7 +149,8 @@ plots.image_grid([image_set.path(image) for image in images], titles, columns=im
 
 # %%
 sample = np.random.default_rng(0).permutation(there)[:500]
-plots.image_statistics([image_set.path(image) for image in sample]);
+if len(there):
+    plots.image_statistics([image_set.path(image) for image in sample])
 
 # %% [markdown]
 # ## What is next?

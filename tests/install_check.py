@@ -130,6 +130,13 @@ def check(copy: Copy) -> None:
     copy.run("python -m kutils.grouping dedup input/shapes.tsv --threshold 0.9 --kept input/k.tsv --rest input/r.tsv")
     copy.run("papermill notebooks/prepare_data.ipynb working/prepare_data.ipynb -p dataset shapes")
     copy.run("papermill notebooks/generate_images.ipynb working/generate_images.ipynb")
+    copy.run("python -m kutils.templates --count 60 --output input/grammar.tsv")
+    copy.run("python -m kutils.templates --join input/grammar.tsv --clusters 5 --count 20 --output input/joined.tsv")
+    copy.run("python -m kutils.sources input/grammar.tsv input/joined.tsv --output input/collected.tsv")
+    copy.run("python -m kutils.check input/shapes.tsv")
+    copy.run("python -m kutils.shards input/drawn.tsv --size 32")
+    copy.run("papermill notebooks/prepare_prompts.ipynb working/prepare_prompts.ipynb -p num_prompts 200")
+    copy.expect("input/grammar.npy", "input/joined.tsv", "input/collected.tsv", "working/prepare_prompts.ipynb")
     diffusion = "python -m kutils.generate input/shapes.tsv --backend diffusers --output input/diffusion"
     copy.run(diffusion, fails_with="pip install -e '.[generate]'")
     copy.expect("input/drawn.tsv", "working/generate_images.ipynb")
@@ -153,7 +160,22 @@ def check(copy: Copy) -> None:
     copy.run(f"papermill notebooks/refine.ipynb working/runs/r.ipynb -p model vit_large -p fold 0 {tiny}")
     copy.expect("working/runs/t.ipynb", "working/t.json", "working/runs/r.ipynb")
 
-    for module in ("train", "predict", "retrieval", "generate", "grouping", "ensemble", "kaggle", "launch"):
+    commands = (
+        *(
+            "sources",
+            "templates",
+            "grouping",
+            "generate",
+            "check",
+            "shards",
+            "pretrained",
+            "train",
+            "evaluate",
+            "predict",
+        ),
+        *("retrieval", "ensemble", "kaggle", "launch"),
+    )
+    for module in commands:
         copy.run(f"python -m kutils.{module} --help")
 
 
