@@ -319,6 +319,11 @@ def test_generate_images_makes_a_data_set_and_looks_at_it(workspace, tmp_path):
     assert {Image.open(path).size for path in folder.iterdir()} == {(48, 48)} and len(list(folder.iterdir())) == 6
     assert list((workspace / "working" / "runs" / "generate_sampled" / "logs").rglob("stdout.log"))
 
+    # stopped before the first image
+    executed = execute("generate_images", workspace / "out.ipynb", **values | {"output": "none", "hours": 1e-5})
+    assert not figures(executed)
+    assert "6 of 6 are missing" in printed(executed) and "no image is there yet" in printed(executed)
+
 
 @pytest.mark.slow
 def test_prepare_data_embeds_folds_and_shows(workspace):

@@ -14,7 +14,7 @@ import tiny_diffusion
 import torch
 from PIL import Image
 
-from kutils import datasets, diffusion, generate, paths, preparation, sampling
+from kutils import check, datasets, diffusion, generate, paths, preparation, sampling
 from kutils.devices import Ranks
 from kutils.diffusion import DiffusionError, Sampler
 from kutils.image_sets import DiffusionSettings, GenerateError, ImageSet, image_seed
@@ -147,7 +147,8 @@ def test_the_whole_path_to_training(workspace, make, tmp_path):
     report = preparation.prepare(["drawn"], threshold=0.95, num_folds=3)
     data = datasets.load_datasets(["drawn"])
     assert report["prompts"] == 21 and len(data) == 42 and set(data.folds.tolist()) == {0, 1, 2}
-    assert preparation.check_readable(["drawn"]) == []
+    (checked,) = check.check_datasets([tmp_path / "input" / "drawn.tsv"], num_workers=1, progress=False)
+    assert checked.is_in_order and checked.report["images"]["decoded"] == 42
     table = read_table(tmp_path / "input" / "drawn.tsv", ["source"])
     assert table["source"].to_pylist() == ["me"] * 42  # folds rewrite the table, and leave other columns
     folded = (tmp_path / "input" / "drawn.tsv").read_bytes()
