@@ -397,7 +397,7 @@ def counts(values: Mapping[str, int], title: str, unit: str) -> Figure:
 def bars(values: Mapping[str, float], told: Sequence[str], start: float, *, color: str) -> tuple[Figure, Axes]:
     """Horizontal bars from `start`, the first on top, each with its text at the end."""
     ends = finite(list(values.values()), "values")
-    figure, (axes,) = new_axes(height=1.5 + 0.36 * len(ends))
+    figure, (axes,) = new_axes(height=max(3.0, 1.5 + 0.36 * len(ends)))
     axes.barh(range(len(ends)), ends - start, left=start, color=color, height=0.65)
     for number, (end, text) in enumerate(zip(ends, told, strict=True)):
         axes.annotate(text, (max(end, start), number), (5, 0), textcoords="offset points", va="center", fontsize=9)
