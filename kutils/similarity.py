@@ -133,9 +133,8 @@ def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRo
     num_rows, dimension = embeddings.shape
     exact = torch.zeros(num_rows + -num_rows % GROUP, dimension, device=device)
     for start in range(0, num_rows, COPIED):
-        exact[start : start + COPIED][: num_rows - start] = unit_rows(embeddings[start : start + COPIED], start).to(
-            device
-        )
+        block = unit_rows(embeddings[start : start + COPIED], start)
+        exact[start : start + len(block)] = block.to(device)
     rounded = exact.to(autocast_dtype(dtype, device))
     blocks = zip(exact.split(COPIED), rounded.split(COPIED), strict=True)
     error = max(float((a - b.float()).norm(dim=1).amax()) if len(a) else 0.0 for a, b in blocks)
