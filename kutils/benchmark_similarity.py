@@ -16,7 +16,7 @@ from kutils.tables import read_table, write_table
 
 THRESHOLD = 0.7  # of the published folds
 SIZES = (15_000, 30_000, 60_000, 120_000)  # prompts
-COMPARED = 60_000  # prompts at most that FAISS searches: it takes a minute for them
+COMPARED = 60_000  # prompts at most that FAISS searches, in 13 s on two cores; twice as many would take four times that
 SEED_PROMPTS = 3_378_588  # of the six published sets
 NUM_FOLDS = 10
 
@@ -26,7 +26,7 @@ def embedded_prompts(prompts_path: str, count: int) -> tuple[list[str], np.ndarr
 
     Args:
         prompts_path: a prompts file; "" takes `count` prompts from the grammar of `kutils.templates`. They are embedded
-            where that has not been done, in bfloat16 where the device multiplies that fast.
+            in bfloat16 where that has not been done.
     """
     path = Path(prompts_path)
     if not prompts_path:
@@ -93,7 +93,7 @@ def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[benc
 
 
 def extra_megabytes(embeddings: np.ndarray) -> float:
-    """Measured in a process of its own, in which nothing is left from earlier searches."""
+    """`measure_memory` in a process of its own, in which nothing is left from earlier searches."""
     folder = paths.working_dir() / "benchmark"
     npy_path, result = folder / "similar_pairs.npy", folder / "similar_pairs.json"
     with paths.atomic_path(npy_path) as temporary:

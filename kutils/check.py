@@ -20,7 +20,6 @@ from kutils.dataset_index import DataError, make_again, open_embeddings
 from kutils.datasets import PromptImages
 from kutils.devices import Ranks
 from kutils.quarantine import set_apart
-from kutils.tables import hash_prompts
 
 SAME_COSINE = 0.999  # of a prompt embedded again; another device or precision stays above it
 ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
@@ -146,15 +145,13 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int,
         report["embeddings"] = "missing"
         report["warnings"].append(f"{npy_path} is not there yet: python input/gen_prompt_embedding.py {path}")
         return
-    problem = ""
     try:
         embeddings = open_embeddings(npy_path, table.num_rows)
     except DataError as error:
         problem = str(error)
     else:
-        if record is not None and record.get("prompts_sha256") != hash_prompts(table["prompt"]):
-            problem = f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}"
-        elif verify and len(good):
+        problem = prompts.describe_mismatch(path, table["prompt"])
+        if not problem and verify and len(good):
             rows = np.sort(np.random.default_rng(0).permutation(good)[:verify])
             problem = embed_again(npy_path, table["prompt"].take(pa.array(rows)), embeddings[rows], rows, record)
         elif record is None:

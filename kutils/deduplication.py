@@ -12,7 +12,7 @@ from kutils.dataset_index import open_embeddings
 from kutils.devices import Ranks, pick_device
 from kutils.prompts import embed_table, take_embeddings
 from kutils.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
-from kutils.tables import read_table, write_table
+from kutils.tables import holds, read_table, write_table
 
 EXAMPLES = 3  # of near-duplicates that are shown
 
@@ -146,7 +146,7 @@ def deduplicate_table(
     num_known = sum(map(len, known))
     keep = leaders == num_known + np.arange(table.num_rows)
     parts = {kept_path: table.filter(pa.array(keep)), rest_path: table.filter(pa.array(~keep))}
-    there = [path for path, part in parts.items() if Path(path).exists() and same_prompts(path, part)]
+    there = [path for path, part in parts.items() if Path(path).exists() and holds(path, part)]
     for path in parts:
         if Path(path).exists() and path not in there and not overwrite:
             raise GroupingError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
@@ -166,13 +166,6 @@ def deduplicate_table(
         counts = (np.bincount(codes[chosen], minlength=len(names)).tolist() for chosen in (keep, ~keep))
         report["sources"] = {name: list(both) for name, *both in zip(names, *counts, strict=True)}
     return report
-
-
-def same_prompts(path: Path | str, part: pa.Table) -> bool:
-    """Whether a file has the rows of `part`, whatever other columns it has."""
-    there = read_table(path, [])
-    names = part.column_names
-    return set(names) <= set(there.column_names) and there.select(names).equals(part.combine_chunks())
 
 
 def rank_sources(table: pa.Table, priority: Sequence[str], tsv_path: Path | str) -> np.ndarray:

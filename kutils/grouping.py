@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from kutils import paths
 from kutils.config import EMBEDDING_DIM
-from kutils.dataset_index import check_rows, make_again, open_embeddings
+from kutils.dataset_index import check_rows, open_embeddings
 from kutils.deduplication import deduplicate_table, format_dedup
 from kutils.devices import Ranks, join_workers, leave_ranks, pick_device
 from kutils.folding import METHODS, assign, extend_folds, format_report, leakage_report, leaked_prompts, report_warnings
-from kutils.prompts import read_record
+from kutils.prompts import describe_mismatch
 from kutils.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
-from kutils.tables import folds_hash, hash_prompts, read_table, write_table
+from kutils.tables import folds_hash, read_table, write_table
 from kutils.text_encoder import DTYPES
 
 MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints
@@ -47,10 +47,8 @@ def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
         elif "fold" not in table.column_names:
             table = table.append_column("fold", pa.array(np.full(table.num_rows, -1, np.int8)))
         check_rows(path, table)
-        record = read_record(path.with_suffix(".npy.json"))
-        if record is not None and record.get("prompts_sha256") != hash_prompts(table["prompt"]):
-            npy_path = path.with_suffix(".npy")
-            raise GroupingError(f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}")
+        if problem := describe_mismatch(path, table["prompt"]):
+            raise GroupingError(problem)
         tables[path] = table
         maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
     prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from kutils import devices, paths
 from kutils.chunk_files import ChunkFiles
 from kutils.config import EMBEDDING_DIM
+from kutils.dataset_index import make_again
 from kutils.progress import progress_bar
 from kutils.tables import hash_prompts, read_table
 from kutils.text_encoder import DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
@@ -268,6 +269,17 @@ def reserve(path: Path) -> None:
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+
+
+def describe_mismatch(tsv_path: Path, prompts: pa.ChunkedArray) -> str:
+    """What to say where the record beside a table's .npy names other prompts than the table; empty if it fits.
+
+    Also empty where there is no record: then nobody knows.
+    """
+    npy_path, record = tsv_path.with_suffix(".npy"), read_record(tsv_path.with_suffix(".npy.json"))
+    if record is None or record.get("prompts_sha256") == hash_prompts(prompts):
+        return ""
+    return f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}"
 
 
 def read_record(path: Path) -> dict | None:

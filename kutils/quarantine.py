@@ -8,7 +8,7 @@ import pyarrow as pa
 from kutils import paths, prompts
 from kutils.dataset_index import map_embeddings
 from kutils.datasets import read_clean_mark
-from kutils.tables import folds_hash, hash_prompts, read_table, write_table
+from kutils.tables import folds_hash, hash_prompts, holds, write_table
 
 ADDED_COLUMNS = ("line", "reason")
 
@@ -40,7 +40,7 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     if not len(good):
         return f"{path}: all rows are bad, and in {quarantine}"
     kept = table.take(pa.array(good))
-    if checked.is_file() and same_rows(checked, kept):
+    if checked.is_file() and holds(checked, kept.select(["image", "prompt"])):  # its folds may be others by now
         return f"{path}: {len(rows):,} bad rows in {quarantine}; {checked} has the others already, and stays as it is"
     mark = read_clean_mark(
         path.with_suffix(".clean.npz"), len(bad), folds_hash(table["prompt"], table["fold"].to_numpy())
@@ -60,12 +60,6 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     write_table(checked, columns(kept))
     told = f"{path}: {len(rows):,} bad rows in {quarantine}, the other {len(good):,} are the data set {checked.stem}"
     return told if with_embeddings else f"{told}, not embedded yet: python input/gen_prompt_embedding.py {checked}"
-
-
-def same_rows(path: Path, table: pa.Table) -> bool:
-    """Whether a table on disk has the same images and prompts; its folds may be others by now."""
-    there, names = read_table(path, ["image", "prompt", "fold"]), ["image", "prompt"]
-    return there.select(names).equals(table.select(names).combine_chunks())
 
 
 def columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:

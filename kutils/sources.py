@@ -11,7 +11,7 @@ from kutils import paths
 from kutils.cleaning import Cleaner, CleaningSettings, format_report, load_token_counter
 from kutils.progress import progress_bar
 from kutils.source_formats import COLUMNS, FORMATS, SourceError, read_source
-from kutils.tables import read_table, write_table
+from kutils.tables import holds, read_table, write_table
 
 BATCH_ENTRIES = 10_000  # cleaned, and their tokens counted, together
 
@@ -62,8 +62,7 @@ def write_prompts(output: Path, prompts: Sequence[str], sources: Sequence[str], 
     """
     table = {"prompt": pa.array(prompts, pa.string()), "source": pa.array(sources, pa.string())}
     if output.exists() and not overwrite:
-        former = read_table(output, [])
-        if not set(table) <= set(former.column_names) or not former.select(list(table)).equals(pa.table(table)):
+        if not holds(output, pa.table(table)):
             raise ValueError(f"{output} is there already, with other content; choose another name, or give --overwrite")
         print(f"{output} is up to date ({len(prompts):,} prompts)")
         return

@@ -108,6 +108,12 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence]) -> None:
             stream.write("".join("\t".join(row) + "\n" for row in rows).encode())
 
 
+def holds(path: Path | str, table: pa.Table) -> bool:
+    """Whether a TSV has the rows of `table`, in its order, whatever other columns it has."""
+    there, names = read_table(path, []), table.column_names
+    return set(names) <= set(there.column_names) and there.select(names).equals(table.combine_chunks())
+
+
 def hash_prompts(prompts: pa.Array | pa.ChunkedArray) -> str:
     """Hex SHA-256 of the prompts in row order, one per line."""
     digest = hashlib.sha256()

@@ -3,9 +3,10 @@
 import hashlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from kutils.tables import TableError, folds_hash, read_table, write_table
+from kutils.tables import TableError, folds_hash, holds, read_table, write_table
 
 COLUMNS = ["image", "prompt", "fold"]
 
@@ -66,3 +67,11 @@ def test_folds_hash_is_of_the_assignment_not_of_the_rows():
     assert folds_hash(prompts, folds) == same
     assert folds_hash(prompts, np.array([1, 0, 0, 3])) != same
     assert same == hashlib.sha256(b"a\t0\nb\t1\nc\t2\n").hexdigest()
+
+
+def test_a_file_holds_rows_whatever_other_columns_it_has(tmp_path):
+    write_table(tmp_path / "t.tsv", {"prompt": ["a", "b"], "source": ["x", "y"], "fold": [0, 1]})
+    wanted = pa.table({"prompt": ["a", "b"], "source": ["x", "y"]})
+    assert holds(tmp_path / "t.tsv", wanted) and holds(tmp_path / "t.tsv", wanted.select(["source"]))
+    assert not holds(tmp_path / "t.tsv", wanted.take([1, 0])) and not holds(tmp_path / "t.tsv", wanted.slice(0, 1))
+    assert not holds(tmp_path / "t.tsv", wanted.append_column("kind", pa.array(["k", "k"])))
