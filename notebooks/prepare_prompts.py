@@ -21,7 +21,8 @@
 # **What it needs.** Text, CSV, TSV, Parquet or JSON files, gzipped or not; captions of COCO, Conceptual Captions and
 # VizWiz as they are published. Without any, prompts come from a grammar.
 #
-# **How long it takes.** Most of it is embedding: on two CPU cores a minute per 15,000 prompts, half of it in bfloat16.
+# **How long it takes.** Most of it is embedding: on two CPU cores two minutes per 60,000 short prompts, a third of that
+# in bfloat16; long prompts take several times as long.
 
 # %% tags=["parameters"]
 sources: str = ""  # files of prompts, the most wanted first, as "a.csv,b.txt"; empty: prompts of a grammar
