@@ -1,6 +1,7 @@
 """The folder of a run: what it was started with, how far it came, and what must not be overwritten."""
 
 import dataclasses
+import fnmatch
 import importlib.metadata
 import json
 import os
@@ -8,11 +9,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from kutils import paths
+from kutils import config, paths
 from kutils.config import Recipe
 
 # keys that may differ between two starts of one run: they do not change what is computed
@@ -28,6 +30,30 @@ def result_of(folder: Path) -> dict | None:
     """The result of a finished run, None for one that is not finished."""
     path = folder / "result.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def find_finished(names: Sequence[str] = ()) -> list[Path]:
+    """Folders of finished runs, in the order of their results: all in `working/runs/`, or the named ones.
+
+    Args:
+        names: of folders in `working/runs/` (which may hold `*`), or paths of run folders.
+    Raises: RunError for a name that no finished run has, naming the nearest that one has.
+    """
+    root = paths.working_dir() / "runs"
+    all_finished = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, path))
+    known = [path.parent for path in all_finished]
+    if not names:
+        return known
+    found: list[Path] = []
+    for name in names:
+        matching = [folder for folder in known if fnmatch.fnmatch(folder.name, name)]
+        if not matching and (Path(name) / "result.json").is_file():
+            matching = [Path(name)]
+        if not matching:
+            close = config.nearest(name, [folder.name for folder in known])
+            raise RunError(f"no finished run {name!r} in {root}{close}; it holds {len(known)} finished runs")
+        found += [folder for folder in matching if folder not in found]
+    return found
 
 
 def check_same_configuration(folder: Path, recipe: Recipe) -> None:

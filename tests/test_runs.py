@@ -1,0 +1,31 @@
+"""Finished runs, found by name."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kutils import paths, runs
+
+
+def finish(name: str, when: int, root: Path | None = None) -> Path:
+    """A run folder with a result of the given time."""
+    folder = (root or paths.working_dir() / "runs") / name
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"prefix": name}))
+    os.utime(folder / "result.json", (when, when))
+    return folder
+
+
+def test_finished_runs_are_found_in_order_and_by_name(tmp_path):
+    late, early = finish("vit_fold0", 200), finish("convnext_fold0", 100)
+    (paths.working_dir() / "runs" / "cut_fold0").mkdir()
+    elsewhere = finish("mine_fold1", 50, tmp_path)
+    assert runs.find_finished() == [early, late]
+    assert runs.find_finished(["vit_fold0", "*_fold0"]) == [late, early]
+    assert runs.find_finished([str(elsewhere)]) == [elsewhere]
+    with pytest.raises(runs.RunError, match="no finished run 'vit_fld0' in .*; did you mean 'vit_fold0'"):
+        runs.find_finished(["vit_fld0"])
+    with pytest.raises(runs.RunError, match="no finished run 'cut_fold0'"):
+        runs.find_finished(["cut_fold0"])
