@@ -4,95 +4,45 @@ A notebook shows a figure that is open when its cell ends, so a `;` after the ca
 Elsewhere figures stay open until they are closed: `save` writes one and closes it.
 """
 
-import textwrap
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageOps
+from PIL import Image
 
-from kutils import paths
+from kutils import figures
+from kutils.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    TEXT,
+    PlotError,
+    bars,
+    check_same_length,
+    despine,
+    finite,
+    legend_below,
+    model_color,
+    new_axes,
+    show_image,
+    styled,
+    wrap,
+)
 from kutils.runs import read_metrics
 
-BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9772b", "#3b8f4a", "#6b6b6b"
-TILE_PX = 384  # images are shown no larger: a grid of 4-megapixel files would make a notebook of 50 MB
+save, errors_shown = figures.save, figures.errors_shown  # `plots` is what a notebook imports
+
 MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
-LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches
-
-
-class PlotError(ValueError):
-    """Nothing to draw, or lists that do not go together."""
-
-
-def save(figure: Figure, path: Path | str, dpi: int = 110) -> None:
-    """Write a figure to an image file, atomically, and close it."""
-    with paths.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, bbox_inches="tight")
-    plt.close(figure)
-
-
-@contextmanager
-def errors_shown() -> Iterator[None]:
-    """Print an error of the block and go on: a figure must not cost the results that are already there."""
-    try:
-        yield
-    except Exception:
-        traceback.print_exc()
-
-
-def new_axes(
-    columns: int = 1, rows: int = 1, *, width: float = 8, height: float = 3.6, share_x: bool = False
-) -> tuple[Figure, np.ndarray]:
-    """A figure of rows x columns axes, [rows * columns]; width and height are the whole figure's, in inches."""
-    figure = plt.figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=share_x, squeeze=False).ravel()
-
-
-def check_same_length(**lists: Sequence) -> None:
-    """Raise PlotError for empty lists, or lists of different lengths."""
-    lengths = {name: len(values) for name, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        raise PlotError(f"one of each is needed: {', '.join(f'{count} {name}' for name, count in lengths.items())}")
-    if 0 in lengths.values():
-        raise PlotError(f"nothing to draw: no {' and no '.join(lengths)}")
-
-
-def finite(values, what: str) -> np.ndarray:
-    """float64 [n]; PlotError if there are none, or one is not finite."""
-    values = np.asarray(values, np.float64).ravel()
-    if not len(values):
-        raise PlotError(f"nothing to draw: no {what}")
-    if not np.isfinite(values).all():
-        raise PlotError(f"{what} number {int(np.argmax(~np.isfinite(values)))} is not finite")
-    return values
-
-
-def despine(axes: Axes, grid: str = "both") -> None:
-    """Only the left and lower border, and a faint grid below the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def legend_below(axes: Axes) -> None:
-    """A legend under the axis label, where it is never on the data."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
-
-
-def wrap(text: str, width: int = LINE_CHARACTERS) -> str:
-    return textwrap.fill(str(text), width, max_lines=5, placeholder=" ...")
-
 
 # ---------------------------------------------------------------- training
 
 
+@styled()
 def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> Figure:
     """Loss, learning rate and validation cosine of one run, also while it is going on.
 
@@ -114,7 +64,7 @@ def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> F
     if window > 1:
         smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
         loss_axes.plot(steps[window - 1 :], smooth, color=BLUE, label=f"mean of {window} log intervals")
-        loss_axes.legend(frameon=False)
+        loss_axes.legend()
     loss_axes.set(title="Training loss", ylabel="1 - cosine similarity")
 
     rate_axes.semilogy(steps, [line["lr"] for line in logged], color=ORANGE)
@@ -152,6 +102,7 @@ def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
 # ---------------------------------------------------------------- images
 
 
+@styled()
 def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Figure:
     """Images with a text above each.
 
@@ -175,6 +126,7 @@ def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Fig
     return figure
 
 
+@styled()
 def best_and_worst(
     image_paths: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], count: int = 4
 ) -> Figure:
@@ -207,22 +159,10 @@ def best_and_worst(
     return figure
 
 
-def show_image(axes: Axes, image) -> None:
-    """Draw a path, a Pillow image or a uint8 array; say so in the tile where a file cannot be read."""
-    if not isinstance(image, Image.Image):
-        try:
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing and broken files
-            reason = wrap(f"{Path(image).name}: {type(error).__name__}")
-            axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes, color=ORANGE)
-            image = Image.new("RGB", (1, 1), "white")
-    side = min(TILE_PX, max(image.size))
-    axes.imshow(ImageOps.pad(image.convert("RGB"), (side, side), color="white"))
-
-
 # ---------------------------------------------------------------- prompts and folds
 
 
+@styled()
 def image_statistics(image_paths: Sequence) -> Figure:
     """Histograms of images' brightness and contrast: mean and standard deviation of the gray levels of each.
 
@@ -242,25 +182,25 @@ def image_statistics(image_paths: Sequence) -> Figure:
     return figure
 
 
+@styled()
 def prompt_lengths(prompts: Sequence[str]) -> Figure:
     """Histogram of words per prompt. Raises: PlotError for no prompt."""
     words = finite([len(prompt.split()) for prompt in prompts], "prompts")
     width = -(-int(words.max()) // 60) or 1
     figure, (axes,) = new_axes()
-    axes.hist(
-        words, bins=np.arange(0.5, words.max() + 1.5 + width, width), color=BLUE, edgecolor="white", linewidth=0.4
-    )
+    axes.hist(words, bins=np.arange(0.5, words.max() + 1.5 + width, width), color=BLUE)
     median, most = np.median(words), np.percentile(words, 95, method="higher")
     axes.axvline(median, color=ORANGE, label=f"median: {median:g}")
     axes.axvline(most, color=ORANGE, linestyle="--", label=f"95 % have at most {most:g}")
     title = f"{len(words):,} prompts, the longest of {words.max():g} words"
     axes.set(title=title, xlabel="words per prompt", ylabel="prompts")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    axes.legend()
     despine(axes, grid="y")
     return figure
 
 
+@styled()
 def image_counts(reports: Sequence[dict]) -> Figure:
     """Prompts by their number of images, and images by their size, of several data sets together.
 
@@ -289,6 +229,7 @@ def image_counts(reports: Sequence[dict]) -> Figure:
     return figure
 
 
+@styled()
 def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]], threshold: float | None = None):
     """Histogram of cosine similarities, or of several sets of them in one picture.
 
@@ -316,7 +257,7 @@ def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]
         if threshold is None:
             axes.axvline(values.mean(), color=color if len(sets) > 1 else ORANGE, linestyle="--")
     if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--")
+        axes.axvline(threshold, color=TEXT, linestyle="--")
     axes.set(xlabel="cosine similarity", ylabel="share", title="Cosine similarity")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     legend_below(axes)
@@ -324,6 +265,7 @@ def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]
     return figure
 
 
+@styled()
 def fold_report(report: dict) -> Figure:
     """Rows of every fold, and the share of its prompts that have a similar prompt in another fold.
 
@@ -355,6 +297,7 @@ def fold_report(report: dict) -> Figure:
 # ---------------------------------------------------------------- scores, weights, seconds
 
 
+@styled()
 def bar_scores(
     scores: Mapping[str, float], baseline: float | None = None, title: str = "Validation cosine similarity"
 ) -> Figure:
@@ -367,45 +310,35 @@ def bar_scores(
     """
     start = 0.0 if baseline is None else baseline
     told = [f"{value:.4f}" + ("" if baseline is None else f" ({value - start:+.4f})") for value in scores.values()]
-    figure, axes = bars(scores, told, start, color=GREEN)
+    figure, axes = bars(scores, told, start, color=[model_color(name) for name in scores])
     where = "" if baseline is None else f"; bars begin at the mean prompt's {baseline:.4f}"
     axes.set(title=title, xlabel=f"mean cosine similarity{where}")
     return figure
 
 
+@styled()
 def weights(values: Mapping[str, float]) -> Figure:
     """One bar per ensemble weight. Raises: PlotError for no weight, or one that is not finite."""
-    figure, axes = bars(values, [f"{value:.3f}" for value in values.values()], 0.0, color=BLUE)
+    figure, axes = bars(
+        values, [f"{value:.3f}" for value in values.values()], color=[model_color(name) for name in values]
+    )
     axes.set(title="Ensemble weights", xlabel="weight")
     return figure
 
 
+@styled()
 def timing(seconds: Mapping[str, float], title: str = "Time", unit: str = "seconds") -> Figure:
     """One bar per duration. Raises: PlotError for no duration, or one that is not finite."""
-    figure, axes = bars(seconds, [f"{value:.3g}" for value in seconds.values()], 0.0, color=ORANGE)
+    figure, axes = bars(
+        seconds, [f"{value:.3g}" for value in seconds.values()], color=[model_color(name) for name in seconds]
+    )
     axes.set(title=title, xlabel=unit)
     return figure
 
 
+@styled()
 def counts(values: Mapping[str, int], title: str, unit: str) -> Figure:
     """One bar per number of things, such as prompts per reason. Raises: PlotError for no number."""
-    figure, axes = bars(values, [f"{value:,}" for value in values.values()], 0.0, color=BLUE)
+    figure, axes = bars(values, [f"{value:,}" for value in values.values()], color=BLUE)
     axes.set(title=title, xlabel=unit)
     return figure
-
-
-def bars(values: Mapping[str, float], told: Sequence[str], start: float, *, color: str) -> tuple[Figure, Axes]:
-    """Horizontal bars from `start`, the first on top, each with its text at the end."""
-    ends = finite(list(values.values()), "values")
-    figure, (axes,) = new_axes(height=max(3.0, 1.5 + 0.36 * len(ends)))
-    axes.barh(range(len(ends)), ends - start, left=start, color=color, height=0.65)
-    for number, (end, text) in enumerate(zip(ends, told, strict=True)):
-        axes.annotate(text, (max(end, start), number), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    names = [textwrap.fill(name, 44) for name in values]
-    axes.set_yticks(range(len(ends)), names, parse_math=False)
-    axes.invert_yaxis()
-    low, high = min(start, ends.min()), max(start, ends.max())
-    axes.set_xlim(low - 0.02 * (high - low), high + 0.3 * (high - low or 1))  # room for the texts
-    axes.axvline(start, color="black", linewidth=0.8)
-    despine(axes, grid="x")
-    return figure, axes

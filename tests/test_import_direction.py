@@ -14,6 +14,7 @@ MODULES = {path.stem: path for path in sorted((ROOT / "kutils").glob("*.py")) if
 # tier 0: no torch, nothing of kutils but each other; tier 1, the parts: all that is not named here
 TIERS = {"paths": 0, "config": 0, "runs": 0, "children": 0, "nodes": 0, "launch": 0, "plots": 0, "mounts": 0}
 TIERS |= {
+    "figures": 0,
     "engine": 2,
     "predict": 2,
     "report": 2,

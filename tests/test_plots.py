@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kutils import plots
+from kutils import figures, plots
 from kutils.plots import PlotError
 
 
@@ -79,7 +79,7 @@ def test_prompts_are_text_not_formulas(tmp_path):
     prompt = r"a sign: $x_1^2$ and $\frac{1}{2}, 100 % of \alpha"  # a wrong formula would raise when it is drawn
     Image.new("RGB", (60, 20), "red").save(tmp_path / "a_$b$.png")
     drawn = [tmp_path / "a_$b$.png"]
-    assert plots.wrap(prompt) in texts(plots.image_grid(drawn, [prompt]))
+    assert figures.wrap(prompt) in texts(plots.image_grid(drawn, [prompt]))
     shown = texts(plots.best_and_worst(drawn, [prompt], [prompt], [0.5]))
     assert any(r"nearest: a sign: $x_1^2$ and $\frac{1}{2}," in text for text in shown)
     assert prompt in " ".join(texts(plots.bar_scores({prompt: 0.5}))).replace("\n", " ")
@@ -88,7 +88,7 @@ def test_prompts_are_text_not_formulas(tmp_path):
 def test_long_prompts_are_wrapped_and_cut():
     figure = plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["word " * 300])
     lines = figure.axes[0].get_title().split("\n")
-    assert len(lines) == 5 and max(map(len, lines)) <= plots.LINE_CHARACTERS and lines[-1].endswith(" ...")
+    assert len(lines) == 5 and max(map(len, lines)) <= figures.LINE_CHARACTERS and lines[-1].endswith(" ...")
 
 
 def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
@@ -98,10 +98,13 @@ def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
     images = [np.full((4, 4, 3), 7, np.uint8), rgba, tmp_path / "palette.png", tmp_path / "broken.png", "/no/where.png"]
     figure = plots.image_grid(images, list("abcde"), columns=3)
     assert len(figure.axes) == 6
-    shown = [axes.images[0].get_array() for axes in figure.axes[:5]]
+    shown = [axes.images[0].get_array() for axes in figure.axes[:3]]
     assert shown[0].shape == (4, 4, 3) and (shown[0] == 7).all()
-    assert shown[1].shape == shown[2].shape == (plots.TILE_PX, plots.TILE_PX, 3)  # made square with white borders
-    assert tuple(shown[2][192, 192]) == (0, 0, 255) and tuple(shown[2][0, 0]) == (255, 255, 255)
+    assert shown[1].shape == shown[2].shape == (figures.TILE_PX // 3, figures.TILE_PX, 3)
+    assert tuple(shown[2][64, 192]) == (0, 0, 255)
+    wide = figure.axes[1]  # in a square: what is above and below the image is the page
+    assert wide.get_xlim() == (-0.5, 383.5) and wide.get_ylim() == (255.5, -128.5)
+    assert not figure.axes[3].images and not figure.axes[4].images
     told = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert told == ["broken.png: UnidentifiedImageError", "where.png: FileNotFoundError"]
 
