@@ -18,7 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 
 from kutils import paths
@@ -67,7 +69,8 @@ LEAST_DPI = 50
 MOST_BYTES = 1_000_000  # of a PNG in a notebook: eight photos of 240 CSS pixels at 110 dpi
 MOST_ALT_CHARACTERS = 1000
 TILE_PX = 384  # images are shown no larger: a grid of 4-megapixel files would make a notebook of 50 MB
-LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches
+LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches, in TILE_FONT
+TILE_FONT = 9.5
 
 
 class PlotError(ValueError):
@@ -124,11 +127,9 @@ def model_style(name: str) -> ModelStyle:
         name: of a family, a recipe, or a run, such as `tiny_vit_stage2_fold0`; ways of weighting ("family weights") are
             ensembles. Another name gets the colour of a checksum of what comes before its stage and fold.
     """
-    known = [family for family in FAMILIES if re.match(rf"{family}(?![a-z0-9])", name)]
-    if known:
-        color, marker = FAMILIES[max(known, key=len)]
-    elif name.endswith(" weights"):
-        color, marker = FAMILIES["ensemble"]
+    family = family_of(name)
+    if family:
+        color, marker = FAMILIES[family]
     else:
         own = re.sub(r"(_24gb)?_(stage|fold)\d.*", "", name)
         checksum = zlib.crc32(own.encode())
@@ -139,6 +140,12 @@ def model_style(name: str) -> ModelStyle:
 def model_color(name: str) -> str:
     """The colour of `model_style`."""
     return model_style(name).color
+
+
+def family_of(name: str) -> str | None:
+    """The family of FAMILIES that a recipe, a run, or a way of weighting is of; None for all others."""
+    known = [family for family in FAMILIES if re.match(rf"{family}(?![a-z0-9])", name)]
+    return max(known, key=len) if known else "ensemble" if name.endswith(" weights") else None
 
 
 def stage_of(name: str) -> int:
@@ -177,13 +184,19 @@ class DescribedFigure(Figure):
         display(data, metadata=metadata, raw=True)
 
 
+@styled()
+def new_figure(width: float, height: float) -> DescribedFigure:
+    """An empty figure of so many inches."""
+    return plt.figure(FigureClass=DescribedFigure, figsize=(width, height), layout="constrained")
+
+
+@styled()
 def new_axes(
     columns: int = 1, rows: int = 1, *, width: float = 8, height: float = 3.6, share_x: bool = False
 ) -> tuple[DescribedFigure, np.ndarray]:
     """A figure of rows x columns axes, [rows * columns]; width and height are the whole figure's, in inches."""
-    with styled():
-        figure = plt.figure(FigureClass=DescribedFigure, figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, sharex=share_x, squeeze=False).ravel()
+    figure = new_figure(width, height)
+    return figure, figure.subplots(rows, columns, sharex=share_x, squeeze=False).ravel()
 
 
 def alt_text(figure: Figure) -> str:
@@ -193,18 +206,19 @@ def alt_text(figure: Figure) -> str:
     if images:
         told.append(f"{len(images)} image{'s' * (len(images) > 1)}")
     told += [text for axes in figure.axes if (text := axes_text(axes))]
+    told += [figure.get_supxlabel()] if figure.get_supxlabel() else []
     text = " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in told)
     return textwrap.shorten(text, MOST_ALT_CHARACTERS, placeholder=" ...") or "An empty figure."
 
 
 def axes_text(axes: Axes) -> str:
     """Title, axis labels, bars, texts and legend of one panel."""
-    labels = [axes.get_ylabel(), axes.get_xlabel()] if axes.axison else []
+    labels = [axes.get_ylabel().replace("\n", " "), axes.get_xlabel()] if axes.axison else []
     told = [" against ".join(label for label in labels if label)]
     bars = [patch.get_label() for patch in axes.patches if not patch.get_label().startswith("_")]
     texts = [text.get_text() for text in axes.texts]
     if len(bars) == len(texts):
-        texts = [f"{bar} {text}" for bar, text in zip(bars, texts, strict=True)]
+        texts = [f"{bar}: {text}" for bar, text in zip(bars, texts, strict=True)]
     legend = [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
     details = "; ".join(text for text in [*told, *texts, *legend] if text)
     return ": ".join(text for text in (axes.get_title() or axes.get_title("left"), details) if text)
@@ -279,6 +293,13 @@ def despine(axes: Axes, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
+def thousands(*each: Axis) -> None:
+    """1,234,567 at the ticks of an axis that counts, and no ticks between whole numbers."""
+    for axis in each:
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+
+
 def legend_below(axes: Axes) -> None:
     """A legend under the axis label, where it is never on the data."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
@@ -303,16 +324,52 @@ def show_image(axes: Axes, image) -> None:
 
 
 @styled()
+def new_tiles(
+    count: int, columns: int, text_lines: int, *, title_lines: int = 1, width: float = 3, title: str = ""
+) -> tuple[Figure, np.ndarray]:
+    """A figure with room for `count` images of `width` inches and their texts; those without an image are empty.
+
+    Args:
+        columns: images side by side; fewer where there are fewer images.
+        text_lines: most lines of text below an image.
+        title_lines: most lines above one.
+        title: of the figure.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    height = width + 0.1 + 0.19 * title_lines + 0.18 * text_lines
+    figure, all_axes = new_axes(columns, rows, width=max(width * columns, 6), height=height * rows + 0.4 * bool(title))
+    for axes in all_axes:
+        axes.axis("off")
+    if title:
+        figure.suptitle(title, parse_math=False)
+    return figure, all_axes
+
+
+def show_tile(axes: Axes, image, title: str, text: str, **title_style) -> None:
+    """An image with a title above and a text below, neither read as a formula."""
+    show_image(axes, image)
+    axes.set_title(title, parse_math=False, **title_style)
+    axes.text(0, -0.03, text, transform=axes.transAxes, va="top", fontsize=TILE_FONT, parse_math=False)
+
+
+def count_lines(texts: Sequence[str]) -> int:
+    """Of the longest text."""
+    return max(text.count("\n") + 1 for text in texts)
+
+
+@styled()
 def bars(
     values: Mapping[str, float], told: Sequence[str], start: float = 0.0, *, color: str | Sequence[str] = BLUE
 ) -> tuple[Figure, Axes]:
     """Horizontal bars from `start`, the first on top, each with its text at the end; one color, or one per bar."""
     ends = finite(list(values.values()), "values")
-    figure, (axes,) = new_axes(height=max(2.2, 1.3 + 0.36 * len(ends)))
+    # a published recipe's name of 80 characters ends its lines behind an underscore
+    names = [textwrap.fill(name.replace("_", "_ "), 44, break_on_hyphens=False).replace("_ ", "_") for name in values]
+    figure, (axes,) = new_axes(height=max(2.2, 1.3 + 0.36 * len(ends) + 0.17 * sum(name.count("\n") for name in names)))
     axes.barh(range(len(ends)), ends - start, left=start, color=color, height=0.65, label=list(values))
     for number, (end, text) in enumerate(zip(ends, told, strict=True)):
         axes.annotate(text, (max(end, start), number), (5, 0), textcoords="offset points", va="center")
-    names = [textwrap.fill(name, 44) for name in values]
     axes.set_yticks(range(len(ends)), names, parse_math=False)
     axes.invert_yaxis()
     low, high = min(start, ends.min()), max(start, ends.max())
@@ -320,4 +377,5 @@ def bars(
     axes.axvline(start, color=TEXT, linewidth=1)
     axes.tick_params(axis="y", length=0)
     despine(axes, grid="x")
+    axes.spines["left"].set_visible(False)
     return figure, axes

@@ -114,11 +114,11 @@ def test_the_text_of_a_figure_holds_its_numbers():
     text = figures.alt_text(plots.bar_scores({"tiny_vit": 0.7, "ensemble": 0.75}, baseline=0.55, title="Fold 0"))
     assert text == (
         "Fold 0: mean cosine similarity; bars begin at the mean prompt's 0.5500; "
-        "tiny_vit 0.7000 (+0.1500); ensemble 0.7500 (+0.2000)."
+        "tiny_vit: 0.7000 (+0.1500); ensemble: 0.7500 (+0.2000)."
     )
     text = figures.alt_text(plots.prompt_lengths(["one", "two words", "two words", "three words here"]))
     assert text == (
-        "4 prompts, the longest of 3 words: prompts against words per prompt; median: 2; 95 % have at most 3."
+        "4 prompts, the longest of 3 words: prompts against words per prompt; median: 2; 95% have at most 3."
     )
     grid = plots.image_grid([np.zeros((8, 8, 3), np.uint8)] * 2, ["a cat", "a long prompt " * 200])
     text = figures.alt_text(grid)
@@ -129,7 +129,7 @@ def test_the_text_of_a_figure_holds_its_numbers():
 def test_a_saved_figure_holds_its_text_and_is_transparent(tmp_path):
     for name in ("a.png", "a.svg", "a.jpg"):
         figures.save(plots.weights({"tiny_vit": 1.0}), tmp_path / name)
-    told = "Ensemble weights: weight; tiny_vit 1.000."
+    told = "Ensemble weights: weight; tiny_vit: 1.000."
     picture = Image.open(tmp_path / "a.png")
     assert picture.info["Description"] == told and picture.convert("RGBA").getpixel((1, 1))[3] == 0
     assert told in (tmp_path / "a.svg").read_text()
@@ -158,7 +158,7 @@ def test_a_notebook_shows_a_figure_once_and_with_its_text():
     cells = [nbformat.v4.new_code_cell(source) for source in ("from kutils import plots", *SHOWN.values())]
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    told = "Ensemble weights: weight; tiny_vit 1.000."
+    told = "Ensemble weights: weight; tiny_vit: 1.000."
     for how, cell in zip(SHOWN, notebook.cells[1:], strict=True):
         pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         assert len(pictures) == 1, how
