@@ -35,7 +35,7 @@ from kutils.figures import (
 
 MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
 MOST_LABELS = 10  # of a map that are told apart
-LINE_POINTS = 13.2  # from line to line of TILE_FONT
+LINE_POINTS = 11.5  # from line to line of TILE_FONT
 
 # ---------------------------------------------------------------- prompts and folds
 
@@ -125,8 +125,8 @@ def prompt_map(points: np.ndarray, labels: Sequence[str] | Mapping[str, Sequence
 def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
     """Scatter of [n, 2] points, a colour and a marker per label; the rarest lie on top."""
     common = [label for label, _ in Counter(labels.tolist()).most_common(MOST_LABELS)]
-    size = float(np.clip(20_000 / len(points), 3, 30))
-    style = {"s": size, "alpha": 0.8, "linewidths": 0}
+    size = float(np.clip(40_000 / len(points), 4, 40))
+    style = {"s": size, "linewidths": 0}
     for number, label in enumerate(sorted(common, key=int) if all(label.isdigit() for label in common) else common):
         chosen = labels == label
         style |= {"color": COLORS[number % len(COLORS)], "marker": "o^"[number // len(COLORS)]}
@@ -263,8 +263,11 @@ def disagreement(images: Sequence, texts: Sequence[Mapping[str, str]], agreement
     """
     check_same_length(images=images, texts=texts, agreement=agreement)
     agreement, images = finite(agreement, "agreements"), list(images)
+    for number, each in enumerate(texts):
+        if not each:
+            raise PlotError(f"image number {number} has no model's text")
     said = [{model: wrap(prompt, lines=3) for model, prompt in each.items()} for each in texts]
-    lines = max(sum(prompt.count("\n") + 2 for prompt in each.values()) for each in said)
+    lines = max(sum(prompt.count("\n") + 3 for prompt in each.values()) for each in said)
     figure, all_axes = new_tiles(len(images), 4, lines)
     for axes, index in zip(all_axes, np.argsort(agreement, kind="stable"), strict=False):
         show_tile(axes, images[index], f"agreement {agreement[index]:.3f}", "")
@@ -272,8 +275,8 @@ def disagreement(images: Sequence, texts: Sequence[Mapping[str, str]], agreement
         for model, prompt in said[index].items():
             place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": TILE_FONT}
             axes.annotate(model, (0, 0), (0, -below), color=model_color(model), fontweight="bold", **place)
-            axes.annotate(prompt, (0, 0), (0, -below - LINE_POINTS), parse_math=False, **place)
-            below += LINE_POINTS * (prompt.count("\n") + 2)
+            axes.annotate(prompt, (0, 0), (0, -below - 1.2 * LINE_POINTS), parse_math=False, **place)
+            below += LINE_POINTS * (prompt.count("\n") + 2.8)
     return figure
 
 
@@ -288,10 +291,10 @@ def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
     """
     check_same_length(models=list(tables))
     named = {model: finite(table["cosine"], f"cosines of {model}") for model, table in tables.items()}
-    names = {model: [wrap(prompt, 50, 2) for prompt in table["prompt"]] for model, table in tables.items()}
+    names = {model: [wrap(prompt, 56, 2) for prompt in table["prompt"]] for model, table in tables.items()}
     heights = [1.1 + 0.32 * len(rows) for rows in names.values()]
-    figure = new_figure(12, max(sum(heights), 4))
-    grid = figure.add_gridspec(len(tables), 2, width_ratios=(1, 2.4), height_ratios=heights)
+    figure = new_figure(13, max(sum(heights), 4))
+    grid = figure.add_gridspec(len(tables), 2, width_ratios=(1, 2), height_ratios=heights)
     show_image(figure.add_subplot(grid[:, 0]), image)
     end = max(float(cosines.max()) for cosines in named.values())
     low = min(0.0, *(float(cosines.min()) for cosines in named.values()))

@@ -297,7 +297,7 @@ def thousands(*each: Axis) -> None:
     """1,234,567 at the ticks of an axis that counts, and no ticks between whole numbers."""
     for axis in each:
         axis.set_major_formatter("{x:,.0f}")
-        axis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 5, 10)))
 
 
 def legend_below(axes: Axes) -> None:

@@ -15,7 +15,7 @@ import pytest
 from matplotlib import colors
 from PIL import Image
 
-from kutils import figures, plots
+from kutils import data_plots, figures, plots
 
 ALL = [*figures.COLORS, figures.GREY]
 # Machado, Oliveira, Fernandes 2009, for the whole loss of one kind of cones, on linear RGB
@@ -116,7 +116,7 @@ def test_the_text_of_a_figure_holds_its_numbers():
         "Fold 0: mean cosine similarity; bars begin at the mean prompt's 0.5500; "
         "tiny_vit: 0.7000 (+0.1500); ensemble: 0.7500 (+0.2000)."
     )
-    text = figures.alt_text(plots.prompt_lengths(["one", "two words", "two words", "three words here"]))
+    text = figures.alt_text(data_plots.prompt_lengths(["one", "two words", "two words", "three words here"]))
     assert text == (
         "4 prompts, the longest of 3 words: prompts against words per prompt; median: 2; 95% have at most 3."
     )
