@@ -1,5 +1,6 @@
 """Figures of the data: prompts, their neighbours, folds, images; and what models say about one image or prompt."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -15,27 +16,24 @@ from kutils.figures import (
     COLORS,
     GREY,
     ORANGE,
-    TILE_FONT,
+    SMALL_FONT,
     PlotError,
     check_same_length,
-    count_lines,
     despine,
     finite,
     legend_below,
     model_color,
     new_axes,
     new_figure,
-    new_tiles,
-    show_image,
-    show_tile,
     styled,
     thousands,
     wrap,
 )
+from kutils.tiles import LINE_INCHES, count_lines, new_tiles, show_image, show_tile
 
 MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
 MOST_LABELS = 10  # of a map that are told apart
-LINE_POINTS = 11.5  # from line to line of TILE_FONT
+LINE_POINTS = 11.5  # from line to line of SMALL_FONT
 
 # ---------------------------------------------------------------- prompts and folds
 
@@ -117,7 +115,7 @@ def prompt_map(points: np.ndarray, labels: Sequence[str] | Mapping[str, Sequence
     figure.supxlabel(
         "Points close together are mostly similar prompts; how far apart others lie says little, and the axes have no\n"
         "unit: many dimensions are pressed into two.",
-        fontsize=TILE_FONT,
+        fontsize=SMALL_FONT,
     )
     return figure
 
@@ -267,16 +265,16 @@ def disagreement(images: Sequence, texts: Sequence[Mapping[str, str]], agreement
         if not each:
             raise PlotError(f"image number {number} has no model's text")
     said = [{model: wrap(prompt, lines=3) for model, prompt in each.items()} for each in texts]
-    lines = max(sum(prompt.count("\n") + 3 for prompt in each.values()) for each in said)
-    figure, all_axes = new_tiles(len(images), 4, lines)
+    points = max(sum(LINE_POINTS * (count_lines([prompt]) + 1.8) for prompt in each.values()) for each in said)
+    figure, all_axes = new_tiles(len(images), 4, math.ceil(points / 72 / LINE_INCHES))
     for axes, index in zip(all_axes, np.argsort(agreement, kind="stable"), strict=False):
         show_tile(axes, images[index], f"agreement {agreement[index]:.3f}", "")
         below = 5.0  # points under the image
         for model, prompt in said[index].items():
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": TILE_FONT}
+            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": SMALL_FONT}
             axes.annotate(model, (0, 0), (0, -below), color=model_color(model), fontweight="bold", **place)
             axes.annotate(prompt, (0, 0), (0, -below - 1.2 * LINE_POINTS), parse_math=False, **place)
-            below += LINE_POINTS * (prompt.count("\n") + 2.8)
+            below += LINE_POINTS * (count_lines([prompt]) + 1.8)
     return figure
 
 
@@ -302,7 +300,7 @@ def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
         axes = figure.add_subplot(grid[row, 1])
         drawn = axes.barh(range(len(cosines)), cosines, color=model_color(model), height=0.65, label=names[model])
         axes.bar_label(drawn, fmt="{:.3f}", padding=4)
-        axes.set_yticks(range(len(cosines)), names[model], fontsize=TILE_FONT, parse_math=False)
+        axes.set_yticks(range(len(cosines)), names[model], fontsize=SMALL_FONT, parse_math=False)
         axes.invert_yaxis()
         axes.set(title=model, xlim=(low, end + 0.15 * (end - low)))
         axes.tick_params(axis="y", length=0)

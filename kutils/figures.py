@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from PIL import Image
 
 from kutils import paths
 
@@ -68,9 +68,8 @@ DPI = 160  # sharp on screens of more than one pixel per CSS pixel, unless that 
 LEAST_DPI = 50
 MOST_BYTES = 1_000_000  # of a PNG in a notebook: eight photos of 240 CSS pixels at 110 dpi
 MOST_ALT_CHARACTERS = 1000
-TILE_PX = 384  # images are shown no larger: a grid of 4-megapixel files would make a notebook of 50 MB
-LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches, in TILE_FONT
-TILE_FONT = 9.5
+LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches, in SMALL_FONT
+SMALL_FONT = 9.5
 
 
 class PlotError(ValueError):
@@ -303,59 +302,6 @@ def thousands(*each: Axis) -> None:
 def legend_below(axes: Axes) -> None:
     """A legend under the axis label, where it is never on the data."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
-
-
-def show_image(axes: Axes, image) -> None:
-    """Draw a path, a Pillow image or a uint8 array in a square; say so there where a file cannot be read."""
-    axes.axis("off")
-    if not isinstance(image, Image.Image):
-        try:
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing and broken files
-            reason = wrap(f"{Path(image).name}: {type(error).__name__}")
-            axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes, color=ORANGE)
-            axes.set_aspect("equal")
-            return
-    side = min(TILE_PX, max(image.size))
-    image = ImageOps.contain(image.convert("RGB"), (side, side))
-    axes.imshow(image)
-    (middle_x, middle_y), half = ((size - 1) / 2 for size in image.size), side / 2
-    axes.set(xlim=(middle_x - half, middle_x + half), ylim=(middle_y + half, middle_y - half))
-
-
-@styled()
-def new_tiles(
-    count: int, columns: int, text_lines: int, *, title_lines: int = 1, width: float = 3, title: str = ""
-) -> tuple[Figure, np.ndarray]:
-    """A figure with room for `count` images of `width` inches and their texts; those without an image are empty.
-
-    Args:
-        columns: images side by side; fewer where there are fewer images.
-        text_lines: most lines of text below an image.
-        title_lines: most lines above one.
-        title: of the figure.
-    """
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    height = width + 0.1 + 0.19 * title_lines + 0.18 * text_lines
-    figure, all_axes = new_axes(columns, rows, width=max(width * columns, 6), height=height * rows + 0.4 * bool(title))
-    for axes in all_axes:
-        axes.axis("off")
-    if title:
-        figure.suptitle(title, parse_math=False)
-    return figure, all_axes
-
-
-def show_tile(axes: Axes, image, title: str, text: str, **title_style) -> None:
-    """An image with a title above and a text below, neither read as a formula."""
-    show_image(axes, image)
-    axes.set_title(title, parse_math=False, **title_style)
-    axes.text(0, -0.03, text, transform=axes.transAxes, va="top", fontsize=TILE_FONT, parse_math=False)
-
-
-def count_lines(texts: Sequence[str]) -> int:
-    """Of the longest text."""
-    return max(text.count("\n") + 1 for text in texts)
 
 
 @styled()

@@ -19,26 +19,23 @@ from kutils.figures import (
     GREEN,
     GREY,
     ORANGE,
+    SMALL_FONT,
     TEXT,
-    TILE_FONT,
     PlotError,
     bars,
     check_same_length,
-    count_lines,
     despine,
     family_of,
     finite,
     legend_below,
     model_color,
     new_axes,
-    new_tiles,
-    show_image,
-    show_tile,
     styled,
     thousands,
     wrap,
 )
 from kutils.runs import read_metrics
+from kutils.tiles import count_lines, new_tiles, show_image, show_tile
 
 save, errors_shown = figures.save, figures.errors_shown  # `plots` is what a notebook imports
 
@@ -120,7 +117,7 @@ def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Fig
     figure, all_axes = new_tiles(len(images), columns, 0, title_lines=count_lines(texts))
     for axes, image, text in zip(all_axes, images, texts, strict=False):
         show_image(axes, image)
-        axes.set_title(text, fontsize=TILE_FONT, fontweight="normal", parse_math=False)
+        axes.set_title(text, fontsize=SMALL_FONT, fontweight="normal", parse_math=False)
     return figure
 
 

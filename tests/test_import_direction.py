@@ -15,6 +15,7 @@ MODULES = {path.stem: path for path in sorted((ROOT / "kutils").glob("*.py")) if
 TIERS = {"paths": 0, "config": 0, "runs": 0, "children": 0, "nodes": 0, "launch": 0, "plots": 0, "mounts": 0}
 TIERS |= {
     "figures": 0,
+    "tiles": 0,
     "data_plots": 0,
     "engine": 2,
     "predict": 2,

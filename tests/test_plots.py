@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from kutils import data_plots, figures, plots
+from kutils import data_plots, figures, plots, tiles
 from kutils.plots import PlotError
 
 
@@ -103,7 +103,7 @@ def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
     assert len(figure.axes) == 6
     shown = [axes.images[0].get_array() for axes in figure.axes[:3]]
     assert shown[0].shape == (4, 4, 3) and (shown[0] == 7).all()
-    assert shown[1].shape == shown[2].shape == (figures.TILE_PX // 3, figures.TILE_PX, 3)
+    assert shown[1].shape == shown[2].shape == (tiles.TILE_PX // 3, tiles.TILE_PX, 3)
     assert tuple(shown[2][64, 192]) == (0, 0, 255)
     wide = figure.axes[1]  # in a square: what is above and below the image is the page
     assert wide.get_xlim() == (-0.5, 383.5) and wide.get_ylim() == (255.5, -128.5)
