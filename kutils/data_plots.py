@@ -125,7 +125,8 @@ def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
     common = [label for label, _ in Counter(labels.tolist()).most_common(MOST_LABELS)]
     size = float(np.clip(40_000 / len(points), 4, 40))
     style = {"s": size, "linewidths": 0}
-    for number, label in enumerate(sorted(common, key=int) if all(label.isdigit() for label in common) else common):
+    numbers = all(label.removeprefix("-").isdigit() for label in common)
+    for number, label in enumerate(sorted(common, key=int) if numbers else common):
         chosen = labels == label
         style |= {"color": COLORS[number % len(COLORS)], "marker": "o^"[number // len(COLORS)]}
         axes.scatter(
@@ -135,7 +136,9 @@ def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
     if rest.any():
         style |= {"color": GREY, "marker": "o"}
         axes.scatter(*points[rest].T, zorder=1.9, label=f"other ({rest.sum():,})", **style)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=(60 / size) ** 0.5)
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=(60 / size) ** 0.5)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 

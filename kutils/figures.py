@@ -55,9 +55,6 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
     "grid.color": TEXT,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.8,
@@ -66,7 +63,7 @@ STYLE = {
 CSS_PX = 100  # a page's pixels per inch of a figure
 DPI = 160  # sharp on screens of more than one pixel per CSS pixel, unless that takes more than MOST_BYTES
 LEAST_DPI = 50
-MOST_BYTES = 1_000_000  # of a PNG in a notebook: eight photos of 240 CSS pixels at 110 dpi
+MOST_BYTES = 1_000_000  # of a PNG in a notebook; a grid of photos gets fewer pixels instead
 MOST_ALT_CHARACTERS = 1000
 LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches, in SMALL_FONT
 SMALL_FONT = 9.5
@@ -159,17 +156,20 @@ def stage_of(name: str) -> int:
 
 
 class DescribedFigure(Figure):
-    """A figure that a notebook shows once, with its text in the output's metadata (`alt`), where nbconvert reads it."""
+    """A figure that a notebook shows once, with its text in the output's metadata.
+
+    nbconvert's templates `classic` and `basic` make it the image's `alt`.
+    """
 
     def draw(self, renderer) -> None:
         with styled():  # some ticks are only made now
             super().draw(renderer)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        data = png(self)
+        data, told = png(self), alt_text(self)
         picture = Image.open(io.BytesIO(data))
         width = round(picture.width * CSS_PX / picture.info["dpi"][0])
-        return {"image/png": data, "text/plain": alt_text(self)}, {"image/png": {"alt": alt_text(self), "width": width}}
+        return {"image/png": data, "text/plain": told}, {"image/png": {"alt": told, "width": width}}
 
     def _ipython_display_(self) -> None:
         """Show and close it, so that it is not shown again when the cell ends.
@@ -296,12 +296,12 @@ def thousands(*each: Axis) -> None:
     """1,234,567 at the ticks of an axis that counts, and no ticks between whole numbers."""
     for axis in each:
         axis.set_major_formatter("{x:,.0f}")
-        axis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 5, 10)))
+        axis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 2.5, 5, 10)))
 
 
 def legend_below(axes: Axes) -> None:
     """A legend under the axis label, where it is never on the data."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 @styled()

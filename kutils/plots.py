@@ -167,9 +167,10 @@ def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]
     sets = {name: finite(values, "cosines") for name, values in named.items()}
     if not sets:
         raise PlotError("nothing to draw: no cosines")
-    bins = np.linspace(min(values.min() for values in sets.values()), max(values.max() for values in sets.values()), 51)
-    if bins[0] == bins[-1]:
-        bins = np.linspace(bins[0] - 0.05, bins[0] + 0.05, 51)
+    low, high = min(values.min() for values in sets.values()), max(values.max() for values in sets.values())
+    if high - low < 0.01:  # equal but for rounding, such as duplicates
+        low, high = low - 0.05, high + 0.05
+    bins = np.linspace(low, high, 51)
     figure, (axes,) = new_axes()
     models = all(family_of(name) for name in sets)
     for number, (name, values) in enumerate(sets.items()):
@@ -182,9 +183,12 @@ def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]
         shares = np.histogram(values, bins)[0] / len(values)
         axes.stairs(shares, bins, fill=True, color=color, alpha=0.3 if len(sets) > 1 else 0.9)
         outline = np.concatenate([[0], np.repeat(shares, 2), [0]])
-        axes.plot(np.repeat(bins, 2), outline, color=color, linestyle=line, linewidth=1.5, label=label)
-        if threshold is None:
-            axes.axvline(values.mean(), color=color if len(sets) > 1 else ORANGE, linestyle=line)
+        axes.plot(
+            np.repeat(bins, 2), outline, color=color, linestyle=line, linewidth=1.5, label=label if name else None
+        )
+        if threshold is None or not name:
+            mean_color = color if len(sets) > 1 else ORANGE
+            axes.axvline(values.mean(), color=mean_color, linestyle=line, label=None if name else label)
     if threshold is not None:
         axes.axvline(threshold, color=TEXT, linestyle="--")
     axes.set(xlabel="cosine similarity", ylabel="share of the set", title="Cosine similarity", ylim=(0, None))
