@@ -22,7 +22,8 @@ def show_image(axes: Axes, image) -> None:
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing and broken files
             reason = wrap(f"{Path(image).name}: {type(error).__name__}")
-            axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes, color=ORANGE)
+            style = {"ha": "center", "va": "center", "color": ORANGE, "parse_math": False}
+            axes.text(0.5, 0.5, reason, transform=axes.transAxes, **style)
             axes.set_aspect("equal")
             return
     side = min(TILE_PX, max(image.size))
