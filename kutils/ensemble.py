@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kutils import blending, checkpoints, config, datasets, mounts, paths
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 
 FIT_FOLD = 0
 BANK_PROMPTS = 4096  # that travel with the weights: they say in words what a prediction means
@@ -232,7 +232,7 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
     if path.is_file() and path.read_text(encoding="utf-8") != to_json(fitted):
         shutil.copy2(path, f"{path}.bak")
     names = sorted(json.loads(common["folds_hash"]))
-    PromptBank.from_datasets(names, most=BANK_PROMPTS, seed=seed).save(bank_path(path))
+    PromptBank.from_datasets(names, most=BANK_PROMPTS, seed=seed).save(bank_path(path), np.float16)
     write_ensemble(fitted, path)
     return fitted, path
 
@@ -253,7 +253,7 @@ def has_weight(fitted: Ensemble, family: str) -> bool:
 
 def bank_path(weights: Path | str) -> Path:
     """The small bank of prompts beside a file of weights."""
-    return Path(weights).with_suffix(".prompts.npz")
+    return Path(weights).with_suffix(".prompts.arrow")
 
 
 def load_ensemble(path: Path | str) -> Ensemble:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from kutils import datasets, transforms
 from kutils.config import Recipe
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 
 
 def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[np.ndarray], list[str]]:
@@ -59,4 +59,4 @@ def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.Da
     shown = pd.concat([distinct.head(count), distinct.tail(count)]).drop_duplicates("prompt")
     bank = PromptBank.from_datasets(recipe.datasets)
     indices, _ = bank.nearest(np.stack(shown["embedding"]), k=1)
-    return shown.assign(nearest=[bank.prompts[index] for index in indices[:, 0]])
+    return shown.assign(nearest=bank.texts(indices[:, 0]))

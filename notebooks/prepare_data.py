@@ -104,10 +104,10 @@ plots.image_grid(images, prompts, columns=4);
 # The text encoder reads 256 tokens, about 190 words, and no more, as the competition's did.
 
 # %%
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 
 bank = PromptBank.from_datasets(names)
-plots.prompt_lengths(bank.prompts);
+plots.prompt_lengths(bank.prompts.to_pylist());
 
 # %% [markdown]
 # ## How similar are the prompts to each other?

@@ -102,10 +102,10 @@ plots.fold_report(report);
 # The text encoder reads 256 tokens, about 190 words; Stable Diffusion reads 77 tokens, about 55 words.
 
 # %%
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 
 bank = PromptBank.from_table(lists.kept)
-plots.prompt_lengths(bank.prompts);
+plots.prompt_lengths(bank.prompts.to_pylist());
 
 # %% [markdown]
 # ## How similar are those that are left?

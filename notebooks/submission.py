@@ -56,7 +56,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 import time
 
 import torch
-from kutils import blending, budget, devices, mounts, paths, pixels, plots, retrieval, submission
+from kutils import blending, budget, devices, mounts, paths, pixels, plots, prompt_bank, submission
 from kutils.ensemble import bank_path, describe, load_ensemble
 
 began = time.monotonic()
@@ -119,7 +119,7 @@ with plots.errors_shown():
 # %%
 with plots.errors_shown():
     if bank_path(ensemble_path).is_file() and image_files:
-        bank = retrieval.PromptBank.load(bank_path(ensemble_path))
+        bank = prompt_bank.PromptBank.load(bank_path(ensemble_path))
         titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
         plots.image_grid(image_files[:8], titles, columns=4)
 

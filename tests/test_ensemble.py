@@ -12,7 +12,7 @@ from conftest import TINY, make_dataset
 
 from kutils import blending, checkpoints, ensemble, train
 from kutils.config import ConfigError, Recipe, load_recipe
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 from kutils.tables import read_table, write_table
 
 FAMILIES = {"convnext": "test_convnext", "vit": "test_vit"}
@@ -106,9 +106,9 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     assert scores["members"]["vit"] == pytest.approx(np.sum(rows["vit"] * targets, axis=1)[unseen].mean(), abs=1e-6)
     assert scores["baseline"] == pytest.approx((targets @ mean)[unseen].mean(), abs=1e-6)
     assert "family weights" in shown and "equal ones on rows that the fit has not seen" in shown
-    bank = PromptBank.load(output.with_name("ensemble_toy.prompts.npz"))
-    assert set(bank.prompts) == set(prompts.tolist())
-    np.testing.assert_allclose(bank.embeddings[:3], embeddings[[0, 2, 4]], atol=1e-3)
+    bank = PromptBank.load(output.with_name("ensemble_toy.prompts.arrow"))
+    assert set(bank.prompts.to_pylist()) == set(prompts.tolist())
+    np.testing.assert_allclose(bank.vectors([0, 1, 2]), embeddings[[0, 2, 4]], atol=1e-3)
     assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
     assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
     assert ensemble.load_ensemble(output).members()[2] == ensemble.Member(**vit[1])

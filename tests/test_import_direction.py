@@ -20,6 +20,7 @@ TIERS |= {
     "train": 3,
     "evaluate": 3,
     "budget": 3,
+    "retrieval": 4,
     "demo": 4,
     "benchmark_prediction": 4,
     "benchmark_data": 4,

@@ -18,7 +18,7 @@ from conftest import unit_rows
 from ensembles import write_ensemble
 from kaggle_stub import OWNER
 
-from kutils import checkpoints, ensemble, kaggle, kaggle_client, models, paths, retrieval, runs, submission
+from kutils import checkpoints, ensemble, kaggle, kaggle_client, models, paths, prompt_bank, runs, submission
 from kutils.kaggle import KaggleError
 
 absent = importlib.util.find_spec("kaggle") is None and not os.environ.get("CI")  # there it has to be installed
@@ -68,7 +68,7 @@ def fitted(tmp_path, tiny_recipe):
         families.setdefault(family, []).append(member)
     path = write_ensemble(folder, families, {"a": 1.0, "b": 0.0}, unit_rows(1)[0])
     path.rename(folder / "ensemble_tiny.json")
-    retrieval.PromptBank(["a cat"], unit_rows(1)).save(folder / "ensemble_tiny.prompts.npz")
+    prompt_bank.PromptBank(["a cat"], unit_rows(1)).save(folder / "ensemble_tiny.prompts.arrow")
     return folder, built
 
 
@@ -159,7 +159,7 @@ def test_the_weights_are_half_as_large_and_the_same_models(repository, settings,
         with torch.no_grad():
             assert torch.cosine_similarity(model(images), built[original](images)).min() > 0.9999
         assert recipe.prefix == "a" and facts["fold"] == member.fold
-    assert retrieval.PromptBank.load(ensemble.bank_path(folder / "ensemble_tiny.json")).prompts == ["a cat"]
+    assert prompt_bank.PromptBank.load(ensemble.bank_path(folder / "ensemble_tiny.json")).texts([0]) == ["a cat"]
     assert not list(folder.rglob("b_*"))
 
 
