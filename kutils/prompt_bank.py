@@ -109,16 +109,20 @@ class PromptBank:
             raise ValueError(f"{path} holds no prompts: it is another Arrow file")
         return cls.of_table(table)
 
-    def save(self, path: Path, dtype: type = np.float32) -> None:
-        """Write the bank, embeddings in float32 or float16 (half the size, off by 1e-4), atomically.
+    def save(self, path: Path, dtype: type = np.float32, keep: np.ndarray | None = None) -> None:
+        """Write the bank, atomically; replaced if it is there.
 
-        Replaced if it is there.
+        Args:
+            dtype: of the embeddings: float32, or float16 (half the size, off by 1e-4).
+            keep: bool [n]: the prompts to write (default: all).
         """
         form = schema(dtype, {}, self.rows is not None)
         with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, form) as writer:
             for start, block in self.blocks():
-                part = slice(start, start + len(block))
-                columns = [self.prompts[part].combine_chunks(), as_lists(block.numpy().astype(dtype))]
+                part = np.arange(start, start + len(block))
+                part = part if keep is None else part[keep[part]]
+                prompts = self.prompts[start : start + len(block)].combine_chunks().take(pa.array(part - start))
+                columns = [prompts, as_lists(block.numpy()[part - start].astype(dtype))]
                 columns += [] if self.rows is None else [pa.array(self.rows[part])]
                 writer.write_batch(pa.record_batch(columns, schema=form))
 
@@ -220,16 +224,24 @@ class PromptBank:
         Returns: float32 [q, 384], unit rows.
         Raises: ValueError as `nearest` does, or for the temperature.
         """
+        return self.weighted_mean(*self.nearest(queries, k, device, exclude), temperature)
+
+    def weighted_mean(self, indices: np.ndarray, cosines: np.ndarray, temperature: float) -> np.ndarray:
+        """What `knn` makes of the nearest prompts: int64 and float32 [q, k] to float32 [q, 384], unit rows."""
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it is above 0, such as {KNN_TEMPERATURE}")
-        indices, cosines = self.nearest(queries, k, device, exclude)
         weights = torch.from_numpy(cosines / temperature).softmax(dim=1)
-        rows = np.empty((len(queries), EMBEDDING_DIM), np.float32)
-        for start in range(0, len(queries), BLOCK_QUERIES):
+        rows = np.empty((len(indices), EMBEDDING_DIM), np.float32)
+        for start in range(0, len(indices), BLOCK_QUERIES):
             part = slice(start, start + BLOCK_QUERIES)
             mean = torch.einsum("qk,qkd->qd", weights[part], torch.from_numpy(self.vectors(indices[part])))
             rows[part] = torch.nn.functional.normalize(mean, dim=1).numpy()
         return rows
+
+
+def in_fold(bank: PromptBank, names: Sequence[str], fold: int) -> np.ndarray:
+    """bool [n]: which prompts of the bank of these data sets are of a fold; DataError where they have no folds."""
+    return load_datasets(names).folds[bank.rows] == fold
 
 
 def largest(products: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -118,14 +118,14 @@ def embed_images(
 
 
 def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str) -> np.ndarray:
-    used = [m for family, of in ensemble.families.items() if ensembles.has_weight(ensemble, family) for m in of]
-    found = mounts.find_checkpoints({member.checkpoint: member.sha256 for member in used}, mounts.weight_folders())
-    files = {member: found.get(member.checkpoint) for member in ensemble.members()}
-    *_, state = budget.predict_ensemble(ensemble, files, images, device=device)
+    ensemble = ensemble.with_weight()
+    found = mounts.find_checkpoints(ensemble.files(), mounts.weight_folders())
+    files = {member: found[member.checkpoint] for member in ensemble.members()}
+    bank = ensembles.load_neighbours(ensemble, found)
+    *_, state = budget.predict_ensemble(ensemble, files, images, device=device, bank=bank)
     check_readable(list(state.unreadable.values()))
-    failed = {member.name: state.dropped[member.name] for member in used if member.name in state.dropped}
-    if failed:
-        raise RetrievalError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    if state.dropped:
+        raise RetrievalError("; ".join(f"{name}: {reason}" for name, reason in state.dropped.items()))
     return state.embeddings
 
 
