@@ -51,8 +51,14 @@ class Member:
         """What members share that differ in their neighbours alone: one forward pass does for all."""
         return self.recipe, self.fold
 
-    def pull(self, rows: np.ndarray, bank: PromptBank | None, device: str = "cpu", exclude=None) -> np.ndarray:
-        """The member's prediction, float32 [n, 384], from its network's; NaN rows stay."""
+    def pull(
+        self, rows: np.ndarray, bank: PromptBank | None, device: str = "cpu", exclude: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The member's prediction, float32 [n, 384], from its network's; NaN rows stay.
+
+        Args:
+            bank, device, exclude: as `PromptBank.knn` has them; of no interest to a member without neighbours.
+        """
         if not self.neighbours:
             return rows
         if bank is None:

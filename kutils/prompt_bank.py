@@ -50,7 +50,9 @@ class PromptBank:
                 f"{len(prompts)} prompts with embeddings {shape}: a bank needs [prompts, {EMBEDDING_DIM}] and at least "
                 "one prompt"
             )
-        prompts = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([pa.array(prompts)])
+        if not isinstance(prompts, (pa.Array, pa.ChunkedArray)):
+            prompts = pa.array(prompts, pa.large_string())
+        prompts = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([prompts])
         self.prompts = prompts.cast(pa.large_string())  # ChunkedArray [n]
         self.embeddings = pa.chunked_array([as_lists(embeddings)]) if isinstance(embeddings, np.ndarray) else embeddings
         self.rows = rows

@@ -158,7 +158,8 @@ def run(args: argparse.Namespace) -> None:
     bank, told = prompt_bank.from_arguments(args, list(names))
     embeddings = embed_images(models, args.images, ensemble=fitted[1] if fitted else None, device=args.device)
     titles = {model.name: describe(model) for model in models}
-    titles |= {ENSEMBLE: f"the ensemble {fitted[0].stem} of {len(fitted[1].members())} models"} if fitted else {}
+    if fitted:
+        titles[ENSEMBLE] = f"the ensemble {fitted[0].stem} of {len(fitted[1].with_weight().members())} models"
     tables = []
     print(f"nearest of {told}")
     for number, image in enumerate(args.images):
