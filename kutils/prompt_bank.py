@@ -137,8 +137,10 @@ class PromptBank:
         return [self.text(index) for index in indices]
 
     def vectors(self, indices: np.ndarray) -> np.ndarray:
-        """Embeddings of prompts by number, int [...]: float32 [..., 384], a copy."""
+        """Embeddings of prompts by number, int [...]: float32 [..., 384], a copy; IndexError for one there is not."""
         indices = np.asarray(indices)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"prompts {indices.min()} to {indices.max()} of {len(self)}, which count from 0")
         found = np.empty((*indices.shape, EMBEDDING_DIM), np.float32)
         for start, block in self.blocks():
             here = (indices >= start) & (indices < start + len(block))

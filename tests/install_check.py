@@ -173,7 +173,7 @@ def check(copy: Copy) -> None:
             "evaluate",
             "predict",
         ),
-        *("retrieval", "ensemble", "kaggle", "launch"),
+        *("prompt_bank", "retrieval", "neighbours", "ensemble", "kaggle", "launch"),
     )
     for module in commands:
         copy.run(f"python -m kutils.{module} --help")

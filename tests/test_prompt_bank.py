@@ -92,6 +92,17 @@ def test_a_bank_is_saved_and_read_again(tmp_path, monkeypatch, dtype, error):
     np.testing.assert_allclose(bank.vectors(np.arange(70)), embeddings, atol=error)
     np.testing.assert_array_equal(bank.vectors([[69], [0]])[:, 0], bank.vectors([69, 0]))
     assert bank.nearest(embeddings, k=1)[0].ravel().tolist() == list(range(70))
+    for wrong in ([70], [0, -1]):
+        with pytest.raises(IndexError, match="of 70, which count from 0"):
+            bank.vectors(wrong)
+    keep = np.arange(70) % 3 == 0
+    keep[32:64] = False  # a block of which nothing stays
+    bank.save(tmp_path / "some.arrow", dtype, keep)
+    some = PromptBank.load(tmp_path / "some.arrow")
+    places = np.flatnonzero(keep)
+    assert some.prompts.to_pylist() == [prompts[i] for i in places] and some.rows.tolist() == (2 * places).tolist()
+    np.testing.assert_array_equal(some.vectors(np.arange(len(some))), bank.vectors(places))
+    assert some.nearest(embeddings[places], k=1)[0].ravel().tolist() == list(range(len(places)))
     PromptBank(prompts, embeddings).save(tmp_path / "bank.arrow")  # replaced
     assert PromptBank.load(tmp_path / "bank.arrow").rows is None
 
