@@ -1,5 +1,6 @@
 """Trained models asked about images: predictions by the networks' own output, and the command's tables."""
 
+import dataclasses
 import json
 import os
 
@@ -11,6 +12,7 @@ from conftest import unit_rows
 from ensembles import by_hand, write_ensemble
 
 from kutils import checkpoints, ensemble, models, paths, retrieval
+from kutils.mounts import MountError
 from kutils.prompt_bank import PromptBank
 from kutils.retrieval import RetrievalError
 from kutils.runs import RunError
@@ -118,6 +120,26 @@ def test_images_are_embedded_as_by_the_networks(images, trained, fitted):
     for rows, expected in zip(found.values(), (a, b, total), strict=True):
         assert rows.dtype == np.float32
         np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+
+def test_an_ensemble_finds_the_prompts_of_its_neighbours(images, trained, fitted):
+    plain = ensemble.load_ensemble(fitted)
+    (a,) = plain.families["a"]
+    file = ensemble.neighbours_path(fitted)
+    PromptBank(["x", "y", "z"], unit_rows(3)).save(file, np.float16)
+    pulled = dataclasses.replace(
+        plain,
+        families=plain.families | {"b": [dataclasses.replace(a, neighbours=2, temperature=0.1)]},
+        neighbours_bank=file.name,
+        neighbours_sha256=paths.sha256_of(file),
+    )
+    found = retrieval.embed_images([], images, ensemble=pulled, device="cpu")["ensemble"]
+    rows = by_hand(*trained["a_fold0"], images)
+    expected = 0.3 * rows + 0.7 * PromptBank.load(file).knn(rows, 2, 0.1)
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+    file.unlink()
+    with pytest.raises(MountError, match=r"ensemble_ab.neighbours.arrow"):
+        retrieval.embed_images([], images, ensemble=pulled, device="cpu")
 
 
 def test_an_image_that_cannot_be_read_is_named(workspace, images, trained, fitted):
