@@ -96,6 +96,7 @@ class PromptBank:
 
     @classmethod
     def of_table(cls, table: pa.Table) -> "PromptBank":
+        """Columns prompt, embedding and, where they are of data sets, row: as a file has them."""
         rows = table["row"].to_numpy() if "row" in table.column_names else None
         return cls(table["prompt"], table["embedding"], rows)
 
@@ -131,9 +132,11 @@ class PromptBank:
     # ------------------------------------------------------------ what is in it
 
     def text(self, index: int) -> str:
+        """The prompt of a number."""
         return self.prompts[int(index)].as_py()
 
     def texts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of some numbers; all of them are `prompts`."""
         return [self.text(index) for index in indices]
 
     def vectors(self, indices: np.ndarray) -> np.ndarray:
