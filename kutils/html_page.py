@@ -152,7 +152,7 @@ def picture(image: Image.Image | str, alt: str, kind: str, title: str, texts: Se
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         content = io.BytesIO()
         image.save(content, "WEBP", quality=80)
-        shown = f"<img src='{data_uri(content.getvalue(), 'webp')}' alt='{html.escape(alt)}' loading='lazy'>"
+        shown = f"<img src='{data_uri(content.getvalue(), 'webp')}' alt='{html.escape(alt)}'>"
     told = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
     return (
         f"<figure>{shown}<figcaption><strong class='{kind}'>{html.escape(title)}</strong>{told}</figcaption></figure>"

@@ -36,7 +36,7 @@ def run_curves(finished: Sequence[FinishedRun]) -> Figure:
     Raises: PlotError for no run.
     """
     plots.check_same_length(runs=finished)
-    figure, (loss_axes, score_axes) = plots.new_axes(2, width=12, height=4 + 0.22 * len(finished))
+    figure, (loss_axes, score_axes) = plots.new_axes(2, width=13, height=4 + 0.22 * len(finished))
     for run, style in zip(finished, styles([run.name for run in finished]).values(), strict=True):
         total = run.result["updates"]
         logged = [line for line in run.metrics if "loss" in line]
@@ -70,7 +70,7 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
     rows = -(-len(tables) // 2)
     tallest = max(len(table) for table in tables.values())
     figure, all_axes = plots.new_axes(
-        min(2, len(tables)), rows, width=11, height=(1.1 + 0.36 * tallest) * rows + 0.25 * len(means), share_x=False
+        min(2, len(tables)), rows, width=13, height=(1.1 + 0.36 * tallest) * rows + 0.25 * len(means), share_x=False
     )
     low = min([*means.values(), *(table[list(means)].to_numpy().min() for table in tables.values())])
     high = max([*means.values(), *(table[list(means)].to_numpy().max() for table in tables.values())])
@@ -105,7 +105,7 @@ def throughput(run: FinishedRun) -> Figure:
     plots.check_same_length(log_lines=logged)
     steps = [line["step"] for line in logged]
     pace, waiting = run.pace
-    figure, (speed_axes, wait_axes) = plots.new_axes(2, width=12, height=3.4)
+    figure, (speed_axes, wait_axes) = plots.new_axes(2, width=13, height=3.4)
     speed_axes.plot(steps, [line["images_per_second"] for line in logged], color=plots.BLUE)
     speed_axes.axhline(pace, color=plots.GREY, linestyle="--", label=f"mean: {pace:,.0f}")
     speed_axes.set(title="Training speed", ylabel="images per second", ylim=(0, None))

@@ -173,6 +173,7 @@ def scores_section(run: FinishedRun, validation: Validation) -> str:
         scores["clean rows"] = (result["clean_rows"], result["cosine_similarity_clean"])
     scores["mean prompt (baseline)"] = (result["validation_rows"], base)
     frame = pd.DataFrame(scores, ["images", "cosine"]).T.astype({"images": int})
+    frame = frame.rename_axis("what")
     frame["over the mean prompt"] = frame["cosine"] - base
     told = html_page.paragraph(
         "Mean cosine of predicted and true prompt embedding. Clean rows have no similar training prompt; the mean "
