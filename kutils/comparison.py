@@ -15,7 +15,7 @@ from kutils.runs import OPERATIONAL, FinishedRun
 NAMES = ("prefix", "save_dir", *OPERATIONAL)  # keys that differ between any two runs, or change no result
 MOST_ERRORS = 1.96  # standard errors, to either side: 95 % of a normal distribution
 FORMATS = {"gain": "{:+.4f}", "seconds": "{:,.0f}", "images/s": "{:,.0f}", "waiting": "{:.1%}"}  # of `table`
-BEHIND_FORMATS = dict.fromkeys(("behind", "low", "high"), "{:+.4f}") | {"wins": "{:.1%}"}  # of `behind_best`
+DIFFERENCE_FORMATS = dict.fromkeys(("difference", "low", "high"), "{:+.4f}") | {"wins": "{:.1%}"}  # of `against_best`
 
 
 def select(names: str = "") -> list[FinishedRun]:
@@ -63,28 +63,32 @@ def validation_hash(run: FinishedRun) -> str:
 def table(finished: Sequence[FinishedRun]) -> pd.DataFrame:
     """One row per run, named by it: `rows` (the same letter: validated on the same rows), scores, cost, origin."""
     letters = {run.folder: letter(number) for number, group in enumerate(groups(finished)) for run in group}
-    return pd.DataFrame(
-        {
-            run.name: {
-                "rows": letters[run.folder],
-                "fold": run.fold,
-                "data sets": ", ".join(run.recipe.datasets),
-                "cosine": run.result["cosine_similarity"],
-                "clean rows": run.result.get("cosine_similarity_clean"),
-                "mean prompt": run.result["mean_prompt_baseline"],
-                "gain": run.gain,
-                "best epoch": run.result["best_epoch"],
-                "epochs": run.result["epochs"],
-                "updates": run.result["updates"],
-                "seconds": run.result["seconds"],
-                "images/s": run.pace[0],
-                "waiting": run.pace[1],
-                "device": f"{run.environment.get('ranks', '?')} x {run.environment.get('device', '?')}",
-                "commit": (run.environment.get("git_commit") or "")[:8],
+    return (
+        pd.DataFrame(
+            {
+                run.name: {
+                    "rows": letters[run.folder],
+                    "fold": run.fold,
+                    "data sets": ", ".join(run.recipe.datasets),
+                    "cosine": run.result["cosine_similarity"],
+                    "clean rows": run.result.get("cosine_similarity_clean"),
+                    "mean prompt": run.result["mean_prompt_baseline"],
+                    "gain": run.gain,
+                    "best epoch": run.result["best_epoch"],
+                    "epochs": run.result["epochs"],
+                    "updates": run.result["updates"],
+                    "seconds": run.result["seconds"],
+                    "images/s": run.pace[0],
+                    "waiting": run.pace[1],
+                    "device": f"{run.environment.get('ranks', '?')} x {run.environment.get('device', '?')}",
+                    "commit": (run.environment.get("git_commit") or "")[:8],
+                }
+                for run in finished
             }
-            for run in finished
-        }
-    ).T.infer_objects()
+        )
+        .T.infer_objects()
+        .rename_axis("run")
+    )
 
 
 def letter(number: int) -> str:
@@ -125,12 +129,12 @@ class SameRows:
         """Slicing -> mean cosine of every slice and run."""
         return {name: slices.mean_scores(self.cosines, self.labels[name]) for name in self.labels}
 
-    def behind_best(self) -> pd.DataFrame:
-        """What each run lacks to the best one, row by row: the mean difference and its 95 % confidence interval.
+    def against_best(self) -> pd.DataFrame:
+        """Each run and the best one, row by row: the mean difference and its 95 % confidence interval.
 
         Images of a prompt are not independent: the standard error is cluster-robust over prompts (`blending.gain`).
 
-        Returns: index: runs, best first; cosine, behind, low, high (NaN for the best, or where prompts are too few to
+        Returns: index: runs, best first; cosine, difference, low, high (NaN for the best, or where prompts are too few to
             tell), wins (share of the rows where it is better than the best run).
         """
         means = self.cosines.astype(np.float64).mean().sort_values(ascending=False, kind="stable")
@@ -142,10 +146,10 @@ class SameRows:
             error = np.nan if told["error"] is None or name == means.index[0] else MOST_ERRORS * told["error"]
             rows[name] = {
                 "cosine": mean,
-                "behind": told["mean"],
+                "difference": told["mean"],
                 "low": told["mean"] - error,
                 "high": told["mean"] + error,
-                "wins": float(np.mean(own > best)),
+                "wins": np.nan if name == means.index[0] else float(np.mean(own > best)),
             }
         return pd.DataFrame(rows).T.rename_axis("run")
 

@@ -11,14 +11,15 @@ import pandas as pd
 
 Format = str | Callable[[object], str]
 
+# the class is named twice to outweigh what JupyterLab says of all tables
 STYLE = """<style>
 table.sortable { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.5em 0; }
 table.sortable caption { text-align: left; font-weight: 600; padding: 0.3em 0; }
-table.sortable th, table.sortable td { padding: 0.3em 0.8em; text-align: left; vertical-align: top;
+table.sortable.sortable :is(th, td) { padding: 0.3em 0.8em; text-align: left; vertical-align: top;
   border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
 table.sortable thead th { border-bottom-color: currentColor; white-space: nowrap; }
 table.sortable tbody th { font-weight: inherit; }
-table.sortable .number { text-align: right; }
+table.sortable.sortable .number { text-align: right; }
 table.sortable th[aria-sort] { cursor: pointer; }
 table.sortable th[aria-sort]::after { content: "\\2195"; opacity: 0.4; padding-left: 0.3em; }
 table.sortable th[aria-sort="ascending"]::after { content: "\\2191"; opacity: 1; }

@@ -1,7 +1,8 @@
 """Figures of models beside each other: curves of several runs, scores by slice, throughput."""
 
+import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -11,23 +12,26 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from kutils import plots
 from kutils.runs import FinishedRun
 
-COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, "#8a5fbf", "#b2559e", "#249ad9")
-LINES = ("-", "--", ":", "-.")
+COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, "#b2559e", "#249ad9", "#6e4ad9")
+LOOKS = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # lines and markers of what has one colour
 
 
 def model_color(name: str) -> str:
     """One colour per model, whatever its stage and fold."""
     family = name.partition("_stage")[0].partition("_fold")[0]
-    return COLORS[sum(family.encode()) % len(COLORS)]
+    return COLORS[zlib.crc32(family.encode()) % len(COLORS)]
 
 
 def styles(names: Sequence[str]) -> dict[str, dict]:
-    """Colour and line of each run: those of one colour differ by their lines."""
-    numbers = {model_color(name): count() for name in names}
-    return {
-        name: {"color": model_color(name), "linestyle": LINES[next(numbers[model_color(name)]) % len(LINES)]}
-        for name in names
-    }
+    """Keywords of `axes.plot` for each run: those of one colour differ by their lines and markers."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for name in names:
+        color = model_color(name)
+        line, marker = LOOKS[seen[color] % len(LOOKS)]
+        found[name] = {"color": color, "linestyle": line, "marker": marker}
+        seen[color] += 1
+    return found
 
 
 def run_curves(finished: Sequence[FinishedRun]) -> Figure:
@@ -43,9 +47,11 @@ def run_curves(finished: Sequence[FinishedRun]) -> Figure:
         scored = [line for line in run.metrics if "cosine_similarity" in line]
         losses = pd.Series([line["loss"] for line in logged], dtype=float)
         smooth = losses.rolling(max(1, len(losses) // 30), min_periods=1).mean()
-        loss_axes.plot([line["step"] / total for line in logged], smooth, label=run.name, **style)
+        loss_axes.plot(
+            [line["step"] / total for line in logged], smooth, label=run.name, **style, markevery=(len(smooth) - 1, 1)
+        )
         values = [line["cosine_similarity"] for line in scored]
-        score_axes.plot([line["step"] / total for line in scored], values, marker="o", markersize=4, **style)
+        score_axes.plot([line["step"] / total for line in scored], values, markersize=4, **style)
     loss_axes.set(title="Training loss", ylabel="1 - cosine similarity")
     score_axes.set(title="Validation", ylabel="mean cosine similarity")
     for axes in (loss_axes, score_axes):
@@ -78,13 +84,11 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
         axes.axis("off")
     for axes, (name, table) in zip(all_axes, tables.items(), strict=False):
         places = np.arange(len(table))
-        for number, (model, mean) in enumerate(means.items()):
+        for number, (model, style) in enumerate(styles(list(means)).items()):
             shift = 0.5 * ((number + 0.5) / len(means) - 0.5)  # dots of equal scores lie below each other
-            color = styles(list(means))[model]["color"]
-            axes.axvline(mean, color=color, linestyle="--", linewidth=1)
-            label = f"{model}: {mean:.4f} over all rows (dashed)"
-            filled = "full" if styles(list(means))[model]["linestyle"] == "-" else "none"
-            axes.plot(table[model], places + shift, "o", color=color, fillstyle=filled, label=label)
+            axes.axvline(means[model], color=style["color"], linestyle=style["linestyle"], linewidth=1, alpha=0.6)
+            label = f"{model}: {means[model]:.4f} over all rows (line)"
+            axes.plot(table[model], places + shift, label=label, **style | {"linestyle": ""})
         names = [f"{label} ({images:,})" for label, images in table["images"].items()]
         axes.set_yticks(places, names, parse_math=False)
         axes.set(title=f"by {name}", xlabel="mean cosine similarity (images in brackets)")

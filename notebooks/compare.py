@@ -81,7 +81,7 @@ html_tables.show(comparison.differences(chosen), caption="Configurations")
 
 # %%
 same = comparison.same_rows(chosen)
-html_tables.show(same.behind_best(), comparison.BEHIND_FORMATS, f"{len(same.cosines):,} images")
+html_tables.show(same.against_best(), comparison.DIFFERENCE_FORMATS, f"{len(same.cosines):,} images")
 
 # %% [markdown]
 # ## In what is each one good?
