@@ -134,8 +134,8 @@ class SameRows:
 
         Images of a prompt are not independent: the standard error is cluster-robust over prompts (`blending.gain`).
 
-        Returns: index: runs, best first; cosine, difference, low, high (NaN for the best, or where prompts are too few to
-            tell), wins (share of the rows where it is better than the best run).
+        Returns: index: runs, best first; cosine, difference, low, high (NaN for the best, or where prompts are too few
+            to tell), wins (share of the rows where it is better than the best run).
         """
         means = self.cosines.astype(np.float64).mean().sort_values(ascending=False, kind="stable")
         best = self.cosines[means.index[0]].to_numpy()
@@ -158,6 +158,7 @@ def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Tables of `by_slice` as one, with the columns `by` and `slice` in front."""
     parts = [part.rename_axis("slice").reset_index().assign(by=name) for name, part in tables.items()]
     whole = pd.concat([part.astype({"slice": str}) for part in parts], ignore_index=True)
+    whole["slice"] = pd.Categorical(whole["slice"], whole["slice"].unique(), ordered=True)  # a click keeps their order
     return whole[["by", *(name for name in whole if name != "by")]]
 
 
