@@ -74,9 +74,9 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
     if not tables:
         raise plots.PlotError("nothing to draw: every slicing puts all rows into one slice")
     rows = -(-len(tables) // 2)
-    tallest = max(len(table) for table in tables.values())
+    panel = 1.3 + 0.36 * max(len(table) for table in tables.values())
     figure, all_axes = plots.new_axes(
-        min(2, len(tables)), rows, width=13, height=(1.1 + 0.36 * tallest) * rows + 0.25 * len(means), share_x=False
+        min(2, len(tables)), rows, width=13, height=max(3.4, rows * panel + 0.25 * len(means))
     )
     low = min([*means.values(), *(table[list(means)].to_numpy().min() for table in tables.values())])
     high = max([*means.values(), *(table[list(means)].to_numpy().max() for table in tables.values())])
