@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from kutils import blending, config, datasets, report, runs, slices
-from kutils.runs import OPERATIONAL, FinishedRun
+from kutils.finished import FinishedRun, as_text, read_run
+from kutils.runs import OPERATIONAL
 
 NAMES = ("prefix", "save_dir", *OPERATIONAL)  # keys that differ between any two runs, or change no result
 MOST_ERRORS = 1.96  # standard errors, to either side: 95 % of a normal distribution
@@ -28,7 +29,7 @@ def select(names: str = "") -> list[FinishedRun]:
     folders = runs.find_finished([name.strip() for name in names.split(",") if name.strip()])
     if not folders:
         raise runs.RunError("no finished run yet; train one: papermill notebooks/train.ipynb working/runs/train.ipynb")
-    found = [runs.read_run(folder) for folder in folders]
+    found = [read_run(folder) for folder in folders]
     return [run for group in groups(found) for run in group]
 
 
@@ -113,7 +114,7 @@ def differences(finished: Sequence[FinishedRun]) -> pd.DataFrame:
     columns = {run.name: dataclasses.asdict(run.recipe) for run in finished}
     keys = [key for key in config.HINTS if key not in NAMES and len({str(own[key]) for own in columns.values()}) > 1]
     return pd.DataFrame(
-        {name: [report.tell(own[key]) for key in keys] for name, own in columns.items()}, pd.Index(keys, name="key")
+        {name: [as_text(own[key]) for key in keys] for name, own in columns.items()}, pd.Index(keys, name="key")
     )
 
 

@@ -40,7 +40,7 @@ figure { margin: 1rem 0; }
 figcaption { font-size: 0.9rem; }
 img { display: block; height: auto; border-radius: 0.4rem; }
 .plot img { max-width: 100%; min-width: min(36rem, var(--width)); }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1.4rem; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 44%), 1fr)); gap: 1.4rem; }
 .gallery figure { margin: 0; }
 .gallery img { width: 100%; }
 .gallery figcaption { margin-top: 0.4rem; overflow-wrap: anywhere; }
@@ -122,7 +122,9 @@ def commands(lines: Sequence[str]) -> str:
 
 def scrolling(*tables: str) -> str:
     """Tables that a narrow screen moves sideways instead of the page; reached with the keyboard too."""
-    return "".join(f"<div class='scroll' tabindex='0'>{table}</div>" for table in tables)
+    return "".join(
+        f"<div class='scroll' role='region' aria-label='Table' tabindex='0'>{table}</div>" for table in tables
+    )
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -138,9 +140,8 @@ def figure(drawn: Figure, alt: str, caption: str = "") -> str:
     told = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     width = round(CSS_PX * width_inches)
     image = f"<img src='{data_uri(content.getvalue(), 'png')}' alt='{html.escape(alt)}' width='{width}'>"
-    return (
-        f"<figure class='plot' style='--width: {width}px'><div class='scroll' tabindex='0'>{image}</div>{told}</figure>"
-    )
+    shown = f"<div class='scroll' role='region' aria-label='Figure' tabindex='0'>{image}</div>"
+    return f"<figure class='plot' style='--width: {width}px'>{shown}{told}</figure>"
 
 
 def picture(image: Image.Image | str, alt: str, kind: str, title: str, texts: Sequence[str]) -> str:

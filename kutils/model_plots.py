@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from kutils import plots
-from kutils.runs import FinishedRun
+from kutils.finished import FinishedRun
 
 COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, "#b2559e", "#249ad9", "#6e4ad9")
 LOOKS = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # lines and markers of what has one colour
@@ -91,10 +91,11 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
             axes.plot(table[model], places + shift, label=label, **style | {"linestyle": ""})
         names = [f"{label} ({images:,})" for label, images in table["images"].items()]
         axes.set_yticks(places, names, parse_math=False)
-        axes.set(title=f"by {name}", xlabel="mean cosine similarity (images in brackets)")
+        axes.set_title(f"by {name}")
         axes.set_xlim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
         axes.set_ylim(len(table) - 0.4, -0.6)
         plots.despine(axes)
+    figure.supxlabel("mean cosine similarity (in brackets: images)", fontsize="medium")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
     return figure

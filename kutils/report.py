@@ -6,7 +6,6 @@
 import argparse
 import csv
 import dataclasses
-import shlex
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
-from kutils import config, datasets, html_page, html_tables, model_plots, paths, plots, runs, slices, transforms
+from kutils import datasets, finished, html_page, html_tables, model_plots, paths, plots, runs, slices, transforms
 from kutils.config import Recipe
+from kutils.finished import FinishedRun
 from kutils.retrieval import PromptBank
-from kutils.runs import FinishedRun
 
 UNREADABLE = (ValueError, OSError, KeyError, zipfile.BadZipFile)  # of predictions or data that are gone, or of others
 EXAMPLES = 4  # best, and as many worst
@@ -110,7 +109,7 @@ def write_report(folder: Path) -> Path:
 
     Raises: RunError for a folder without a finished run, ConfigError for a configuration that cannot be read.
     """
-    run = runs.read_run(Path(folder))
+    run = finished.read_run(Path(folder))
     validation = read_validation(run)
     sections = {
         "Training": training_section(run),
@@ -297,46 +296,20 @@ def unreadable_section(run: FinishedRun) -> str:
 
 def configuration_section(run: FinishedRun) -> str:
     """Every key, and what the recipe file says where the run has something else."""
-    path, own = recipe_file(run), dataclasses.asdict(run.recipe)
-    if path is None:
-        frame = pd.DataFrame({"value": {key: tell(value) for key, value in own.items()}})
-        told = html_page.paragraph("The recipe file of this run is not in conf/ any more.", "faint")
-        return told + html_page.scrolling(html_tables.table(frame.rename_axis("key")))
-    recipe = dataclasses.asdict(config.load_recipe(path))
-    differs = [key for key in own if own[key] != recipe[key]]
-    frame = pd.DataFrame(
-        {
-            "this run": {key: tell(value) for key, value in own.items()},
-            "changed": {key: "changed" if key in differs else "" for key in own},
-            path.name: {key: tell(recipe[key]) if key in differs else "" for key in own},
-        }
-    ).rename_axis("key")
-    told = f"{len(differs)} of {len(own)} keys differ from conf/{path.name}"
-    told += f": {', '.join(differs)}." if differs else "."
-    changed = html_tables.table(frame.loc[differs].drop(columns="changed"), caption="What differs") if differs else ""
-    every = html_page.scrolling(html_tables.table(frame))
-    return (
-        html_page.paragraph(told)
-        + (html_page.scrolling(changed) if changed else "")
-        + f"<details><summary>All keys</summary>{every}</details>"
+    frame = pd.DataFrame({"this run": pd.Series(dataclasses.asdict(run.recipe)).map(finished.as_text)}).rename_axis(
+        "key"
     )
-
-
-def recipe_file(run: FinishedRun) -> Path | None:
-    """The recipe that the run was started with, or the one of its model and stage; None if it is not there."""
-    try:
-        if "config" in run.environment:
-            return config.find_config(run.environment["config"])
-        return config.recipe_files().get((run.recipe.model, run.recipe.stage))
-    except config.ConfigError:
-        return None
-
-
-def tell(value) -> str:
-    """A value as it is written after `key=`."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    found = finished.recipe_of(run)
+    if found is None:
+        told = html_page.paragraph("The recipe file of this run is not there any more.", "faint")
+        return told + html_page.scrolling(html_tables.table(frame))
+    name, differs = str(finished.shown_path(found[0])), finished.changed_keys(run, found[1])
+    frame[name] = pd.Series(dataclasses.asdict(found[1])).map(finished.as_text)
+    told = f"{len(differs)} of {len(frame)} keys differ from {name}{': ' if differs else ''}{', '.join(differs)}."
+    changed = html_page.scrolling(html_tables.table(frame.loc[differs], caption="What differs")) if differs else ""
+    frame.insert(1, "changed", ["changed" if key in differs else "" for key in frame.index])
+    every = html_page.scrolling(html_tables.table(frame))
+    return html_page.paragraph(told) + changed + f"<details><summary>All keys</summary>{every}</details>"
 
 
 def environment_section(run: FinishedRun) -> str:
@@ -350,31 +323,20 @@ def environment_section(run: FinishedRun) -> str:
 
 def again_section(run: FinishedRun) -> str:
     """The commands that make the same run, from a clone."""
-    commit, ranks = run.environment.get("git_commit") or "", run.environment.get("ranks", 1)
-    path = recipe_file(run)
-    arguments = f"kutils.train --config {run.folder / 'config.yaml'} --fold {run.fold}"
-    if path is not None:
-        recipe, own = dataclasses.asdict(config.load_recipe(path)), dataclasses.asdict(run.recipe)
-        changes = [shlex.quote(f"{key}={tell(own[key])}") for key in own if own[key] != recipe[key]]
-        shown = path.relative_to(paths.repository_root()) if path.is_relative_to(paths.repository_root()) else path
-        arguments = " ".join(["kutils.train", "--config", str(shown), "--fold", str(run.fold), *changes])
-    revision, changed, _ = commit.partition("+")
+    ranks = run.environment.get("ranks", 1)
+    revision, changed, _ = (run.environment.get("git_commit") or "").partition("+")
     lines = [f"git checkout {revision}"] if revision else []
-    lines.append(
-        f"torchrun --standalone --nproc-per-node {ranks} -m {arguments}" if ranks > 1 else f"python -m {arguments}"
+    note = html_page.paragraph("The working tree held changes that are in no commit.", "note") if changed else ""
+    other, told = (1, "with one process") if ranks > 1 else (8, "on eight GPUs")
+    advice = (
+        f"The same {told}, the global batch of {run.recipe.global_batch_size} staying as it is. In a folder where the "
+        "run is there already, add resume=never (it moves the former run aside) or prefix=NAME."
     )
-    other = f"python -m {arguments}" if ranks > 1 else f"torchrun --standalone --nproc-per-node 8 -m {arguments}"
-    told = "with one process" if ranks > 1 else "on eight GPUs"
-    content = html_page.commands(lines)
-    if changed:
-        content += html_page.paragraph("The working tree held changes that are in no commit.", "note")
     return (
-        content
-        + html_page.paragraph(
-            f"The same {told}, the global batch of {run.recipe.global_batch_size} being the same. In a folder where "
-            "the run is there already, add resume=never (it moves the former run aside) or prefix=NAME."
-        )
-        + html_page.commands([other])
+        html_page.commands([*lines, finished.command(run, ranks)])
+        + note
+        + html_page.paragraph(advice)
+        + html_page.commands([finished.command(run, other)])
     )
 
 

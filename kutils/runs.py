@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -13,7 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from kutils import config, paths
@@ -185,60 +183,4 @@ def describe(result: dict) -> str:
         f"{result['prefix']} fold {result['fold']}: cosine {result['cosine_similarity']:.4f} (epoch "
         f"{result['best_epoch']} of {result['epochs']}{clean_text}); "
         f"mean-prompt baseline {result['mean_prompt_baseline']:.4f}"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedRun:
-    """What a finished run's folder says of it."""
-
-    folder: Path
-    recipe: Recipe
-    result: dict
-    environment: dict  # empty where the file is gone
-    metrics: list[dict]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def fold(self) -> int:
-        return self.result["fold"]
-
-    @property
-    def gain(self) -> float:  # over the mean prompt
-        return self.result["cosine_similarity"] - self.result["mean_prompt_baseline"]
-
-    @property
-    def predictions_path(self) -> Path:
-        return self.folder / f"fold{self.fold}_predictions.npz"
-
-    @property
-    def pace(self) -> tuple[float, float]:
-        """Images per second, and the share of the time spent waiting for data, over all updates; NaN if none is told.
-
-        A log interval counts by the time that its images took.
-        """
-        logged = [line for line in self.metrics if "images_per_second" in line]
-        images = np.diff([line["step"] for line in logged], prepend=0) * self.recipe.global_batch_size
-        seconds = images / np.array([line["images_per_second"] for line in logged])
-        if not seconds.sum() > 0:
-            return math.nan, math.nan
-        waiting = sum(seconds * [line["data_wait"] for line in logged])
-        return float(images.sum() / seconds.sum()), float(waiting / seconds.sum())
-
-
-def read_run(folder: Path) -> FinishedRun:
-    """Read a run folder; RunError for one without a result, ConfigError for a configuration of another kind."""
-    result = result_of(folder)
-    if result is None:
-        raise RunError(f"{folder} holds no finished run (no result.json)")
-    environment = folder / "environment.json"
-    return FinishedRun(
-        folder,
-        config.load_recipe(folder / "config.yaml"),
-        result,
-        json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
-        read_metrics(folder / "metrics.jsonl"),
     )

@@ -28,6 +28,7 @@ from kutils import (
     datasets,
     devices,
     engine,
+    finished,
     launch,
     models,
     optim,
@@ -390,13 +391,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def shown_path(name: str) -> str:
-    """The recipe file, relative to the repository where it lies in there."""
-    path = config.find_config(name)
-    root = paths.repository_root()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
-
-
 def write_report(folder: Path) -> None:
     """Write the run's `report.html` if it is not there; whatever goes wrong, the run is finished."""
     if (folder / "report.html").is_file():
@@ -417,8 +411,9 @@ def main(argv: list[str] | None = None) -> int:
         launch.end_with_parent()
     try:
         recipe = config.load_recipe(arguments.config, arguments.overrides)
+        found = str(finished.shown_path(config.find_config(arguments.config)))
         ranks = devices.join_ranks(recipe.device)
-        train(recipe, arguments.fold, ranks, config=shown_path(arguments.config), overrides=arguments.overrides)
+        train(recipe, arguments.fold, ranks, config=found, overrides=arguments.overrides)
     except ValueError as error:  # what a user can put right; anything else is a bug and shows its traceback
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

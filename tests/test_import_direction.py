@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "kutils").glob("*.py")) if path.stem != "__init__"}
 # tier 0: no torch, nothing of kutils but each other; tier 1, the parts: all that is not named here
 TIERS = {"paths": 0, "config": 0, "runs": 0, "children": 0, "nodes": 0, "launch": 0, "plots": 0, "mounts": 0}
-TIERS |= {"html_tables": 0, "html_page": 0, "model_plots": 0}
+TIERS |= {"finished": 0, "html_tables": 0, "html_page": 0, "model_plots": 0}
 TIERS |= {
     "engine": 2,
     "predict": 2,

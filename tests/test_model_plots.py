@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kutils import model_plots, plots
-from kutils.runs import FinishedRun
+from kutils.finished import FinishedRun
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from finished_runs import FAST, SCRIPT
 from PIL import Image
 
 from kutils import config, datasets, html_page, paths, report, runs, train
+from kutils.finished import FinishedRun, read_run
 from kutils.tables import read_table, write_table
 
 
@@ -164,17 +165,17 @@ def test_waiting_and_unreadable_images_are_told(finished):
 
 
 def test_pace_counts_an_interval_by_its_time(finished):
-    run = runs.read_run(finished / "working" / "runs" / "first_fold0")  # batches of 16
+    run = read_run(finished / "working" / "runs" / "first_fold0")  # batches of 16
     logged = [
         {"epoch": 1, "step": 10, "images_per_second": 160.0, "data_wait": 0.1},  # 1 s
         {"epoch": 1, "step": 20, "cosine_similarity": 0.5},
         {"epoch": 2, "step": 30, "images_per_second": 80.0, "data_wait": 0.4},  # 320 images: 4 s
     ]
-    pace, waiting = runs.FinishedRun(run.folder, run.recipe, run.result, {}, logged).pace
+    pace, waiting = FinishedRun(run.folder, run.recipe, run.result, {}, logged).pace
     assert pace == pytest.approx(480 / 5) and waiting == pytest.approx((0.1 * 1 + 0.4 * 4) / 5)
-    assert np.isnan(runs.FinishedRun(run.folder, run.recipe, run.result, {}, []).pace).all()
+    assert np.isnan(FinishedRun(run.folder, run.recipe, run.result, {}, []).pace).all()
     with pytest.raises(runs.RunError, match="holds no finished run"):
-        runs.read_run(finished)
+        read_run(finished)
 
 
 def test_a_second_start_writes_what_is_missing_and_an_error_costs_no_run(finished, monkeypatch, capsys):
@@ -210,7 +211,7 @@ def test_command(finished, capsys):
 
 
 def test_a_validation_table_tells_its_rows(finished):
-    run = runs.read_run(finished / "working" / "runs" / "first_fold0")
+    run = read_run(finished / "working" / "runs" / "first_fold0")
     table = report.validation_table(run.recipe, 0, run.predictions_path)
     data = datasets.load_datasets(["toy"])
     assert sorted(table["row"]) == data.validation_rows(0).tolist() and table["cosine"].is_monotonic_increasing
