@@ -78,6 +78,7 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
     figure, all_axes = plots.new_axes(
         min(2, len(tables)), rows, width=13, height=max(3.4, rows * panel + 0.25 * len(means))
     )
+    figure.get_layout_engine().set(h_pad=0.12)
     low = min([*means.values(), *(table[list(means)].to_numpy().min() for table in tables.values())])
     high = max([*means.values(), *(table[list(means)].to_numpy().max() for table in tables.values())])
     for axes in all_axes[len(tables) :]:
@@ -95,7 +96,8 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
         axes.set_xlim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
         axes.set_ylim(len(table) - 0.4, -0.6)
         plots.despine(axes)
-    figure.supxlabel("mean cosine similarity (in brackets: images)", fontsize="medium")
+    for axes in all_axes[max(0, len(tables) - 2) : len(tables)]:  # the lowest of each column
+        axes.set_xlabel("mean cosine similarity (in brackets: images)")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
     return figure
