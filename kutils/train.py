@@ -411,9 +411,9 @@ def main(argv: list[str] | None = None) -> int:
         launch.end_with_parent()
     try:
         recipe = config.load_recipe(arguments.config, arguments.overrides)
-        found = str(finished.shown_path(config.find_config(arguments.config)))
+        path = finished.shown_path(config.find_config(arguments.config))
         ranks = devices.join_ranks(recipe.device)
-        train(recipe, arguments.fold, ranks, config=found, overrides=arguments.overrides)
+        train(recipe, arguments.fold, ranks, config=str(path), overrides=arguments.overrides)
     except ValueError as error:  # what a user can put right; anything else is a bug and shows its traceback
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
