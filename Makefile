@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check notebooks train refine lab test-install test-recipes \
-	kaggle-env test-kernel kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
+	kaggle-env test-kernel test-browser kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
 SCALE ?= quick
@@ -66,8 +66,8 @@ train: env ## stage 1 of MODEL on FOLD; OVERRIDES="epochs=1 lr=3e-5" changes the
 refine: env ## stage 2 (STAGE=3: 3) of MODEL on FOLD, from the stage before
 	$(papermill) notebooks/refine.ipynb working/runs/refine$(STAGE)_$(MODEL)_fold$(FOLD).ipynb -p stage $(STAGE) $(parameters)
 
-lab: env ## JupyterLab on the notebooks
-	$(bin)/jupyter lab notebooks
+lab: env ## JupyterLab on the notebooks, in this environment; begin with explore.ipynb
+	$(bin)/jupyter lab notebooks $(LAB_OPTIONS)
 
 kaggle-code: env ## upload the committed package as a Kaggle data set (DRY_RUN=1: only show it, here and below)
 	$(kaggle) code $(dry)
@@ -99,6 +99,9 @@ kaggle-env: .venv-kaggle/requirements-are-installed ## Python 3.13 with Kaggle's
 
 test-kernel: env $(if $(KAGGLE_PYTHON),,kaggle-env) ## the kernels as Kaggle runs them, without network (root): 8 minutes
 	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m "kernel or not recipes" tests/test_kernel.py tests/test_kaggle*.py
+
+test-browser: env ## explore in JupyterLab and a run's report, in chromium: 2 minutes; screenshots in working/browser/
+	$(bin)/python -m pytest -m browser tests/test_browser.py
 
 test-install: env ## a fresh copy with nothing but requirements.txt installed runs every command of the README
 	$(bin)/python tests/install_check.py

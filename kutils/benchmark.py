@@ -36,6 +36,7 @@ SECTIONS = (
     "predict_ensemble",
     "embed_prompts",
     "similar_pairs",
+    "nearest_prompts",
     "folds",
     "check_images",
     "packed_shards",

@@ -1,4 +1,4 @@
-"""Similar pairs beside FAISS, and what folds leak: the benchmark's sections on grouping."""
+"""Similar pairs and nearest prompts beside FAISS, and what folds leak: the benchmark's sections on similarity."""
 
 import argparse
 import importlib.util
@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from kutils import benchmark, folding, launch, paths, prompts, templates
+from kutils import benchmark, folding, launch, paths, prompt_bank, prompts, templates
+from kutils.prompt_bank import PromptBank
 from kutils.similarity import SimilarPairs, similar_pairs
 from kutils.tables import read_table, write_table
 
@@ -19,6 +21,7 @@ SIZES = (15_000, 30_000, 60_000, 120_000)  # prompts
 COMPARED = 60_000  # prompts at most that FAISS searches, in 13 s on two cores; twice as many would take four times that
 SEED_PROMPTS = 3_378_588  # of the six published sets
 NUM_FOLDS = 10
+NEIGHBOURS = 10
 
 
 def embedded_prompts(prompts_path: str, count: int) -> tuple[list[str], np.ndarray]:
@@ -132,6 +135,75 @@ def measure_seed_scale(repeats: int = 3) -> list[benchmark.Entry]:
     return [
         benchmark.entry(f"similar_pairs_{SEED_PROMPTS}", "s", [time_pairs(rows, "auto")[0] for _ in range(repeats)])
     ]
+
+
+def measure_nearest(count: int = 1_000_000, repeats: int = 3) -> list[benchmark.Entry]:
+    """Seconds for the ten nearest of random prompts to one embedding, and to 256, beside FAISS's exact search.
+
+    Of a mapped file in memory; and once from a file that has to be read first, where FAISS reads it and adds its rows.
+    It takes 1.6 GB of disk per million.
+    """
+    folder = paths.working_dir() / "benchmark" / "nearest_prompts"
+    path = folder / "bank.arrow"
+    write_random_bank(path, count)
+    queries = PromptBank.load(path).vectors(np.linspace(0, count - 1, 256, dtype=int))
+    ours: dict[str, list[float]] = {"first": [], "1": [], "256": []}
+    theirs: dict[str, list[float]] = {"first": [], "1": [], "256": []}
+    for _ in range(repeats):
+        for times, search in ((ours, search_bank), (theirs, search_faiss)):
+            if search is search_faiss and importlib.util.find_spec("faiss") is None:
+                continue
+            benchmark.forget_files(folder)
+            found, seconds = search(path, queries)
+            for name, took in zip(times, seconds, strict=True):
+                times[name].append(took)
+            assert np.array_equal(found[:, 0], np.linspace(0, count - 1, 256, dtype=int)), "others are nearer"
+    path.unlink()
+    name = f"nearest_prompts_{count}"
+    return [
+        benchmark.entry(name, "s", ours["1"], theirs["1"]),
+        benchmark.entry(f"{name}_first", "s", ours["first"], theirs["first"]),
+        benchmark.entry(f"{name}_256_queries", "s", ours["256"], theirs["256"]),
+    ]
+
+
+def write_random_bank(path: Path, count: int) -> None:
+    """A bank of random unit rows, made block by block."""
+    random = np.random.default_rng(0)
+    form = prompt_bank.schema(np.float32, {}, has_rows=False)
+    with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, form) as writer:
+        for start in range(0, count, prompt_bank.BLOCK_PROMPTS):
+            numbers = range(start, min(start + prompt_bank.BLOCK_PROMPTS, count))
+            rows = random.standard_normal((len(numbers), 384), np.float32)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            texts = pa.array([f"{number:09d}, oil on canvas, highly detailed" for number in numbers], pa.large_string())
+            writer.write_batch(pa.record_batch([texts, prompt_bank.as_lists(rows)], schema=form))
+
+
+def search_bank(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """The nearest prompts, and seconds: of opening and the first look-up, of one more, and of all queries."""
+    began = time.monotonic()
+    bank = PromptBank.load(path)
+    times = [began]
+    for some in (queries[:1], queries[-1:], queries):
+        found, _ = bank.nearest(some, NEIGHBOURS)
+        times.append(time.monotonic())
+    return found, np.diff(times).tolist()
+
+
+def search_faiss(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """The same by FAISS, which holds its rows in memory."""
+    import faiss
+
+    began = time.monotonic()
+    index = faiss.IndexFlatIP(queries.shape[1])
+    for _, block in PromptBank.load(path).blocks():
+        index.add(block.numpy())
+    times = [began]
+    for some in (queries[:1], queries[-1:], queries):
+        _, found = index.search(some, NEIGHBOURS)
+        times.append(time.monotonic())
+    return found, np.diff(times).tolist()
 
 
 def measure_folds(embeddings: np.ndarray, repeats: int = 3) -> list[benchmark.Entry]:

@@ -18,6 +18,7 @@ from kutils import blending, checkpoints, devices, predict
 from kutils.config import Recipe
 from kutils.ensemble import Ensemble, Member, has_weight
 from kutils.pixels import PixelCache, SquareImages
+from kutils.prompt_bank import PromptBank
 
 SLACK = 1.1  # of an estimate; the budget is for more than the models
 PROBE_SECONDS = 0.5  # of forward passes that are timed
@@ -104,9 +105,10 @@ def choose(
 
 
 def estimate(members: Sequence[Member], costs: Mapping[Member, Cost], num_images: int) -> float:
-    """Seconds for loading and running members and decoding the images once per input size."""
+    """Seconds for loading and running every network once and decoding the images once per input size."""
     decoding = {costs[member].input_size: costs[member].decode for member in members}
-    running = sum(costs[member].load + num_images * costs[member].image for member in members)
+    networks = {member.network: costs[member] for member in members}
+    running = sum(cost.load + num_images * cost.image for cost in networks.values())
     return SLACK * (running + num_images * sum(decoding.values()))
 
 
@@ -206,6 +208,7 @@ def predict_ensemble(
     tta: str = "none",
     cache_gb: float = 24.0,
     device: str = "auto",
+    bank: PromptBank | None = None,
 ) -> Iterator[EnsemblePrediction]:
     """Predict with one model in memory at a time; gives a complete result at the start and after every model.
 
@@ -222,6 +225,7 @@ def predict_ensemble(
         tta: one of predict.TTA.
         cache_gb: of decoded images, in files of the temporary folder.
         device: auto (all GPUs, else the CPU), cuda or cpu.
+        bank: in which members' neighbours are looked up, as `ensemble.load_neighbours` returns it.
     """
     options = {"batch_size": batch_size, "tta": tta, "cache_gb": cache_gb, "device": device}
     runner = Runner(checkpoint_files, images, deadline=time.monotonic() + 3600 * hours, **options)
@@ -253,24 +257,27 @@ def predict_ensemble(
             for member, loss in left_out.items():
                 leave_out(state, member, no_time(slower * estimate([member], costs, len(images)), loss))
             break
-        member, *planned = planned
-        members = [other for other in members if other != member]
+        member = planned[0]
+        sharing = [other for other in members if other.network == member.network]  # they come along for nothing
+        members, planned = ([other for other in some if other not in sharing] for some in (members, planned))
         began = time.monotonic()
         try:
             rows, pixels = runner.run(member)
-        except predict.OutOfTime as error:
-            leave_out(state, member, f"no time left ({error})")
-            continue
+            pulled = {other: other.pull(rows, bank, runner.device_list[0].type) for other in sharing}
         except Exception as error:  # one broken model must not cost the others
-            leave_out(state, member, f"it failed: {next(iter(str(error).splitlines()), repr(error))}")
+            reason = "no time left ({})" if isinstance(error, predict.OutOfTime) else "it failed: {}"
+            for other in sharing:
+                leave_out(state, other, reason.format(next(iter(str(error).splitlines()), repr(error))))
             continue
-        state.seconds[member.name] = time.monotonic() - began
+        seconds = time.monotonic() - began
+        state.seconds |= {other.name: seconds / len(sharing) for other in sharing}
         if costs:
-            took += state.seconds[member.name]
+            took += seconds
             estimated += estimate([member], costs, len(images)) / SLACK
             costs = decoded(costs, pixels)
         state.unreadable |= {images[position]: reason for position, reason in sorted(pixels.bad.items())}
-        predicted.setdefault(family_of[member], []).append(rows)
+        for other in sharing:
+            predicted.setdefault(family_of[other], []).append(pulled[other])
         state.families = {family: blending.average(of) for family, of in predicted.items()}
         state.embeddings = blending.combine(state.families, fitted.weights, fallback=fitted.mean_embedding)
         total = sum(weights[family] for family in state.families)

@@ -6,7 +6,7 @@ same file and shares its pages.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,28 +51,44 @@ def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
 
     Raises: DataError or TableError for a set that could not be trained on, apart from its folds.
     """
+    wanted = fingerprint(root, names)
+    return as_index(map_once(cache_path(root, names, ".arrow"), wanted, lambda: build(root, names, wanted).to_reader()))
+
+
+def cache_path(root: Path, names: Sequence[str], suffix: str) -> Path:
+    """Where something about a combination of data sets is kept."""
     key = hashlib.sha256("\n".join([str(root), *names]).encode()).hexdigest()[:16]
-    path, wanted = paths.working_dir() / "cache" / f"{key}.arrow", fingerprint(root, names)
+    return paths.working_dir() / "cache" / f"{key}{suffix}"
+
+
+def map_once(path: Path, wanted: dict, make: Callable[[], pa.RecordBatchReader]) -> pa.Table:
+    """Map an Arrow file; make it first where it is not there, or of other files.
+
+    Processes that start together make it once. Where it cannot be written it is kept in memory.
+
+    Args:
+        wanted: the `fingerprint` of its files.
+        make: its batches, written as they come; their schema's metadata holds `{"fingerprint": wanted, ...}`.
+    """
     if (table := read_index(path, wanted)) is not None:
-        return as_index(table)
+        return table
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock")).acquire()  # released by the `with` below
     except OSError as error:
-        print(
-            f"warning: {path.parent} cannot be written ({error}); every process keeps an index of its own", flush=True
-        )
-        return as_index(build(root, names, wanted))
+        print(f"warning: {path.parent} cannot be written ({error}); every process keeps its own", flush=True)
+        return make().read_all()
     with lock:
-        if (table := read_index(path, wanted)) is not None:  # built by another process meanwhile
-            return as_index(table)
-        table = build(root, names, wanted)
+        if (table := read_index(path, wanted)) is not None:  # made by another process meanwhile
+            return table
+        reader = make()
         try:
-            with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
-                writer.write_table(table)
+            with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, reader.schema) as writer:
+                for batch in reader:
+                    writer.write_batch(batch)
         except OSError as error:  # a full disk
-            print(f"warning: {path} cannot be written ({error}); every process keeps an index of its own", flush=True)
-    return as_index(read_index(path, wanted) or table)
+            print(f"warning: {path} cannot be written ({error}); every process keeps its own", flush=True)
+    return read_index(path, wanted) or make().read_all()
 
 
 def fingerprint(root: Path, names: Sequence[str]) -> dict:

@@ -135,6 +135,8 @@ def run(scale_name: str) -> dict:
     fitted = load_ensemble(paths.working_dir() / "models" / "ensemble_tiny.json")
     images, test_prompts = demo.make_test_images()
     demo.execute("submission", "submission", images=images)
+    demo.execute("compare", "compare")
+    demo.execute("explore", "explore", image=min(images.iterdir()))
     submission_path = paths.working_dir() / "submission.csv"
     truth = prompts.encode_prompts(test_prompts, progress=False)
     scores = {

@@ -3,6 +3,9 @@
 Members of a family (one recipe, trained on several folds) are averaged; families are added by weights. These are fitted
 on fold 0 with exactly one member per family, the one validated on that fold: the others have trained on its rows and
 would look better than they are. They inherit the weight of their family.
+
+A member may stand for the known prompts near what its network predicts (`neighbours: 20`): its prediction is then the
+weighted mean of the nearest prompts outside of fold 0.
 """
 
 import argparse
@@ -10,13 +13,13 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from kutils import blending, checkpoints, config, datasets, mounts, paths
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import KNN_TEMPERATURE, PromptBank, in_fold
 
 FIT_FOLD = 0
 BANK_PROMPTS = 4096  # that travel with the weights: they say in words what a prediction means
@@ -35,10 +38,34 @@ class Member:
     checkpoint: str = ""  # relative to the folder of models
     sha256: str = ""  # of the checkpoint
     score: float | None = None  # mean cosine on its own validation fold, as its training saw it
+    neighbours: int = 0  # nearest prompts that its prediction is replaced by; 0: none
+    temperature: float = KNN_TEMPERATURE  # of their weights
 
     @property
     def name(self) -> str:
-        return f"{Path(self.recipe).stem} fold {self.fold}"
+        pulled = f" ({self.neighbours} nearest)" if self.neighbours else ""
+        return f"{Path(self.recipe).stem} fold {self.fold}{pulled}"
+
+    @property
+    def network(self) -> tuple[str, int]:
+        """What members share that differ in their neighbours alone: one forward pass does for all."""
+        return self.recipe, self.fold
+
+    def pull(
+        self, rows: np.ndarray, bank: PromptBank | None, device: str = "cpu", exclude: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The member's prediction, float32 [n, 384], from its network's; NaN rows stay.
+
+        Args:
+            bank, device, exclude: as `PromptBank.knn` has them; of no interest to a member without neighbours.
+        """
+        if not self.neighbours:
+            return rows
+        if bank is None:
+            raise EnsembleError(f"{self.name}: the prompts that its neighbours are among are not there")
+        known, pulled = np.isfinite(rows).all(axis=1), np.full_like(rows, np.nan)
+        pulled[known] = bank.knn(rows[known], self.neighbours, self.temperature, device, exclude)
+        return pulled
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,24 @@ class Ensemble:
     rows: dict[str, int]  # of fold 0: fit, unseen
     folds_hash: str
     targets_hash: str
+    neighbours_bank: str = ""  # file beside the weights with the prompts that members' neighbours are among
+    neighbours_sha256: str = ""
+
+    def files(self) -> dict[str, str]:
+        """What it takes to predict: path below the folder of models -> SHA-256."""
+        wanted = {member.checkpoint: member.sha256 for member in self.members()}
+        return wanted | ({self.neighbours_bank: self.neighbours_sha256} if self.neighbours_bank else {})
+
+    def with_weight(self) -> "Ensemble":
+        """Itself without the families, and the neighbours, that count for nothing."""
+        families = {name: members for name, members in self.families.items() if has_weight(self, name)}
+        used = any(member.neighbours for members in families.values() for member in members)
+        return replace(
+            self,
+            families=families,
+            weights={name: self.weights[name] for name in families},
+            neighbours_bank=self.neighbours_bank if used else "",
+        )
 
     def mean_weights(self) -> dict[str, float]:
         """One number per family, also where every dimension has its own."""
@@ -86,9 +131,13 @@ def read_config(path: str | Path) -> tuple[str, dict[str, list[Member]]]:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise EnsembleError(f"{path}: {family} is no list of members like `- {{recipe: conf/x.yaml, fold: 0}}`")
         for entry in entries:
-            check_keys(path, f"a member of {family}", entry, ("recipe", "fold"))
+            check_keys(path, f"a member of {family}", entry, ("recipe", "fold"), ("neighbours", "temperature"))
             if type(entry["recipe"]) is not str or type(entry["fold"]) is not int or not 0 <= entry["fold"] <= 9:
                 raise EnsembleError(f"{path}: {family}: {entry} is no recipe file with a fold of 0 to 9")
+            if type(count := entry.get("neighbours", 1)) is not int or count < 1:
+                raise EnsembleError(f"{path}: {family}: neighbours is {count!r}; it is a number of prompts, such as 20")
+            if type(entry.get("temperature", 1.0)) not in (int, float) or not entry.get("temperature", 1.0) > 0:
+                raise EnsembleError(f"{path}: {family}: temperature is {entry['temperature']!r}; it is above 0")
         families[str(family)] = [Member(**entry) for entry in entries]
         fitted = [member.name for member in families[family] if member.fold == FIT_FOLD]
         if len(fitted) != 1:
@@ -96,16 +145,17 @@ def read_config(path: str | Path) -> tuple[str, dict[str, list[Member]]]:
                 f"{path}: {family} has {len(fitted)} members validated on fold {FIT_FOLD}"
                 f"{': ' if fitted else ''}{', '.join(fitted)}; the weights are fitted with exactly one per family"
             )
-    members = [(config.find_config(member.recipe), member.fold) for entries in families.values() for member in entries]
-    if len(set(members)) < len(members):
-        raise EnsembleError(f"{path} names the same recipe and fold twice")
+    members = [member for entries in families.values() for member in entries]
+    if len({(config.find_config(each.recipe), each.fold, each.neighbours) for each in members}) < len(members):
+        raise EnsembleError(f"{path} names the same recipe and fold twice, with the same number of neighbours")
     return values["method"], families
 
 
-def check_keys(path: Path, what: str, values: Mapping, keys: Sequence[str]) -> None:
+def check_keys(path: Path, what: str, values: Mapping, keys: Sequence[str], optional: Sequence[str] = ()) -> None:
+    known = (*keys, *optional)
     for key in values:
-        if key not in keys:
-            raise EnsembleError(f"{path}: {what} has no key {key!r}{config.nearest(str(key), keys)}")
+        if key not in known:
+            raise EnsembleError(f"{path}: {what} has no key {key!r}{config.nearest(str(key), known)}")
     missing = [key for key in keys if key not in values]
     if missing:
         raise EnsembleError(f"{path}: {what} lacks {', '.join(missing)}")
@@ -199,6 +249,9 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tuple[Ensemble, Path]:
     """Fit the ensemble of a configuration and write its JSON file, and a small bank of prompts beside it.
 
+    Where members have neighbours, the prompts outside of fold 0 are written there too, in 0.8 GB per million: only
+    among them are neighbours looked for, here and in prediction, so that no prompt of fold 0 gives itself away.
+
     The weights are those of the half of fold 0 that the fit saw, so that the scores, of the other half, are theirs.
 
     Args:
@@ -212,6 +265,14 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
     families = {family: [add_checkpoint(member) for member in members] for family, members in families.items()}
     predictions, common = load_predictions(families)
     targets, prompts, mean = load_targets(common)
+    names = sorted(json.loads(common["folds_hash"]))
+    bank = training = None
+    if any(member.neighbours for members in families.values() for member in members):
+        bank = PromptBank.from_datasets(names)
+        training = ~in_fold(bank, names, FIT_FOLD)
+        for family, members in families.items():
+            (member,) = (member for member in members if member.fold == FIT_FOLD)
+            predictions[family] = member.pull(predictions[family], bank, "auto", exclude=~training)
     groups = blending.topics(targets, prompts, seed)
     weights, report = blending.fit_and_score(predictions, targets, groups, seed)
     unseen = targets[~blending.split_groups(groups, seed)]
@@ -219,6 +280,10 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
         "chosen": report["scores"][method],
         "baseline": blending.mean_cosine(np.broadcast_to(mean, unseen.shape), unseen),
     }
+    path = Path(output) if output else paths.working_dir() / "models" / f"{Path(config_name).stem}.json"
+    neighbours = neighbours_path(path)
+    if bank is not None:
+        bank.save(neighbours, np.float16, keep=training)
     fitted = Ensemble(
         method=method,
         families=families,
@@ -226,13 +291,13 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
         mean_embedding=mean.tolist(),
         folds_hash=common["folds_hash"],
         targets_hash=common["targets_hash"],
+        neighbours_bank=neighbours.name if bank is not None else "",
+        neighbours_sha256=paths.sha256_of(neighbours) if bank is not None else "",
         **report,
     )
-    path = Path(output) if output else paths.working_dir() / "models" / f"{Path(config_name).stem}.json"
     if path.is_file() and path.read_text(encoding="utf-8") != to_json(fitted):
         shutil.copy2(path, f"{path}.bak")
-    names = sorted(json.loads(common["folds_hash"]))
-    PromptBank.from_datasets(names, most=BANK_PROMPTS, seed=seed).save(bank_path(path))
+    PromptBank.from_datasets(names, most=BANK_PROMPTS, seed=seed).save(bank_path(path), np.float16)
     write_ensemble(fitted, path)
     return fitted, path
 
@@ -253,14 +318,32 @@ def has_weight(fitted: Ensemble, family: str) -> bool:
 
 def bank_path(weights: Path | str) -> Path:
     """The small bank of prompts beside a file of weights."""
-    return Path(weights).with_suffix(".prompts.npz")
+    return Path(weights).with_suffix(".prompts.arrow")
+
+
+def neighbours_path(weights: Path | str) -> Path:
+    """The prompts outside of fold 0 beside a file of weights whose members have neighbours."""
+    return Path(weights).with_suffix(".neighbours.arrow")
+
+
+def load_neighbours(fitted: Ensemble, files: Mapping[str, Path]) -> PromptBank | None:
+    """The prompts among which members' neighbours are; None where no member has any.
+
+    Args:
+        files: where the ensemble's files are, as `mounts.find_checkpoints` returns them.
+    """
+    return PromptBank.load(files[fitted.neighbours_bank]) if fitted.neighbours_bank else None
 
 
 def load_ensemble(path: Path | str) -> Ensemble:
     """Read a file that `fit` wrote; EnsembleError for anything else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        values = {item.name: content[item.name] for item in fields(Ensemble)}
+        values = {
+            item.name: content[item.name]
+            for item in fields(Ensemble)
+            if item.name in content or item.default is MISSING
+        }
         families = {family: [Member(**member) for member in members] for family, members in values["families"].items()}
     except OSError as error:
         raise EnsembleError(f"{path}: {error.strerror}") from error

@@ -132,7 +132,7 @@ def build_wheel(package: str) -> Path:
 
 
 def stage_weights(settings: Settings) -> Path:
-    """The fitted ensemble with its checkpoints in float16, their recipes, hashes of all, and a small bank of prompts.
+    """The fitted ensemble with its checkpoints in float16, their recipes, hashes of all, and banks of prompts.
 
     Members without weight are left out.
 
@@ -141,32 +141,37 @@ def stage_weights(settings: Settings) -> Path:
     source = paths.working_dir() / "models" / f"{Path(settings.ensemble).stem}.json"
     if not source.is_file():
         raise KaggleError(f"{source} is not there: python -m kutils.ensemble fit --config {settings.ensemble}")
-    fitted = ensemble.load_ensemble(source)
-    used = {family: members for family, members in fitted.families.items() if ensemble.has_weight(fitted, family)}
-    wanted = {member.checkpoint: member.sha256 for members in used.values() for member in members}
-    found = mounts.find_checkpoints(wanted, [source.parent])
+    fitted = ensemble.load_ensemble(source).with_weight()
+    found = mounts.find_checkpoints(fitted.files(), [source.parent])
     with staged("weights") as folder:
         packed, manifest = {}, {}
-        for family, members in used.items():
+        for family, members in fitted.families.items():
             packed[family] = []
             for member in members:
                 name = str(Path(member.checkpoint).with_suffix(".safetensors"))
-                content = checkpoints.read(found[member.checkpoint])
-                checkpoints.save_half(folder / name, content)
-                recipe = checkpoints.recipe_of(content, found[member.checkpoint])
-                (folder / name).with_suffix(".yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-                sha256 = paths.sha256_of(folder / name)
-                packed[family].append(dataclasses.replace(member, checkpoint=name, sha256=sha256))
-                size = (folder / name).stat().st_size
-                manifest[name] = {"sha256": sha256, "bytes": size, "packed_from_sha256": member.sha256}
-                print(f"{name}: {size / 1e6:,.1f} MB", flush=True)
-        weights = {family: fitted.weights[family] for family in used}
-        ensemble.write_ensemble(dataclasses.replace(fitted, families=packed, weights=weights), folder / source.name)
+                if name not in manifest:  # members that differ in their neighbours share it
+                    content = checkpoints.read(found[member.checkpoint])
+                    checkpoints.save_half(folder / name, content)
+                    recipe = checkpoints.recipe_of(content, found[member.checkpoint])
+                    (folder / name).with_suffix(".yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+                    manifest[name] = facts_of(folder / name) | {"packed_from_sha256": member.sha256}
+                packed[family].append(dataclasses.replace(member, checkpoint=name, sha256=manifest[name]["sha256"]))
+        ensemble.write_ensemble(dataclasses.replace(fitted, families=packed), folder / source.name)
+        if fitted.neighbours_bank:
+            shutil.copyfile(found[fitted.neighbours_bank], folder / fitted.neighbours_bank)
+            manifest[fitted.neighbours_bank] = facts_of(folder / fitted.neighbours_bank)
         if ensemble.bank_path(source).is_file():
             shutil.copyfile(ensemble.bank_path(source), ensemble.bank_path(folder / source.name))
         paths.write_json(folder / "manifest.json", {"commit": runs.git_commit(), "files": manifest})
         write_metadata(metadata_folder() / "weights" / "dataset-metadata.json", folder, settings.user)
     return staging_folder("weights")
+
+
+def facts_of(path: Path) -> dict:
+    """Hash and size of a file that is sent, said on the way."""
+    size = path.stat().st_size
+    print(f"{path.name}: {size / 1e6:,.1f} MB", flush=True)
+    return {"sha256": paths.sha256_of(path), "bytes": size}
 
 
 def stage_kernel(name: str, settings: Settings) -> Path:

@@ -88,7 +88,7 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
 
 
 def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path]) -> dict[str, Path]:
-    """Checkpoints below the folders, known by their file names and told apart by their SHA-256.
+    """Checkpoints (and prompts) of an ensemble below the folders, by file names and told apart by their SHA-256.
 
     Args:
         wanted: path as the ensemble names it -> SHA-256.
@@ -96,7 +96,8 @@ def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path]) -> dict
     Raises: MountError naming all that are missing or differ from what the weights were fitted with.
     """
     named: dict[str, list[Path]] = {}
-    for path in (path for folder in folders for suffix in CHECKPOINT_SUFFIXES for path in folder.rglob(f"*{suffix}")):
+    suffixes = sorted({Path(name).suffix for name in wanted})
+    for path in (path for folder in folders for suffix in suffixes for path in folder.rglob(f"*{suffix}")):
         named.setdefault(path.name, []).append(path)
     found, missing = {}, []
     for name, sha256 in wanted.items():
@@ -108,7 +109,7 @@ def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path]) -> dict
             differing = f" ({', '.join(map(str, candidates))}: not what was fitted)" if candidates else ""
             missing.append(f"{name}{differing}")
     if missing:
-        raise MountError(f"checkpoints of the ensemble are missing: {'; '.join(missing)}. There is:\n{trees(folders)}")
+        raise MountError(f"files of the ensemble are missing: {'; '.join(missing)}. There is:\n{trees(folders)}")
     return found
 
 

@@ -1,98 +1,49 @@
-"""Figures of the notebooks and reports: each function draws one and returns it.
+"""Figures of training, predictions and scores, for notebooks and reports: each function draws one and returns it.
 
-A notebook shows a figure that is open when its cell ends, so a `;` after the call keeps it from being shown twice.
-Elsewhere figures stay open until they are closed: `save` writes one and closes it.
+A notebook shows a figure when it is the last value of a cell, or open when the cell ends. Elsewhere figures stay open
+until they are closed: `save` writes one and closes it.
 """
 
-import textwrap
-import traceback
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageOps
+from matplotlib.ticker import PercentFormatter
 
-from kutils import paths
+from kutils import figures
+from kutils.figures import (
+    BLUE,
+    COLORS,
+    GREEN,
+    GREY,
+    LINES,
+    ORANGE,
+    SMALL_FONT,
+    TEXT,
+    PlotError,
+    bars,
+    check_same_length,
+    despine,
+    family_of,
+    finite,
+    legend_below,
+    model_color,
+    new_axes,
+    styled,
+    thousands,
+    wrap,
+)
 from kutils.runs import read_metrics
+from kutils.tiles import count_lines, new_tiles, show_image, show_tile
 
-BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9772b", "#3b8f4a", "#6b6b6b"
-TILE_PX = 384  # images are shown no larger: a grid of 4-megapixel files would make a notebook of 50 MB
-MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
-LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches
-
-
-class PlotError(ValueError):
-    """Nothing to draw, or lists that do not go together."""
-
-
-def save(figure: Figure, path: Path | str, dpi: int = 110) -> None:
-    """Write a figure to an image file, atomically, and close it."""
-    with paths.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, bbox_inches="tight")
-    plt.close(figure)
-
-
-@contextmanager
-def errors_shown() -> Iterator[None]:
-    """Print an error of the block and go on: a figure must not cost the results that are already there."""
-    try:
-        yield
-    except Exception:
-        traceback.print_exc()
-
-
-def new_axes(
-    columns: int = 1, rows: int = 1, *, width: float = 8, height: float = 3.6, share_x: bool = False
-) -> tuple[Figure, np.ndarray]:
-    """A figure of rows x columns axes, [rows * columns]; width and height are the whole figure's, in inches."""
-    figure = plt.figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=share_x, squeeze=False).ravel()
-
-
-def check_same_length(**lists: Sequence) -> None:
-    """Raise PlotError for empty lists, or lists of different lengths."""
-    lengths = {name: len(values) for name, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        raise PlotError(f"one of each is needed: {', '.join(f'{count} {name}' for name, count in lengths.items())}")
-    if 0 in lengths.values():
-        raise PlotError(f"nothing to draw: no {' and no '.join(lengths)}")
-
-
-def finite(values, what: str) -> np.ndarray:
-    """float64 [n]; PlotError if there are none, or one is not finite."""
-    values = np.asarray(values, np.float64).ravel()
-    if not len(values):
-        raise PlotError(f"nothing to draw: no {what}")
-    if not np.isfinite(values).all():
-        raise PlotError(f"{what} number {int(np.argmax(~np.isfinite(values)))} is not finite")
-    return values
-
-
-def despine(axes: Axes, grid: str = "both") -> None:
-    """Only the left and lower border, and a faint grid below the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def legend_below(axes: Axes) -> None:
-    """A legend under the axis label, where it is never on the data."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
-
-
-def wrap(text: str, width: int = LINE_CHARACTERS) -> str:
-    return textwrap.fill(str(text), width, max_lines=5, placeholder=" ...")
-
+save, errors_shown = figures.save, figures.errors_shown  # `plots` is what a notebook imports
 
 # ---------------------------------------------------------------- training
 
 
+@styled()
 def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> Figure:
     """Loss, learning rate and validation cosine of one run, also while it is going on.
 
@@ -107,14 +58,14 @@ def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> F
     if not logged:
         raise PlotError(f"nothing to draw: {metrics_path} has no logged update yet")
     steps, losses = [line["step"] for line in logged], np.array([line["loss"] for line in logged])
-    figure, (loss_axes, rate_axes, score_axes) = new_axes(3, width=14, height=4.4, share_x=True)
+    figure, (loss_axes, rate_axes, score_axes) = new_axes(3, width=13, height=4.2, share_x=True)
 
     window = max(1, len(losses) // 30)
-    loss_axes.plot(steps, losses, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1.2)
+    loss_axes.plot(steps, losses, color=BLUE, alpha=0.45 if window > 1 else 1, linewidth=1.2)
     if window > 1:
         smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
         loss_axes.plot(steps[window - 1 :], smooth, color=BLUE, label=f"mean of {window} log intervals")
-        loss_axes.legend(frameon=False)
+        loss_axes.legend()
     loss_axes.set(title="Training loss", ylabel="1 - cosine similarity")
 
     rate_axes.semilogy(steps, [line["lr"] for line in logged], color=ORANGE)
@@ -125,22 +76,22 @@ def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> F
     for axes in (loss_axes, rate_axes, score_axes):
         despine(axes)
         axes.set_xlabel("optimiser updates")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        thousands(axes.xaxis)
     return figure
 
 
 def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
     """Validation cosine after every epoch: all rows, rows without a similar training prompt, and the baseline."""
-    for key, color, name in (
-        ("cosine_similarity", GREEN, "all rows"),
-        ("cosine_similarity_clean", BLUE, "rows without a similar training prompt"),
+    for key, color, style, name in (
+        ("cosine_similarity", GREEN, "o-", "all rows"),
+        ("cosine_similarity_clean", BLUE, "s-", "rows without a similar training prompt"),
     ):
         points = [line for line in scored if line.get(key) is not None]
         if points:
             best = max(points, key=lambda line: line[key])
             label = f"{name}: best {best[key]:.4f} (epoch {best['epoch']})"
             values = [line[key] for line in points]
-            axes.plot([line["step"] for line in points], values, "o-", color=color, markersize=4, label=label)
+            axes.plot([line["step"] for line in points], values, style, color=color, label=label)
     if not scored:
         axes.text(0.5, 0.6, "no epoch is finished yet", ha="center", transform=axes.transAxes, color=GREY)
     if baseline is not None:
@@ -152,6 +103,7 @@ def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
 # ---------------------------------------------------------------- images
 
 
+@styled()
 def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Figure:
     """Images with a text above each.
 
@@ -162,19 +114,15 @@ def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Fig
     Raises: PlotError for no image, or another number of titles.
     """
     check_same_length(images=images, titles=titles)
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
     texts = [wrap(title) for title in titles]
-    lines = max(text.count("\n") + 1 for text in texts)
-    figure, all_axes = new_axes(columns, rows, width=3 * columns, height=(3 + 0.17 * lines) * rows)
-    for axes in all_axes:
-        axes.axis("off")
+    figure, all_axes = new_tiles(len(images), columns, 0, title_lines=count_lines(texts))
     for axes, image, text in zip(all_axes, images, texts, strict=False):
         show_image(axes, image)
-        axes.set_title(text, fontsize=9, parse_math=False)
+        axes.set_title(text, fontsize=SMALL_FONT, fontweight="normal", parse_math=False)
     return figure
 
 
+@styled()
 def best_and_worst(
     image_paths: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], count: int = 4
 ) -> Figure:
@@ -193,102 +141,44 @@ def best_and_worst(
     cosines = finite(cosines, "cosines")
     order = np.argsort(-cosines, kind="stable")
     count = min(count, -(-len(order) // 2))
-    texts = [f"{wrap(f'true: {a}', 44)}\n{wrap(f'nearest: {b}', 44)}" for a, b in zip(prompts, nearest, strict=True)]
-    lines = max(text.count("\n") + 1 for text in texts)
-    figure, all_axes = new_axes(count, 2, width=max(3.2 * count, 6), height=2 * (3.75 + 0.16 * lines))
-    for axes in all_axes:
-        axes.axis("off")
+    texts = true_and_nearest(prompts, nearest)
+    figure, all_axes = new_tiles(2 * count, count, count_lines(texts))
     best, worst = order[:count], order[max(count, len(order) - count) :][::-1]
     for name, color, chosen, row in (("best", GREEN, best, 0), ("worst", ORANGE, worst, count)):
         for axes, index in zip(all_axes[row:], chosen, strict=False):
-            show_image(axes, image_paths[index])
-            axes.set_title(f"{name}: cosine {cosines[index]:.3f}", color=color, fontsize=11, fontweight="bold")
-            axes.text(0, -0.03, texts[index], transform=axes.transAxes, va="top", fontsize=9, parse_math=False)
+            title = f"{name}: cosine {cosines[index]:.3f}"
+            show_tile(axes, image_paths[index], title, texts[index], color=color)
     return figure
 
 
-def show_image(axes: Axes, image) -> None:
-    """Draw a path, a Pillow image or a uint8 array; say so in the tile where a file cannot be read."""
-    if not isinstance(image, Image.Image):
-        try:
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing and broken files
-            reason = wrap(f"{Path(image).name}: {type(error).__name__}")
-            axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes, color=ORANGE)
-            image = Image.new("RGB", (1, 1), "white")
-    side = min(TILE_PX, max(image.size))
-    axes.imshow(ImageOps.pad(image.convert("RGB"), (side, side), color="white"))
-
-
-# ---------------------------------------------------------------- prompts and folds
-
-
-def image_statistics(image_paths: Sequence) -> Figure:
-    """Histograms of images' brightness and contrast: mean and standard deviation of the gray levels of each.
-
-    Raises: PlotError for no image; OSError for one that cannot be read.
-    """
-    grays = (np.asarray(Image.open(path).convert("L"), np.float32) for path in image_paths)
-    values = np.array([(gray.mean(), gray.std()) for gray in grays]).reshape(-1, 2)
-    finite(values, "images")
-    figure, all_axes = new_axes(2, width=12)
-    titles = ("Brightness", "Contrast"), ("mean of an image, 0 to 255", "standard deviation within an image")
-    for axes, column, title, label, last in zip(all_axes, values.T, *titles, (255, 128), strict=True):
-        axes.hist(column, bins=32, range=(0, last), color=BLUE)
-        axes.axvline(column.mean(), color=ORANGE, label=f"mean: {column.mean():.0f}")
-        axes.set(title=title, xlabel=label, ylabel="images")
-        legend_below(axes)
-        despine(axes, grid="y")
-    return figure
-
-
-def prompt_lengths(prompts: Sequence[str]) -> Figure:
-    """Histogram of words per prompt. Raises: PlotError for no prompt."""
-    words = finite([len(prompt.split()) for prompt in prompts], "prompts")
-    width = -(-int(words.max()) // 60) or 1
-    figure, (axes,) = new_axes()
-    axes.hist(
-        words, bins=np.arange(0.5, words.max() + 1.5 + width, width), color=BLUE, edgecolor="white", linewidth=0.4
-    )
-    median, most = np.median(words), np.percentile(words, 95, method="higher")
-    axes.axvline(median, color=ORANGE, label=f"median: {median:g}")
-    axes.axvline(most, color=ORANGE, linestyle="--", label=f"95 % have at most {most:g}")
-    title = f"{len(words):,} prompts, the longest of {words.max():g} words"
-    axes.set(title=title, xlabel="words per prompt", ylabel="prompts")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
-    despine(axes, grid="y")
-    return figure
-
-
-def image_counts(reports: Sequence[dict]) -> Figure:
-    """Prompts by their number of images, and images by their size, of several data sets together.
+@styled()
+def predictions(
+    images: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], columns: int = 4
+) -> Figure:
+    """Predictions in the order given: image, cosine, true prompt, and the nearest prompt of a bank.
 
     Args:
-        reports: of `check.check_datasets`.
-    Raises: PlotError for no report, or none with an image that decodes.
+        images, prompts, nearest, cosines: as for `best_and_worst`.
+        columns: images side by side.
+    Raises: PlotError for no image, lists of different lengths, or a cosine that is not finite.
     """
-    check_same_length(reports=reports)
-    prompts, sizes = Counter(), Counter()
-    for report in reports:
-        for number, count in report["images_per_prompt"].items():
-            prompts[min(int(number), MOST_BARS)] += count
-        sizes.update(report["images"]["sizes"])
-    check_same_length(images=list(sizes))
-    figure, (prompt_axes, size_axes) = new_axes(2, width=11)
-    numbers = sorted(prompts)
-    labels = [f"{number}" if number < MOST_BARS else f"{number} or more" for number in numbers]
-    prompt_axes.bar(labels, [prompts[number] for number in numbers], color=BLUE)
-    prompt_axes.set(title=f"{prompts.total():,} prompts", xlabel="images per prompt", ylabel="prompts")
-    shown = dict(sizes.most_common(MOST_BARS))
-    size_axes.barh(list(shown), list(shown.values()), color=ORANGE)
-    size_axes.set(title=f"{sizes.total():,} images", xlabel="images", ylabel="width x height, px")
-    size_axes.invert_yaxis()
-    despine(prompt_axes, grid="y")
-    despine(size_axes, grid="x")
+    check_same_length(images=images, prompts=prompts, nearest_prompts=nearest, cosines=cosines)
+    texts = true_and_nearest(prompts, nearest)
+    figure, all_axes = new_tiles(len(texts), columns, count_lines(texts))
+    for axes, image, cosine, text in zip(all_axes, images, finite(cosines, "cosines"), texts, strict=False):
+        show_tile(axes, image, f"cosine {cosine:.3f}", text)
     return figure
 
 
+def true_and_nearest(prompts: Sequence[str], nearest: Sequence[str]) -> list[str]:
+    """The text below each predicted image."""
+    return [f"{wrap(f'true: {a}')}\n{wrap(f'nearest: {b}')}" for a, b in zip(prompts, nearest, strict=True)]
+
+
+# ---------------------------------------------------------------- scores, weights, numbers
+
+
+@styled()
 def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]], threshold: float | None = None):
     """Histogram of cosine similarities, or of several sets of them in one picture.
 
@@ -302,59 +192,38 @@ def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]
     sets = {name: finite(values, "cosines") for name, values in named.items()}
     if not sets:
         raise PlotError("nothing to draw: no cosines")
-    bins = np.linspace(min(values.min() for values in sets.values()), max(values.max() for values in sets.values()), 51)
-    if bins[0] == bins[-1]:
-        bins = np.linspace(bins[0] - 0.05, bins[0] + 0.05, 51)
+    low, high = min(values.min() for values in sets.values()), max(values.max() for values in sets.values())
+    if high - low < 0.01:  # equal but for rounding, such as duplicates
+        low, high = low - 0.05, high + 0.05
+    bins = np.linspace(low, high, 51)
     figure, (axes,) = new_axes()
-    for (name, values), color in zip(sets.items(), (BLUE, ORANGE, GREEN, GREY) * len(sets), strict=False):
+    models = all(family_of(name) for name in sets)
+    for number, (name, values) in enumerate(sets.items()):
+        color = model_color(name) if models else COLORS[number % len(COLORS)]
+        line = LINES[number % len(LINES)]
         told = f"mean {values.mean():.3f}"
         if threshold is not None:
             told += f", {np.mean(values >= threshold):.1%} at or above {threshold:g}"
         label = f"{name} ({len(values):,}): {told}" if name else told
-        shares = np.full(len(values), 1 / len(values))
-        axes.hist(values, bins=bins, weights=shares, color=color, alpha=0.6 if len(sets) > 1 else 1, label=label)
-        if threshold is None:
-            axes.axvline(values.mean(), color=color if len(sets) > 1 else ORANGE, linestyle="--")
+        shares = np.histogram(values, bins)[0] / len(values)
+        axes.stairs(shares, bins, fill=True, color=color, alpha=0.3 if len(sets) > 1 else 0.9)
+        outline = np.concatenate([[0], np.repeat(shares, 2), [0]])
+        axes.plot(
+            np.repeat(bins, 2), outline, color=color, linestyle=line, linewidth=1.5, label=label if name else None
+        )
+        if threshold is None or not name:
+            mean_color = color if len(sets) > 1 else ORANGE
+            axes.axvline(values.mean(), color=mean_color, linestyle=line, label=None if name else label)
     if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--")
-    axes.set(xlabel="cosine similarity", ylabel="share", title="Cosine similarity")
+        axes.axvline(threshold, color=TEXT, linestyle="--")
+    axes.set(xlabel="cosine similarity", ylabel="share of the set", title="Cosine similarity", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     legend_below(axes)
     despine(axes, grid="y")
     return figure
 
 
-def fold_report(report: dict) -> Figure:
-    """Rows of every fold, and the share of its prompts that have a similar prompt in another fold.
-
-    Args:
-        report: of `grouping.assign_folds` or `grouping.read_report`.
-    Raises: PlotError for a report without folds.
-    """
-    folds = report.get("folds") or []
-    check_same_length(folds=folds)
-    figure, (size_axes, leak_axes) = new_axes(2, width=11)
-    numbers = [fold["fold"] for fold in folds]
-    rows = [fold["rows"] for fold in folds]
-    size_axes.bar(numbers, rows, color=BLUE)
-    size_axes.axhline(np.mean(rows), color=GREY, linestyle="--", label=f"mean: {np.mean(rows):,.0f}")
-    size_axes.set(title=f"Fold sizes: {report['rows']:,} rows", ylabel="rows")
-    leak_axes.bar(numbers, [fold["leaked_share"] for fold in folds], color=ORANGE)
-    leaked = report["leaked_share"]
-    leak_axes.axhline(leaked, color=GREY, linestyle="--", label=f"all folds: {leaked:.1%}")
-    told = f"prompts with a similar one (cosine >= {report['threshold']:g}) elsewhere"
-    leak_axes.set(title=f"Leakage: {told}", ylabel="share of the fold's prompts", ylim=(0, None))
-    leak_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    for axes in (size_axes, leak_axes):
-        axes.set(xlabel="fold", xticks=numbers)
-        legend_below(axes)
-        despine(axes, grid="y")
-    return figure
-
-
-# ---------------------------------------------------------------- scores, weights, seconds
-
-
+@styled()
 def bar_scores(
     scores: Mapping[str, float], baseline: float | None = None, title: str = "Validation cosine similarity"
 ) -> Figure:
@@ -367,45 +236,35 @@ def bar_scores(
     """
     start = 0.0 if baseline is None else baseline
     told = [f"{value:.4f}" + ("" if baseline is None else f" ({value - start:+.4f})") for value in scores.values()]
-    figure, axes = bars(scores, told, start, color=GREEN)
+    figure, axes = bars(scores, told, start, color=[model_color(name) for name in scores])
     where = "" if baseline is None else f"; bars begin at the mean prompt's {baseline:.4f}"
     axes.set(title=title, xlabel=f"mean cosine similarity{where}")
     return figure
 
 
+@styled()
 def weights(values: Mapping[str, float]) -> Figure:
     """One bar per ensemble weight. Raises: PlotError for no weight, or one that is not finite."""
-    figure, axes = bars(values, [f"{value:.3f}" for value in values.values()], 0.0, color=BLUE)
+    told = [f"{value:.3f}" for value in values.values()]
+    figure, axes = bars(values, told, color=[model_color(name) for name in values])
     axes.set(title="Ensemble weights", xlabel="weight")
     return figure
 
 
+@styled()
 def timing(seconds: Mapping[str, float], title: str = "Time", unit: str = "seconds") -> Figure:
     """One bar per duration. Raises: PlotError for no duration, or one that is not finite."""
-    figure, axes = bars(seconds, [f"{value:.3g}" for value in seconds.values()], 0.0, color=ORANGE)
+    told = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in seconds.values()]
+    figure, axes = bars(seconds, told, color=[model_color(name) for name in seconds])
     axes.set(title=title, xlabel=unit)
+    axes.xaxis.set_major_formatter("{x:,g}")
     return figure
 
 
+@styled()
 def counts(values: Mapping[str, int], title: str, unit: str) -> Figure:
     """One bar per number of things, such as prompts per reason. Raises: PlotError for no number."""
-    figure, axes = bars(values, [f"{value:,}" for value in values.values()], 0.0, color=BLUE)
+    figure, axes = bars(values, [f"{value:,}" for value in values.values()], color=BLUE)
     axes.set(title=title, xlabel=unit)
+    thousands(axes.xaxis)
     return figure
-
-
-def bars(values: Mapping[str, float], told: Sequence[str], start: float, *, color: str) -> tuple[Figure, Axes]:
-    """Horizontal bars from `start`, the first on top, each with its text at the end."""
-    ends = finite(list(values.values()), "values")
-    figure, (axes,) = new_axes(height=max(3.0, 1.5 + 0.36 * len(ends)))
-    axes.barh(range(len(ends)), ends - start, left=start, color=color, height=0.65)
-    for number, (end, text) in enumerate(zip(ends, told, strict=True)):
-        axes.annotate(text, (max(end, start), number), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    names = [textwrap.fill(name, 44) for name in values]
-    axes.set_yticks(range(len(ends)), names, parse_math=False)
-    axes.invert_yaxis()
-    low, high = min(start, ends.min()), max(start, ends.max())
-    axes.set_xlim(low - 0.02 * (high - low), high + 0.3 * (high - low or 1))  # room for the texts
-    axes.axvline(start, color="black", linewidth=0.8)
-    despine(axes, grid="x")
-    return figure, axes

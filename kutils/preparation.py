@@ -11,7 +11,7 @@ from kutils.config import nearest
 from kutils.datasets import DataError, load_datasets
 from kutils.folding import leakage_report, report_warnings
 from kutils.grouping import GroupingError
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 from kutils.similarity import similar_pairs
 from kutils.tables import read_table
 
@@ -154,13 +154,13 @@ def cosines_between(bank: PromptBank, seed: int = 0) -> dict[str, np.ndarray]:
     Returns: two float32 arrays, of 5 x MOST_QUERIES and up to MOST_QUERIES cosines.
     Raises: ValueError for a bank of one prompt.
     """
-    count = len(bank.prompts)
+    count = len(bank)
     if count < 2:
         raise ValueError("one distinct prompt has no other to be compared with")
     random = np.random.default_rng(seed)
     first = random.integers(0, count, 5 * MOST_QUERIES)
     second = (first + random.integers(1, count, len(first))) % count  # never the prompt itself
-    pairs = np.einsum("nd,nd->n", bank.embeddings[first], bank.embeddings[second])
+    pairs = np.einsum("nd,nd->n", bank.vectors(first), bank.vectors(second))
     queries = random.permutation(count)[:MOST_QUERIES]
-    _, cosines = bank.nearest(bank.embeddings[queries], k=2)  # the nearest is the prompt itself
+    _, cosines = bank.nearest(bank.vectors(queries), k=2)  # the nearest is the prompt itself
     return {"random pairs": pairs, "nearest other prompt": cosines[:, 1]}

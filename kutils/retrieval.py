@@ -1,141 +1,229 @@
-"""The nearest prompts to an embedding: what a prediction means, in words."""
+"""Which prompts a trained model sees in an image: `python -m kutils.retrieval IMAGE [IMAGE ...]`."""
 
 import argparse
+import json
+import shutil
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import torch
+import pandas as pd
 
-from kutils import checkpoints, config, paths, transforms
-from kutils.config import EMBEDDING_DIM
-from kutils.dataset_index import map_embeddings
-from kutils.datasets import load_datasets
-from kutils.devices import pick_device
-from kutils.similarity import unit_rows
-from kutils.tables import read_table
+from kutils import budget, checkpoints, config, devices, mounts, paths, predict, prompt_bank, runs
+from kutils import ensemble as ensembles
+from kutils.ensemble import Ensemble
+from kutils.pixels import PixelCache
+from kutils.prompt_bank import PromptBank
 
-BLOCK_PROMPTS, BLOCK_QUERIES = 65_536, 256  # of one matrix product: 100 MB of embeddings, 67 MB of cosines
+ENSEMBLE = "ensemble"  # key of its embeddings
 
 
-class PromptBank:
-    """Prompts to be looked up by embedding.
+class RetrievalError(ValueError):
+    """Models or images that cannot be used; the message names them and says what to do."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint that carries its recipe."""
+
+    name: str  # of its run, or its file
+    checkpoint: Path
+    score: float | None  # mean cosine on its validation fold
+
+
+# ---------------------------------------------------------------- models
+
+
+def find_models(names: Sequence[str] = ()) -> list[TrainedModel]:
+    """Trained models: of all finished runs in the order of their results, or the named ones in the order given.
 
     Args:
-        prompts: n texts, at least one.
-        embeddings: float32 [n, 384], unit rows; a memory map is read block by block.
-    Raises: ValueError if the two do not fit together.
+        names: runs as `runs.find_finished` takes them, or checkpoint files; none: all runs whose checkpoint is there.
+    Raises: RunError for a name that no finished run has; RetrievalError for a named run without its checkpoint;
+        CheckpointError for a file that is none.
     """
+    if not names:
+        return [model_of_run(folder) for folder in runs.find_finished() if checkpoint_of(folder).is_file()]
+    found: dict[Path, TrainedModel] = {}
+    for name in names:
+        if (path := Path(name)).suffix in mounts.CHECKPOINT_SUFFIXES:
+            models = [TrainedModel(path.stem, path, checkpoints.read(path).get("cosine_similarity"))]
+        else:
+            models = [model_of_run(folder) for folder in runs.find_finished([name])]
+        found |= {model.checkpoint: model for model in models}
+    return list(found.values())
 
-    def __init__(self, prompts: Sequence[str], embeddings: np.ndarray):
-        if not len(prompts) or embeddings.shape != (len(prompts), EMBEDDING_DIM):
-            raise ValueError(
-                f"{len(prompts)} prompts with embeddings {list(embeddings.shape)}: a bank needs [prompts, "
-                f"{EMBEDDING_DIM}] and at least one prompt"
-            )
-        self.prompts, self.embeddings = prompts, embeddings
 
-    @classmethod
-    def from_datasets(cls, names: Sequence[str], most: int | None = None, seed: int = 0) -> "PromptBank":
-        """Every distinct prompt of data sets in `input/`, in order of first appearance; or so many of them, drawn.
+def model_of_run(folder: Path) -> TrainedModel:
+    """The best checkpoint of a finished run."""
+    if not (checkpoint := checkpoint_of(folder)).is_file():
+        raise RetrievalError(f"{folder.name} has finished, but {checkpoint} is not there any more; train it again")
+    return TrainedModel(folder.name, checkpoint, runs.result_of(folder)["cosine_similarity"])
 
-        Raises: DataError or TableError as `load_datasets` does.
-        """
-        data = load_datasets(names, need_folds=False)
-        _, rows = np.unique(data.prompt_codes, return_index=True)
-        if most is not None and most < len(rows):
-            rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
-        return cls(data.prompts.take(pa.array(rows)).to_pylist(), data.targets(rows))
 
-    @classmethod
-    def from_table(cls, tsv_path: Path) -> "PromptBank":
-        """Every row of a prompts file or data set with its .npy beside it; the embeddings are mapped.
+def checkpoint_of(folder: Path) -> Path:
+    """Where the checkpoint of a finished run is, or should be; that of a run moved aside is in its folder."""
+    name = runs.result_of(folder)["checkpoint"]
+    beside = folder / Path(name).name
+    return beside if beside.is_file() else config.load_recipe(folder / "config.yaml").models_folder() / name
 
-        Raises: TableError or DataError.
-        """
-        prompts = read_table(tsv_path, ["prompt"])["prompt"]
-        return cls(prompts.to_pylist(), map_embeddings(tsv_path.with_suffix(".npy"), len(prompts)))
 
-    def save(self, path: Path) -> None:
-        """Write an .npz of `prompts` and `embeddings` in float16, atomically; replaced if it is there."""
-        with paths.atomic_path(path) as temporary:
-            np.savez_compressed(
-                temporary, prompts=np.array(self.prompts), embeddings=self.embeddings.astype(np.float16)
-            )
+def find_ensemble(path: Path | str = "") -> tuple[Path, Ensemble] | None:
+    """An ensemble's file and what it holds: the named one, else the newest in `working/models/`; None without one.
 
-    @classmethod
-    def load(cls, path: Path) -> "PromptBank":
-        """Read what `save` wrote; ValueError if it is none."""
+    Raises: EnsembleError for a named file that holds no ensemble.
+    """
+    if path:
+        return Path(path), ensembles.load_ensemble(path)
+    files = (paths.working_dir() / "models").glob("*.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
-            with np.load(path, allow_pickle=False) as saved:
-                return cls(saved["prompts"].tolist(), saved["embeddings"].astype(np.float32))
-        except Exception as error:  # NumPy and zipfile raise errors of many kinds
-            raise ValueError(f"{path} holds no prompts ({error})") from error
-
-    def nearest(self, queries: np.ndarray, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        """The k prompts of highest cosine for each query, best first: all are compared, in blocks of bounded memory.
-
-        Args:
-            queries: float32 [q, 384], unit rows.
-            k: number of prompts; all of them where the bank holds fewer.
-        Returns: indices into `prompts` int64 [q, k], cosines float32 [q, k].
-        Raises: ValueError for queries of another shape, not finite or not of unit length, or k below 1.
-        """
-        if k < 1:
-            raise ValueError(f"k is {k}; ask for at least one prompt")
-        if queries.ndim != 2 or queries.shape[1] != EMBEDDING_DIM:
-            raise ValueError(f"queries are {list(queries.shape)}, not [queries, {EMBEDDING_DIM}]")
-        queries = unit_rows(queries)
-        parts = queries.split(BLOCK_QUERIES)
-        cosines, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-        for start in range(0, len(self.prompts), BLOCK_PROMPTS):
-            block = torch.from_numpy(np.array(self.embeddings[start : start + BLOCK_PROMPTS], np.float32)).T
-            best = [torch.topk(part @ block, min(k, block.shape[1])) for part in parts]
-            cosines = torch.cat([cosines, torch.cat([top.values for top in best])], dim=1)
-            indices = torch.cat([indices, torch.cat([top.indices for top in best]) + start], dim=1)
-            cosines, order = torch.topk(cosines, min(k, cosines.shape[1]))
-            indices = indices.gather(1, order)
-        return indices.numpy(), cosines.numpy()
-
-    def describe(self, queries: np.ndarray, k: int = 2, width: int = 64) -> list[str]:
-        """The nearest prompts of each query with their cosines, as one line for a title; long prompts are cut."""
-        told = []
-        for row, values in zip(*self.nearest(queries, k), strict=True):
-            prompts = (textwrap.shorten(self.prompts[index], width, placeholder=" ...") for index in row)
-            told.append(" / ".join(f"{prompt} ({cosine:.2f})" for prompt, cosine in zip(prompts, values, strict=True)))
-        return told
+            return file, ensembles.load_ensemble(file)
+        except ensembles.EnsembleError:  # another JSON file
+            continue
+    return None
 
 
-@torch.inference_mode()
+def embed_images(
+    models: Sequence[TrainedModel],
+    images: Sequence[Path],
+    *,
+    ensemble: Ensemble | None = None,
+    device: str = "auto",
+) -> dict[str, np.ndarray]:
+    """What models predict for images, each as in its validation.
+
+    Args:
+        models: one in memory at a time.
+        images: files.
+        ensemble: its members, whose checkpoints lie below `working/models/`, are predicted with too: families averaged
+            and weighted as in a submission.
+        device: auto, cpu or cuda.
+    Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
+    Raises: RetrievalError naming every image that cannot be read, or the members that failed; CheckpointError or
+        MountError for a checkpoint that cannot be used.
+    """
+    images, embeddings = [Path(image) for image in images], {}
+    for model in models:
+        network, recipe, _ = checkpoints.load_model(model.checkpoint)
+        pixels = PixelCache(images, recipe.input_size, num_workers=recipe.num_workers)
+        places = predict.local_devices(devices.pick_device(device), world_size=1)
+        embeddings[model.name] = predict.predict(network, recipe, pixels, places)
+        check_readable(list(pixels.bad.values()))
+    if ensemble is not None:
+        embeddings[ENSEMBLE] = embed_by_ensemble(ensemble, images, device)
+    return embeddings
+
+
+def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str) -> np.ndarray:
+    """What an ensemble predicts for images, of which each is readable, by all of its members: float32 [n, 384]."""
+    ensemble = ensemble.with_weight()
+    found = mounts.find_checkpoints(ensemble.files(), mounts.weight_folders())
+    files = {member: found[member.checkpoint] for member in ensemble.members()}
+    bank = ensembles.load_neighbours(ensemble, found)
+    *_, state = budget.predict_ensemble(ensemble, files, images, device=device, bank=bank)
+    check_readable(list(state.unreadable.values()))
+    if state.dropped:
+        raise RetrievalError("; ".join(f"{name}: {reason}" for name, reason in state.dropped.items()))
+    return state.embeddings
+
+
+def check_readable(reasons: Sequence[str]) -> None:
+    """Raise RetrievalError for the images that could not be read, by reason."""
+    if reasons:
+        raise RetrievalError("; ".join(reasons))
+
+
+def neighbours_table(embedding: np.ndarray, bank: PromptBank, k: int = 5) -> pd.DataFrame:
+    """The k nearest prompts to one embedding, float32 [384], best first: columns rank (from 1), cosine, prompt."""
+    (indices,), (cosines,) = bank.nearest(embedding[None], k)
+    return pd.DataFrame({"rank": np.arange(len(indices)) + 1, "cosine": cosines, "prompt": bank.texts(indices)})
+
+
+# ---------------------------------------------------------------- command
+
+
 def run(args: argparse.Namespace) -> None:
-    """Print the nearest prompts to what a model predicts for each image; ValueError naming what cannot be read."""
-    recipe = config.load_recipe(args.config) if args.config else None
-    model, recipe, _ = checkpoints.load_model(args.checkpoint, recipe)
-    bank = PromptBank.from_datasets(args.datasets.split(",") if args.datasets else recipe.datasets)
-    device = pick_device(args.device)
-    model.to(device)
-    for path in args.images:
-        image = transforms.resize_square(transforms.decode_rgb(path), recipe.input_size)
-        predicted = model(transforms.normalize(image[None].to(device), recipe.mean, recipe.std))
-        indices, cosines = bank.nearest(predicted.cpu().numpy(), args.k)
-        print(path)
-        for index, cosine in zip(indices[0], cosines[0], strict=True):
-            print(f"  {cosine:7.4f}  {bank.prompts[index]}")
+    """Print tables, and write them if asked; a ValueError or OSError naming what cannot be used, before any model."""
+    if args.csv and args.csv.exists():
+        raise RetrievalError(f"{args.csv} exists; remove it or give another --csv")
+    if args.k < 1:
+        raise RetrievalError(f"-k is {args.k}; ask for at least one prompt")
+    if missing := [str(path) for path in args.images if not path.is_file()]:
+        raise RetrievalError(f"no image at {', '.join(missing)}")
+    models, fitted = choose(args.model, args.ensemble)
+    names = dict.fromkeys(name for model in models for name in datasets_of(model))
+    if fitted:
+        names |= dict.fromkeys(sorted(json.loads(fitted[1].folds_hash)))
+    bank, told = prompt_bank.from_arguments(args, list(names))
+    embeddings = embed_images(models, args.images, ensemble=fitted[1] if fitted else None, device=args.device)
+    titles = {model.name: describe(model) for model in models}
+    if fitted:
+        titles[ENSEMBLE] = f"the ensemble {fitted[0].stem} of {len(fitted[1].with_weight().members())} models"
+    tables = []
+    print(f"nearest of {told}")
+    for number, image in enumerate(args.images):
+        for name, rows in embeddings.items():
+            table = neighbours_table(rows[number], bank, args.k)
+            print(f"\n{image}, by {titles[name]}\n{format_table(table)}")
+            tables.append(table.assign(image=str(image), model=fitted[0].stem if name == ENSEMBLE else name))
+    if args.csv:
+        with paths.atomic_path(args.csv) as temporary:
+            columns = ["image", "model", "rank", "cosine", "prompt"]
+            pd.concat(tables)[columns].to_csv(temporary, index=False, float_format="%.4f")
+
+
+def choose(names: Sequence[str], ensemble: str) -> tuple[list[TrainedModel], tuple[Path, Ensemble] | None]:
+    """The models and the ensemble that are named, else the ensemble fitted last, else the run finished last."""
+    fitted = find_ensemble(ensemble) if ensemble or not names else None
+    models = find_models(names) if names or not fitted else []
+    if not models and not fitted:
+        raise RetrievalError(f"nothing is trained yet in {paths.working_dir()}: make train MODEL=tiny_vit FOLD=0")
+    return (models if names else models[-1:]), fitted
+
+
+def datasets_of(model: TrainedModel) -> tuple[str, ...]:
+    return checkpoints.recipe_of(checkpoints.read(model.checkpoint), model.checkpoint).datasets
+
+
+def describe(model: TrainedModel) -> str:
+    return model.name if model.score is None else f"{model.name} (mean cosine {model.score:.4f} on its fold)"
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """Rank, cosine and prompt in lines for the terminal; long prompts go on below."""
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for rank, cosine, prompt in table[["rank", "cosine", "prompt"]].itertuples(index=False):
+        head = f"{rank:4d}  {cosine:7.4f}  "
+        lines.append(textwrap.fill(prompt, max(40, width), initial_indent=head, subsequent_indent=" " * len(head)))
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kutils.retrieval",
-        description="Print, for each image, the prompts nearest to the embedding that a model predicts.",
+        description="Print, for each image, the prompts nearest to the embedding that a trained model predicts.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="trained model")
-    parser.add_argument("--config", help="recipe (default: the one in the checkpoint)")
-    parser.add_argument("--datasets", metavar="A,B", help="data sets to take prompts from (default: the recipe's)")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="RUN_OR_CHECKPOINT",
+        help="a finished run of working/runs/ (it may hold *) or a checkpoint file; once more for a table by each "
+        "(default: the ensemble fitted last, else the run finished last)",
+    )
+    parser.add_argument("--ensemble", default="", metavar="FILE", help="fitted weights, beside models or instead")
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument("--bank", type=Path, metavar="FILE.arrow", help="prompts by python -m kutils.prompt_bank")
+    sources.add_argument("--datasets", metavar="A,B", help="data sets of input/ (default: those of the models)")
+    sources.add_argument("--prompts", type=Path, metavar="FILE.tsv", help="prompts file with its .npy beside it")
     parser.add_argument("-k", type=int, default=5, help="prompts per image (default: 5)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write image, model, rank, cosine, prompt there too")
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:

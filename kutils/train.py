@@ -8,6 +8,7 @@ import argparse
 import errno
 import itertools
 import os
+import shlex
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from kutils import (
     datasets,
     devices,
     engine,
+    finished,
     launch,
     models,
     optim,
@@ -47,8 +49,12 @@ class TrainingError(ValueError):
     """Training that cannot go on; the message says why and how to go on."""
 
 
-def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
-    """Run or resume one fold; returns the result that is also written to the run folder's `result.json`."""
+def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
+    """Run or resume one fold; returns the result that is also written to the run folder's `result.json`.
+
+    Args:
+        origin: where the recipe is from (config, overrides), for `environment.json`.
+    """
     started = time.monotonic()
 
     # ---------------------------------------------------------------- where the run stands
@@ -139,7 +145,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks) -> dict:
     step, earlier_seconds = state["step"], state["seconds"]
     total_steps = recipe.epochs * sampler.steps_per_epoch
     if ranks.is_main:
-        runs.start(folder, recipe, fold=fold, ranks=ranks.world_size, device=device_name(ranks), dtype=str(dtype))
+        facts = {"fold": fold, "ranks": ranks.world_size, "device": device_name(ranks), "dtype": str(dtype)}
+        runs.start(folder, recipe, **origin, **facts)
         metrics, board = (
             runs.Metrics(folder / "metrics.jsonl", step, state["epoch"]),
             SummaryWriter(folder / "tensorboard", purge_step=step),
@@ -384,6 +391,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def write_report(folder: Path) -> None:
+    """Write the run's `report.html` if it is not there; whatever goes wrong, the run is finished."""
+    if (folder / "report.html").is_file():
+        return
+    try:
+        from kutils import report  # brings pandas and Matplotlib, which no other rank needs
+
+        print(f"report: {report.write_report(folder)}", flush=True)
+    except Exception as error:
+        again = f"python -m kutils.report {shlex.quote(str(folder))}"
+        print(f"no report ({type(error).__name__}: {error}); make it with: {again}", flush=True)
+
+
 @record
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
@@ -391,7 +411,9 @@ def main(argv: list[str] | None = None) -> int:
         launch.end_with_parent()
     try:
         recipe = config.load_recipe(arguments.config, arguments.overrides)
-        train(recipe, arguments.fold, devices.join_ranks(recipe.device))
+        path = finished.shown_path(config.find_config(arguments.config))
+        ranks = devices.join_ranks(recipe.device)
+        train(recipe, arguments.fold, ranks, config=str(path), overrides=arguments.overrides)
     except ValueError as error:  # what a user can put right; anything else is a bug and shows its traceback
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -404,6 +426,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         devices.leave_ranks()
+    if ranks.is_main:  # the others need not wait
+        write_report(recipe.run_folder(arguments.fold))
     return 0
 
 

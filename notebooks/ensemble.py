@@ -69,8 +69,9 @@ print(f"{fitted.method} weights: {fitted.scores['chosen']:.4f}, {gain:+.4f} over
 # %%
 import pandas as pd
 
-rows = [(name, Path(each.recipe).stem, each.fold, each.score) for name, of in fitted.families.items() for each in of]
-pd.DataFrame(rows, columns=["family", "recipe", "fold", "cosine on its fold"]).round(4)
+members = [(family, each) for family, of in fitted.families.items() for each in of]
+rows = [(family, Path(each.recipe).stem, each.fold, each.neighbours, each.score) for family, each in members]
+pd.DataFrame(rows, columns=["family", "recipe", "fold", "neighbours", "network's cosine on its fold"]).round(4)
 
 # %% [markdown]
 # ## Who counts how much?

@@ -56,7 +56,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # Each distinct prompt counts once. The built-in renderer draws its own small language only, a diffusion model anything.
 
 # %%
-from kutils import generate, image_sets, paths, plots, shapes
+from kutils import data_plots, generate, image_sets, paths, plots, shapes
 from kutils.tables import read_table, write_table
 
 prompts_file = Path(prompts_path or paths.working_dir() / "runs" / f"generate_{output}" / "prompts.tsv")
@@ -150,7 +150,7 @@ if len(there):
 # %%
 sample = np.random.default_rng(0).permutation(there)[:500]
 if len(there):
-    plots.image_statistics([image_set.path(image) for image in sample])
+    data_plots.image_statistics([image_set.path(image) for image in sample])
 
 # %% [markdown]
 # ## What is next?

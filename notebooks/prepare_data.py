@@ -52,7 +52,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # Prompts that are not embedded yet are embedded, and folds assigned where there are none. What is there stays as it is.
 
 # %%
-from kutils import grouping, paths, plots, preparation
+from kutils import data_plots, grouping, paths, plots, preparation
 
 names = [name.strip() for name in dataset.split(",")]
 if names == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
@@ -89,7 +89,7 @@ print(check.format_report(checked))
 # Training draws one image per prompt and epoch: a prompt with more of them shows more pictures, not more often.
 
 # %%
-plots.image_counts([item.report for item in checked]);
+data_plots.image_counts([item.report for item in checked]);
 
 # %% [markdown]
 # ## Do the images show their prompts?
@@ -104,10 +104,10 @@ plots.image_grid(images, prompts, columns=4);
 # The text encoder reads 256 tokens, about 190 words, and no more, as the competition's did.
 
 # %%
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 
 bank = PromptBank.from_datasets(names)
-plots.prompt_lengths(bank.prompts);
+data_plots.prompt_lengths(bank.prompts.to_pylist());
 
 # %% [markdown]
 # ## How similar are the prompts to each other?
@@ -124,7 +124,7 @@ plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshol
 
 # %%
 print(grouping.format_report(report))
-plots.fold_report(report);
+data_plots.fold_report(report);
 
 # %% [markdown]
 # ## What is next?

@@ -56,7 +56,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # prompt. Where the examples below show the wrong ones, give other limits: `python -m kutils.sources --help`.
 
 # %%
-from kutils import cleaning, plots, preparation
+from kutils import cleaning, data_plots, plots, preparation
 
 lists = preparation.prompt_lists(name)
 options = {"column": column, "num_prompts": num_prompts, "overwrite": overwrite}
@@ -95,17 +95,17 @@ report = grouping.assign_folds(files, threshold, None if keep else num_folds, me
 print(grouping.format_report(report))
 
 # %%
-plots.fold_report(report);
+data_plots.fold_report(report);
 
 # %% [markdown]
 # ## How long are the prompts?
 # The text encoder reads 256 tokens, about 190 words; Stable Diffusion reads 77 tokens, about 55 words.
 
 # %%
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 
 bank = PromptBank.from_table(lists.kept)
-plots.prompt_lengths(bank.prompts);
+data_plots.prompt_lengths(bank.prompts.to_pylist());
 
 # %% [markdown]
 # ## How similar are those that are left?

@@ -56,8 +56,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 import time
 
 import torch
-from kutils import blending, budget, devices, mounts, paths, pixels, plots, retrieval, submission
-from kutils.ensemble import bank_path, describe, load_ensemble
+from kutils import blending, budget, devices, mounts, paths, pixels, plots, prompt_bank, submission
+from kutils.ensemble import bank_path, describe, load_ensemble, load_neighbours
 
 began = time.monotonic()
 print(f"{mounts.describe_machine()}\n{devices.describe_gpus()}")
@@ -77,12 +77,13 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(f
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
 submission.keep_former(output_path)
 submission.write_submission(output_path, ids, budget.mean_embeddings(fitted, len(ids)))
-files = mounts.find_checkpoints({member.checkpoint: member.sha256 for member in fitted.members()}, folders)
+files = mounts.find_checkpoints(fitted.files(), folders)
 checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
+neighbours = load_neighbours(fitted, files)
 
 # %%
 hours_left = hours - (time.monotonic() - began) / 3600
-options = {"hours": hours_left, "batch_size": batch_size, "tta": tta, "cache_gb": cache_gb}
+options = {"hours": hours_left, "batch_size": batch_size, "tta": tta, "cache_gb": cache_gb, "bank": neighbours}
 for state in budget.predict_ensemble(fitted, checkpoint_files, image_files, **options):
     submission.write_submission(output_path, ids, state.embeddings)
     weights = ", ".join(f"{family} {weight:.3f}" for family, weight in state.weights.items())
@@ -119,7 +120,7 @@ with plots.errors_shown():
 # %%
 with plots.errors_shown():
     if bank_path(ensemble_path).is_file() and image_files:
-        bank = retrieval.PromptBank.load(bank_path(ensemble_path))
+        bank = prompt_bank.PromptBank.load(bank_path(ensemble_path))
         titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
         plots.image_grid(image_files[:8], titles, columns=4)
 

@@ -86,6 +86,7 @@ if result:
     print(runs.describe(result))
     gain = result["cosine_similarity"] - result["mean_prompt_baseline"]
     print(f"{gain:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
+    print(f"all of it in one page: {run.folder / 'report.html'}")
 
 # %% [markdown]
 # ## What did it look at?

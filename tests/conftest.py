@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch processes side by side would spin away each other's time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,4 +90,26 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "input").mkdir()
     (tmp_path / "working").mkdir()
     make_dataset(tmp_path / "input")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with `input/` and `working/`, where first_fold0, second_fold0 and first_fold1 have been trained."""
+    from finished_runs import train_three
+
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUTILS_INPUT", str(root / "input"))
+        patch.setenv("KUTILS_WORKING", str(root / "working"))
+        train_three(root)
+    return root
+
+
+@pytest.fixture
+def finished(trained, tmp_path, monkeypatch):
+    """A copy of `trained`, which kutils uses."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
+    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
     return tmp_path

@@ -160,21 +160,16 @@ def check(copy: Copy) -> None:
     copy.run(f"papermill notebooks/refine.ipynb working/runs/r.ipynb -p model vit_large -p fold 0 {tiny}")
     copy.expect("working/runs/t.ipynb", "working/t.json", "working/runs/r.ipynb")
 
-    commands = (
-        *(
-            "sources",
-            "templates",
-            "grouping",
-            "generate",
-            "check",
-            "shards",
-            "pretrained",
-            "train",
-            "evaluate",
-            "predict",
-        ),
-        *("retrieval", "ensemble", "kaggle", "launch"),
-    )
+    # what came out: several runs, the data, an image of one's own, a report
+    copy.run("papermill notebooks/compare.ipynb working/compare.ipynb")
+    copy.run("papermill notebooks/explore.ipynb working/explore.ipynb -p map_prompts 200")
+    copy.run("python -m kutils.report")
+    copy.run("python -m kutils.retrieval $(find input/drawn_images -name '*_0.*' | sort | head -2)")
+    copy.expect("working/compare.ipynb", "working/explore.ipynb")
+
+    data = ["sources", "templates", "grouping", "generate", "check", "shards", "prompt_bank"]
+    models = ["pretrained", "train", "evaluate", "predict", "ensemble", "retrieval", "neighbours", "report"]
+    commands = [*data, *models, "kaggle", "launch"]
     for module in commands:
         copy.run(f"python -m kutils.{module} --help")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_similarity import brute_force, neighbourhoods
 
-from kutils import benchmark_similarity, folding, prompts
+from kutils import benchmark_similarity, folding, prompt_bank, prompts
 from kutils.similarity import similar_pairs
 from kutils.tables import read_table, write_table
 
@@ -62,3 +62,14 @@ def test_prompts_come_from_the_grammar_or_a_file(workspace, monkeypatch):
     assert len(set(made)) == 30 and texts == [made[int(row)] for row in rows[:, 0]]
     write_table(workspace / "own.tsv", {"prompt": ["a", "b", "c"]})
     assert [len(part) for part in benchmark_similarity.embedded_prompts(str(workspace / "own.tsv"), 2)] == [2, 2]
+
+
+def test_nearest_prompts_are_looked_up_beside_faiss(workspace, monkeypatch):
+    monkeypatch.setattr(prompt_bank, "BLOCK_PROMPTS", 512)
+    entries = by_name(benchmark_similarity.measure_nearest(2000, repeats=2))
+    assert set(entries) == {f"nearest_prompts_2000{part}" for part in ("", "_first", "_256_queries")}
+    assert all(entry.ours > 0 and entry.reference > 0 for entry in entries.values())
+    assert not list((workspace / "working" / "benchmark").rglob("*.arrow"))
+    monkeypatch.setattr(benchmark_similarity, "search_faiss", lambda path, queries: (np.zeros((256, 10)), [1, 1, 1]))
+    with pytest.raises(AssertionError, match="others are nearer"):
+        benchmark_similarity.measure_nearest(2000, repeats=1)

@@ -1,5 +1,6 @@
 """An ensemble within its time: what fits, what is left out and in which order; and every result on the way."""
 
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from ensembles import by_hand, save_images, write_ensemble
 
 from kutils import blending, budget, checkpoints, ensemble, models, pixels, predict, transforms
 from kutils.budget import Cost
+from kutils.prompt_bank import PromptBank
 
 SCORES = {"family": 0.60}
 
@@ -137,6 +139,31 @@ def test_an_ensemble_gets_better_model_by_model(images, members, hours):
     np.testing.assert_array_equal(seen[3][2][12:], np.tile(mean, (2, 1)))
     assert [path.name for path in state.unreadable] == ["m.png", "n.jpg"]
     assert state.dropped == {"c fold 0": "its weight is 0"}
+
+
+def test_members_that_share_a_network_take_one_pass(images, members, monkeypatch):
+    """b also as the nearest of three prompts: by hand, and in one pass with b itself."""
+    fitted, files, built = members
+    (b,) = fitted.families["b"]
+    nearest = dataclasses.replace(b, neighbours=2, temperature=0.1)
+    families = {"b": [b], "b_nearest": [nearest]}
+    fitted = dataclasses.replace(fitted, families=families, weights={"b": 0.4, "b_nearest": 0.6})
+    bank = PromptBank(["x", "y", "z"], unit_rows(3, seed=4))
+    whole, passes = predict.predict, []
+    monkeypatch.setattr(predict, "predict", lambda *args, **options: passes.append(1) or whole(*args, **options))
+    cost = Cost(1, 0.1, 0, 8)
+    assert budget.estimate([b, nearest], {b: cost, nearest: cost}, 10) == pytest.approx(budget.SLACK * 2)
+    for hours in (math.inf, 1.0):
+        del passes[:]
+        seen, state = states(fitted, {b: files[b], nearest: files[b]}, images, bank=bank, hours=hours)
+        assert len(passes) == 1 and [run for run, _, _ in seen] == [[], ["b fold 0 (2 nearest)", "b fold 0"]]
+        rows = by_hand(*built["b fold 0"], images[:12])
+        expected = 0.4 * rows + 0.6 * bank.knn(rows, 2, 0.1)
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(state.embeddings[:12], expected, atol=1e-5)
+        np.testing.assert_array_equal(state.embeddings[12:], np.tile(np.float32(fitted.mean_embedding), (2, 1)))
+    _, state = states(fitted, {b: files[b], nearest: files[b]}, images)  # without its prompts
+    assert set(state.dropped) == {"b fold 0", "b fold 0 (2 nearest)"}
 
 
 def test_images_are_decoded_once_per_input_size(images, members, monkeypatch):

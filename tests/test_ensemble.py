@@ -12,7 +12,7 @@ from conftest import TINY, make_dataset
 
 from kutils import blending, checkpoints, ensemble, train
 from kutils.config import ConfigError, Recipe, load_recipe
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 from kutils.tables import read_table, write_table
 
 FAMILIES = {"convnext": "test_convnext", "vit": "test_vit"}
@@ -106,9 +106,9 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     assert scores["members"]["vit"] == pytest.approx(np.sum(rows["vit"] * targets, axis=1)[unseen].mean(), abs=1e-6)
     assert scores["baseline"] == pytest.approx((targets @ mean)[unseen].mean(), abs=1e-6)
     assert "family weights" in shown and "equal ones on rows that the fit has not seen" in shown
-    bank = PromptBank.load(output.with_name("ensemble_toy.prompts.npz"))
-    assert set(bank.prompts) == set(prompts.tolist())
-    np.testing.assert_allclose(bank.embeddings[:3], embeddings[[0, 2, 4]], atol=1e-3)
+    bank = PromptBank.load(output.with_name("ensemble_toy.prompts.arrow"))
+    assert set(bank.prompts.to_pylist()) == set(prompts.tolist())
+    np.testing.assert_allclose(bank.vectors([0, 1, 2]), embeddings[[0, 2, 4]], atol=1e-3)
     assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
     assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
     assert ensemble.load_ensemble(output).members()[2] == ensemble.Member(**vit[1])
@@ -122,6 +122,63 @@ def test_other_methods(world, method):
     assert np.shape(fitted.weights["vit"]) == {"equal": (), "dimension": (384,)}[method]
     assert sum(fitted.mean_weights().values()) == pytest.approx(1)
     assert ensemble.load_ensemble(path) == fitted
+
+
+def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, capsys):
+    write_config(world, vit=[0, 1])
+    values = yaml.safe_load((world / "ensemble_toy.yaml").read_text())
+    pulled = [entry | {"neighbours": 3, "temperature": 0.2} for entry in values["families"]["vit"]]
+    values["families"]["vit_nearest"] = pulled
+    (world / "ensemble_toy.yaml").write_text(yaml.safe_dump(values))
+    fitted, path = ensemble.fit(world / "ensemble_toy.yaml")
+    assert [member.name for member in fitted.families["vit_nearest"]] == [
+        "vit fold 0 (3 nearest)",
+        "vit fold 1 (3 nearest)",
+    ]
+
+    table = read_table(world / "input" / "toy.tsv", ["fold"])
+    folds, embeddings = table["fold"].to_numpy()[::2], np.load(world / "input" / "toy.npy")[::2]  # two images each
+    known = embeddings[folds != 0]
+    rows = np.load(predictions_path(world, "vit"))["embeddings"]
+    cosines = rows @ known.T
+    nearest = np.argsort(-cosines, axis=1)[:, :3]
+    weights = np.exp(np.take_along_axis(cosines, nearest, axis=1) / 0.2)
+    mean = np.einsum("nk,nkd->nd", weights, known[nearest])
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    targets = np.load(world / "input" / "toy.npy")[table["fold"].to_numpy() == 0]
+    unseen = ~blending.split_groups(blending.topics(targets, np.arange(24) // 2), 0)
+    score = np.sum(mean * targets, axis=1)[unseen].mean()
+    assert fitted.scores["members"]["vit_nearest"] == pytest.approx(score, abs=1e-6)
+
+    file = path.with_name("ensemble_toy.neighbours.arrow")
+    assert (
+        fitted.neighbours_bank == file.name
+        and fitted.neighbours_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    )
+    bank = PromptBank.load(file)
+    prompts = np.array(table["prompt"].to_pylist()[::2])
+    assert bank.prompts.to_pylist() == prompts[folds != 0].tolist() and len(bank) == 108
+    np.testing.assert_allclose(bank.vectors(np.arange(108)), known, atol=1e-4)
+    assert ensemble.load_ensemble(path) == fitted
+    assert fitted.files()[file.name] == fitted.neighbours_sha256 and len(fitted.files()) == 1 + 2 + 1
+    capsys.readouterr()
+    ensemble.write_ensemble(fitted, path)
+    content = json.loads(path.read_text())
+    for key in ("neighbours_bank", "neighbours_sha256"):
+        del content[key]
+    path.write_text(json.dumps(content))  # as it was written before there were neighbours
+    assert ensemble.load_ensemble(path).neighbours_bank == ""
+
+
+def test_rows_without_a_prediction_have_no_neighbours():
+    basis = np.eye(384, dtype=np.float32)
+    member = ensemble.Member("x.yaml", 0, neighbours=1)
+    rows = np.stack([basis[1], np.full(384, np.nan, np.float32)])
+    pulled = member.pull(rows, PromptBank(["a", "b"], basis[[0, 1]]))
+    np.testing.assert_array_equal(pulled, rows)
+    assert ensemble.Member("x.yaml", 0).pull(rows, None) is rows
+    with pytest.raises(ensemble.EnsembleError, match=r"x fold 0 \(1 nearest\): the prompts"):
+        member.pull(rows, None)
 
 
 def test_a_former_file_that_differs_is_kept(world):
@@ -199,6 +256,15 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(world, capsys):
         ({"families": {"vit": [{"recipe": "vit.yaml"}]}}, "a member of vit lacks fold"),
         ({"families": {"vit": [{"recipe": "vit.yaml", "fold": 10}]}}, "with a fold of 0 to 9"),
         ({"families": {"vit": [{"recipe": "vit.yaml", "fold": True}]}}, "with a fold of 0 to 9"),
+        ({"families": {"vit": [{"recipe": "vit.yaml", "fold": 0, "neighbour": 3}]}}, "did you mean 'neighbours'?"),
+        (
+            {"families": {"vit": [{"recipe": "vit.yaml", "fold": 0, "neighbours": 0}]}},
+            "neighbours is 0; it is a number",
+        ),
+        (
+            {"families": {"vit": [{"recipe": "vit.yaml", "fold": 0, "temperature": -1}]}},
+            "temperature is -1; it is above",
+        ),
         ({"families": {"vit": [{"recipe": "vit.yaml", "fold": 1}]}}, "vit has 0 members validated on fold 0"),
         (
             {"families": {"vit": [{"recipe": f"{name}.yaml", "fold": 0} for name in ("a", "b")]}},

@@ -12,14 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "kutils").glob("*.py")) if path.stem != "__init__"}
 # tier 0: no torch, nothing of kutils but each other; tier 1, the parts: all that is not named here
-TIERS = {"paths": 0, "config": 0, "runs": 0, "children": 0, "nodes": 0, "launch": 0, "plots": 0, "mounts": 0}
+TIERS = dict.fromkeys(["paths", "config", "runs", "finished", "children", "nodes", "launch", "mounts"], 0)
+TIERS |= dict.fromkeys(
+    ["figures", "tiles", "plots", "data_plots", "model_plots", "html_tables", "html_page", "widgets"], 0
+)
 TIERS |= {
     "engine": 2,
     "predict": 2,
     "report": 2,
+    "comparison": 3,
     "train": 3,
     "evaluate": 3,
     "budget": 3,
+    "retrieval": 4,
+    "exploration": 5,
     "demo": 4,
     "benchmark_prediction": 4,
     "benchmark_data": 4,

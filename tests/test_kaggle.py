@@ -1,5 +1,6 @@
 """What is packed and pushed, and what becomes of it: the whole way to a submission, against a stub of Kaggle."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -18,7 +19,7 @@ from conftest import unit_rows
 from ensembles import write_ensemble
 from kaggle_stub import OWNER
 
-from kutils import checkpoints, ensemble, kaggle, kaggle_client, models, paths, retrieval, runs, submission
+from kutils import checkpoints, ensemble, kaggle, kaggle_client, models, paths, prompt_bank, runs, submission
 from kutils.kaggle import KaggleError
 
 absent = importlib.util.find_spec("kaggle") is None and not os.environ.get("CI")  # there it has to be installed
@@ -68,7 +69,7 @@ def fitted(tmp_path, tiny_recipe):
         families.setdefault(family, []).append(member)
     path = write_ensemble(folder, families, {"a": 1.0, "b": 0.0}, unit_rows(1)[0])
     path.rename(folder / "ensemble_tiny.json")
-    retrieval.PromptBank(["a cat"], unit_rows(1)).save(folder / "ensemble_tiny.prompts.npz")
+    prompt_bank.PromptBank(["a cat"], unit_rows(1)).save(folder / "ensemble_tiny.prompts.arrow")
     return folder, built
 
 
@@ -159,8 +160,34 @@ def test_the_weights_are_half_as_large_and_the_same_models(repository, settings,
         with torch.no_grad():
             assert torch.cosine_similarity(model(images), built[original](images)).min() > 0.9999
         assert recipe.prefix == "a" and facts["fold"] == member.fold
-    assert retrieval.PromptBank.load(ensemble.bank_path(folder / "ensemble_tiny.json")).prompts == ["a cat"]
+    assert prompt_bank.PromptBank.load(ensemble.bank_path(folder / "ensemble_tiny.json")).texts([0]) == ["a cat"]
     assert not list(folder.rglob("b_*"))
+
+
+def test_the_prompts_of_neighbours_are_sent_where_they_count(repository, settings, fitted):
+    models_folder, _ = fitted
+    path = models_folder / "ensemble_tiny.json"
+    plain = ensemble.load_ensemble(path)
+    bank = ensemble.neighbours_path(path)
+    prompt_bank.PromptBank(["a cat", "a dog"], unit_rows(2)).save(bank, np.float16)
+    nearest = [dataclasses.replace(member, neighbours=1) for member in plain.families["a"]]
+    changes = {"neighbours_bank": bank.name, "neighbours_sha256": paths.sha256_of(bank)}
+    changes["families"] = plain.families | {"nearest": nearest}
+    for weight in (0.5, 0.0):
+        weights = plain.weights | {"nearest": weight}
+        ensemble.write_ensemble(dataclasses.replace(plain, weights=weights, **changes), path)
+        folder = kaggle.stage_weights(settings)
+        packed = ensemble.load_ensemble(folder / path.name)
+        manifest = json.loads((folder / "manifest.json").read_text())["files"]
+        assert (
+            (folder / bank.name).is_file() == (bank.name in manifest) == (bank.name in packed.files()) == bool(weight)
+        )
+        assert set(manifest) == set(packed.files()) and len(list(folder.rglob("*.safetensors"))) == 2
+    assert manifest.keys() == {member.checkpoint for member in packed.members()}
+    bank.write_bytes(b"other prompts")
+    ensemble.write_ensemble(dataclasses.replace(plain, weights=plain.weights | {"nearest": 1.0}, **changes), path)
+    with pytest.raises(ValueError, match=r"neighbours.arrow .*not what was fitted"):
+        kaggle.stage_weights(settings)
 
 
 def test_a_checkpoint_that_changed_since_the_fit_is_not_sent(repository, settings, fitted):

@@ -18,7 +18,7 @@ from ensembles import by_hand, save_images, write_ensemble
 from kaggle_machine import Machine, kill, problem_of
 from kaggle_stub import SETTINGS
 
-from kutils import checkpoints, ensemble, kaggle, models, paths, pixels, retrieval, runs, submission
+from kutils import checkpoints, ensemble, kaggle, models, paths, pixels, prompt_bank, runs, submission
 from kutils.benchmark_prediction import make_images
 from kutils.config import Recipe
 
@@ -93,8 +93,8 @@ def fit(folder, networks):
     weights = {family: WEIGHTS[family] for family in networks}
     path = write_ensemble(folder, families, weights, unit_rows(1)[0], scores, counts, WITHOUT)
     path.rename(folder / "ensemble_tiny.json")
-    retrieval.PromptBank([f"prompt {number}" for number in range(50)], unit_rows(50, 3)).save(
-        folder / "ensemble_tiny.prompts.npz"
+    prompt_bank.PromptBank([f"prompt {number}" for number in range(50)], unit_rows(50, 3)).save(
+        folder / "ensemble_tiny.prompts.arrow"
     )
 
 

@@ -4,6 +4,7 @@ import ast
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_every_section_asks_and_says_something(script):
 def test_a_figure_is_not_shown_twice(script):
     for source in code_cells(script):
         last = ast.parse(source).body[-1]
-        if isinstance(last, ast.Expr) and ast.unparse(last).startswith("plots."):
+        if isinstance(last, ast.Expr) and ast.unparse(last).partition(".")[0].endswith("plots"):
             assert source.endswith(";"), source
 
 
@@ -154,9 +155,15 @@ def execute(name: str, target: Path, /, cwd: Path = ROOT, **values) -> list[dict
 
 
 def figures(executed: list[dict]) -> list[Image.Image]:
-    """All pictures among the outputs, in order."""
-    data = [output.get("data", {}) for cell in executed for output in cell.get("outputs", [])]
-    return [Image.open(io.BytesIO(base64.b64decode(item["image/png"]))) for item in data if "image/png" in item]
+    """All pictures among the outputs, in order; each has its text, and no large size."""
+    shown = [output for cell in executed for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    for output in shown:
+        assert (
+            re.search(r"\w+ \w+", output["metadata"]["image/png"]["alt"])
+            and "needs_background" not in output["metadata"]
+        )
+        assert len(output["data"]["image/png"]) < 1.4e6  # base64 of a megabyte
+    return [Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))) for output in shown]
 
 
 def printed(executed: list[dict]) -> str:

@@ -10,7 +10,7 @@ from conftest import make_dataset
 from kutils import grouping, preparation, prompts
 from kutils.datasets import DataError
 from kutils.grouping import GroupingError
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 from kutils.tables import read_table, write_table
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from kutils import folding, grouping, image_facts, prompts, sources
 from kutils.datasets import load_datasets
-from kutils.retrieval import PromptBank
+from kutils.prompt_bank import PromptBank
 from kutils.similarity import similar_pairs
 from kutils.tables import read_table, write_table
 from kutils.transforms import decode_rgb
@@ -108,7 +108,7 @@ def test_every_image_decodes_to_what_pillow_sees(data):
 def test_bank_of_the_pairs_knows_its_own_prompts(data):
     bank = PromptBank.from_datasets(["pairs"])
     indices, cosines = bank.nearest(data.targets(np.arange(len(data))), k=1)
-    assert [bank.prompts[index] for index in indices[:, 0]] == data.prompts.to_pylist()
+    assert bank.texts(indices[:, 0]) == data.prompts.to_pylist()
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
 
 

@@ -1,174 +1,254 @@
-"""Nearest prompts against plain NumPy, and the bank of a data set."""
+"""Trained models asked about images: predictions by the networks' own output, and the command's tables."""
+
+import dataclasses
+import json
+import os
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import make_dataset, unit_rows
+from conftest import unit_rows
+from ensembles import by_hand, write_ensemble
 
-from kutils import checkpoints, models, retrieval, transforms
-from kutils.datasets import DataError
-from kutils.retrieval import PromptBank
-from kutils.tables import write_table
+from kutils import checkpoints, ensemble, models, paths, retrieval
+from kutils.mounts import MountError
+from kutils.prompt_bank import PromptBank
+from kutils.retrieval import RetrievalError
+from kutils.runs import RunError
 
-
-def brute_force(embeddings, queries, k):
-    """All cosines in float64, sorted."""
-    cosines = queries.astype(np.float64) @ embeddings.astype(np.float64).T
-    order = np.argsort(-cosines, axis=1)[:, :k]
-    return order, np.take_along_axis(cosines, order, axis=1)
-
-
-@pytest.mark.parametrize(
-    ("num_prompts", "num_queries", "k"), [(100, 7, 5), (64, 1, 1), (65, 33, 3), (3, 2, 5), (100, 0, 5)]
-)
-def test_nearest_is_what_all_cosines_say(monkeypatch, num_prompts, num_queries, k):
-    monkeypatch.setattr(retrieval, "BLOCK_PROMPTS", 32)  # 65 prompts: a last block of one, smaller than k
-    monkeypatch.setattr(retrieval, "BLOCK_QUERIES", 4)
-    embeddings, queries = unit_rows(num_prompts, seed=1), unit_rows(num_queries, seed=2)
-    indices, cosines = PromptBank([f"prompt {n}" for n in range(num_prompts)], embeddings).nearest(queries, k)
-    expected_indices, expected_cosines = brute_force(embeddings, queries, k)
-    np.testing.assert_array_equal(indices, expected_indices)
-    np.testing.assert_allclose(cosines, expected_cosines, atol=1e-6)
-    assert indices.shape == (num_queries, min(k, num_prompts))
-    assert indices.dtype == np.int64 and cosines.dtype == np.float32
-
-
-def test_a_prompt_is_nearest_to_itself_and_a_mixture_to_its_larger_part():
-    embeddings = np.eye(384, dtype=np.float32)[:3]
-    bank = PromptBank(["a cat", "a dog", "a tree"], embeddings)
-    indices, cosines = bank.nearest(np.stack([embeddings[1], 0.6 * embeddings[0] + 0.8 * embeddings[2]]), k=2)
-    assert bank.prompts[indices[0, 0]] == "a dog" and cosines[0].tolist() == [1, 0]
-    assert [bank.prompts[index] for index in indices[1]] == ["a tree", "a cat"]
-    assert cosines[1].tolist() == pytest.approx([0.8, 0.6])
-
-
-def test_bank_of_data_sets_holds_every_prompt_once(workspace):
-    make_dataset(workspace / "input", "other", num_prompts=15)
-    bank = PromptBank.from_datasets(["toy", "other"])
-    expected = [
-        f'{name} prompt "{number}, with a comma'
-        for name, count in (("toy", 40), ("other", 15))
-        for number in range(count)
-    ]
-    assert bank.prompts == expected
-    np.testing.assert_array_equal(
-        bank.embeddings[:40], np.load(workspace / "input" / "toy.npy")[::2]
-    )  # two images each
-    np.testing.assert_array_equal(bank.embeddings[40:], np.load(workspace / "input" / "other.npy")[::2])
-
-
-@pytest.mark.parametrize(
-    ("queries", "k", "message"),
-    [
-        (np.zeros((2, 383)), 5, r"\[2, 383\], not \[queries, 384\]"),
-        (np.zeros(384), 5, r"\[384\], not"),
-        (np.full((1, 384), np.nan), 5, "row 0 of the embeddings has length nan"),
-        (np.stack([unit_rows(1)[0], 2 * unit_rows(1)[0]]), 5, "row 1 of the embeddings has length [12]"),
-        (unit_rows(1), 0, "k is 0"),
-    ],
-)
-def test_bad_queries_are_refused(queries, k, message):
-    with pytest.raises(ValueError, match=message):
-        PromptBank(["a", "b"], unit_rows(2)).nearest(queries, k)
-
-
-@pytest.mark.parametrize(("prompts", "rows"), [(["a"], 2), ([], 0)])
-def test_bank_and_embeddings_have_to_fit(prompts, rows):
-    with pytest.raises(ValueError, match=r"a bank needs \[prompts, 384\]"):
-        PromptBank(prompts, unit_rows(rows))
+NAMES = ("0003_1.png", "0017_0.png")
 
 
 @pytest.fixture
-def checkpoint(workspace, tiny_recipe):
-    """A network of random weights, and the same in a file."""
-    recipe = tiny_recipe(amp_dtype="float32")
-    torch.manual_seed(0)
-    model = models.build_model(recipe).eval()
-    facts = {"fold": 0, "folds_hashes": {}, "epoch": 1, "cosine_similarity": 0.5}
-    checkpoints.save_checkpoint(workspace / "model.pth", model, recipe, **facts)
-    (workspace / "recipe.yaml").write_text(recipe.to_yaml())
-    return model, recipe, workspace / "model.pth"
+def images(workspace):
+    return [workspace / "input" / "toy_images" / name for name in NAMES]
 
 
-def test_command_prints_the_nearest_prompts_to_each_image(workspace, checkpoint, capsys):
-    model, recipe, path = checkpoint
-    images = [workspace / "input" / "toy_images" / name for name in ("0003_1.png", "0017_0.png")]
-    retrieval.main([*map(str, images), "--checkpoint", str(path), "-k", "2", "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    pixels = torch.stack(
-        [transforms.resize_square(transforms.decode_rgb(image), recipe.input_size) for image in images]
+@pytest.fixture
+def trained(workspace, tiny_recipe):
+    """Two finished runs of random weights, a_fold0 and b_fold0, the later: the networks and recipes by name."""
+    built = {}
+    for number, (name, input_size) in enumerate([("a", 32), ("b", 48)]):
+        torch.manual_seed(number)
+        recipe = tiny_recipe(prefix=name, save_dir=name, input_size=input_size)
+        model = models.build_model(recipe).eval()
+        path = workspace / "working" / "models" / name / f"{name}_fold0_best_cossim.pth"
+        facts = {"fold": 0, "folds_hashes": {}, "epoch": 1, "cosine_similarity": 0.5 + number / 10}
+        checkpoints.save_checkpoint(path, model, recipe, **facts)
+        run = workspace / "working" / "runs" / f"{name}_fold0"
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(recipe.to_yaml())
+        result = {"checkpoint": f"{name}/{path.name}", "cosine_similarity": facts["cosine_similarity"]}
+        (run / "result.json").write_text(json.dumps(result))
+        os.utime(run / "result.json", (number, number))
+        built[run.name] = (model, recipe)
+    return built
+
+
+@pytest.fixture
+def fitted(workspace, trained):
+    """An ensemble of both in working/models/."""
+    folder = workspace / "working" / "models"
+    families = {}
+    for name in ("a", "b"):
+        checkpoint = f"{name}/{name}_fold0_best_cossim.pth"
+        families[name] = [ensemble.Member(f"{name}.yaml", 0, checkpoint, paths.sha256_of(folder / checkpoint))]
+    path = write_ensemble(folder, families, {"a": 0.3, "b": 0.7}, unit_rows(1)[0])
+    content = json.loads(path.read_text()) | {"folds_hash": json.dumps({"toy": ""})}
+    path.unlink()
+    (folder / "ensemble_ab.json").write_text(json.dumps(content))
+    return folder / "ensemble_ab.json"
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_models_of_finished_runs_are_found(workspace, trained):
+    found = retrieval.find_models()
+    assert [model.name for model in found] == ["a_fold0", "b_fold0"] and [model.score for model in found] == [0.5, 0.6]
+    assert all(model.checkpoint.is_file() for model in found)
+    assert retrieval.find_models(["b*", "a_fold0", "*_fold0"]) == found[::-1]
+    (by_file,) = retrieval.find_models([str(found[0].checkpoint)])
+    assert (by_file.name, by_file.score) == ("a_fold0_best_cossim", 0.5)
+    with pytest.raises(RunError, match="no finished run 'c_fold0'"):
+        retrieval.find_models(["c_fold0"])
+    with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoint at c.pth"):
+        retrieval.find_models(["c.pth"])
+
+
+def test_a_run_moved_aside_keeps_its_own_checkpoint(workspace, trained):
+    runs, folder = workspace / "working" / "runs", workspace / "working" / "models" / "a"
+    (runs / "a_fold0").rename(runs / "a_fold0.1")
+    content = (folder / "a_fold0_best_cossim.pth").read_bytes()
+    (runs / "a_fold0.1" / "a_fold0_best_cossim.pth").write_bytes(content)
+    (model,) = retrieval.find_models(["a_fold0.1"])
+    assert model.checkpoint.parent == runs / "a_fold0.1"
+
+
+def test_a_run_without_its_checkpoint_is_told_where_it_is_asked_for(workspace, trained):
+    (workspace / "working" / "models" / "a" / "a_fold0_best_cossim.pth").unlink()
+    assert [model.name for model in retrieval.find_models()] == ["b_fold0"]
+    with pytest.raises(RetrievalError, match=r"a_fold0 has finished, but .* is not there any more; train it again"):
+        retrieval.find_models(["a_fold0"])
+
+
+def test_the_newest_ensemble_is_found(workspace, fitted):
+    assert retrieval.find_ensemble()[0] == fitted
+    (fitted.parent / "later.json").write_text('{"of": "something else"}')
+    other = fitted.with_name("older.json")
+    other.write_text(fitted.read_text())
+    os.utime(other, (1, 1))
+    path, found = retrieval.find_ensemble()
+    assert path == fitted and found == ensemble.load_ensemble(fitted)
+    assert retrieval.find_ensemble(other)[0] == other
+    with pytest.raises(ensemble.EnsembleError, match=r"later.json holds no weights"):
+        retrieval.find_ensemble(fitted.parent / "later.json")
+    for path in (fitted, other):
+        path.unlink()
+    assert retrieval.find_ensemble() is None
+
+
+def test_images_are_embedded_as_by_the_networks(images, trained, fitted):
+    found = retrieval.embed_images(
+        retrieval.find_models(), images, ensemble=ensemble.load_ensemble(fitted), device="cpu"
     )
-    with torch.no_grad():
-        predicted = model(transforms.normalize(pixels, recipe.mean, recipe.std)).numpy()
-    order, cosines = brute_force(np.load(workspace / "input" / "toy.npy")[::2], predicted, 2)
-    expected = []
-    for number, image in enumerate(images):
-        expected.append(str(image))
-        for row, cosine in zip(order[number], cosines[number], strict=True):
-            expected.append(f'  {cosine:7.4f}  toy prompt "{row}, with a comma')
-    assert lines == expected
+    a, b = (by_hand(*trained[name], images) for name in ("a_fold0", "b_fold0"))
+    total = 0.3 * a + 0.7 * b
+    total /= np.linalg.norm(total, axis=1, keepdims=True)
+    assert list(found) == ["a_fold0", "b_fold0", "ensemble"]
+    for rows, expected in zip(found.values(), (a, b, total), strict=True):
+        assert rows.dtype == np.float32
+        np.testing.assert_allclose(rows, expected, atol=1e-6)
 
-    make_dataset(workspace / "input", "other", num_prompts=15)
-    arguments = ["--checkpoint", str(path), "--config", str(workspace / "recipe.yaml"), "--datasets", "other,toy"]
-    retrieval.main([str(images[0]), *arguments, "--device", "cpu"])
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 5
+
+def test_an_ensemble_finds_the_prompts_of_its_neighbours(images, trained, fitted):
+    plain = ensemble.load_ensemble(fitted)
+    (a,) = plain.families["a"]
+    file = ensemble.neighbours_path(fitted)
+    PromptBank(["x", "y", "z"], unit_rows(3)).save(file, np.float16)
+    pulled = dataclasses.replace(
+        plain,
+        families=plain.families | {"b": [dataclasses.replace(a, neighbours=2, temperature=0.1)]},
+        neighbours_bank=file.name,
+        neighbours_sha256=paths.sha256_of(file),
+    )
+    found = retrieval.embed_images([], images, ensemble=pulled, device="cpu")["ensemble"]
+    rows = by_hand(*trained["a_fold0"], images)
+    expected = 0.3 * rows + 0.7 * PromptBank.load(file).knn(rows, 2, 0.1)
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+    file.unlink()
+    with pytest.raises(MountError, match=r"ensemble_ab.neighbours.arrow"):
+        retrieval.embed_images([], images, ensemble=pulled, device="cpu")
+
+
+def test_an_image_that_cannot_be_read_is_named(workspace, images, trained, fitted):
+    (workspace / "broken.jpg").write_bytes(b"no image")
+    everything = [*images, workspace / "broken.jpg"]
+    for asked, of in ((retrieval.find_models(["a_fold0"]), None), ([], ensemble.load_ensemble(fitted))):
+        with pytest.raises(RetrievalError, match=r"broken.jpg is no image"):
+            retrieval.embed_images(asked, everything, ensemble=of, device="cpu")
+
+
+def test_a_member_that_fails_is_named(images, fitted, monkeypatch):
+    real = checkpoints.load_model
+
+    def failing(path, *arguments):
+        if path.name.startswith("a_"):
+            raise RuntimeError("no such layer")
+        return real(path, *arguments)
+
+    monkeypatch.setattr(checkpoints, "load_model", failing)
+    with pytest.raises(RetrievalError, match="a fold 0: it failed: no such layer"):
+        retrieval.embed_images([], images, ensemble=ensemble.load_ensemble(fitted), device="cpu")
+
+
+def test_a_table_of_neighbours():
+    basis = np.eye(384, dtype=np.float32)
+    bank = PromptBank(["a cat", "a dog", "a tree"], basis[:3])
+    table = retrieval.neighbours_table(0.6 * basis[0] + 0.8 * basis[2], bank, k=2)
+    assert table["rank"].tolist() == [1, 2] and table["prompt"].tolist() == ["a tree", "a cat"]
+    assert table["cosine"].tolist() == pytest.approx([0.8, 0.6])
+
+
+# ---------------------------------------------------------------- command
+
+
+def told(capsys, *arguments) -> str:
+    retrieval.main([*map(str, arguments), "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def nearest_lines(rows, count):
+    """What the command prints of one prediction, from all cosines."""
+    cosines = np.load(paths.input_dir() / "toy.npy")[::2] @ rows
+    order = np.argsort(-cosines)[:count]
+    return [f'   {rank}  {cosines[i]:7.4f}  toy prompt "{i}, with a comma' for rank, i in enumerate(order, start=1)]
+
+
+def test_the_run_finished_last_is_asked(images, trained, capsys):
+    said = told(capsys, *images, "-k", 3)
+    expected = ["nearest of 40 prompts of toy"]
+    for image, rows in zip(images, by_hand(*trained["b_fold0"], images), strict=True):
+        expected += ["", f"{image}, by b_fold0 (mean cosine 0.6000 on its fold)", *nearest_lines(rows, 3)]
+    assert said.splitlines() == expected
+
+
+def test_the_ensemble_is_asked_where_there_is_one(images, trained, fitted, capsys):
+    said = told(capsys, images[0], "-k", 2)
+    rows = 0.3 * by_hand(*trained["a_fold0"], images[:1])[0] + 0.7 * by_hand(*trained["b_fold0"], images[:1])[0]
+    assert f"{images[0]}, by the ensemble ensemble_ab of 2 models" in said
+    assert said.splitlines()[-2:] == nearest_lines(rows / np.linalg.norm(rows), 2)
+    assert told(capsys, images[0], "--ensemble", fitted, "-k", 2) == said
+
+
+def test_several_models_a_bank_and_a_file(workspace, images, trained, fitted, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    prompts = ["a very long prompt that goes on and on until it reaches another line", "a dog", "a tree"]
+    PromptBank(prompts, unit_rows(3)).save(workspace / "own.arrow", np.float16)
+    options = ["--bank", workspace / "own.arrow", "--csv", workspace / "n.csv"]
+    said = told(capsys, *images, "--model", "*_fold0", "--ensemble", fitted, *options)
+    assert said.startswith(f"nearest of 3 prompts of {workspace / 'own.arrow'}\n")
+    assert max(len(line) for line in said.splitlines() if ", by " not in line and "nearest" not in line) <= 60
+    assert "a very long prompt that goes on and on until\n               it reaches another line\n" in said
+    table = pd.read_csv(workspace / "n.csv")
+    assert list(table) == ["image", "model", "rank", "cosine", "prompt"] and len(table) == 2 * 3 * 3
+    assert table["model"].unique().tolist() == ["a_fold0", "b_fold0", "ensemble_ab"]
+    cosines = by_hand(*trained["a_fold0"], images) @ unit_rows(3).T
+    first = table[(table["model"] == "a_fold0") & (table["image"] == str(images[1]))]
+    assert first["prompt"].tolist() == [prompts[i] for i in np.argsort(-cosines[1])]
+    np.testing.assert_allclose(first["cosine"], np.sort(cosines[1])[::-1], atol=1e-3)
+    with pytest.raises(SystemExit, match=r"n.csv exists"):
+        told(capsys, images[0], "--csv", workspace / "n.csv")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no.png"], "no.png: No such file"),
-        (["no.png", "--datasets", "nothing"], "data set 'nothing': nothing.tsv and nothing.npy not in"),
-        (["no.png", "--config", "nothing.yaml"], "no recipe file nothing.yaml"),
-        (["no.png", "--checkpoint", "nothing.pth"], "no checkpoint at nothing.pth"),
+        (["no.png"], "no image at no.png"),
+        (["toy.tsv"], "toy.tsv is no image"),
+        (["toy.png", "--datasets", "nothing"], "data set 'nothing': nothing.tsv and nothing.npy not in"),
+        (["toy.png", "--bank", "nothing.arrow"], "nothing.arrow holds no prompts"),
+        (["toy.png", "--prompts", "nothing.tsv"], "nothing.tsv is not there"),
+        (["toy.png", "--model", "a_fold1"], "no finished run 'a_fold1' in .*; did you mean 'a_fold0'"),
+        (["toy.png", "--ensemble", "nothing.json"], "nothing.json: No such file"),
+        (["toy.png", "-k", "0"], "-k is 0"),
     ],
 )
-def test_command_names_what_is_missing(checkpoint, arguments, message):
+def test_command_names_what_is_missing(workspace, images, trained, monkeypatch, arguments, message):
+    monkeypatch.chdir(workspace / "input")
+    images[0].rename("toy.png")
     with pytest.raises(SystemExit, match=message):
-        retrieval.main(["--checkpoint", str(checkpoint[2]), "--device", "cpu", *arguments])
+        retrieval.main([*arguments, "--device", "cpu"])
+
+
+def test_nothing_trained_says_how_to(images, workspace):
+    with pytest.raises(SystemExit, match=r"nothing is trained yet in .*: make train MODEL=tiny_vit FOLD=0"):
+        retrieval.main([str(images[0])])
 
 
 def test_help_shows_every_default(capsys):
     with pytest.raises(SystemExit):
         retrieval.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "(default: 5)" in text and "(default: the recipe's)" in text and "None" not in text
-
-
-def test_a_bank_is_saved_with_few_digits_and_read_again(tmp_path):
-    prompts, embeddings = ["a cat", 'a "quoted" dog', "ein Bär"], unit_rows(3)
-    retrieval.PromptBank(prompts, embeddings).save(tmp_path / "bank.npz")
-    bank = retrieval.PromptBank.load(tmp_path / "bank.npz")
-    assert bank.prompts == prompts and bank.embeddings.dtype == np.float32
-    np.testing.assert_allclose(bank.embeddings, embeddings, atol=1e-4)
-    assert bank.nearest(embeddings, k=1)[0].ravel().tolist() == [0, 1, 2]
-    (tmp_path / "bank.npz").write_bytes(b"PK half a file")
-    with pytest.raises(ValueError, match=r"bank.npz holds no prompts"):
-        retrieval.PromptBank.load(tmp_path / "bank.npz")
-
-
-def test_a_bank_of_some_prompts_is_drawn(workspace):
-    whole = retrieval.PromptBank.from_datasets(["toy"])
-    some = retrieval.PromptBank.from_datasets(["toy"], most=10, seed=1)
-    assert len(whole.prompts) == 40 and len(set(some.prompts)) == 10
-    for prompt, embedding in zip(some.prompts, some.embeddings, strict=True):
-        np.testing.assert_array_equal(embedding, whole.embeddings[whole.prompts.index(prompt)])
-    assert some.prompts == retrieval.PromptBank.from_datasets(["toy"], most=10, seed=1).prompts
-
-
-def test_the_nearest_prompts_become_a_title():
-    bank = PromptBank(["a cat", "a very long prompt of a dog that nobody would want to read to its end"], unit_rows(2))
-    (told,) = bank.describe(bank.embeddings[1:], k=2, width=24)
-    cosine = float(bank.embeddings[0] @ bank.embeddings[1])
-    assert told == f"a very long prompt ... (1.00) / a cat ({cosine:.2f})"
-    assert PromptBank(["alone"], unit_rows(1)).describe(unit_rows(1)) == ["alone (1.00)"]
-
-
-def test_bank_of_a_prompts_file(tmp_path):
-    write_table(tmp_path / "p.tsv", {"prompt": ["a cat", "a dog"], "source": ["x", "y"]})
-    np.save(tmp_path / "p.npy", unit_rows(2))
-    bank = PromptBank.from_table(tmp_path / "p.tsv")
-    assert bank.prompts == ["a cat", "a dog"] and np.array_equal(bank.embeddings, unit_rows(2))
-    np.save(tmp_path / "p.npy", unit_rows(3))
-    with pytest.raises(DataError, match=r"p.npy is float32 \[3, 384\], its TSV needs float32 \[2, 384\]"):
-        PromptBank.from_table(tmp_path / "p.tsv")
+    assert "(default: 5)" in text and "(default: those of the models)" in text and "None" not in text

@@ -25,7 +25,7 @@ def test_finished_runs_are_found_in_order_and_by_name(tmp_path):
     assert runs.find_finished() == [early, late]
     assert runs.find_finished(["vit_fold0", "*_fold0"]) == [late, early]
     assert runs.find_finished([str(elsewhere)]) == [elsewhere]
-    with pytest.raises(runs.RunError, match="no finished run 'vit_fld0' in .*; did you mean 'vit_fold0'"):
+    with pytest.raises(runs.RunError, match=r"no finished run 'vit_fld0' in .*; did you mean 'vit_fold0'"):
         runs.find_finished(["vit_fld0"])
     with pytest.raises(runs.RunError, match="no finished run 'cut_fold0'"):
         runs.find_finished(["cut_fold0"])

@@ -51,6 +51,7 @@ def test_a_run_leaves_what_the_next_steps_need(workspace, recipe_file):
         "runs/tiny_fold0/environment.json",
         "runs/tiny_fold0/fold0_predictions.npz",
         "runs/tiny_fold0/metrics.jsonl",
+        "runs/tiny_fold0/report.html",
         "runs/tiny_fold0/result.json",
     ]
     run = working / "runs" / "tiny_fold0"
@@ -64,6 +65,7 @@ def test_a_run_leaves_what_the_next_steps_need(workspace, recipe_file):
     assert result["cosine_similarity"] == max(scores) and result["best_epoch"] == 1 + int(np.argmax(scores))
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] and environment["ranks"] == 1
+    assert environment["config"] == str(workspace / "tiny.yaml") and environment["overrides"] == []
 
     # the score is the mean cosine over every row of the fold once, of the checkpoint's own predictions: plain NumPy
     data = datasets.load_datasets(["toy"])

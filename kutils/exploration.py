@@ -1,0 +1,368 @@
+"""What the notebook `explore` looks at: data sets as a bank of prompts, and models by their predictions of a fold."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from sklearn.manifold import TSNE
+
+from kutils import blending, config, ensemble, grouping, launch, paths, prompts, retrieval, runs, slices
+from kutils.datasets import PromptImages, load_datasets
+from kutils.prompt_bank import PromptBank
+from kutils.tables import read_table
+from kutils.text_encoder import load_encoder
+
+MOST_QUERIES = 4096  # prompts whose nearest others are looked up for near-duplicates
+SORTS = ("worst", "best", "random", "disagreement")
+MEAN = "ensemble of equal weights"  # where none was fitted
+
+
+class ExplorationError(ValueError):
+    """Something to look at that is not there; the message says how to make it."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Rows that were validated on by several models, and what each predicted for them."""
+
+    fold: int
+    rows: np.ndarray  # int64 [n] of the data sets
+    predictions: dict[str, np.ndarray]  # model -> float32 [n, 384], unit rows
+    cosines: pd.DataFrame  # [n, models]: of prediction and prompt
+    left_out: dict[str, str]  # run -> why it is not among them
+
+    @property
+    def best(self) -> str:
+        return str(self.cosines.mean().idxmax())
+
+    def mean_scores(self) -> pd.Series:
+        """Model -> mean cosine, the best first."""
+        return self.cosines.mean().sort_values(ascending=False)
+
+
+@dataclass
+class Exploration:
+    """Data sets, their distinct prompts, and runs whose predictions can be compared."""
+
+    data: PromptImages
+    bank: PromptBank
+    sorts = SORTS
+    run_names: tuple[str, ...] = ()  # finished runs, which may hold `*`; empty: all
+    folds: dict[int, Validated] = field(default_factory=dict)  # as far as they were asked for
+    labels: dict[int, pd.DataFrame] = field(default_factory=dict)  # of the rows of these folds, by slice
+
+    @classmethod
+    def open(cls, names: str = "", models: str = "") -> "Exploration":
+        """Open data sets and their prompts.
+
+        Args:
+            names: data sets separated by commas; empty: those of the run finished last, or else `shapes`, which is made
+                where it is not there.
+            models: finished runs separated by commas, which may hold `*`; empty: all.
+        Raises: DataError or TableError for data sets that cannot be used, RunError for a run that is not there.
+        """
+        run_names = tuple(split(models))
+        finished = runs.find_finished(run_names)
+        wanted = split(names) or (config.load_recipe(finished[-1] / "config.yaml").datasets if finished else ["shapes"])
+        if list(wanted) == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
+            launch.run_module("kutils.generate", "--shapes-dataset", "shapes")
+        return cls(load_datasets(wanted, need_folds=False), PromptBank.from_datasets(wanted), run_names)
+
+    # ------------------------------------------------------------ data
+
+    def describe(self) -> str:
+        """Rows, prompts and folds in a line."""
+        folds = sorted(int(fold) for fold in np.unique(self.data.folds))
+        told = f"folds {folds[0]} to {folds[-1]}" if folds[0] >= 0 else "not all rows have a fold"
+        return (
+            f"{', '.join(self.data.names)}: {len(self.data):,} images of {len(self.bank):,} prompts, {told}; "
+            f"{len(runs.find_finished(self.run_names)):,} finished runs"
+        )
+
+    def sources(self) -> dict[str, int]:
+        """Images by the column `source` of the tables, else by data set, most first."""
+        return pd.Series(self.source_of_rows).value_counts().to_dict()
+
+    @functools.cached_property
+    def source_of_rows(self) -> np.ndarray:
+        """str [n]: the source of every row."""
+        found = []
+        for name in self.data.names:
+            table = read_table(paths.input_dir() / f"{name}.tsv", ["prompt"])
+            has_source = "source" in table.column_names
+            found.append(table["source"].to_numpy() if has_source else np.full(table.num_rows, name, object))
+        return np.concatenate(found)
+
+    def map_points(self, most: int, seed: int = 0) -> tuple[np.ndarray, dict[str, list[str]]]:
+        """Prompts in the plane, near ones near to each other (t-SNE, van der Maaten and Hinton 2008).
+
+        Args:
+            most: prompts that are drawn by lot; 2,000 take ten seconds.
+        Returns: float32 [m, 2]; and for panels `fold` and `source` the label of each point.
+        Raises: ExplorationError for less than four prompts.
+        """
+        random = np.random.default_rng(seed)
+        chosen = np.sort(random.permutation(len(self.bank))[:most])
+        if len(chosen) < 4:
+            raise ExplorationError(f"{len(chosen)} prompts make no map")
+        perplexity = min(30.0, (len(chosen) - 1) / 3)
+        embeddings = self.bank.vectors(chosen)
+        points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
+        rows = self.bank.rows[chosen]
+        labels = {"fold": [str(fold) for fold in self.data.folds[rows]], "source": list(self.source_of_rows[rows])}
+        return points, labels
+
+    def near_duplicates(self, count: int = 4, seed: int = 0) -> pd.DataFrame:
+        """The most similar pairs among prompts drawn by lot and all others: image, prompt (of both), cosine, folds.
+
+        Returns: columns image_a, image_b, prompt_a, prompt_b, cosine, fold_a, fold_b; the most similar first.
+        """
+        chosen = np.random.default_rng(seed).permutation(len(self.bank))[:MOST_QUERIES]
+        indices, cosines = self.bank.nearest(self.bank.vectors(chosen), k=2)
+        other = np.where(indices[:, 0] == chosen, indices[:, -1], indices[:, 0])  # a twin may come before oneself
+        cosine = np.where(indices[:, 0] == chosen, cosines[:, -1], cosines[:, 0])
+        pairs = pd.DataFrame({"a": np.minimum(chosen, other), "b": np.maximum(chosen, other), "cosine": cosine})
+        pairs = pairs[pairs["a"] != pairs["b"]].drop_duplicates(["a", "b"]).nlargest(count, "cosine")
+        found = {"cosine": pairs["cosine"].to_numpy()}
+        for side in "ab":
+            index = pairs[side].to_numpy()
+            rows = self.bank.rows[index]
+            found |= {f"image_{side}": [self.data.image_path(int(row)) for row in rows]}
+            found |= {f"prompt_{side}": self.bank.texts(index), f"fold_{side}": self.data.folds[rows]}
+        return pd.DataFrame(found)
+
+    def fold_report(self) -> dict | None:
+        """The report that came with the folds of the first data set; None where there is none or it is outdated."""
+        try:
+            return grouping.read_report(paths.input_dir() / f"{self.data.names[0]}.tsv")
+        except grouping.GroupingError as error:
+            print(f"no figure of the folds: {error}")
+            return None
+
+    def search(self, words: str, fold: int = -1, count: int = 10) -> pd.DataFrame:
+        """The nearest prompts to words, by their embedding, each with an image.
+
+        Args:
+            words: a prompt.
+            fold: look among the prompts of this fold; -1: among all.
+        Returns: columns image, prompt, cosine, fold; the nearest first.
+        Raises: ExplorationError for no words, or a fold without prompts.
+        """
+        if not words.strip():
+            raise ExplorationError("type some words to look for")
+        folds = self.data.folds[self.bank.rows]
+        elsewhere = folds != fold if fold >= 0 else None
+        if elsewhere is not None and elsewhere.all():
+            raise ExplorationError(f"no prompt is in fold {fold}")
+        query = prompts.encode_prompts([words], self.encoder, progress=False)
+        indices, cosines = self.bank.nearest(query, count, exclude=elsewhere)
+        rows = self.bank.rows[indices[0]]
+        images = [self.data.image_path(int(row)) for row in rows]
+        found = {"image": images, "prompt": self.bank.texts(indices[0]), "cosine": cosines[0]}
+        return pd.DataFrame(found | {"fold": folds[indices[0]]})
+
+    @functools.cached_property
+    def encoder(self):
+        return load_encoder()
+
+    # ------------------------------------------------------------ models
+
+    def has_models(self, fold: int) -> bool:
+        """Whether there are predictions of this fold; if not, says how to make them."""
+        try:
+            left_out = self.validated(fold).left_out
+        except ExplorationError as error:
+            print(error)
+            return False
+        for name, reason in left_out.items():
+            print(f"{name} is left out: {reason}")
+        return True
+
+    def validated_folds(self) -> list[int]:
+        """Folds on which a finished run was validated."""
+        return sorted({runs.result_of(folder)["fold"] for folder in runs.find_finished(self.run_names)})
+
+    def validated(self, fold: int) -> Validated:
+        """The predictions of a fold by all runs that were validated on its rows, and by their ensemble.
+
+        Raises: ExplorationError where no run has predicted rows of these data sets.
+        """
+        if fold not in self.folds:
+            self.folds[fold] = read_validated(self.data, fold, runs.find_finished(self.run_names))
+        return self.folds[fold]
+
+    def examples(self, fold: int, model: str = "", sort: str = "worst", count: int = 8) -> pd.DataFrame:
+        """Validation images of different prompts with what a model took them for.
+
+        Args:
+            model: empty: the best.
+            sort: worst, best, random, or disagreement: those on which the models differ most.
+        Returns: columns position (among the rows of the fold), image, prompt, cosine, nearest (prompt to the
+            prediction), agreement.
+        Raises: ExplorationError for an unknown model or sort.
+        """
+        of = self.validated(fold)
+        model = model or of.best
+        check_choice("model", model, of.predictions)
+        check_choice("sort", sort, SORTS)
+        cosines, agreement = of.cosines[model].to_numpy(), self.agreement(of)
+        order = {
+            "worst": np.argsort(cosines, kind="stable"),
+            "best": np.argsort(-cosines, kind="stable"),
+            "random": np.random.default_rng(0).permutation(len(cosines)),
+            "disagreement": np.argsort(agreement, kind="stable"),
+        }[sort]
+        chosen = order[first_of_each(self.data.prompt_codes[of.rows[order]])][:count]
+        indices, _ = self.bank.nearest(of.predictions[model][chosen], k=1)
+        rows = of.rows[chosen]
+        found = {
+            "position": chosen,
+            "image": [self.data.image_path(int(row)) for row in rows],
+            "prompt": self.data.prompts.take(pa.array(rows)).to_pylist(),
+            "cosine": cosines[chosen],
+            "nearest": self.bank.texts(indices[:, 0]),
+            "agreement": agreement[chosen],
+        }
+        return pd.DataFrame(found)
+
+    def agreement(self, of: Validated) -> np.ndarray:
+        """Mean cosine between the single models' predictions of each row, [n]; NaN where there is one model."""
+        return blending.agreement({name: of.predictions[name] for name in self.single_models(of)})
+
+    def single_models(self, of: Validated) -> list[str]:
+        return [name for name in of.predictions if name not in ("ensemble", MEAN)]
+
+    def disagreement(self, fold: int, count: int = 4) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+        """Images on which the models differ most, and for each: model -> the nearest prompt to its prediction.
+
+        Raises: ExplorationError where there are fewer than two models.
+        """
+        of = self.validated(fold)
+        names = self.single_models(of)
+        if len(names) < 2:
+            raise ExplorationError("one model has nobody to disagree with; train another")
+        shown = self.examples(fold, sort="disagreement", count=count)
+        texts: list[dict[str, str]] = [{} for _ in range(len(shown))]
+        for name in names:
+            indices, _ = self.bank.nearest(of.predictions[name][shown["position"]], k=1)
+            for text, prompt in zip(texts, self.bank.texts(indices[:, 0]), strict=True):
+                text[name] = prompt
+        return shown, texts
+
+    def slice_scores(self, fold: int, by: str) -> pd.DataFrame:
+        """Mean cosine of every model by prompt length (words), source, kind, or similarity to the training prompts."""
+        of = self.validated(fold)
+        if fold not in self.labels:
+            self.labels[fold] = slices.labels(self.data, of.rows, fold)
+        check_choice("slice", by, self.labels[fold].columns)
+        return slices.mean_scores(of.cosines, self.labels[fold][by])
+
+    def ask(self, image: Path, fold: int, count: int = 8) -> dict[str, pd.DataFrame]:
+        """What every model takes an image for: model -> columns rank, cosine, prompt of the nearest prompts.
+
+        Raises: ExplorationError where no model is trained; ImageError naming a file that cannot be read.
+        """
+        of = self.validated(fold)
+        models = retrieval.find_models(self.single_models(of))
+        found = retrieval.find_ensemble()
+        embeddings = retrieval.embed_images(models, [image], ensemble=found[1] if found else None)
+        if found:  # what is asked for most comes first
+            embeddings = {"ensemble": embeddings.pop("ensemble")} | embeddings
+        elif len(models) > 1:
+            embeddings = {MEAN: blending.average(list(embeddings.values()))} | embeddings
+        return {name: retrieval.neighbours_table(rows[0], self.bank, count) for name, rows in embeddings.items()}
+
+
+def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Validated:
+    """The predictions of a fold that finished runs left behind, as far as they are of these data sets."""
+    rows, predictions, left_out = None, {}, {}
+    for folder in folders:
+        result = runs.result_of(folder)
+        if result["fold"] != fold:
+            continue
+        try:
+            own_rows, embeddings = read_predictions(data, folder / f"fold{fold}_predictions.npz")
+        except ExplorationError as error:
+            left_out[folder.name] = str(error)
+            continue
+        rows = own_rows if rows is None else np.intersect1d(rows, own_rows)
+        predictions[folder.name] = (own_rows, embeddings)
+    if rows is None or not len(rows):
+        why = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
+        raise ExplorationError(
+            f"no finished run was validated on fold {fold} of {', '.join(data.names)}; train one: papermill "
+            f"notebooks/train.ipynb working/runs/train_tiny_convnext_fold{fold}.ipynb -p model tiny_convnext "
+            f"-p fold {fold}{why}"
+        )
+    aligned = {name: take_rows(rows, *values) for name, values in predictions.items()}
+    if len(aligned) > 1:
+        try:
+            aligned |= read_ensemble(data, fold, rows)
+        except ValueError as error:  # a member that is gone, other folds now, ...
+            left_out["ensemble"] = str(error)
+        if "ensemble" not in aligned:
+            aligned[MEAN] = blending.average(list(aligned.values()))
+    targets = data.targets(rows)
+    cosines = pd.DataFrame({name: np.einsum("nd,nd->n", values, targets) for name, values in aligned.items()})
+    return Validated(fold, rows, aligned, cosines, left_out)
+
+
+def read_predictions(data: PromptImages, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int64 [n] of the data sets and predictions float32 [n, 384]; ExplorationError if they are of other data."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            names, row, embeddings = saved["dataset"], saved["row"], saved["embeddings"]
+            targets_hash, hashes = str(saved["targets_hash"]), json.loads(str(saved["folds_hash"]))
+    except Exception as error:  # NumPy and zipfile raise errors of many kinds
+        raise ExplorationError(f"{path.name} cannot be read ({error})") from error
+    if missing := sorted(set(hashes) - set(data.names)):
+        raise ExplorationError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
+    rows = rows_of(data, names, row)
+    if rows.max() >= len(data) or data.hash_targets(rows) != targets_hash:
+        raise ExplorationError("its data sets have other rows or prompts now; train it again")
+    return rows, embeddings
+
+
+def rows_of(data: PromptImages, names: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Rows int64 [n] of the data sets, from each one's data set and its row there."""
+    distinct, codes = np.unique(names, return_inverse=True)
+    return data.starts[[data.names.index(name) for name in distinct]][codes] + row
+
+
+def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values [n, D] of the wanted rows, in their order."""
+    order = np.argsort(rows)
+    return values[order[np.searchsorted(rows[order], wanted)]]
+
+
+def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """`ensemble` -> the predictions of the fitted ensemble; empty where there is none, or it was fitted elsewhere."""
+    found = retrieval.find_ensemble()
+    if found is None or fold != ensemble.FIT_FOLD:
+        return {}
+    families, common = ensemble.load_predictions(found[1].families)
+    if not set(common["dataset"]) <= set(data.names):
+        return {}
+    own_rows = rows_of(data, common["dataset"], common["row"])
+    if not np.isin(rows, own_rows).all():
+        return {}
+    return {"ensemble": take_rows(rows, own_rows, blending.combine(families, found[1].weights))}
+
+
+def first_of_each(codes: np.ndarray) -> np.ndarray:
+    """Positions of the first of each code, in order."""
+    return np.sort(np.unique(codes, return_index=True)[1])
+
+
+def split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def check_choice(what: str, chosen: str, known: Mapping | Sequence) -> None:
+    if chosen not in known:
+        raise ExplorationError(f"{what} is {chosen!r}; it can be {', '.join(map(str, known))}")

@@ -1,0 +1,96 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Compare: which run is better, at what, and is it sure?
+#
+# **What it does.** Shows finished runs beside each other: scores and cost, curves, what differs between their
+# configurations, scores by slice, and the difference to the best run on the same images with its uncertainty.
+# `papermill notebooks/compare.ipynb working/runs/compare.ipynb -p runs "tiny_vit*, tiny_convnext_stage1_fold0"`
+#
+# **What it needs.** Finished runs in `working/runs/`, and for the last sections the data sets they were validated on,
+# as they were.
+#
+# **How long it takes.** Seconds; with data sets of millions of rows, minutes.
+
+# %% tags=["parameters"]
+runs: str = ""  # names of runs, also with *, or run folders, separated by commas; empty: all that are finished
+group: str = ""  # letter of the validation rows that are compared image by image; empty: those of most runs
+most: int = 12  # runs in a figure, the best of their group first
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
+from kutils import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## Which runs are there?
+# Scores compare among runs with the same letter, which were validated on the same images; a click on a column's head
+# sorts. Clean rows have no similar training prompt; waiting is the share of the time without data.
+
+# %%
+from kutils import comparison, html_tables, model_plots, plots
+
+finished = comparison.select(runs)
+chosen = comparison.pick_group(finished, group)[:most]
+print(comparison.describe(finished))
+html_tables.show(comparison.table(finished), comparison.FORMATS, f"{len(finished)} finished runs")
+
+# %% [markdown]
+# ## How did they get there?
+# Loss and validation cosine over the share of each run's updates, so that short and long runs lie on each other. From
+# here on: the runs of one letter.
+
+# %%
+model_plots.run_curves(chosen);
+
+# %%
+scores = {run.name: run.result["cosine_similarity"] for run in chosen}
+plots.bar_scores(scores, baseline=chosen[0].result["mean_prompt_baseline"], title=f"Fold {chosen[0].fold}");
+
+# %% [markdown]
+# ## What differs between them?
+# Keys of the configuration that not all runs have the same value for; names and what changes no result are left out.
+
+# %%
+html_tables.show(comparison.differences(chosen), caption="Configurations")
+
+# %% [markdown]
+# ## Is the best one really better?
+# The mean difference to the best run over the same images, and its 95 % confidence interval, images of a prompt counted
+# as one: an interval that reaches 0 says that these images cannot tell. Wins is the share of images where a run is
+# better than the best one. Changed data sets stop here.
+
+# %%
+same = comparison.same_rows(chosen)
+html_tables.show(same.against_best(), comparison.DIFFERENCE_FORMATS, f"{len(same.cosines):,} images")
+
+# %% [markdown]
+# ## In what is each one good?
+# Mean cosine by the words of the prompt, its source and kind, and its similarity to the nearest training prompt.
+
+# %%
+sliced = same.by_slice()
+if any(len(part) > 1 for part in sliced.values()):
+    model_plots.slice_scores(sliced, same.cosines.astype(float).mean().to_dict())
+
+# %%
+html_tables.show(comparison.joined(sliced), caption="Mean cosine by slice")

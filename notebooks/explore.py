@@ -1,0 +1,150 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Explore: data, models, and an image of your own
+#
+# **What it does.** Shows what is in the data sets, where the models are good and where they fail, and what they see in
+# an image of yours. In Jupyter the views have controls; executed by papermill they show what the parameters say.
+# `papermill notebooks/explore.ipynb working/runs/explore.ipynb -p search "a red boat"`
+#
+# **What it needs.** A data set in `input/` with embeddings (`shapes` is made on the spot), and for the second half
+# finished runs of `train` or `refine`: `make train` takes three minutes.
+#
+# **How long it takes.** About a minute on two CPU cores, most of it for the map of prompts.
+
+# %% tags=["parameters"]
+datasets: str = ""  # of input/, as "cc3m,lexica"; empty: those of the run finished last, or shapes
+models: str = ""  # finished runs, as "tiny_vit_*,tiny_convnext_*"; empty: all
+fold: int = 0  # whose validation images are looked at
+search: str = "a small red boat at sunset"  # words to look for among the prompts
+search_fold: int = -1  # look in this fold alone; -1: in all
+model: str = ""  # whose predictions are shown; empty: the best
+sort: str = "worst"  # worst, best, random or disagreement
+slice: str = "similarity"  # words, source, kind or similarity
+image: str = ""  # an image file of your own; empty: one on which the models disagree
+count: int = 8  # images or prompts per view
+map_prompts: int = 2000  # prompts of the map, drawn by lot
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
+from kutils import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## What is there?
+# The data sets with their distinct prompts, and the finished runs.
+
+# %%
+from kutils import data_plots, html_tables, plots, widgets
+from kutils.exploration import Exploration
+
+explored = Exploration.open(datasets, models)
+print(explored.describe())
+plots.counts(explored.sources(), title="Images by source", unit="images");
+
+# %% [markdown]
+# ## How long are the prompts?
+# The text encoder reads 256 tokens, about 190 words, and no more.
+
+# %%
+data_plots.prompt_lengths(explored.bank.prompts.to_pylist());
+
+# %% [markdown]
+# ## Which prompts are alike?
+# Near points are similar prompts; how far apart distant ones lie means nothing. Folds that were made by similarity show
+# as patches of one colour, random ones as confetti.
+
+# %%
+points, labels = explored.map_points(map_prompts)
+data_plots.prompt_map(points, labels, title=f"{len(points):,} prompts by similarity");
+
+# %% [markdown]
+# ## Which prompts are nearly the same?
+# The most similar pairs, with an image of each. In one fold they do no harm; in two, validation has seen the answer.
+
+# %%
+twins = explored.near_duplicates(count=4)
+images = list(zip(twins["image_a"], twins["image_b"], strict=True))
+prompts = list(zip(twins["prompt_a"], twins["prompt_b"], strict=True))
+data_plots.pairs(images, prompts, twins["cosine"])
+html_tables.show(twins[["cosine", "fold_a", "fold_b", "prompt_a", "prompt_b"]])
+
+# %% [markdown]
+# ## How much leaks between the folds?
+# The share of a fold's prompts that have a similar one in another fold; scores on clean rows leave them out.
+
+# %%
+if report := explored.fold_report():
+    data_plots.fold_report(report)
+
+# %% [markdown]
+# ## What does it look like?
+# Type words: the nearest prompts by their embedding, not by their letters, and an image of each.
+
+# %%
+widgets.search(explored, search, search_fold, count)
+
+# %% [markdown]
+# ## How good are the models?
+# The cosine of every prediction with its prompt, for every finished run that was validated on these images, and for the
+# ensemble where one was fitted.
+
+# %%
+if there := explored.has_models(fold):
+    scores = explored.validated(fold).mean_scores()
+    plots.bar_scores(scores.to_dict(), baseline=explored.data.mean_prompt_baseline(fold))
+    plots.similarity_histogram(dict(explored.validated(fold).cosines.items()))
+
+# %% [markdown]
+# ## Where are they right, and where are they lost?
+# Images of different prompts: the true prompt, and the nearest of all prompts to what the model saw.
+
+# %%
+if there:
+    widgets.examples(explored, fold, model, sort, count)
+
+# %% [markdown]
+# ## What are they good at?
+# Scores by the length of the prompts, their source and kind, and by how similar the nearest training prompt is: what
+# was seen in training is recognised more easily.
+
+# %%
+if there:
+    widgets.slice_scores(explored, fold, slice)
+
+# %% [markdown]
+# ## Where do the models disagree?
+# What each took the image for. An ensemble gains most where its members err in different ways.
+
+# %%
+if there and len(explored.single_models(explored.validated(fold))) > 1:
+    shown, told = explored.disagreement(fold)
+    data_plots.disagreement(shown["image"], told, shown["agreement"])
+
+# %% [markdown]
+# ## What do they see in an image of yours?
+# Give its path, or upload it: the nearest prompts by every model, with their cosines. Above 0.7 it is about the same
+# thing; where all lie far below, no prompt of these data sets describes it.
+
+# %%
+if there:
+    widgets.own_image(explored, fold, image, count)

@@ -1,0 +1,76 @@
+"""The nearest training prompts as a prediction: against plain NumPy on a run whose predictions are made here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, unit_rows
+
+from kutils import blending, neighbours, predictions
+from kutils.datasets import load_datasets
+from kutils.devices import Ranks
+
+
+@pytest.fixture
+def run(workspace, tiny_recipe):
+    """A finished run on 400 prompts: predictions near the truth, one image unreadable."""
+    make_dataset(workspace / "input", num_prompts=400, size=8)
+    recipe = tiny_recipe()
+    folder = workspace / "working" / "runs" / "tiny_fold3"
+    folder.mkdir(parents=True)
+    data = load_datasets(recipe.datasets)
+    rows = data.validation_rows(3)
+    predicted = data.targets(rows) + 0.5 * unit_rows(len(rows), seed=9)
+    predicted /= np.linalg.norm(predicted, axis=1, keepdims=True)
+    predicted[7] = np.nan
+    origin = {"fold": 3, "prefix": "tiny", "checkpoint": "x"}
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    path = folder / "fold3_predictions.npz"
+    predictions.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
+    (folder / "config.yaml").write_text(recipe.to_yaml())
+    (folder / "result.json").write_text(json.dumps({"fold": 3}))
+    return folder, data, np.delete(rows, 7), np.delete(predicted, 7, axis=0)
+
+
+def test_it_is_chosen_on_one_half_and_scored_on_the_other(run, capsys):
+    folder, data, rows, predicted = run
+    targets = data.targets(rows)
+    groups = blending.topics(targets, data.prompt_codes[rows], 0)
+    seen = blending.split_groups(groups, 0)
+    training = data.targets(np.arange(0, 800, 2))[np.arange(400) % 10 != 3]
+    cosines = predicted @ training.T
+    order = np.argsort(-cosines, axis=1)
+
+    def score(some, k, temperature):
+        nearest = order[some, :k]
+        weights = np.exp(np.take_along_axis(cosines[some], nearest, axis=1) / temperature)
+        mean = np.einsum("nk,nkd->nd", weights, training[nearest])
+        return np.sum(mean * targets[some], axis=1) / np.linalg.norm(mean, axis=1)
+
+    pairs = [(k, temperature) for k in (2, 6) for temperature in (0.05, 0.5)]
+    best = max(pairs, key=lambda pair: score(seen, *pair).mean())
+    found = neighbours.measure(folder, (2, 6), (0.05, 0.5), device="cpu")
+    assert (found.neighbours, found.temperature) == best and found.bank == 360 and found.rows == (~seen).sum()
+    own = np.sum(predicted * targets, axis=1)[~seen]
+    assert found.own == pytest.approx(own.mean(), abs=1e-6)
+    assert found.nearest == pytest.approx(score(~seen, *best).mean(), abs=1e-6)
+    assert found.chosen == pytest.approx(score(seen, *best).mean(), abs=1e-6)
+    assert found.gain["mean"] == pytest.approx(found.nearest - found.own, abs=1e-6)
+
+    assert neighbours.main(["tiny*", "--k", "2,6", "--temperature", "0.05,0.5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == found.describe() + "\n"
+    assert f"own predictions                        {found.own:.4f}" in found.describe()
+
+
+def test_what_cannot_be_measured_is_said(run, capsys):
+    folder, *_ = run
+    for arguments, message in [
+        (["tiny_fold4"], "no finished run 'tiny_fold4'"),
+        (["tiny_fold3", "--k", "many"], "invalid literal"),
+        (["tiny_fold3", "--temperature", "0"], "temperature is 0.0"),
+    ]:
+        assert neighbours.main(arguments) == 1
+        assert message in capsys.readouterr().err
+    (folder / "fold3_predictions.npz").unlink()
+    assert neighbours.main(["tiny_fold3"]) == 1 and "fold3_predictions.npz is not there" in capsys.readouterr().err
