@@ -25,7 +25,10 @@ from kutils.tables import read_table
 FAMILIES = ("tiny_convnext", "tiny_vit")
 FOLD = 0
 ENSEMBLE_SLACK = 0.002  # the ensemble may be this much below its best member on the unseen half
-PAPERMILL_CHATTER = r"\s*|(Executing|Ending) Cell .*|<Figure .*>|\[IPKernelApp\] ERROR \| KeyboardInterrupt caught.*"
+PAPERMILL_CHATTER = (
+    r"\s*|(Executing|Ending) Cell .*|<Figure.*>|<IPython.core.display.HTML object>|The controls of this view .*|"
+    r"\[IPKernelApp\] (WARNING \| Kernel is running over TCP|ERROR \| KeyboardInterrupt caught).*"
+)
 NUM_TEST_IMAGES = 64  # of the competition-like folder: prompts that no data set holds
 
 
@@ -136,7 +139,7 @@ def run(scale_name: str) -> dict:
     images, test_prompts = demo.make_test_images()
     demo.execute("submission", "submission", images=images)
     demo.execute("compare", "compare")
-    demo.execute("explore", "explore", image=min(images.iterdir()))
+    demo.execute("explore", "explore", models="*_stage2_*", image=min(images.iterdir()), count=5)
     submission_path = paths.working_dir() / "submission.csv"
     truth = prompts.encode_prompts(test_prompts, progress=False)
     scores = {

@@ -181,7 +181,7 @@ class DescribedFigure(Figure):
         data, told = png(self), alt_text(self)
         picture = Image.open(io.BytesIO(data))
         width = round(picture.width * CSS_PX / picture.info["dpi"][0])
-        return {"image/png": data, "text/plain": told}, {"image/png": {"alt": told, "width": width}}
+        return {"image/png": data, "text/plain": f"<Figure: {told}>"}, {"image/png": {"alt": told, "width": width}}
 
     def _ipython_display_(self) -> None:
         """Show and close it, so that it is not shown again when the cell ends.
