@@ -4,6 +4,7 @@ Scores compare where two runs were validated on the same rows: the same fold of 
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,11 +25,15 @@ def select(names: str = "") -> list[FinishedRun]:
 
     Args:
         names: separated by commas, each of a run in `working/runs/` (also with `*`) or a run folder; empty: all.
-    Raises: RunError for a name that no finished run has, or where none is finished.
+    Raises: RunError for a name that no finished run has, two folders of one name, or where none is finished.
     """
     folders = runs.find_finished([name.strip() for name in names.split(",") if name.strip()])
     if not folders:
         raise runs.RunError("no finished run yet; train one: papermill notebooks/train.ipynb working/runs/train.ipynb")
+    for name, count in Counter(folder.name for folder in folders).items():
+        if count > 1:
+            same = ", ".join(str(folder) for folder in folders if folder.name == name)
+            raise runs.RunError(f"{count} runs are named {name} ({same}); rename a folder, or compare one of them")
     found = [read_run(folder) for folder in folders]
     return [run for group in groups(found) for run in group]
 
@@ -36,8 +41,8 @@ def select(names: str = "") -> list[FinishedRun]:
 def groups(finished: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     """Runs that were validated on the same rows, best first; a run without predictions is alone."""
     found: dict[tuple, list[FinishedRun]] = {}
-    for run in finished:
-        found.setdefault((run.fold, validation_hash(run)), []).append(run)
+    for run in finished:  # data sets of the same prompts may have other images
+        found.setdefault((run.fold, run.recipe.datasets, validation_hash(run)), []).append(run)
     return [sorted(group, key=lambda run: -run.result["cosine_similarity"]) for group in found.values()]
 
 
@@ -166,15 +171,19 @@ def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def same_rows(group: Sequence[FinishedRun]) -> SameRows:
     """Compare the predictions of runs of one group with the data in `input/`; slices are those of the first run's data.
 
+    Rows that a run has no prediction for are left out, and counted in a printed line.
+
     Raises: DataError where the data has changed since, or is gone; ValueError where two runs' rows differ.
     """
     columns = {}
     for run in group:
         scored = report.validation_table(run.recipe, run.fold, run.predictions_path).sort_values("row")
         columns[run.name] = scored.set_index("row")["cosine"]
-    cosines = pd.DataFrame(columns)
-    if cosines.isna().any(axis=None):
+    if any(not column.index.equals(next(iter(columns.values())).index) for column in columns.values()):
         raise ValueError(f"{', '.join(columns)} were validated on different rows; compare them group by group")
+    cosines = pd.DataFrame(columns).dropna()
+    if missing := len(next(iter(columns.values()))) - len(cosines):
+        print(f"{missing:,} images are left out: a run has no prediction of them")
     first, rows = group[0], cosines.index.to_numpy()
     data = datasets.load_datasets(first.recipe.datasets)
     return SameRows(cosines, slices.labels(data, rows, first.fold), data.prompt_codes[rows])

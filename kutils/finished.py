@@ -1,7 +1,6 @@
 """What the folder of a finished run says: result, pace, configuration beside its recipe, commands to run it again."""
 
 import dataclasses
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def read_run(folder: Path) -> FinishedRun:
         folder,
         config.load_recipe(folder / "config.yaml"),
         result,
-        json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        runs.read_json(environment) if environment.is_file() else {},
         runs.read_metrics(folder / "metrics.jsonl"),
     )
 

@@ -27,9 +27,17 @@ class RunError(ValueError):
 
 
 def result_of(folder: Path) -> dict | None:
-    """The result of a finished run, None for one that is not finished."""
+    """The result of a finished run, None for one that is not finished; RunError for a damaged file."""
     path = folder / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path) -> dict:
+    """What a file of a run folder holds; RunError naming one that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); put it back, or move the run's folder away") from error
 
 
 def find_finished(names: Sequence[str] = ()) -> list[Path]:
@@ -41,7 +49,7 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
     """
     root = paths.working_dir() / "runs"
     all_finished = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, path))
-    known = [path.parent for path in all_finished]
+    known = [path.parent for path in all_finished if (path.parent / "config.yaml").is_file()]
     if not names:
         return known
     found: list[Path] = []

@@ -125,6 +125,6 @@ def nearest_training_cosines(data: PromptImages, rows: np.ndarray, fold: int, mo
     queries = data.targets(rows[first[chosen]])
     for start in range(0, len(training), BLOCK):
         block = training[start : start + BLOCK]
-        bank = PromptBank(data.prompts.take(pa.array(block)).to_pylist(), data.targets(block))
+        bank = PromptBank(data.prompts.take(pa.array(block)), data.targets(block))
         found[chosen] = np.fmax(found[chosen], bank.nearest(queries, k=1)[1][:, 0])
     return found[numbers]

@@ -50,7 +50,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 from kutils import comparison, html_tables, model_plots, plots
 
 finished = comparison.select(runs)
-chosen = comparison.pick_group(finished, group)[:most]
+chosen = comparison.pick_group(finished, group)[: max(1, most)]
 print(comparison.describe(finished))
 html_tables.show(comparison.table(finished), comparison.FORMATS, f"{len(finished)} finished runs")
 

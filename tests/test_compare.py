@@ -1,5 +1,6 @@
 """Runs beside each other: who compares with whom, what differs, how sure a difference is; and the notebook."""
 
+import re
 import shutil
 
 import numpy as np
@@ -50,6 +51,36 @@ def test_the_same_fold_of_other_data_is_another_group(finished):
     assert comparison.table(comparison.select("*_fold0"))["rows"].tolist() == ["A", "A", "B"]
     path.unlink()  # without predictions a run is alone
     assert comparison.table(comparison.select("*_fold0"))["rows"].tolist() == ["A", "A", "B"]
+
+
+def test_other_images_of_the_same_prompts_are_another_group(finished):
+    inputs, folder = finished / "input", finished / "working" / "runs" / "third_fold0"
+    for suffix in (".tsv", ".npy"):
+        shutil.copy(inputs / f"toy{suffix}", inputs / f"redrawn{suffix}")
+    shutil.copytree(finished / "working" / "runs" / "first_fold0", folder)
+    config = folder / "config.yaml"
+    config.write_text(re.sub(r"datasets:.*\n(- toy\n)?", "datasets: [redrawn]\n", config.read_text()))
+    table = comparison.table(comparison.select("*_fold0"))
+    assert table.loc["third_fold0", "data sets"] == "redrawn" and sorted(table["rows"]) == ["A", "A", "B"]
+
+
+def test_two_folders_of_one_name_are_refused(finished):
+    elsewhere = finished / "elsewhere" / "first_fold0"
+    shutil.copytree(finished / "working" / "runs" / "first_fold0", elsewhere)
+    with pytest.raises(runs.RunError, match=rf"2 runs are named first_fold0 \(.*{elsewhere}\)"):
+        comparison.select(f"first_fold0,{elsewhere}")
+
+
+def test_an_image_without_a_prediction_is_left_out(finished, capsys):
+    path = finished / "working" / "runs" / "first_fold0" / "fold0_predictions.npz"
+    with np.load(path) as saved:
+        content = dict(saved)
+    content["embeddings"][3] = np.nan
+    np.savez(path, **content)
+    same = comparison.same_rows(comparison.pick_group(comparison.select()))
+    assert len(same.cosines) == len(same.labels) == len(same.prompts) == 11
+    assert "1 images are left out" in capsys.readouterr().out
+    np.testing.assert_allclose(same.cosines["second_fold0"], np.delete(cosines(finished, "second_fold0"), 3), atol=1e-6)
 
 
 def test_runs_are_chosen_by_name(finished):

@@ -13,6 +13,7 @@ def finish(name: str, when: int, root: Path | None = None) -> Path:
     """A run folder with a result of the given time."""
     folder = (root or paths.working_dir() / "runs") / name
     folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
     (folder / "result.json").write_text(json.dumps({"prefix": name}))
     os.utime(folder / "result.json", (when, when))
     return folder
@@ -29,3 +30,12 @@ def test_finished_runs_are_found_in_order_and_by_name(tmp_path):
         runs.find_finished(["vit_fld0"])
     with pytest.raises(runs.RunError, match="no finished run 'cut_fold0'"):
         runs.find_finished(["cut_fold0"])
+
+
+def test_a_damaged_result_is_named():
+    path = finish("vit_fold0", 100) / "result.json"
+    path.write_text("")
+    with pytest.raises(runs.RunError, match=rf"{path} is damaged .*put it back"):
+        runs.result_of(path.parent)
+    (path.parent / "config.yaml").unlink()  # nothing tells what it was
+    assert runs.find_finished() == []
