@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from sklearn.manifold import TSNE
 
 from kutils import blending, config, ensemble, grouping, launch, paths, prompts, retrieval, runs, slices
 from kutils.datasets import PromptImages, load_datasets
 from kutils.prompt_bank import PromptBank
 from kutils.tables import read_table
-from kutils.text_encoder import load_encoder
+from kutils.text_encoder import EncoderError, TextEncoder, load_encoder
 
 MOST_QUERIES = 4096  # prompts whose nearest others are looked up for near-duplicates
+MOST_HOLDING = 100  # prompts that stand for words where there is no text encoder
 SORTS = ("worst", "best", "random", "disagreement")
 MEAN = "ensemble of equal weights"  # where none was fitted
 
@@ -147,11 +149,13 @@ class Exploration:
     def search(self, words: str, fold: int = -1, count: int = 10) -> pd.DataFrame:
         """The nearest prompts to words, by their embedding, each with an image.
 
+        Where there is no text encoder, the mean of the prompts that hold most of the words stands for them.
+
         Args:
             words: a prompt.
             fold: look among the prompts of this fold; -1: among all.
         Returns: columns image, prompt, cosine, fold; the nearest first.
-        Raises: ExplorationError for no words, or a fold without prompts.
+        Raises: ExplorationError for no words, a fold without prompts, or words that nothing can stand for.
         """
         if not words.strip():
             raise ExplorationError("type some words to look for")
@@ -159,16 +163,32 @@ class Exploration:
         elsewhere = folds != fold if fold >= 0 else None
         if elsewhere is not None and elsewhere.all():
             raise ExplorationError(f"no prompt is in fold {fold}")
-        query = prompts.encode_prompts([words], self.encoder, progress=False)
+        query = self.embed_words(words)
         indices, cosines = self.bank.nearest(query, count, exclude=elsewhere)
         rows = self.bank.rows[indices[0]]
         images = [self.data.image_path(int(row)) for row in rows]
         found = {"image": images, "prompt": self.bank.texts(indices[0]), "cosine": cosines[0]}
         return pd.DataFrame(found | {"fold": folds[indices[0]]})
 
+    def embed_words(self, words: str) -> np.ndarray:
+        """float32 [1, 384], a unit row."""
+        if self.encoder is not None:
+            return prompts.encode_prompts([words], self.encoder, progress=False)
+        held = np.zeros(len(self.bank), np.int64)
+        for word in words.split():
+            held += pc.match_substring(self.bank.prompts, word, ignore_case=True).to_numpy()
+        if not held.any():
+            raise ExplorationError(f"no prompt holds one of the words {words!r}")
+        return blending.unit(self.bank.vectors(np.flatnonzero(held == held.max())[:MOST_HOLDING]).mean(axis=0)[None])
+
     @functools.cached_property
-    def encoder(self):
-        return load_encoder()
+    def encoder(self) -> TextEncoder | None:
+        """all-MiniLM-L6-v2; None, and a line that says so, where it is not installed."""
+        try:
+            return load_encoder()
+        except (EncoderError, ImportError) as error:
+            print(f"words are looked for by the prompts that hold them: no text encoder ({error})")
+            return None
 
     # ------------------------------------------------------------ models
 
