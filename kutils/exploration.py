@@ -1,7 +1,6 @@
 """What the notebook `explore` looks at: data sets as a bank of prompts, and models by their predictions of a fold."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,41 +9,21 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 from sklearn.manifold import TSNE
+from torchvision.transforms.v2.functional import to_pil_image
 
-from kutils import blending, config, ensemble, grouping, launch, paths, prompts, retrieval, runs, slices
+from kutils import blending, config, grouping, launch, paths, prompts, retrieval, runs, slices
 from kutils.datasets import PromptImages, load_datasets
 from kutils.prompt_bank import PromptBank
-from kutils.tables import read_table
 from kutils.text_encoder import EncoderError, TextEncoder, load_encoder
+from kutils.transforms import decode_rgb
+from kutils.validated import MEAN, ExplorationError, Validated, read_validated
 
 MOST_QUERIES = 4096  # prompts whose nearest others are looked up for near-duplicates
 MOST_HOLDING = 100  # prompts that stand for words where there is no text encoder
+MOST_SOURCES = 20  # that are told apart
 SORTS = ("worst", "best", "random", "disagreement")
-MEAN = "ensemble of equal weights"  # where none was fitted
-
-
-class ExplorationError(ValueError):
-    """Something to look at that is not there; the message says how to make it."""
-
-
-@dataclass(frozen=True)
-class Validated:
-    """Rows that were validated on by several models, and what each predicted for them."""
-
-    fold: int
-    rows: np.ndarray  # int64 [n] of the data sets
-    predictions: dict[str, np.ndarray]  # model -> float32 [n, 384], unit rows
-    cosines: pd.DataFrame  # [n, models]: of prediction and prompt
-    left_out: dict[str, str]  # run -> why it is not among them
-
-    @property
-    def best(self) -> str:
-        return str(self.cosines.mean().idxmax())
-
-    def mean_scores(self) -> pd.Series:
-        """Model -> mean cosine, the best first."""
-        return self.cosines.mean().sort_values(ascending=False)
 
 
 @dataclass
@@ -53,10 +32,11 @@ class Exploration:
 
     data: PromptImages
     bank: PromptBank
-    sorts = SORTS
+    sorts, slicings = SORTS, slices.SLICES  # what views offer to choose from
     run_names: tuple[str, ...] = ()  # finished runs, which may hold `*`; empty: all
     folds: dict[int, Validated] = field(default_factory=dict)  # as far as they were asked for
     labels: dict[int, pd.DataFrame] = field(default_factory=dict)  # of the rows of these folds, by slice
+    asked: dict[tuple, np.ndarray] = field(default_factory=dict)  # (image, its time, model) -> float32 [384]
 
     @classmethod
     def open(cls, names: str = "", models: str = "") -> "Exploration":
@@ -86,19 +66,19 @@ class Exploration:
             f"{len(runs.find_finished(self.run_names)):,} finished runs"
         )
 
-    def sources(self) -> dict[str, int]:
-        """Images by the column `source` of the tables, else by data set, most first."""
-        return pd.Series(self.source_of_rows).value_counts().to_dict()
+    def image(self, row: int) -> Path | Image.Image:
+        """The image file of a row, or the image itself where it is packed and the file is gone."""
+        path = self.data.image_path(row)
+        return path if path.is_file() or not self.data.block_rows else to_pil_image(self.data.decode_image(row))
 
-    @functools.cached_property
-    def source_of_rows(self) -> np.ndarray:
-        """str [n]: the source of every row."""
-        found = []
-        for name in self.data.names:
-            table = read_table(paths.input_dir() / f"{name}.tsv", ["prompt"])
-            has_source = "source" in table.column_names
-            found.append(table["source"].to_numpy() if has_source else np.full(table.num_rows, name, object))
-        return np.concatenate(found)
+    def sources(self) -> dict[str, int]:
+        """Images by the column `source` of the tables, else by data set, most first; those of rare sources together."""
+        counts = pd.Series(self.sources_of(np.arange(len(self.data)))).value_counts()
+        rest = {"others": int(counts[MOST_SOURCES:].sum())} if len(counts) > MOST_SOURCES else {}
+        return counts[:MOST_SOURCES].to_dict() | rest
+
+    def sources_of(self, rows: np.ndarray) -> np.ndarray:  # object [n]
+        return slices.table_columns(self.data, rows, np.full(len(rows), "", object))[0]
 
     def map_points(self, most: int, seed: int = 0) -> tuple[np.ndarray, dict[str, list[str]]]:
         """Prompts in the plane, near ones near to each other (t-SNE, van der Maaten and Hinton 2008).
@@ -116,7 +96,7 @@ class Exploration:
         embeddings = self.bank.vectors(chosen)
         points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
         rows = self.bank.rows[chosen]
-        labels = {"fold": [str(fold) for fold in self.data.folds[rows]], "source": list(self.source_of_rows[rows])}
+        labels = {"fold": [str(fold) for fold in self.data.folds[rows]], "source": list(self.sources_of(rows))}
         return points, labels
 
     def near_duplicates(self, count: int = 4, seed: int = 0) -> pd.DataFrame:
@@ -134,7 +114,7 @@ class Exploration:
         for side in "ab":
             index = pairs[side].to_numpy()
             rows = self.bank.rows[index]
-            found |= {f"image_{side}": [self.data.image_path(int(row)) for row in rows]}
+            found |= {f"image_{side}": [self.image(int(row)) for row in rows]}
             found |= {f"prompt_{side}": self.bank.texts(index), f"fold_{side}": self.data.folds[rows]}
         return pd.DataFrame(found)
 
@@ -166,7 +146,7 @@ class Exploration:
         query = self.embed_words(words)
         indices, cosines = self.bank.nearest(query, count, exclude=elsewhere)
         rows = self.bank.rows[indices[0]]
-        images = [self.data.image_path(int(row)) for row in rows]
+        images = [self.image(int(row)) for row in rows]
         found = {"image": images, "prompt": self.bank.texts(indices[0]), "cosine": cosines[0]}
         return pd.DataFrame(found | {"fold": folds[indices[0]]})
 
@@ -195,12 +175,10 @@ class Exploration:
     def has_models(self, fold: int) -> bool:
         """Whether there are predictions of this fold; if not, says how to make them."""
         try:
-            left_out = self.validated(fold).left_out
+            print(*self.validated(fold).notes, sep="\n")
         except ExplorationError as error:
             print(error)
             return False
-        for name, reason in left_out.items():
-            print(f"{name} is left out: {reason}")
         return True
 
     def validated_folds(self) -> list[int]:
@@ -230,7 +208,7 @@ class Exploration:
         model = model or of.best
         check_choice("model", model, of.predictions)
         check_choice("sort", sort, SORTS)
-        cosines, agreement = of.cosines[model].to_numpy(), self.agreement(of)
+        cosines, agreement = of.cosines[model].to_numpy(), of.agreement()
         order = {
             "worst": np.argsort(cosines, kind="stable"),
             "best": np.argsort(-cosines, kind="stable"),
@@ -242,7 +220,7 @@ class Exploration:
         rows = of.rows[chosen]
         found = {
             "position": chosen,
-            "image": [self.data.image_path(int(row)) for row in rows],
+            "image": [self.image(int(row)) for row in rows],
             "prompt": self.data.prompts.take(pa.array(rows)).to_pylist(),
             "cosine": cosines[chosen],
             "nearest": self.bank.texts(indices[:, 0]),
@@ -250,20 +228,13 @@ class Exploration:
         }
         return pd.DataFrame(found)
 
-    def agreement(self, of: Validated) -> np.ndarray:
-        """Mean cosine between the single models' predictions of each row, [n]; NaN where there is one model."""
-        return blending.agreement({name: of.predictions[name] for name in self.single_models(of)})
-
-    def single_models(self, of: Validated) -> list[str]:
-        return [name for name in of.predictions if name not in ("ensemble", MEAN)]
-
     def disagreement(self, fold: int, count: int = 4) -> tuple[pd.DataFrame, list[dict[str, str]]]:
         """Images on which the models differ most, and for each: model -> the nearest prompt to its prediction.
 
         Raises: ExplorationError where there are fewer than two models.
         """
         of = self.validated(fold)
-        names = self.single_models(of)
+        names = of.single_models
         if len(names) < 2:
             raise ExplorationError("one model has nobody to disagree with; train another")
         shown = self.examples(fold, sort="disagreement", count=count)
@@ -283,95 +254,41 @@ class Exploration:
         return slices.mean_scores(of.cosines, self.labels[fold][by])
 
     def ask(self, image: Path, fold: int, count: int = 8) -> dict[str, pd.DataFrame]:
-        """What every model takes an image for: model -> columns rank, cosine, prompt of the nearest prompts.
+        """What every model takes an image for, first of all their ensemble.
 
-        Raises: ExplorationError where no model is trained; ImageError naming a file that cannot be read.
+        A model that cannot be asked any more is left out, and said.
+
+        Returns: model -> columns rank, cosine, prompt of the nearest prompts.
+        Raises: ImageError naming a file that cannot be read; ExplorationError where no model can be asked.
         """
         of = self.validated(fold)
-        models = retrieval.find_models(self.single_models(of))
-        found = retrieval.find_ensemble()
-        embeddings = retrieval.embed_images(models, [image], ensemble=found[1] if found else None)
-        if found:  # what is asked for most comes first
-            embeddings = {"ensemble": embeddings.pop("ensemble")} | embeddings
-        elif len(models) > 1:
-            embeddings = {MEAN: blending.average(list(embeddings.values()))} | embeddings
-        return {name: retrieval.neighbours_table(rows[0], self.bank, count) for name, rows in embeddings.items()}
+        decode_rgb(image)  # what is wrong with the image is not the models' fault
+        told: dict[str, np.ndarray] = {}
+        for name in of.predictions:
+            if name == MEAN:
+                continue
+            key = (str(image), Path(image).stat().st_mtime_ns, name)
+            try:
+                if key not in self.asked:
+                    self.asked[key] = embed(image, of.folders.get(name))
+                told[name] = self.asked[key]
+            except ValueError as error:  # a checkpoint that is gone, or another one than the ensemble was fitted with
+                print(f"{name} is left out: {error}")
+        single = [told[name] for name in of.folders if name in told]
+        if not single:
+            raise ExplorationError("none of the models can be asked; train one again")
+        if "ensemble" not in told and len(single) > 1:
+            told[MEAN] = blending.average([rows[None] for rows in single])[0]
+        order = sorted(told, key=lambda name: name in of.folders)  # ensembles first
+        return {name: retrieval.neighbours_table(told[name], self.bank, count) for name in order}
 
 
-def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Validated:
-    """The predictions of a fold that finished runs left behind, as far as they are of these data sets."""
-    rows, predictions, left_out = None, {}, {}
-    for folder in folders:
-        result = runs.result_of(folder)
-        if result["fold"] != fold:
-            continue
-        try:
-            own_rows, embeddings = read_predictions(data, folder / f"fold{fold}_predictions.npz")
-        except ExplorationError as error:
-            left_out[folder.name] = str(error)
-            continue
-        rows = own_rows if rows is None else np.intersect1d(rows, own_rows)
-        predictions[folder.name] = (own_rows, embeddings)
-    if rows is None or not len(rows):
-        why = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
-        raise ExplorationError(
-            f"no finished run was validated on fold {fold} of {', '.join(data.names)}; train one: papermill "
-            f"notebooks/train.ipynb working/runs/train_tiny_convnext_fold{fold}.ipynb -p model tiny_convnext "
-            f"-p fold {fold}{why}"
-        )
-    aligned = {name: take_rows(rows, *values) for name, values in predictions.items()}
-    if len(aligned) > 1:
-        try:
-            aligned |= read_ensemble(data, fold, rows)
-        except ValueError as error:  # a member that is gone, other folds now, ...
-            left_out["ensemble"] = str(error)
-        if "ensemble" not in aligned:
-            aligned[MEAN] = blending.average(list(aligned.values()))
-    targets = data.targets(rows)
-    cosines = pd.DataFrame({name: np.einsum("nd,nd->n", values, targets) for name, values in aligned.items()})
-    return Validated(fold, rows, aligned, cosines, left_out)
-
-
-def read_predictions(data: PromptImages, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 [n] of the data sets and predictions float32 [n, 384]; ExplorationError if they are of other data."""
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            names, row, embeddings = saved["dataset"], saved["row"], saved["embeddings"]
-            targets_hash, hashes = str(saved["targets_hash"]), json.loads(str(saved["folds_hash"]))
-    except Exception as error:  # NumPy and zipfile raise errors of many kinds
-        raise ExplorationError(f"{path.name} cannot be read ({error})") from error
-    if missing := sorted(set(hashes) - set(data.names)):
-        raise ExplorationError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
-    rows = rows_of(data, names, row)
-    if rows.max() >= len(data) or data.hash_targets(rows) != targets_hash:
-        raise ExplorationError("its data sets have other rows or prompts now; train it again")
-    return rows, embeddings
-
-
-def rows_of(data: PromptImages, names: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Rows int64 [n] of the data sets, from each one's data set and its row there."""
-    distinct, codes = np.unique(names, return_inverse=True)
-    return data.starts[[data.names.index(name) for name in distinct]][codes] + row
-
-
-def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values [n, D] of the wanted rows, in their order."""
-    order = np.argsort(rows)
-    return values[order[np.searchsorted(rows[order], wanted)]]
-
-
-def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """`ensemble` -> the predictions of the fitted ensemble; empty where there is none, or it was fitted elsewhere."""
-    found = retrieval.find_ensemble()
-    if found is None or fold != ensemble.FIT_FOLD:
-        return {}
-    families, common = ensemble.load_predictions(found[1].families)
-    if not set(common["dataset"]) <= set(data.names):
-        return {}
-    own_rows = rows_of(data, common["dataset"], common["row"])
-    if not np.isin(rows, own_rows).all():
-        return {}
-    return {"ensemble": take_rows(rows, own_rows, blending.combine(families, found[1].weights))}
+def embed(image: Path, folder: Path | None) -> np.ndarray:
+    """What the model of a run, or the ensemble fitted last (None), predicts for an image: float32 [384]."""
+    models = retrieval.find_models([str(folder)]) if folder else []
+    _, fitted = (None, None) if folder else retrieval.find_ensemble()
+    (rows,) = retrieval.embed_images(models, [image], ensemble=fitted).values()
+    return rows[0]
 
 
 def first_of_each(codes: np.ndarray) -> np.ndarray:

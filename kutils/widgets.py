@@ -16,11 +16,11 @@ import ipywidgets
 import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import Markdown, display
+from PIL import ExifTags, Image, ImageOps
 
 from kutils import data_plots, html_tables, model_plots, plots
 from kutils.figures import DescribedFigure
 
-SLICES = ("words", "source", "kind", "similarity")
 STATIC = "The controls of this view ({}) work where a kernel runs; its parameters choose what is shown here."
 
 
@@ -29,7 +29,7 @@ def live(show: Callable[..., Sequence], *others: ipywidgets.Widget, **controls: 
 
     Args:
         show: called with the value of each control; returns figures, tables or texts, always as many. What it raises
-            for the first values is raised here; later a ValueError is told beside the controls, which stay usable.
+            for the first values is raised here; later an error is told beside the controls, which stay usable.
         others: controls that stand beside and have callbacks of their own.
         controls: by the name of the argument.
     Returns: what holds the controls, and below them what the last change took or what was wrong with it.
@@ -50,9 +50,11 @@ def live(show: Callable[..., Sequence], *others: ipywidgets.Widget, **controls: 
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 items = drawn(show, controls)
             told.value = f"<em>{time.monotonic() - began:.1f} s</em> {escape(printed.getvalue())}"
-        except (ValueError, OSError) as error:  # of the parts: wrong values, unreadable files
+        except Exception as error:  # any: a callback's traceback would be lost, and the view stay at "working ..."
+            plt.close("all")
             items = [({"text/plain": ""}, {})] * len(handles)
-            told.value = f"<strong>{escape(str(error))}</strong>"
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            told.value = f"<strong>{escape(f'{kind}{error}')}</strong>"
         for handle, (data, metadata) in zip(handles, items, strict=True):
             handle.update(data, metadata=metadata, raw=True)
 
@@ -88,7 +90,10 @@ def text(label: str, value: str, hint: str = "") -> ipywidgets.Text:
 
 
 def choice(label: str, options: Sequence, value) -> ipywidgets.Dropdown:
-    """One of several; options are values or (shown text, value)."""
+    """One of several; options are values or (shown text, value). ValueError for a value that is none of them."""
+    values = [option[1] if isinstance(option, tuple) else option for option in options]
+    if value not in values:
+        raise ValueError(f"{label} is {value!r}; it can be {', '.join(map(str, values))}")
     return ipywidgets.Dropdown(options=options, value=value, description=label)
 
 
@@ -131,14 +136,17 @@ def examples(explored, fold: int, model: str = "", sort: str = "worst", count: i
         drawn = plots.predictions(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"])
         return [drawn, html_tables.show(shown[["prompt", "nearest", "cosine", "agreement"]])]
 
-    of = explored.validated(fold)
-    live(
-        show,
-        fold=choice("fold", explored.validated_folds(), fold),
-        model=choice("model", list(of.predictions), model or of.best),
-        sort=choice("sort", explored.sorts, sort),
-        count=number("images", count, 24),
-    )
+    def offer(change) -> None:
+        """The models of another fold are others."""
+        models.options = model_options(change["new"])
+
+    def model_options(fold: int) -> list[tuple[str, str]]:
+        return [("the best", ""), *((name, name) for name in explored.validated(fold).predictions)]
+
+    folds, models = choice("fold", explored.validated_folds(), fold), choice("model", model_options(fold), model)
+    folds.observe(offer, names="value")
+    orders, counts = choice("sort", explored.sorts, sort), number("images", count, 24)
+    live(show, fold=folds, model=models, sort=orders, count=counts)
 
 
 def slice_scores(explored, fold: int, by: str = "words") -> None:
@@ -150,7 +158,7 @@ def slice_scores(explored, fold: int, by: str = "words") -> None:
             return [Markdown(f"All images are of one slice by {by}."), html_tables.show(scores)]
         return [model_plots.slice_scores({by: scores}, means), html_tables.show(scores)]
 
-    live(show, by=choice("slice", SLICES, by))
+    live(show, by=choice("slice", explored.slicings, by))
 
 
 def own_image(explored, fold: int, image: str = "", count: int = 8) -> None:
@@ -162,20 +170,36 @@ def own_image(explored, fold: int, image: str = "", count: int = 8) -> None:
         count: prompts per model.
     """
     folder = Path(tempfile.mkdtemp(prefix="kutils_"))
+    shown = Path(image) if image else explored.examples(fold, sort="disagreement", count=1)["image"][0]
+    if not isinstance(shown, Path):  # packed, and not a file
+        shown.save(folder / "example.png")
+        shown = folder / "example.png"
     upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="upload")
-    path = text(
-        "path", image or str(explored.examples(fold, sort="disagreement", count=1)["image"][0]), "an image file"
-    )
+    path = text("path", str(shown), "an image file")
 
     def show(path: str, count: int) -> Sequence:
-        return [data_plots.neighbours(Path(path), explored.ask(Path(path), fold, count))]
+        seen = upright(Path(path), folder)
+        return [data_plots.neighbours(seen, explored.ask(seen, fold, count))]
 
     def take(change) -> None:
         """An upload becomes a file, whose path is asked about."""
         for file in change["new"]:
-            target = folder / Path(file["name"]).name
+            target = Path(tempfile.mkdtemp(dir=folder)) / Path(file["name"]).name  # the name of a former one, maybe
             target.write_bytes(file["content"])
             path.value = str(target)
 
     upload.observe(take, names="value")
     live(show, upload, path=path, count=number("prompts", count, 20))
+
+
+def upright(path: Path, folder: Path) -> Path:
+    """The image file, or a copy in `folder` that is turned as its EXIF record asks: a photo may lie on its side.
+
+    Data sets are read without that, as the competition's were.
+    """
+    with Image.open(path) as image:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return path
+        target = Path(tempfile.mkdtemp(dir=folder)) / f"{path.stem}.png"
+        ImageOps.exif_transpose(image).save(target)
+        return target

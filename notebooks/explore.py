@@ -106,13 +106,13 @@ widgets.search(explored, search, search_fold, count)
 # %% [markdown]
 # ## How good are the models?
 # The cosine of every prediction with its prompt, for every finished run that was validated on these images, and for the
-# ensemble where one was fitted.
+# ensemble, whose few weights were fitted on half of them.
 
 # %%
 if there := explored.has_models(fold):
-    scores = explored.validated(fold).mean_scores()
-    plots.bar_scores(scores.to_dict(), baseline=explored.data.mean_prompt_baseline(fold))
-    plots.similarity_histogram(dict(explored.validated(fold).cosines.items()))
+    validated = explored.validated(fold)
+    plots.bar_scores(validated.mean_scores().to_dict(), baseline=validated.baseline)
+    plots.similarity_histogram(dict(validated.cosines.items()))
 
 # %% [markdown]
 # ## Where are they right, and where are they lost?
@@ -136,7 +136,7 @@ if there:
 # What each took the image for. An ensemble gains most where its members err in different ways.
 
 # %%
-if there and len(explored.single_models(explored.validated(fold))) > 1:
+if there and len(validated.single_models) > 1:
     shown, told = explored.disagreement(fold)
     data_plots.disagreement(shown["image"], told, shown["agreement"])
 

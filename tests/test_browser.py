@@ -66,8 +66,9 @@ def folder(tmp_path_factory):
         patch.setenv("KUTILS_WORKING", str(folder / "working"))
         command = [sys.executable, "-m", "kutils.generate", "--shapes-dataset", "shapes", "--num-prompts", "300"]
         subprocess.run([*command, "--images-per-prompt", "1"], check=True, capture_output=True, timeout=300)
-        for recipe in ("conf/tiny_convnext_stage1.yaml", "conf/tiny_vit_stage1.yaml"):
-            command = [sys.executable, "-m", "kutils.train", "--config", recipe, "--fold", "0", *SMALL]
+        for model, fold in (("tiny_convnext", 0), ("tiny_vit", 0), ("tiny_vit", 1)):
+            command = [sys.executable, "-m", "kutils.train", "--config", f"conf/{model}_stage1.yaml"]
+            command += ["--fold", str(fold), *SMALL]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
     return folder
 
@@ -221,9 +222,9 @@ def test_explore_runs_and_its_controls_show_other_results(browser, lab, folder):
     place.scroll_into_view_if_needed()
     before = pictures(place)
     models = place.locator('.widget-dropdown:has(label:text-is("model")) select')
-    other = next(name for name in RUNS if name != models.evaluate("select => select.selectedOptions[0].text"))
-    models.select_option(other)
-    before = changed(page, place, before)
+    for name in RUNS:
+        models.select_option(name)
+        before = changed(page, place, before)
     place.locator('.widget-dropdown:has(label:text-is("sort")) select').select_option("best")
     changed(page, place, before)
     cosines = [float(value) for value in place.locator("table tbody td:nth-child(3)").all_inner_texts()]
@@ -233,6 +234,12 @@ def test_explore_runs_and_its_controls_show_other_results(browser, lab, folder):
     clicked = [float(value) for value in place.locator("table tbody td:nth-child(3)").all_inner_texts()]
     assert clicked == sorted(cosines)
     shoot(page, "explore_examples")
+
+    # the models of another fold
+    before = pictures(place)
+    place.locator('.widget-dropdown:has(label:text-is("fold")) select').select_option("1")
+    changed(page, place, before)
+    assert models.locator("option").all_inner_texts() == ["the best", "tiny_vit_stage1_fold1"]
 
     # an image of one's own
     place = cell(page, "widgets.own_image(")

@@ -12,10 +12,24 @@ import torch
 from conftest import TINY, make_dataset, unit_rows
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
+from PIL import Image
 
-from kutils import blending, checkpoints, datasets, exploration, runs, train, transforms
+from kutils import (
+    blending,
+    checkpoints,
+    datasets,
+    ensemble,
+    exploration,
+    runs,
+    shards,
+    train,
+    transforms,
+    validated,
+    widgets,
+)
 from kutils.config import Recipe
 from kutils.exploration import Exploration, ExplorationError
+from kutils.tables import read_table, write_table
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "explore.ipynb"
 NETWORKS = {"convnext": "test_convnext", "vit": "test_vit"}
@@ -76,8 +90,8 @@ def test_models_stand_side_by_side_on_the_same_rows(world):
         assert of.mean_scores()[run] == pytest.approx(score, abs=1e-6)
     together = of.predictions[RUNS[0]] + of.predictions[RUNS[1]]
     together /= np.linalg.norm(together, axis=1, keepdims=True)
-    np.testing.assert_allclose(of.predictions[exploration.MEAN], together, atol=1e-6)
-    assert explored.single_models(of) == RUNS and of.left_out == {}
+    np.testing.assert_allclose(of.predictions[validated.MEAN], together, atol=1e-6)
+    assert of.single_models == RUNS
     assert list(explored.validated(1).predictions) == ["vit_fold1"]
 
 
@@ -138,7 +152,7 @@ def test_search_finds_the_nearest_prompts_and_only_those_of_a_fold(world, monkey
     table = np.load(world / "input" / "toy.npy")[::2]
     query = unit_rows(1, seed=5)
     monkeypatch.setattr(exploration.prompts, "encode_prompts", lambda texts, encoder, progress: query)
-    monkeypatch.setattr(exploration, "load_encoder", lambda: None)
+    monkeypatch.setattr(exploration, "load_encoder", lambda: "an encoder")
     cosines = (table @ query[0]).ravel()
     for fold in (-1, 3):
         allowed = np.arange(40) if fold < 0 else np.arange(3, 40, 10)
@@ -184,7 +198,7 @@ def test_an_image_of_ones_own_is_asked_about(world, tmp_path):
     image = tmp_path / "mine.png"
     shutil.copy(world / "input" / "toy_images" / "0007_1.png", image)
     told = explored.ask(image, 0, count=3)
-    assert list(told) == [exploration.MEAN, *RUNS]
+    assert list(told) == [validated.MEAN, *RUNS]
     table = np.load(world / "input" / "toy.npy")[::2]
     predicted = []
     for name in NETWORKS:
@@ -208,6 +222,105 @@ def test_without_models_it_says_how_to_make_them(workspace, capsys):
     assert explored.validated_folds() == [] and not explored.has_models(0)
     said = capsys.readouterr().out
     assert "no finished run was validated on fold 0 of toy" in said and "papermill notebooks/train.ipynb" in said
+
+
+def test_scores_and_baseline_are_of_the_same_rows(broken, capsys):
+    """A run that was validated on more images is compared on those that both were validated on."""
+    make_dataset(broken / "input", "other", num_prompts=20)
+    data = datasets.load_datasets(["toy", "other"])
+    rows = data.validation_rows(0)
+    folder = broken / "working" / "runs" / "vit_fold0"
+    shutil.copytree(folder, folder.with_name("more_fold0"))
+    number, row = data.origin(rows)
+    saved = {"dataset": np.array(data.names)[number], "row": row, "embeddings": unit_rows(len(rows), 9), "fold": 0}
+    saved |= {"targets_hash": data.hash_targets(rows), "folds_hash": json.dumps(data.folds_hashes)}
+    np.savez(folder.with_name("more_fold0") / "fold0_predictions.npz", **saved)
+    explored = Exploration.open("toy,other", "vit_fold0,more_fold0")
+    assert explored.has_models(0)
+    said = capsys.readouterr().out
+    assert "vit_fold0, more_fold0 are compared on the 8 images of fold 0 that all were validated on" in said
+    of = explored.validated(0)
+    assert len(of.rows) == 8 and of.rows.max() < 80
+    training = np.concatenate([np.load(broken / "input" / f"{name}.npy") for name in ("toy", "other")])[data.folds != 0]
+    mean = training.sum(axis=0) / np.linalg.norm(training.sum(axis=0))
+    assert of.baseline == pytest.approx(float((data.targets(of.rows) @ mean).mean()), abs=1e-6)
+
+
+def test_folds_assigned_anew_are_noticed(broken, capsys):
+    table = read_table(broken / "input" / "toy.tsv", ["image", "prompt", "fold"])
+    write_table(
+        broken / "input" / "toy.tsv",
+        {"image": table["image"], "prompt": table["prompt"], "fold": (table["fold"].to_numpy() + 3) % 10},
+    )
+    assert not Exploration.open("toy").has_models(0)
+    assert "vit_fold0 is left out: prompts were assigned to other folds since" in capsys.readouterr().out
+
+
+def test_the_fitted_ensemble_is_shown_with_what_its_fit_has_not_seen(broken, capsys):
+    """Its members that stand for the nearest training prompts included."""
+    (broken / "ensemble.yaml").write_text(
+        "method: family\nfamilies:\n"
+        f"  vit:\n    - {{recipe: {broken}/vit.yaml, fold: 0}}\n"
+        f"  near:\n    - {{recipe: {broken}/convnext.yaml, fold: 0, neighbours: 3}}\n"
+    )
+    fitted, path = ensemble.fit(broken / "ensemble.yaml")
+    explored = Exploration.open("toy")
+    assert explored.has_models(0)
+    assert f"on the others it has {fitted.scores['chosen']:.4f}" in capsys.readouterr().out
+    of = explored.validated(0)
+    table, folds = np.load(broken / "input" / "toy.npy")[::2], np.arange(40) % 10
+    own = of.predictions["convnext_fold0"] @ table[folds != 0].T
+    chosen = np.argsort(-own, axis=1)[:, :3]
+    weights = np.exp(np.take_along_axis(own, chosen, axis=1) / 0.05)
+    near = np.einsum("nk,nkd->nd", weights, table[folds != 0][chosen])
+    near /= np.linalg.norm(near, axis=1, keepdims=True)
+    both = fitted.weights["vit"] * of.predictions["vit_fold0"] + fitted.weights["near"] * near
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    np.testing.assert_allclose(of.predictions["ensemble"], both, atol=2e-3)  # its prompts are kept in float16
+    image = broken / "input" / "toy_images" / "0001_0.png"
+    assert list(explored.ask(image, 0)) == ["ensemble", "convnext_fold0", "vit_fold0"]
+    next((broken / "working" / "models" / "vit").glob("*fold0_best*.pth")).unlink()  # the rest goes on
+    explored.asked.clear()
+    assert list(explored.ask(image, 0)) == ["convnext_fold0"]
+    said = capsys.readouterr().out
+    assert "ensemble is left out: " in said and "vit_fold0 is left out: " in said
+    path.unlink()
+
+
+def test_without_a_text_encoder_prompts_that_hold_the_words_stand_for_them(world, monkeypatch, capsys):
+    def absent():
+        raise ImportError("No module named 'sentence_transformers'")
+
+    monkeypatch.setattr(exploration, "load_encoder", absent)
+    explored = Exploration.open("toy")
+    assert explored.search('"17, PROMPT', count=1)["prompt"].tolist() == ['toy prompt "17, with a comma']
+    assert capsys.readouterr().out.count("no text encoder (No module named 'sentence_transformers')") == 1
+    with pytest.raises(ExplorationError, match="no prompt holds one of the words 'zebra'"):
+        explored.search("zebra")
+
+
+def test_packed_images_are_shown_where_their_files_are_gone(broken):
+    shards.pack(broken / "input" / "toy.tsv", shards.Encoding(32, "png", None), num_workers=0, progress=False)
+    shutil.rmtree(broken / "input" / "toy_images")
+    explored = Exploration.open("toy")
+    shown = explored.examples(0, "vit_fold0", count=2)
+    assert [image.size for image in shown["image"]] == [(32, 32)] * 2
+
+
+def test_a_photo_is_turned_as_its_record_asks(tmp_path):
+    lying = Image.new("RGB", (40, 20), "red")
+    record = lying.getexif()
+    record[0x0112] = 6
+    lying.save(tmp_path / "photo.jpg", exif=record)
+    lying.save(tmp_path / "plain.png")
+    assert widgets.upright(tmp_path / "plain.png", tmp_path) == tmp_path / "plain.png"
+    with Image.open(widgets.upright(tmp_path / "photo.jpg", tmp_path)) as turned:
+        assert turned.size == (20, 40)
+
+
+def test_a_value_that_is_no_choice_is_named():
+    with pytest.raises(ValueError, match="sort is 'bst'; it can be worst, best"):
+        widgets.choice("sort", ["worst", "best"], "bst")
 
 
 def test_runs_of_other_data_are_left_out_and_named(broken, capsys):
@@ -263,7 +376,7 @@ box = widgets.live(show, words=words, count=count)
 def test_rows_of_several_data_sets_are_found_by_set_and_row(workspace):
     make_dataset(workspace / "input", "other", num_prompts=20)
     data = datasets.load_datasets(["toy", "other"])
-    rows = exploration.rows_of(data, np.array(["other", "toy", "other"]), np.array([3, 5, 0]))
+    rows = validated.rows_of(data, np.array(["other", "toy", "other"]), np.array([3, 5, 0]))
     assert rows.tolist() == [83, 5, 80]
 
 
