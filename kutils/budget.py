@@ -18,7 +18,7 @@ from kutils import blending, checkpoints, devices, predict
 from kutils.config import Recipe
 from kutils.ensemble import Ensemble, Member, has_weight
 from kutils.pixels import PixelCache, SquareImages
-from kutils.prompt_bank import PromptBank
+from kutils.prompt_bank import BLOCK_QUERIES, PromptBank
 
 SLACK = 1.1  # of an estimate; the budget is for more than the models
 PROBE_SECONDS = 0.5  # of forward passes that are timed
@@ -33,6 +33,7 @@ class Cost:
     image: float  # seconds per image, on all devices together
     decode: float  # seconds per image, which is decoded once per input size
     input_size: int
+    lookup: float = 0.0  # seconds per image for a member's neighbours, which no network shares
 
     def describe(self) -> str:
         rate = f"{1 / self.image:,.1f} images/s" if self.image else "no image"
@@ -105,11 +106,12 @@ def choose(
 
 
 def estimate(members: Sequence[Member], costs: Mapping[Member, Cost], num_images: int) -> float:
-    """Seconds for loading and running every network once and decoding the images once per input size."""
+    """Seconds for every network's loading and running, the decoding per input size and the look-ups per member."""
     decoding = {costs[member].input_size: costs[member].decode for member in members}
     networks = {member.network: costs[member] for member in members}
     running = sum(cost.load + num_images * cost.image for cost in networks.values())
-    return SLACK * (running + num_images * sum(decoding.values()))
+    lookups = sum(costs[member].lookup for member in members)
+    return SLACK * (running + num_images * (sum(decoding.values()) + lookups))
 
 
 def measure(path: Path, images: Sequence[Path], device_list: Sequence[torch.device], batch_size: int) -> Cost:
@@ -135,6 +137,18 @@ def measure(path: Path, images: Sequence[Path], device_list: Sequence[torch.devi
         if seconds > PROBE_SECONDS or size == batch_size:
             return Cost(load, seconds / size / len(device_list), decode, recipe.input_size)
         size = min(2 * size, batch_size)
+
+
+def measure_lookup(members: Sequence[Member], bank: PromptBank | None, device: str) -> float:
+    """Seconds per image that a member's neighbours take: those of the most of them, for a block of images."""
+    member = max(members, key=lambda member: member.neighbours)
+    if bank is None or not member.neighbours:
+        return 0.0
+    rows = bank.vectors(np.arange(min(BLOCK_QUERIES, len(bank))))
+    member.pull(rows[:1], bank, device)  # the first look-up reads the file
+    began = time.monotonic()
+    member.pull(rows, bank, device)
+    return (time.monotonic() - began) / len(rows)
 
 
 # ---------------------------------------------------------------- all models
@@ -182,7 +196,7 @@ class Runner:
     def keep_caches(self, input_sizes: Collection[int]) -> None:
         self.caches = {size: cache for size, cache in self.caches.items() if size in input_sizes}
 
-    def measure(self, members: Sequence[Member]) -> dict[Member, Cost]:
+    def measure(self, members: Sequence[Member], bank: PromptBank | None) -> dict[Member, Cost]:
         """Every member's cost, measured once per recipe; one that cannot be measured is free: it fails when it runs."""
         by_recipe: dict[str, Cost] = {}
         num_views = len(list(predict.views(torch.zeros(1, 3, 8, 8), self.tta)))
@@ -195,7 +209,14 @@ class Runner:
                 print(f"{Path(member.recipe).stem}: {by_recipe[member.recipe].describe()}", flush=True)
             except Exception:
                 by_recipe[member.recipe] = Cost(0, 0, 0, 0)
-        return {member: by_recipe[member.recipe] for member in members}
+        try:
+            lookup = measure_lookup(members, bank, self.device_list[0].type)
+        except Exception:
+            lookup = 0.0
+        return {
+            member: dataclasses.replace(by_recipe[member.recipe], lookup=lookup if member.neighbours else 0.0)
+            for member in members
+        }
 
 
 def predict_ensemble(
@@ -239,7 +260,7 @@ def predict_ensemble(
     for member in [member for member in members if not has_weight(fitted, family_of[member])]:
         leave_out(state, member, "its weight is 0")
         members.remove(member)
-    costs = runner.measure(members) if hours < math.inf else {}
+    costs = runner.measure(members, bank) if members and hours < math.inf else {}
     predicted: dict[str, list[np.ndarray]] = {}
     took = estimated = 0.0
     planned: list[Member] = members
@@ -258,26 +279,32 @@ def predict_ensemble(
                 leave_out(state, member, no_time(slower * estimate([member], costs, len(images)), loss))
             break
         member = planned[0]
-        sharing = [other for other in members if other.network == member.network]  # they come along for nothing
+        sharing = [other for other in planned if other.network == member.network]
         members, planned = ([other for other in some if other not in sharing] for some in (members, planned))
         began = time.monotonic()
         try:
             rows, pixels = runner.run(member)
-            pulled = {other: other.pull(rows, bank, runner.device_list[0].type) for other in sharing}
         except Exception as error:  # one broken model must not cost the others
-            reason = "no time left ({})" if isinstance(error, predict.OutOfTime) else "it failed: {}"
             for other in sharing:
-                leave_out(state, other, reason.format(next(iter(str(error).splitlines()), repr(error))))
+                leave_out(state, other, why(error))
             continue
+        pulled: dict[Member, np.ndarray] = {}
+        for other in sharing:
+            try:
+                pulled[other] = other.pull(rows, bank, runner.device_list[0].type)
+            except Exception as error:  # nor must neighbours that cannot be looked up
+                leave_out(state, other, why(error))
         seconds = time.monotonic() - began
-        state.seconds |= {other.name: seconds / len(sharing) for other in sharing}
+        state.seconds |= {other.name: seconds / len(pulled) for other in pulled}
         if costs:
             took += seconds
-            estimated += estimate([member], costs, len(images)) / SLACK
+            estimated += estimate(sharing, costs, len(images)) / SLACK
             costs = decoded(costs, pixels)
         state.unreadable |= {images[position]: reason for position, reason in sorted(pixels.bad.items())}
-        for other in sharing:
-            predicted.setdefault(family_of[other], []).append(pulled[other])
+        if not pulled:
+            continue
+        for other, rows in pulled.items():
+            predicted.setdefault(family_of[other], []).append(rows)
         state.families = {family: blending.average(of) for family, of in predicted.items()}
         state.embeddings = blending.combine(state.families, fitted.weights, fallback=fitted.mean_embedding)
         total = sum(weights[family] for family in state.families)
@@ -305,6 +332,12 @@ def no_time(seconds: float, loss: float) -> str:
     """Why a model is left out: what it takes, and what is lost by it."""
     lost = f"a loss of about {loss:.4f}" if loss < math.inf else "the last of all"
     return f"no time left: it takes {seconds / 60:,.1f} minutes ({lost})"
+
+
+def why(error: Exception) -> str:
+    """Why a model is left out that has not come to its end: the first line of what was raised."""
+    reason = "no time left ({})" if isinstance(error, predict.OutOfTime) else "it failed: {}"
+    return reason.format(next(iter(str(error).splitlines()), repr(error)))
 
 
 def leave_out(state: EnsemblePrediction, member: Member, reason: str) -> None:

@@ -4,6 +4,7 @@ Five million rows are parsed, checked and hashed in the first open; every later 
 same file and shares its pages.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,8 @@ def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
     Raises: DataError or TableError for a set that could not be trained on, apart from its folds.
     """
     wanted = fingerprint(root, names)
-    return as_index(map_once(cache_path(root, names, ".arrow"), wanted, lambda: build(root, names, wanted).to_reader()))
+    built = functools.cache(lambda: build(root, names, wanted))  # asked for again where it cannot be written
+    return as_index(map_once(cache_path(root, names, ".arrow"), wanted, lambda: built().to_reader()))
 
 
 def cache_path(root: Path, names: Sequence[str], suffix: str) -> Path:
@@ -68,7 +70,8 @@ def map_once(path: Path, wanted: dict, make: Callable[[], pa.RecordBatchReader])
 
     Args:
         wanted: the `fingerprint` of its files.
-        make: its batches, written as they come; their schema's metadata holds `{"fingerprint": wanted, ...}`.
+        make: its batches, written as they come, and asked for again where that fails; their schema's metadata holds
+            `{"fingerprint": wanted, ...}`.
     """
     if (table := read_index(path, wanted)) is not None:
         return table

@@ -10,6 +10,8 @@ weighted mean of the nearest prompts outside of fold 0.
 
 import argparse
 import json
+import math
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,9 +49,9 @@ class Member:
         return f"{Path(self.recipe).stem} fold {self.fold}{pulled}"
 
     @property
-    def network(self) -> tuple[str, int]:
+    def network(self) -> str:
         """What members share that differ in their neighbours alone: one forward pass does for all."""
-        return self.recipe, self.fold
+        return self.sha256 or f"{self.recipe} {self.fold}"  # a recipe may be spelt in several ways
 
     def pull(
         self, rows: np.ndarray, bank: PromptBank | None, device: str = "cpu", exclude: np.ndarray | None = None
@@ -117,7 +119,7 @@ def read_config(path: str | Path) -> tuple[str, dict[str, list[Member]]]:
     """Method and families of a `conf/ensemble_<name>.yaml`.
 
     Raises: ConfigError or EnsembleError for an unknown key (naming the nearest), method, recipe or fold, a family with
-        no or several members validated on fold 0, or a member given twice.
+        no or several members validated on fold 0 or whose members differ in their neighbours, or a member given twice.
     """
     path = config.find_config(path)
     values = config.read_yaml(path)
@@ -136,8 +138,8 @@ def read_config(path: str | Path) -> tuple[str, dict[str, list[Member]]]:
                 raise EnsembleError(f"{path}: {family}: {entry} is no recipe file with a fold of 0 to 9")
             if type(count := entry.get("neighbours", 1)) is not int or count < 1:
                 raise EnsembleError(f"{path}: {family}: neighbours is {count!r}; it is a number of prompts, such as 20")
-            if type(entry.get("temperature", 1.0)) not in (int, float) or not entry.get("temperature", 1.0) > 0:
-                raise EnsembleError(f"{path}: {family}: temperature is {entry['temperature']!r}; it is above 0")
+            if "temperature" in entry:
+                entry["temperature"] = read_temperature(f"{path}: {family}", entry)
         families[str(family)] = [Member(**entry) for entry in entries]
         fitted = [member.name for member in families[family] if member.fold == FIT_FOLD]
         if len(fitted) != 1:
@@ -145,10 +147,25 @@ def read_config(path: str | Path) -> tuple[str, dict[str, list[Member]]]:
                 f"{path}: {family} has {len(fitted)} members validated on fold {FIT_FOLD}"
                 f"{': ' if fitted else ''}{', '.join(fitted)}; the weights are fitted with exactly one per family"
             )
+        if len({(member.neighbours, member.temperature) for member in families[family]}) > 1:
+            raise EnsembleError(
+                f"{path}: members of {family} differ in neighbours or temperature; the weight is fitted on one kind: "
+                "give each kind a family of its own"
+            )
     members = [member for entries in families.values() for member in entries]
     if len({(config.find_config(each.recipe), each.fold, each.neighbours) for each in members}) < len(members):
         raise EnsembleError(f"{path} names the same recipe and fold twice, with the same number of neighbours")
     return values["method"], families
+
+
+def read_temperature(where: str, entry: Mapping) -> float:
+    """The temperature of a member with neighbours; EnsembleError for one that is none or would be ignored."""
+    value = config.convert(f"{where}: temperature", entry["temperature"], float)
+    if not 0 < value < math.inf:
+        raise EnsembleError(f"{where}: temperature is {value}; it is above 0 and finite, such as {KNN_TEMPERATURE}")
+    if "neighbours" not in entry:
+        raise EnsembleError(f"{where}: temperature is {value} without neighbours; give their number or remove it")
+    return value
 
 
 def check_keys(path: Path, what: str, values: Mapping, keys: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -257,7 +274,7 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
     Args:
         config_name: `conf/ensemble_<name>.yaml`.
         output: the file; empty: `working/models/ensemble_<name>.json`, beside the checkpoints that it goes with. A
-            former file that differs is kept as `<output>.bak`.
+            former file that differs is kept as `<output>.bak`, with its neighbours' prompts; those of older ones go.
         seed: of the halves.
     Raises: a ValueError that says what is missing or does not fit, before anything is written.
     """
@@ -281,9 +298,7 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
         "baseline": blending.mean_cosine(np.broadcast_to(mean, unseen.shape), unseen),
     }
     path = Path(output) if output else paths.working_dir() / "models" / f"{Path(config_name).stem}.json"
-    neighbours = neighbours_path(path)
-    if bank is not None:
-        bank.save(neighbours, np.float16, keep=training)
+    neighbours, sha256 = (None, "") if bank is None else save_neighbours(bank, path, training)
     fitted = Ensemble(
         method=method,
         families=families,
@@ -291,15 +306,38 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
         mean_embedding=mean.tolist(),
         folds_hash=common["folds_hash"],
         targets_hash=common["targets_hash"],
-        neighbours_bank=neighbours.name if bank is not None else "",
-        neighbours_sha256=paths.sha256_of(neighbours) if bank is not None else "",
+        neighbours_bank=neighbours.name if neighbours else "",
+        neighbours_sha256=sha256,
         **report,
     )
     if path.is_file() and path.read_text(encoding="utf-8") != to_json(fitted):
         shutil.copy2(path, f"{path}.bak")
     PromptBank.from_datasets(names, most=BANK_PROMPTS, seed=seed).save(bank_path(path), np.float16)
     write_ensemble(fitted, path)
+    remove_neighbours(path)
     return fitted, path
+
+
+def save_neighbours(bank: PromptBank, weights: Path, keep: np.ndarray) -> tuple[Path, str]:
+    """Write prompts beside a file of weights under a name with their hash: those of a former fit stay.
+
+    Args:
+        keep: bool [n]: the prompts to write.
+    Returns: the file, and its SHA-256.
+    """
+    unnamed = neighbours_path(weights, "new")
+    bank.save(unnamed, np.float16, keep)
+    sha256 = paths.sha256_of(unnamed)
+    return unnamed.replace(neighbours_path(weights, sha256)), sha256
+
+
+def remove_neighbours(weights: Path) -> None:
+    """Delete the neighbours' prompts that neither a file of weights nor its .bak names."""
+    named = "".join(path.read_text(encoding="utf-8") for path in (weights, Path(f"{weights}.bak")) if path.is_file())
+    for path in weights.parent.iterdir():
+        ours = re.fullmatch(re.escape(weights.stem) + r"(\.[0-9a-f]{12})?\.neighbours\.arrow", path.name)
+        if ours and json.dumps(path.name) not in named:
+            path.unlink()
 
 
 def to_json(fitted: Ensemble) -> str:
@@ -321,9 +359,9 @@ def bank_path(weights: Path | str) -> Path:
     return Path(weights).with_suffix(".prompts.arrow")
 
 
-def neighbours_path(weights: Path | str) -> Path:
-    """The prompts outside of fold 0 beside a file of weights whose members have neighbours."""
-    return Path(weights).with_suffix(".neighbours.arrow")
+def neighbours_path(weights: Path | str, sha256: str = "") -> Path:
+    """The prompts outside of fold 0 beside a file of weights whose members have neighbours, by their hash."""
+    return Path(weights).with_suffix(f"{f'.{sha256[:12]}' if sha256 else ''}.neighbours.arrow")
 
 
 def load_neighbours(fitted: Ensemble, files: Mapping[str, Path]) -> PromptBank | None:
@@ -345,11 +383,22 @@ def load_ensemble(path: Path | str) -> Ensemble:
             if item.name in content or item.default is MISSING
         }
         families = {family: [Member(**member) for member in members] for family, members in values["families"].items()}
+        check_weights(values["weights"], families)
     except OSError as error:
         raise EnsembleError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EnsembleError(f"{path} holds no weights ({error!r}); make them: python -m kutils.ensemble fit") from error
     return Ensemble(**values | {"families": families})
+
+
+def check_weights(weights: Mapping[str, float | list[float]], families: Mapping[str, Sequence[Member]]) -> None:
+    """Raise ValueError or TypeError unless each family has a number, or one per dimension."""
+    if set(weights) != set(families):
+        raise ValueError(f"weights of {sorted(weights)} for families {sorted(families)}")
+    for family, weight in weights.items():
+        values = np.asarray(weight, np.float64)
+        if values.shape not in ((), (config.EMBEDDING_DIM,)) or not np.isfinite(values).all():
+            raise ValueError(f"the weight of {family} is no number and no {config.EMBEDDING_DIM} of them")
 
 
 def describe(fitted: Ensemble) -> str:
@@ -385,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         fitted, path = fit(arguments.config, arguments.output, arguments.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     print(f"{describe(fitted)}\nwrote {path}")

@@ -76,7 +76,7 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
     Raises: MountError if there is none, or several that differ.
     """
     found = []
-    for path in (path for folder in folders for path in sorted(folder.rglob("*.json"))):
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.json")) if path.is_file()):
         with path.open("rb") as stream:
             if f'"kind": "{ENSEMBLE_KIND}"'.encode() in stream.read(200):
                 found.append(path)
@@ -87,21 +87,25 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
     return found[0]
 
 
-def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path]) -> dict[str, Path]:
+def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path], beside: Path | None = None) -> dict[str, Path]:
     """Checkpoints (and prompts) of an ensemble below the folders, by file names and told apart by their SHA-256.
 
     Args:
         wanted: path as the ensemble names it -> SHA-256.
+        folders: that are searched with all that is below.
+        beside: the ensemble's own file, from whose folder the paths may lead too.
     Returns: the same path -> where the file is.
     Raises: MountError naming all that are missing or differ from what the weights were fitted with.
     """
     named: dict[str, list[Path]] = {}
     suffixes = sorted({Path(name).suffix for name in wanted})
-    for path in (path for folder in folders for suffix in suffixes for path in folder.rglob(f"*{suffix}")):
+    there = [path for folder in folders for suffix in suffixes for path in folder.rglob(f"*{suffix}")]
+    there += [beside.parent / name for name in wanted if (beside.parent / name).is_file()] if beside else []
+    for path in there:
         named.setdefault(path.name, []).append(path)
     found, missing = {}, []
     for name, sha256 in wanted.items():
-        candidates = sorted(named.get(Path(name).name, []))
+        candidates = sorted({*named.get(Path(name).name, [])})
         right = [path for path in candidates if paths.sha256_of(path) == sha256]
         if right:
             found[name] = right[0]

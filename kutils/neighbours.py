@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kutils import blending, ensemble, runs
-from kutils.ensemble import Member
+from kutils.ensemble import EnsembleError, Member
 from kutils.prompt_bank import PromptBank, in_fold
 
 NEIGHBOURS, TEMPERATURES = (5, 20, 50), (0.02, 0.05, 0.1)
@@ -60,10 +61,11 @@ def measure(
         folder: of a finished run.
         neighbours, temperatures: to choose from.
         seed: of the halves, and of the rows where the fold has more than MOST_ROWS.
-    Raises: EnsembleError for predictions that are not there or of data that has changed since.
+    Raises: EnsembleError for predictions that are not there, of data that has changed since, or too few for two halves.
     """
     fold = runs.result_of(folder)["fold"]
-    saved = ensemble.read_predictions(folder / f"fold{fold}_predictions.npz", Member(str(folder / "config.yaml"), fold))
+    path = folder / f"fold{fold}_predictions.npz"
+    saved = ensemble.read_predictions(path, Member(str(folder / "config.yaml"), fold))
     targets, prompts, _ = ensemble.load_targets(saved)
     rows = np.flatnonzero(np.isfinite(saved["embeddings"]).all(axis=1))
     if len(rows) > MOST_ROWS:
@@ -71,6 +73,11 @@ def measure(
     own, targets, prompts = saved["embeddings"][rows], targets[rows], prompts[rows]
     groups = blending.topics(targets, prompts, seed)
     seen = blending.split_groups(groups, seed)
+    if seen.all():  # also of none
+        raise EnsembleError(
+            f"{path} holds finite predictions of {len(np.unique(prompts))} prompts of {len(saved['embeddings'])} rows; "
+            "choosing and scoring take two prompts or more"
+        )
     names = sorted(json.loads(saved["folds_hash"]))
     bank = PromptBank.from_datasets(names)
     exclude = in_fold(bank, names, fold)
@@ -92,12 +99,28 @@ def measure(
         own=float(own_cosines.mean(dtype=np.float64)),
         nearest=float(nearest_cosines.mean(dtype=np.float64)),
         gain=blending.gain(nearest_cosines, own_cosines, groups[~seen]),
-        neighbours=best[0],
+        neighbours=min(best[0], indices.shape[1]),
         temperature=best[1],
         chosen=scores[best],
         rows=int((~seen).sum()),
         bank=int((~exclude).sum()),
     )
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers of 1 or more, with commas between, for argparse."""
+    values = [int(value) for value in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{min(values)} is no number of prompts; each is 1 or more")
+    return values
+
+
+def temperatures(text: str) -> list[float]:
+    """Numbers above 0, with commas between, for argparse."""
+    values = [float(value) for value in text.split(",")]
+    if wrong := [value for value in values if not 0 < value < math.inf]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]} is no temperature; each is above 0 and finite")
+    return values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,14 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs of working/runs/ (a name may hold *)")
     shown = [",".join(map(str, values)) for values in (NEIGHBOURS, TEMPERATURES)]
-    parser.add_argument("--k", default=shown[0], help=f"numbers of prompts to choose from (default: {shown[0]})")
-    parser.add_argument("--temperature", default=shown[1], help=f"to choose from (default: {shown[1]})")
+    parser.add_argument(
+        "--k", type=counts, default=shown[0], help=f"numbers of prompts to choose from (default: {shown[0]})"
+    )
+    parser.add_argument(
+        "--temperature", type=temperatures, default=shown[1], help=f"to choose from (default: {shown[1]})"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     args = parser.parse_args(argv)
     try:
-        chosen = [int(k) for k in args.k.split(",")], [float(value) for value in args.temperature.split(",")]
         for folder in runs.find_finished(args.runs):
-            print(measure(folder, *chosen, device=args.device).describe(), flush=True)
+            print(measure(folder, args.k, args.temperature, device=args.device).describe(), flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

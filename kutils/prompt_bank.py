@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kutils import paths
 from kutils.config import EMBEDDING_DIM
-from kutils.dataset_index import cache_path, fingerprint, map_embeddings, map_once
+from kutils.dataset_index import cache_path, fingerprint, map_once, open_embeddings
 from kutils.datasets import PromptImages, load_datasets
 from kutils.devices import pick_device
 from kutils.progress import progress_bar
@@ -67,7 +67,8 @@ class PromptBank:
         """Every distinct prompt of data sets in `input/`, in order of first appearance; or so many of them, drawn.
 
         The bank of all prompts is written once below `working/cache/`, block by block, and mapped from then on; where
-        that cannot be written it is kept in memory.
+        that cannot be written it is kept in memory. It takes 1.5 GB per million prompts, for each order of the names
+        anew, since `rows` are those of the data sets in that order.
 
         Raises: DataError or TableError as `load_datasets` does.
         """
@@ -87,12 +88,12 @@ class PromptBank:
 
     @classmethod
     def from_table(cls, tsv_path: Path) -> "PromptBank":
-        """Every row of a prompts file or data set with its .npy beside it; the embeddings are mapped.
+        """Every row of a prompts file or data set with its .npy beside it; the embeddings are checked and mapped.
 
-        Raises: TableError or DataError.
+        Raises: TableError, or DataError naming the row whose embedding is not of unit length.
         """
         prompts = read_table(tsv_path, ["prompt"])["prompt"]
-        return cls(prompts, map_embeddings(Path(tsv_path).with_suffix(".npy"), len(prompts)))
+        return cls(prompts, open_embeddings(Path(tsv_path).with_suffix(".npy"), len(prompts)))
 
     @classmethod
     def of_table(cls, table: pa.Table) -> "PromptBank":
@@ -189,7 +190,8 @@ class PromptBank:
         count = min(k, len(self) - int(excluded.sum()))
         cosines = torch.empty(len(queries), 0, device=place)
         indices = torch.empty(len(queries), 0, dtype=torch.int64, device=place)
-        with exact_products():
+        bar = progress_bar(len(self), "prompt", "looking up neighbours", delay=5, leave=False)
+        with exact_products(), bar:
             for start, block in self.blocks():
                 block = block.to(place).float().T
                 omitted = excluded[start : start + block.shape[1]].nonzero()[:, 0].to(place)
@@ -202,6 +204,7 @@ class PromptBank:
                 indices = torch.cat([indices, torch.cat([columns for _, columns in best]) + start], dim=1)
                 cosines, order = cosines.sort(dim=1, descending=True, stable=True)  # those of former blocks first
                 cosines, indices = cosines[:, :count], indices.gather(1, order)[:, :count]
+                bar.update(block.shape[1])
         return indices.cpu().numpy(), cosines.cpu().numpy()
 
     def describe(self, queries: np.ndarray, k: int = 2, width: int = 64) -> list[str]:

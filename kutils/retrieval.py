@@ -4,8 +4,9 @@ import argparse
 import json
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ class RetrievalError(ValueError):
 class TrainedModel:
     """A checkpoint that carries its recipe."""
 
-    name: str  # of its run, or its file
+    name: str  # of its run, or its file; the file's path where several have that name
     checkpoint: Path
     score: float | None  # mean cosine on its validation fold
 
@@ -53,7 +54,11 @@ def find_models(names: Sequence[str] = ()) -> list[TrainedModel]:
         else:
             models = [model_of_run(folder) for folder in runs.find_finished([name])]
         found |= {model.checkpoint: model for model in models}
-    return list(found.values())
+    taken = Counter([ENSEMBLE, *(model.name for model in found.values())])
+    return [
+        replace(model, name=str(path)) if path.stem == model.name and taken[model.name] > 1 else model
+        for path, model in found.items()
+    ]
 
 
 def model_of_run(folder: Path) -> TrainedModel:
@@ -78,7 +83,7 @@ def find_ensemble(path: Path | str = "") -> tuple[Path, Ensemble] | None:
     if path:
         return Path(path), ensembles.load_ensemble(path)
     files = (paths.working_dir() / "models").glob("*.json")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(filter(Path.is_file, files), key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             return file, ensembles.load_ensemble(file)
         except ensembles.EnsembleError:  # another JSON file
@@ -91,20 +96,25 @@ def embed_images(
     images: Sequence[Path],
     *,
     ensemble: Ensemble | None = None,
+    ensemble_path: Path | None = None,
     device: str = "auto",
 ) -> dict[str, np.ndarray]:
     """What models predict for images, each as in its validation.
 
     Args:
-        models: one in memory at a time.
+        models: one in memory at a time, of different names.
         images: files.
         ensemble: its members, whose checkpoints lie below `working/models/`, are predicted with too: families averaged
             and weighted as in a submission.
+        ensemble_path: its file, beside which its prompts, or checkpoints, may be instead.
         device: auto, cpu or cuda.
     Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
-    Raises: RetrievalError naming every image that cannot be read, or the members that failed; CheckpointError or
-        MountError for a checkpoint that cannot be used.
+    Raises: RetrievalError naming every image that cannot be read, the members that failed, or a name that two have;
+        CheckpointError or MountError for a checkpoint that cannot be used.
     """
+    taken = Counter([ENSEMBLE, *(model.name for model in models)])
+    if twice := [name for name, count in taken.items() if count > 1]:
+        raise RetrievalError(f"several models, or a model and the ensemble, are called {', '.join(twice)}; rename one")
     images, embeddings = [Path(image) for image in images], {}
     for model in models:
         network, recipe, _ = checkpoints.load_model(model.checkpoint)
@@ -113,14 +123,14 @@ def embed_images(
         embeddings[model.name] = predict.predict(network, recipe, pixels, places)
         check_readable(list(pixels.bad.values()))
     if ensemble is not None:
-        embeddings[ENSEMBLE] = embed_by_ensemble(ensemble, images, device)
+        embeddings[ENSEMBLE] = embed_by_ensemble(ensemble, images, device, ensemble_path)
     return embeddings
 
 
-def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str) -> np.ndarray:
+def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, path: Path | None = None) -> np.ndarray:
     """What an ensemble predicts for images, of which each is readable, by all of its members: float32 [n, 384]."""
     ensemble = ensemble.with_weight()
-    found = mounts.find_checkpoints(ensemble.files(), mounts.weight_folders())
+    found = mounts.find_checkpoints(ensemble.files(), mounts.weight_folders(), path)
     files = {member: found[member.checkpoint] for member in ensemble.members()}
     bank = ensembles.load_neighbours(ensemble, found)
     *_, state = budget.predict_ensemble(ensemble, files, images, device=device, bank=bank)
@@ -158,7 +168,8 @@ def run(args: argparse.Namespace) -> None:
     if fitted:
         names |= dict.fromkeys(sorted(json.loads(fitted[1].folds_hash)))
     bank, told = prompt_bank.from_arguments(args, list(names))
-    embeddings = embed_images(models, args.images, ensemble=fitted[1] if fitted else None, device=args.device)
+    path, ensemble = fitted or (None, None)
+    embeddings = embed_images(models, args.images, ensemble=ensemble, ensemble_path=path, device=args.device)
     titles = {model.name: describe(model) for model in models}
     if fitted:
         titles[ENSEMBLE] = f"the ensemble {fitted[0].stem} of {len(fitted[1].with_weight().members())} models"

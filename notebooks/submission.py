@@ -77,7 +77,7 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(f
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
 submission.keep_former(output_path)
 submission.write_submission(output_path, ids, budget.mean_embeddings(fitted, len(ids)))
-files = mounts.find_checkpoints(fitted.files(), folders)
+files = mounts.find_checkpoints(fitted.files(), folders, beside=ensemble_path)
 checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
 neighbours = load_neighbours(fitted, files)
 

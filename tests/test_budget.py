@@ -162,8 +162,38 @@ def test_members_that_share_a_network_take_one_pass(images, members, monkeypatch
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
         np.testing.assert_allclose(state.embeddings[:12], expected, atol=1e-5)
         np.testing.assert_array_equal(state.embeddings[12:], np.tile(np.float32(fitted.mean_embedding), (2, 1)))
-    _, state = states(fitted, {b: files[b], nearest: files[b]}, images)  # without its prompts
-    assert set(state.dropped) == {"b fold 0", "b fold 0 (2 nearest)"}
+    _, state = states(fitted, {b: files[b], nearest: files[b]}, images)  # without its prompts b itself counts
+    assert list(state.dropped) == ["b fold 0 (2 nearest)"] and list(state.seconds) == ["b fold 0"]
+    np.testing.assert_allclose(state.embeddings[:12], rows, atol=1e-6)
+    alone = dataclasses.replace(fitted, families={"b_nearest": [nearest]}, weights={"b_nearest": 1.0})
+    seen, state = states(alone, {nearest: files[b]}, images)
+    assert len(seen) == 1 and list(state.dropped) == ["b fold 0 (2 nearest)"] and not state.weights
+
+
+def test_a_look_up_has_its_cost(images, members, monkeypatch, clock):
+    """0.5 s per image for neighbours: b and 14 look-ups take 8 s, with a tenth more 8.8; b alone takes 1 s."""
+    fitted, files, _ = members
+    (b,) = fitted.families["b"]
+    nearest = dataclasses.replace(b, neighbours=2)
+    whole = PromptBank.knn
+
+    def slow(self, queries, *arguments):
+        clock.now += 0.5 * len(queries)
+        return whole(self, queries, *arguments)
+
+    monkeypatch.setattr(PromptBank, "knn", slow)
+    monkeypatch.setattr(budget, "measure", lambda *_: Cost(1, 0, 0, 48))
+    run_for(monkeypatch, clock, {files[b].name: 1.0})
+    bank = PromptBank(["x", "y", "z"], unit_rows(3, seed=4))
+    assert budget.measure_lookup([b, nearest], bank, "cpu") == pytest.approx(0.5)
+    assert budget.measure_lookup([b], bank, "cpu") == budget.measure_lookup([nearest], None, "cpu") == 0
+    costs = {b: Cost(1, 0.1, 0.2, 8), nearest: Cost(1, 0.1, 0.2, 8, lookup=0.5)}
+    assert budget.estimate([b, nearest], costs, 10) == pytest.approx(budget.SLACK * (1 + 1 + 2 + 5))
+    families, without = {"b": [b], "b_nearest": [nearest]}, {"b": 0.5, "b_nearest": 0.55}
+    fitted = dataclasses.replace(fitted, families=families, weights=dict.fromkeys(families, 0.5), leave_one_out=without)
+    for seconds, left_out in ((11, []), (10.5, ["b fold 0 (2 nearest)"])):  # 2 s of them measure the look-up
+        _, state = states(fitted, {b: files[b], nearest: files[b]}, images, bank=bank, hours=seconds / 3600)
+        assert list(state.dropped) == left_out and "b fold 0" in state.seconds
 
 
 def test_images_are_decoded_once_per_input_size(images, members, monkeypatch):

@@ -95,6 +95,7 @@ def test_a_full_disk_costs_the_index_and_nothing_else(workspace, reads, monkeypa
     monkeypatch.setattr(pa.ipc, "new_file", full)
     assert len(load_datasets(["toy"])) == 80
     assert "No space left on device" in capsys.readouterr().out and index_files(workspace) == [".lock"]
+    assert reads == ["toy.tsv"]
 
 
 @pytest.mark.parametrize("content", [b"", b"ARROW1\0\0 and then nothing", None])

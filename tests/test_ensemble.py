@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import TINY, make_dataset
+from ensembles import write_ensemble
 
 from kutils import blending, checkpoints, ensemble, train
 from kutils.config import ConfigError, Recipe, load_recipe
@@ -150,11 +151,10 @@ def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, cap
     score = np.sum(mean * targets, axis=1)[unseen].mean()
     assert fitted.scores["members"]["vit_nearest"] == pytest.approx(score, abs=1e-6)
 
-    file = path.with_name("ensemble_toy.neighbours.arrow")
-    assert (
-        fitted.neighbours_bank == file.name
-        and fitted.neighbours_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    )
+    (file,) = path.parent.glob("*.neighbours.arrow")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert file.name == fitted.neighbours_bank == f"ensemble_toy.{sha256[:12]}.neighbours.arrow"
+    assert fitted.neighbours_sha256 == sha256
     bank = PromptBank.load(file)
     prompts = np.array(table["prompt"].to_pylist()[::2])
     assert bank.prompts.to_pylist() == prompts[folds != 0].tolist() and len(bank) == 108
@@ -188,6 +188,62 @@ def test_a_former_file_that_differs_is_kept(world):
     assert path.read_bytes() == first and not path.with_name("ensemble_toy.json.bak").exists()
     ensemble.fit(world / "ensemble_toy.yaml", seed=1)
     assert path.read_bytes() != first and path.with_name("ensemble_toy.json.bak").read_bytes() == first
+
+
+def test_a_former_file_keeps_its_neighbours(world):
+    """Of three fits with other prompts each, and one without neighbours: what the last file and its .bak name stays."""
+    values = yaml.safe_load((world / "ensemble_toy.yaml").read_text())
+    values["families"]["vit"][0]["neighbours"] = 3
+    (world / "ensemble_near.yaml").write_text(yaml.safe_dump(values))
+    output, banks = world / "models" / "e\u00e4.json", []
+
+    def refit(name):
+        fitted, _ = ensemble.fit(world / name, output)
+        banks.append(fitted.neighbours_bank)
+        return {path.name for path in output.parent.glob("*.neighbours.arrow")}
+
+    def loaded(path):
+        fitted = ensemble.load_ensemble(path)
+        assert (
+            fitted.neighbours_sha256
+            == hashlib.sha256((output.parent / fitted.neighbours_bank).read_bytes()).hexdigest()
+        )
+
+    output.parent.mkdir()
+    others = {"e\u00e4.x.neighbours.arrow", "f.0123456789ab.neighbours.arrow"}  # of other ensembles
+    for name in (*others, "e\u00e4.neighbours.arrow"):  # the last as it was named before
+        (output.parent / name).write_bytes(b"")
+    assert refit("ensemble_near.yaml") == {*banks, *others}
+    assert refit("ensemble_near.yaml") == {*banks, *others} and len(set(banks)) == 1  # the same
+    real = ensemble.in_fold
+    for fold in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ensemble, "in_fold", lambda bank, names, _, fold=fold: real(bank, names, fold))
+            assert refit("ensemble_near.yaml") == {*banks[-2:], *others}
+        loaded(output)
+        loaded(f"{output}.bak")
+    assert refit("ensemble_toy.yaml") == {banks[-2], *others} and banks[-1] == ""
+    loaded(f"{output}.bak")
+    assert refit("ensemble_near.yaml") == {banks[-1], *others}
+
+
+def test_a_file_that_cannot_be_written_is_one_line(world, capsys):
+    (world / "file").write_text("")
+    arguments = ["fit", "--config", str(world / "ensemble_toy.yaml"), "--output", str(world / "file" / "x.json")]
+    assert ensemble.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said and said.count("\n") == 1
+
+
+def test_a_network_is_its_checkpoint(world):
+    vit = world / "vit.yaml"
+    (world / "below").mkdir()
+    spelt = [
+        ensemble.add_checkpoint(ensemble.Member(str(path), 0)) for path in (vit, world / "below" / ".." / "vit.yaml")
+    ]
+    other = ensemble.add_checkpoint(ensemble.Member(str(vit), 1))
+    assert spelt[0].network == spelt[1].network != other.network
+    assert len({ensemble.Member(*given).network for given in (("x", 0), ("x", 0), ("x", 1), ("y", 0))}) == 3
 
 
 def refused(world, capsys):
@@ -263,7 +319,27 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(world, capsys):
         ),
         (
             {"families": {"vit": [{"recipe": "vit.yaml", "fold": 0, "temperature": -1}]}},
-            "temperature is -1; it is above",
+            "temperature is -1.0; it is above",
+        ),
+        (
+            {"families": {"vit": [{"recipe": "vit.yaml", "fold": 0, "neighbours": 5, "temperature": float("inf")}]}},
+            "temperature is inf; it is above 0 and finite",
+        ),
+        (
+            {"families": {"vit": [{"recipe": "vit.yaml", "fold": 0, "neighbours": 5, "temperature": True}]}},
+            "temperature is True; it takes float",
+        ),
+        (
+            {"families": {"vit": [{"recipe": "vit.yaml", "fold": 0, "temperature": 0.1}]}},
+            "temperature is 0.1 without neighbours",
+        ),
+        (
+            {
+                "families": {
+                    "vit": [{"recipe": "vit.yaml", "fold": 0}, {"recipe": "vit.yaml", "fold": 1, "neighbours": 5}]
+                }
+            },
+            "members of vit differ in neighbours or temperature",
         ),
         ({"families": {"vit": [{"recipe": "vit.yaml", "fold": 1}]}}, "vit has 0 members validated on fold 0"),
         (
@@ -275,9 +351,16 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(world, capsys):
 def test_a_configuration_that_cannot_be_used_says_why(tmp_path, change, said):
     values = {"method": "family", "families": {"vit": [{"recipe": "vit.yaml", "fold": 0}]}}
     (tmp_path / "ensemble_x.yaml").write_text(yaml.safe_dump(values | change))
-    with pytest.raises(ensemble.EnsembleError) as caught:
+    with pytest.raises((ensemble.EnsembleError, ConfigError)) as caught:
         ensemble.read_config(tmp_path / "ensemble_x.yaml")
     assert said in str(caught.value) and "ensemble_x.yaml" in str(caught.value)
+
+
+def test_a_temperature_in_powers_of_ten_is_a_number(world):
+    entry = "{recipe: %s, fold: 0, neighbours: 5, temperature: 1e-5}" % (world / "vit.yaml")
+    (world / "ensemble_x.yaml").write_text(f"method: family\nfamilies:\n  vit:\n  - {entry}\n")
+    _, families = ensemble.read_config(world / "ensemble_x.yaml")
+    assert families["vit"][0].temperature == 1e-5
 
 
 def test_a_recipe_that_is_not_there_or_named_twice(world):
@@ -294,6 +377,18 @@ def test_a_file_that_holds_no_weights(tmp_path):
     (tmp_path / "x.json").write_text('{"method": "family"}')
     with pytest.raises(ensemble.EnsembleError, match=r"x.json holds no weights"):
         ensemble.load_ensemble(tmp_path / "x.json")
+    whole = write_ensemble(tmp_path, {"a": [ensemble.Member("a.yaml", 0)]}, {"a": 1.0}, np.zeros(384))
+    content = json.loads(whole.read_text())
+    for weights in (None, {}, {"b": 1.0}, {"a": None}, {"a": [1.0]}, [1.0]):
+        whole.write_text(json.dumps(content | {"weights": weights}))
+        with pytest.raises(ensemble.EnsembleError, match=r"weights.json holds no weights"):
+            ensemble.load_ensemble(whole)
+    for weights in ({"a": 1}, {"a": [0.5] * 384}):
+        whole.write_text(json.dumps(content | {"weights": weights}))
+        assert ensemble.load_ensemble(whole).weights == weights
+    whole.write_text("[" * 100_000)
+    with pytest.raises(ensemble.EnsembleError, match=r"weights.json holds no weights"):
+        ensemble.load_ensemble(whole)
     with pytest.raises(ensemble.EnsembleError, match="No such file"):
         ensemble.load_ensemble(tmp_path / "y.json")
 

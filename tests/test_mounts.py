@@ -65,6 +65,7 @@ def test_the_ensemble_is_known_by_its_content(tmp_path):
     file = tmp_path / "a" / "any name.json"
     file.write_text(json.dumps({"kind": mounts.ENSEMBLE_KIND, "method": "equal"}, indent=2))
     assert mounts.find_ensemble(folders) == file
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nothing")
     (tmp_path / "copy.json").write_bytes(file.read_bytes())
     assert mounts.find_ensemble(folders) == file  # sorted by path; the same content
     (tmp_path / "other.json").write_text(json.dumps({"kind": mounts.ENSEMBLE_KIND, "method": "family"}))
@@ -86,6 +87,10 @@ def test_a_checkpoint_is_the_one_that_was_fitted(tmp_path):
     with pytest.raises(mounts.MountError) as caught:
         mounts.find_checkpoints({"m/m_fold0.pth": "0" * 64, "m/m_fold1.pth": "0" * 64}, [tmp_path])
     assert "old/m_fold0.pth" in str(caught.value) and "not what was fitted" in str(caught.value)
+    (tmp_path / "else" / "m").mkdir(parents=True)
+    (tmp_path / "z" / "m_fold0.pth").rename(tmp_path / "else" / "m" / "m_fold0.pth")
+    found = mounts.find_checkpoints(right, [tmp_path / "old"], beside=tmp_path / "else" / "ensemble.json")
+    assert found == {"m/m_fold0.pth": tmp_path / "else" / "m" / "m_fold0.pth"}
     assert "m/m_fold1.pth." in str(caught.value) and "\n  z/\n" in str(caught.value)
 
 

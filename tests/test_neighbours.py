@@ -10,6 +10,7 @@ from conftest import make_dataset, unit_rows
 from kutils import blending, neighbours, predictions
 from kutils.datasets import load_datasets
 from kutils.devices import Ranks
+from kutils.ensemble import EnsembleError
 
 
 @pytest.fixture
@@ -63,14 +64,39 @@ def test_it_is_chosen_on_one_half_and_scored_on_the_other(run, capsys):
     assert f"own predictions                        {found.own:.4f}" in found.describe()
 
 
+def test_more_neighbours_than_there_are_prompts_are_all_of_them(run):
+    folder, *_ = run
+    assert neighbours.measure(folder, (9000,), (0.05,), device="cpu").neighbours == 360
+
+
+def test_too_few_predictions_are_refused(run):
+    """None that is finite, and two of the same prompt."""
+    folder, *_ = run
+    path = folder / "fold3_predictions.npz"
+    with np.load(path) as saved:
+        content = dict(saved)
+    for kept, told in ((0, "0 prompts of 80 rows"), (2, "1 prompts of 80 rows")):
+        embeddings = np.full_like(content["embeddings"], np.nan)
+        embeddings[:kept] = content["embeddings"][:kept]
+        np.savez(path, **content | {"embeddings": embeddings})
+        with pytest.raises(EnsembleError, match=f"finite predictions of {told}"):
+            neighbours.measure(folder, device="cpu")
+
+
 def test_what_cannot_be_measured_is_said(run, capsys):
     folder, *_ = run
     for arguments, message in [
         (["tiny_fold4"], "no finished run 'tiny_fold4'"),
-        (["tiny_fold3", "--k", "many"], "invalid literal"),
-        (["tiny_fold3", "--temperature", "0"], "temperature is 0.0"),
+        (["tiny_fold3", "--k", "many"], "argument --k: invalid counts value: 'many'"),
+        (["tiny_fold3", "--k", "5,"], "argument --k: invalid counts value: '5,'"),
+        (["tiny_fold3", "--k", "5,-5"], "argument --k: -5 is no number of prompts"),
+        (["tiny_fold3", "--temperature", "0.1,0"], "argument --temperature: 0.0 is no temperature"),
+        (["tiny_fold3", "--temperature", "inf"], "argument --temperature: inf is no temperature"),
     ]:
-        assert neighbours.main(arguments) == 1
+        try:
+            assert neighbours.main(arguments) == 1
+        except SystemExit as stopped:
+            assert stopped.code == 2
         assert message in capsys.readouterr().err
     (folder / "fold3_predictions.npz").unlink()
     assert neighbours.main(["tiny_fold3"]) == 1 and "fold3_predictions.npz is not there" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A bank of prompts: nearest ones against plain NumPy, its file, and the banks of data sets."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from conftest import make_dataset, unit_rows
 
 from kutils import prompt_bank
 from kutils.datasets import DataError
+from kutils.progress import progress_bar
 from kutils.prompt_bank import PromptBank
 from kutils.tables import write_table
 
@@ -33,6 +35,20 @@ def test_nearest_is_what_all_cosines_say(monkeypatch, num_prompts, num_queries, 
     np.testing.assert_allclose(cosines, expected_cosines, atol=1e-6)
     assert indices.shape == (num_queries, min(k, num_prompts))
     assert indices.dtype == np.int64 and cosines.dtype == np.float32
+
+
+def test_a_long_look_up_shows_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(prompt_bank, "BLOCK_PROMPTS", 32)
+    bars = []
+
+    def spied(*arguments, **options):
+        bars.append((progress_bar(*arguments, disable=False, file=io.StringIO(), **options), options["delay"]))
+        return bars[-1][0]
+
+    monkeypatch.setattr(prompt_bank, "progress_bar", spied)
+    PromptBank(["x"] * 70, unit_rows(70)).nearest(unit_rows(3), 2)
+    ((bar, delay),) = bars
+    assert bar.n == bar.total == 70 and delay == 5
 
 
 def test_a_prompt_is_nearest_to_itself_and_a_mixture_to_its_larger_part():
@@ -242,6 +258,10 @@ def test_bank_of_a_prompts_file(tmp_path):
     np.save(tmp_path / "p.npy", unit_rows(3))
     with pytest.raises(DataError, match=r"p.npy is float32 \[3, 384\], its TSV needs float32 \[2, 384\]"):
         PromptBank.from_table(tmp_path / "p.tsv")
+    for bad in (np.nan, 2.0):
+        np.save(tmp_path / "p.npy", unit_rows(2) * np.float32([[1], [bad]]))
+        with pytest.raises(DataError, match=r"p.npy, row 1 \(line 3 of the TSV\) has length (nan|[12])"):
+            PromptBank.from_table(tmp_path / "p.tsv")
 
 
 def test_command_writes_a_bank(workspace, capsys):

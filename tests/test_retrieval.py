@@ -71,6 +71,12 @@ def test_models_of_finished_runs_are_found(workspace, trained):
     assert retrieval.find_models(["b*", "a_fold0", "*_fold0"]) == found[::-1]
     (by_file,) = retrieval.find_models([str(found[0].checkpoint)])
     assert (by_file.name, by_file.score) == ("a_fold0_best_cossim", 0.5)
+    twice = [found[0].checkpoint, workspace / found[1].checkpoint.name, workspace / "ensemble.pth"]
+    for path in twice[1:]:
+        path.write_bytes(found[1].checkpoint.read_bytes())
+    twice.append(found[1].checkpoint)
+    names = [model.name for model in retrieval.find_models([*map(str, twice)])]
+    assert names == ["a_fold0_best_cossim", *map(str, twice[1:])]
     with pytest.raises(RunError, match="no finished run 'c_fold0'"):
         retrieval.find_models(["c_fold0"])
     with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoint at c.pth"):
@@ -96,6 +102,9 @@ def test_a_run_without_its_checkpoint_is_told_where_it_is_asked_for(workspace, t
 def test_the_newest_ensemble_is_found(workspace, fitted):
     assert retrieval.find_ensemble()[0] == fitted
     (fitted.parent / "later.json").write_text('{"of": "something else"}')
+    (fitted.parent / "deep.json").write_text("[" * 100_000)
+    (fitted.parent / "gone.json").symlink_to(fitted.parent / "nothing")
+    (fitted.parent / "folder.json").mkdir()
     other = fitted.with_name("older.json")
     other.write_text(fitted.read_text())
     os.utime(other, (1, 1))
@@ -122,7 +131,7 @@ def test_images_are_embedded_as_by_the_networks(images, trained, fitted):
         np.testing.assert_allclose(rows, expected, atol=1e-6)
 
 
-def test_an_ensemble_finds_the_prompts_of_its_neighbours(images, trained, fitted):
+def test_an_ensemble_finds_the_prompts_of_its_neighbours(workspace, images, trained, fitted):
     plain = ensemble.load_ensemble(fitted)
     (a,) = plain.families["a"]
     file = ensemble.neighbours_path(fitted)
@@ -137,7 +146,11 @@ def test_an_ensemble_finds_the_prompts_of_its_neighbours(images, trained, fitted
     rows = by_hand(*trained["a_fold0"], images)
     expected = 0.3 * rows + 0.7 * PromptBank.load(file).knn(rows, 2, 0.1)
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
-    file.unlink()
+    elsewhere = workspace / "elsewhere" / "e.json"
+    elsewhere.parent.mkdir()
+    file.rename(elsewhere.with_name(file.name))
+    again = retrieval.embed_images([], images, ensemble=pulled, ensemble_path=elsewhere, device="cpu")["ensemble"]
+    np.testing.assert_array_equal(again, found)
     with pytest.raises(MountError, match=r"ensemble_ab.neighbours.arrow"):
         retrieval.embed_images([], images, ensemble=pulled, device="cpu")
 
@@ -161,6 +174,13 @@ def test_a_member_that_fails_is_named(images, fitted, monkeypatch):
     monkeypatch.setattr(checkpoints, "load_model", failing)
     with pytest.raises(RetrievalError, match="a fold 0: it failed: no such layer"):
         retrieval.embed_images([], images, ensemble=ensemble.load_ensemble(fitted), device="cpu")
+
+
+def test_models_of_one_name_are_refused(images, trained):
+    (model,) = retrieval.find_models(["a_fold0"])
+    for same in ([model, model], [dataclasses.replace(model, name="ensemble")]):
+        with pytest.raises(RetrievalError, match=rf"are called {same[0].name}; rename one"):
+            retrieval.embed_images(same, images, device="cpu")
 
 
 def test_a_table_of_neighbours():
@@ -218,6 +238,12 @@ def test_several_models_a_bank_and_a_file(workspace, images, trained, fitted, ca
     first = table[(table["model"] == "a_fold0") & (table["image"] == str(images[1]))]
     assert first["prompt"].tolist() == [prompts[i] for i in np.argsort(-cosines[1])]
     np.testing.assert_allclose(first["cosine"], np.sort(cosines[1])[::-1], atol=1e-3)
+    one, other = workspace / "best.pth", workspace / "ensemble.pth"
+    for path, name in ((one, "a"), (other, "b")):
+        path.write_bytes((workspace / "working" / "models" / name / f"{name}_fold0_best_cossim.pth").read_bytes())
+    options = ["--model", one, "--model", other, "--csv", workspace / "m.csv", "-k", 1]
+    assert f"{images[0]}, by {other} (mean" in told(capsys, images[0], *options)
+    assert pd.read_csv(workspace / "m.csv")["model"].tolist() == ["best", str(other)]
     with pytest.raises(SystemExit, match=r"n.csv exists"):
         told(capsys, images[0], "--csv", workspace / "n.csv")
 
