@@ -136,7 +136,9 @@ def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
     if rest.any():
         style |= {"color": GREY, "marker": "o"}
         axes.scatter(*points[rest].T, zorder=1.9, label=f"other ({rest.sum():,})", **style)
-    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=(60 / size) ** 0.5)
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "markerscale": (60 / size) ** 0.5}
+    # the labels are given, since of those that Matplotlib finds by itself it leaves out what begins with "_"
+    legend = axes.legend(axes.collections, [each.get_label() for each in axes.collections], **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
     axes.set(xticks=[], yticks=[])
@@ -275,7 +277,9 @@ def disagreement(images: Sequence, texts: Sequence[Mapping[str, str]], agreement
         below = 5.0  # points under the image
         for model, prompt in said[index].items():
             place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": SMALL_FONT}
-            axes.annotate(model, (0, 0), (0, -below), color=model_color(model), fontweight="bold", **place)
+            axes.annotate(
+                model, (0, 0), (0, -below), color=model_color(model), fontweight="bold", parse_math=False, **place
+            )
             axes.annotate(prompt, (0, 0), (0, -below - 1.2 * LINE_POINTS), parse_math=False, **place)
             below += LINE_POINTS * (count_lines([prompt]) + 1.8)
     return figure
@@ -307,7 +311,8 @@ def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
         axes.bar_label(drawn, fmt="{:.3f}", padding=4)
         axes.set_yticks(range(len(cosines)), names[model], fontsize=SMALL_FONT, parse_math=False)
         axes.invert_yaxis()
-        axes.set(title=model, xlim=(low, end + 0.15 * (end - low)))
+        axes.set_title(model, parse_math=False)
+        axes.set_xlim(low, end + 0.15 * (end - low))
         axes.tick_params(axis="y", length=0)
         despine(axes, grid="x")
     axes.set_xlabel("cosine similarity of the prediction and the prompt")

@@ -8,6 +8,7 @@ import io
 import re
 import textwrap
 import traceback
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -30,7 +32,16 @@ from kutils import paths
 BLUE, ORANGE, GREEN, PINK, SKY, VIOLET = COLORS = ("#4161b8", "#d55e00", "#1e8550", "#b2559e", "#249ad9", "#6e4ad9")
 GREY = TEXT = "#777777"
 
+# for prompts in Chinese, Japanese and Korean; those that are there, since Matplotlib warns of a missing family
+CJK_FONTS = (
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "Noto Sans KR", "Source Han Sans"),
+    *("WenQuanYi Zen Hei", "Droid Sans Fallback", "IPAGothic", "Hiragino Sans", "Arial Unicode MS"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+)
+INSTALLED = {font.name for font in fontManager.ttflist}
+
 STYLE = {
+    "font.family": ["sans-serif", *(name for name in CJK_FONTS if name in INSTALLED)],
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "auto",
@@ -77,12 +88,16 @@ class PlotError(ValueError):
 def styled() -> Iterator[None]:
     """What is drawn inside has the style: `with styled():`, or `@styled()` above a function that draws.
 
+    A character that no font has is a box, without a warning for each.
+
     Not by `rc_context`: the first figure of a notebook makes matplotlib interactive, and that would be undone as well.
     """
     before = {key: plt.rcParams[key] for key in STYLE}
     plt.rcParams.update(STYLE)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")
+            yield
     finally:
         plt.rcParams.update(before)
 
@@ -235,6 +250,7 @@ def axes_text(axes: Axes) -> str:
     return ": ".join(text for text in (axes.get_title() or axes.get_title("left"), details) if text)
 
 
+@styled()
 def png(figure: Figure, dpi: int = DPI) -> bytes:
     """A figure as a PNG file that holds its text; one of more than a megabyte gets fewer pixels."""
     while True:
@@ -246,6 +262,7 @@ def png(figure: Figure, dpi: int = DPI) -> bytes:
         dpi = max(LEAST_DPI, int(dpi * 0.95 * (MOST_BYTES / size) ** 0.5))
 
 
+@styled()
 def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
     """Write a figure to an image file (.png, .svg, ...: the suffix says what), atomically, and close it.
 

@@ -4,6 +4,7 @@ Without scripts, as on a page that shows a notebook and runs nothing, they are p
 """
 
 import html
+import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -99,12 +100,17 @@ def table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, capt
     heads = "".join(
         # the attribute keeps JupyterLab's own keys away from a head that has the focus
         f"<th scope='col' aria-sort='none' tabindex='0' data-lm-suppress-shortcuts='true'{kind(frame[name])}>"
-        f"{html.escape(str(name))}</th>"
+        f"{escape(str(name))}</th>"
         for name in frame.columns
     )
     rows = "\n".join(f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True))
-    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    told = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f"<table class='sortable'>{told}\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
+
+
+def escape(text: str) -> str:
+    """Text as HTML in which JupyterLab finds no formula: it typesets what lies between $ and $, or \\( and \\)."""
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", html.escape(text))
 
 
 def is_number(values: pd.Series) -> bool:
@@ -137,5 +143,5 @@ def cells(values: pd.Series, format: Format | None, tag: str) -> list[str]:
     for number, value in enumerate(values):
         missing = pd.isna(value)
         key = "" if keys is None else f" data-value='{'' if missing else f'{keys[number]:.17g}'}'"
-        told.append(f"<{tag}{kind(values)}{key}>{'' if missing else html.escape(str(tell(value)))}</{end}>")
+        told.append(f"<{tag}{kind(values)}{key}>{'' if missing else escape(str(tell(value)))}</{end}>")
     return told

@@ -6,6 +6,7 @@
 import argparse
 import csv
 import dataclasses
+import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from kutils.prompt_bank import PromptBank
 UNREADABLE = (ValueError, OSError, KeyError, zipfile.BadZipFile)  # of predictions or data that are gone, or of others
 EXAMPLES = 4  # best, and as many worst
 MUCH_WAITING = 0.1  # share of the time
+MOST_PROMPTS = 200_000  # that the nearest one is looked for in: 300 MB
 MOST_UNREADABLE = 100  # that are listed
 
 
@@ -70,11 +72,12 @@ def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.Da
 def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
     """The `count` worst and best rows of a validation table, one per prompt, with what the network took them for.
 
-    Returns: the table's columns, and `nearest`: the prompt of all data sets that is nearest to the prediction.
+    Returns: the table's columns, and `nearest`: the prompt of all data sets, or of MOST_PROMPTS drawn of more, that is
+        nearest to the prediction.
     """
     distinct = table.drop_duplicates("prompt")
     shown = pd.concat([distinct.head(count), distinct.tail(count)]).drop_duplicates("prompt")
-    bank = PromptBank.from_datasets(recipe.datasets)
+    bank = PromptBank.from_datasets(recipe.datasets, most=MOST_PROMPTS)
     indices, _ = bank.nearest(np.stack(shown["embedding"]), k=1)
     return shown.assign(nearest=bank.texts(indices[:, 0]))
 
@@ -134,10 +137,11 @@ def lead(run: FinishedRun) -> str:
     if clean is not None:
         numbers["on clean rows"] = f"{clean:.4f}"
     numbers |= {"mean prompt (baseline)": f"{result['mean_prompt_baseline']:.4f}", "gain": f"{run.gain:+.4f}"}
+    resumed = f" (last resumed {run.environment['resumed']})" if "resumed" in run.environment else ""
     told = (
         f"{recipe.model}, stage {recipe.stage}, fold {run.fold}: epoch {result['best_epoch']} of {result['epochs']} "
         f"was best, on {result['validation_rows']:,} validation images of {', '.join(recipe.datasets)}. Started "
-        f"{run.environment.get('started', 'at an unknown time')}, trained for {duration(result['seconds'])}."
+        f"{run.environment.get('started', 'at an unknown time')}{resumed}, trained for {duration(result['seconds'])}."
     )
     return html_page.paragraph(told) + html_page.numbers(numbers)
 
@@ -224,7 +228,8 @@ def examples_section(run: FinishedRun, validation: Validation) -> str:
         return html_page.paragraph(validation.missing, "note")
     shown = best_and_worst(validation.table, run.recipe, EXAMPLES).iloc[::-1]
     content = html_page.paragraph(
-        "Validation images, each prompt once; nearest is the prompt of all data sets closest to the prediction.",
+        "Validation images, each prompt once; nearest is the prompt of all data sets closest to the prediction, of "
+        f"{MOST_PROMPTS:,} drawn where there are more.",
         "faint",
     )
     best = min(EXAMPLES, -(-len(shown) // 2))
@@ -359,10 +364,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = runs.find_finished(arguments.runs)
         if not found:
             raise runs.RunError("no finished run in working/runs/")
-        for folder in found if arguments.runs else found[-1:]:
-            print(write_report(folder))
     except (ValueError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
+    failed = False
+    for folder in found if arguments.runs else found[-1:]:
+        try:
+            print(write_report(folder))
+        except UNREADABLE as error:
+            told = f"one of its files has no {error}" if isinstance(error, KeyError) else error
+            print(f"{parser.prog}: {folder}: {told}", file=sys.stderr)
+            failed = True
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

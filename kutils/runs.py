@@ -122,12 +122,19 @@ def check_writable(folder: Path, needed_bytes: int) -> None:
 
 
 def start(folder: Path, recipe: Recipe, **facts) -> None:
-    """Save the resolved configuration and the environment, before the first step."""
+    """Save the resolved configuration and the environment, before the first step.
+
+    A run that goes on keeps the time when it was `started`, beside that of the last start, `resumed`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with paths.atomic_path(folder / "config.yaml") as temporary:
         temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+    path, now = folder / "environment.json", time.strftime("%Y-%m-%d %H:%M:%S")
+    times = {"started": now}
+    if path.is_file() and (folder / "resume.pt").is_file():
+        times = {"started": read_json(path).get("started", now), "resumed": now}
     environment = {
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        **times,
         "command": " ".join(sys.orig_argv),
         "git_commit": git_commit(),
         "python": platform.python_version(),
@@ -135,7 +142,7 @@ def start(folder: Path, recipe: Recipe, **facts) -> None:
         "packages": {name: version_of(name) for name in PACKAGES},
         **facts,
     }
-    paths.write_json(folder / "environment.json", environment)
+    paths.write_json(path, environment)
 
 
 def version_of(package: str) -> str | None:

@@ -1,5 +1,7 @@
 """In what is a model good? Rows of a fold sorted into slices by their prompts, and the mean score of each slice."""
 
+from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +17,8 @@ SLICES = ("words", "source", "kind", "similarity")
 MOST_BINS = 6  # of words per prompt
 BIN_WIDTHS = (1, 2, 5, 10, 20, 50, 100)
 KINDS = ("sentence", "phrases", "tags")
+MOST_NAMES = 20  # of sources, or of kinds, that are told apart
+OTHERS = "others"
 PHRASES, TAGS = 2, 6  # comma-separated parts of a prompt, at least
 COSINES = (0.5, 0.6, 0.7, 0.8, 0.9)
 BLOCK = 65_536  # training prompts that are copied at a time: 100 MB
@@ -30,9 +34,10 @@ def labels(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000) ->
         most: distinct prompts whose nearest training prompt is looked for; of more, so many are drawn.
     Returns: one row per given row, four ordered categoricals:
         words: of the prompt, at most MOST_BINS bins of a round width chosen for these prompts;
-        source: the column `source` of the row's TSV, or the name of the data set;
+        source: the column `source` of the row's TSV, or the name of the data set; of more than MOST_NAMES the most
+            common are told apart, and the rest is "others", the last of them;
         kind: the column `kind` of the row's TSV; where there is none, "sentence" (no comma), "phrases" (2 to 5 parts
-            between commas) or "tags" (6 parts or more);
+            between commas) or "tags" (6 parts or more); more than MOST_NAMES as for sources;
         similarity: cosine of the prompt and the nearest training prompt, all of them compared; missing where it was
             not drawn, or where there is nothing to train on.
     Raises: TableError for a TSV that cannot be read any more.
@@ -43,8 +48,8 @@ def labels(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000) ->
     return pd.DataFrame(
         {
             "words": bin_words(pc.count_substring_regex(prompts, r"\S+").to_numpy()),
-            "source": pd.Categorical(sources, sorted(set(sources)), ordered=True),
-            "kind": pd.Categorical(kinds, [*KINDS, *sorted(set(kinds) - set(KINDS))], ordered=True),
+            "source": common_names(sources),
+            "kind": common_names(kinds, KINDS),
             "similarity": bin_cosines(nearest_training_cosines(data, rows, fold, most)),
         }
     )
@@ -87,6 +92,17 @@ def table_columns(data: PromptImages, rows: np.ndarray, kinds: np.ndarray) -> tu
             told = table[name].take(pa.array(local[own])).to_numpy(zero_copy_only=False)
             found[name][own] = np.where(told == "", found[name][own], told)
     return found["source"], found["kind"]
+
+
+def common_names(values: np.ndarray, first: Sequence[str] = ()) -> pd.Categorical:
+    """Those of `first`, then the MOST_NAMES most common by name; "others" for all else, last."""
+    counted = Counter(values.tolist())
+    common = sorted(counted, key=lambda name: (-counted[name], name))[:MOST_NAMES]
+    names = [*first, *sorted(set(common) - {*first, OTHERS})]
+    others = [OTHERS] if set(counted) - set(names) else []
+    return pd.Categorical(
+        pd.Series(values).where(pd.Series(values).isin(names), OTHERS), [*names, *others], ordered=True
+    )
 
 
 def bin_words(words: np.ndarray) -> pd.Categorical:

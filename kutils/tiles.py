@@ -20,7 +20,8 @@ def show_image(axes: Axes, image) -> None:
     if not isinstance(image, Image.Image):
         try:
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing and broken files
+        # what Pillow raises for missing and broken files, and for those of too many pixels
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = wrap(f"{Path(image).name}: {type(error).__name__}")
             style = {"ha": "center", "va": "center", "color": ORANGE, "parse_math": False}
             axes.text(0.5, 0.5, reason, transform=axes.transAxes, **style)
@@ -43,7 +44,7 @@ def new_tiles(
         columns: images side by side; fewer where there are fewer images.
         text_lines: most lines of text below an image.
         title_lines: most lines above one.
-        title: of the figure.
+        title: of the figure; a long one is cut after two lines.
     """
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -52,7 +53,7 @@ def new_tiles(
     for axes in all_axes:
         axes.axis("off")
     if title:
-        figure.suptitle(title, parse_math=False)
+        figure.suptitle(wrap(title, 28 * columns, 2), parse_math=False)
     return figure, all_axes
 
 

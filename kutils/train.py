@@ -427,6 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         devices.leave_ranks()
     if ranks.is_main:  # the others need not wait
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for `watch_for_sigterm`'s signal any more
         write_report(recipe.run_folder(arguments.fold))
     return 0
 

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 
 import matplotlib.pyplot as plt
 import nbclient
@@ -119,6 +120,19 @@ def test_importing_and_drawing_change_no_setting():
     drawn = [axes.title, axes.xaxis.label, *axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels()]
     assert {text.get_color() for text in drawn} == {figures.TEXT}
     assert figure.get_facecolor()[3] == axes.get_facecolor()[3] == 0
+
+
+def test_a_character_without_a_font_gives_no_warning(tmp_path, monkeypatch, caplog):
+    known = {name for name in figures.CJK_FONTS if name in figures.INSTALLED}
+    assert figures.STYLE["font.family"][0] == "sans-serif" and set(figures.STYLE["font.family"][1:]) == known
+    monkeypatch.setitem(figures.STYLE, "font.family", ["DejaVu Sans"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["\u732b \u72ac"])
+        figure.canvas.draw()
+        figures.png(figure)
+        figures.save(figure, tmp_path / "a.png")
+    assert "findfont" not in caplog.text
 
 
 def test_the_text_of_a_figure_holds_its_numbers():

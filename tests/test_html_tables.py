@@ -69,6 +69,15 @@ def test_an_index_with_names_is_the_first_column():
     assert texts(Cells(html_tables.table(frame.rename_axis(None))).rows[0]) == ["", "score", "rows", "size"]
 
 
+def test_a_prompt_is_no_formula():
+    """What JupyterLab's MathJax looks for are delimiters within one text, and a tag ends a text."""
+    frame = pd.DataFrame({"$a$": [r"$5 or $6, \(x\) & \begin{b}"]})
+    page = html_tables.table(frame, caption="$c$")
+    within = "".join(part.partition(">")[2] + "\n" for part in page.split("<")).splitlines()
+    assert "5 or " in within and not any(len(text) > 1 for text in within if "$" in text or "\\" in text)
+    assert page.count("<span>$</span>") == 6 and page.count("<span>\\</span>") == 3
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no column 'scores' in a table of run, score, rows, size"):
         html_tables.table(FRAME, {"scores": "{:.2f}"})

@@ -1,5 +1,6 @@
 """Figures: what they draw is what they were given, prompts are text and not formulas, nothing to draw is said."""
 
+import io
 import itertools
 import json
 
@@ -110,6 +111,12 @@ def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
     assert not figure.axes[3].images and not figure.axes[4].images
     told = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert told == ["broken.png: UnidentifiedImageError", "where.png: FileNotFoundError"]
+
+
+def test_an_image_of_too_many_pixels_is_told(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 100)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    assert "huge.png: DecompressionBombError" in texts(plots.image_grid([tmp_path / "huge.png"], ["a"]))
 
 
 def test_best_and_worst_are_found_in_any_order():
@@ -289,6 +296,7 @@ def test_a_map_tells_ten_labels_apart():
     assert by_source.collections[-1].get_zorder() < by_source.collections[0].get_zorder()
     assert len(by_fold.get_xticks()) == 0 and "axes have no" in figure.get_supxlabel()
     one = data_plots.prompt_map(points, ["$\\frac"] * 9 + ["-1"] * 191, "One")  # drawn as a formula, it would raise
+    assert "_a (9)" in texts(data_plots.prompt_map(points, ["_a"] * 9 + ["b"] * 191, "Two"))
     assert one.axes[0].get_title() == "One" and {"$\\frac (9)", "-1 (191)"} <= set(texts(one))
 
 
@@ -299,6 +307,9 @@ def test_search_results_are_best_first():
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes[:3]] == [1, 2, 0]
     assert [axes.texts[0].get_text() for axes in figure.axes[:3]] == ["b $x", "c", "a"]
     assert "cost: $5 or $6" in texts(figure)
+    long = data_plots.ranked_images(images, list("abc"), [0.2, 0.9, 0.5], title="a long question " * 20)
+    assert long.get_suptitle().count("\n") == 1 and long.get_suptitle().endswith(" ...")
+    assert Image.open(io.BytesIO(figures.png(long, 100))).width < 1.2 * 100 * long.get_size_inches()[0]
 
 
 def test_pairs_lie_side_by_side():
@@ -342,6 +353,12 @@ def test_neighbours_are_bars_in_the_colors_of_the_models():
     assert {to_hex(bar.get_facecolor()) for bar in second.patches} == {figures.model_color("tiny_convnext")}
     assert first.get_xlim() == second.get_xlim() and first.get_xlim()[0] == -0.1
     assert {"a cat for $5", "a dog for $6", "0.800", "-0.100"} <= set(texts(first.figure))
+
+
+def test_names_of_models_are_text_not_formulas():
+    name, image = "run_$\\frac_fold0", np.zeros((4, 4, 3), np.uint8)  # a wrong formula would raise
+    assert name in texts(data_plots.neighbours(image, {name: pd.DataFrame({"cosine": [0.5], "prompt": ["a"]})}))
+    assert name in texts(data_plots.disagreement([image], [{name: "a"}], [0.5]))
 
 
 def test_bars_and_sets_that_are_models_have_their_colors():

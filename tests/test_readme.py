@@ -28,6 +28,19 @@ def test_named_file_exists(path):
     assert (ROOT / path).is_file()
 
 
+def test_every_link_and_picture_leads_somewhere():
+    found = re.findall(r"\]\(([^)\s]+)", README) + re.findall(r"\b(?:src|srcset|href)=[\"']([^\"'\s]+)", README)
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    relative = {link.partition("#")[::2] for link in found if not re.match(r"\w+:", link)}
+    assert {path for path, _ in relative if path and not (ROOT / path).exists()} == set()
+    assert {anchor for path, anchor in relative if not path} <= anchors and relative
+
+
+def test_no_time_is_left_out():
+    assert re.findall(r"\bTIME_\w+", README) == []
+
+
 def test_figures_and_make_targets_exist():
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert figures and all((ROOT / figure).is_file() for figure in figures)

@@ -210,6 +210,37 @@ def test_command(finished, capsys):
         report.main(["frst_fold0"])
 
 
+def test_a_bad_run_costs_the_others_no_report(finished, capsys):
+    folders = [finished / "working" / "runs" / name for name in ("first_fold0", "second_fold0", "first_fold1")]
+    for folder in folders:
+        (folder / "report.html").unlink()
+    lacking, damaged, good = folders
+    paths.write_json(lacking / "result.json", {"fold": 0})
+    (damaged / "result.json").write_text("{")
+    with pytest.raises(SystemExit) as raised:
+        report.main(["*"])
+    told = capsys.readouterr()
+    assert raised.value.code == 1 and told.out.split() == [str(good / "report.html")]
+    assert re.search(rf"{lacking}: one of its files has no '\w+'\n", told.err) and f"{damaged}: " in told.err
+    assert len(told.err.splitlines()) == 2
+
+
+def test_a_resumed_run_says_when(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    environment = json.loads((folder / "environment.json").read_text())
+    times = {"started": "2026-01-01 10:00:00", "resumed": "2026-01-02 11:00:00"}
+    paths.write_json(folder / "environment.json", environment | times)
+    lead = report.lead(read_run(folder))
+    assert "Started 2026-01-01 10:00:00 (last resumed 2026-01-02 11:00:00), trained for" in lead
+
+
+def test_what_a_report_looks_through_is_bounded(finished, monkeypatch):
+    run = read_run(finished / "working" / "runs" / "first_fold0")
+    table = report.validation_table(run.recipe, 0, run.predictions_path)
+    monkeypatch.setattr(report, "MOST_PROMPTS", 1)
+    assert report.best_and_worst(table, run.recipe)["nearest"].nunique() == 1
+
+
 def test_a_validation_table_tells_its_rows(finished):
     run = read_run(finished / "working" / "runs" / "first_fold0")
     table = report.validation_table(run.recipe, 0, run.predictions_path)

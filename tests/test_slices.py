@@ -107,3 +107,12 @@ def test_mean_scores_by_hand():
     np.testing.assert_allclose(means[["a", "b"]], [[0.2, 0.5], [0.35, 0.5]], atol=1e-6)
     with pytest.raises(ValueError, match="3 labels for 4 rows"):
         slices.mean_scores(cosines, pd.Series(names[:3]))
+
+
+def test_few_names_are_told_apart():
+    values = np.array([f"s{number:03d}" for number in range(300)] + ["s250"] * 3 + ["s299", "others"], object)
+    found = slices.common_names(values, ["s298", "none"])
+    kept = ["s298", "none", *(f"s{number:03d}" for number in range(17)), "s250", "s299", "others"]
+    assert found.ordered and found.categories.tolist() == kept and len(found) == 305
+    assert found.value_counts()[["s250", "s299", "s298", "others"]].tolist() == [4, 2, 1, 305 - 4 - 2 - 1 - 17]
+    assert slices.common_names(np.array(["b", "a"], object)).categories.tolist() == ["a", "b"]

@@ -395,7 +395,9 @@ def test_sigterm_to_the_whole_group_leaves_the_data_loaders_alone(workspace, rec
 def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys):
     path = recipe_file(epochs=3)
     real = engine.update
-    calls = []
+    calls, heard = [], []
+    monkeypatch.setattr(train, "write_report", lambda folder: heard.append(signal.getsignal(signal.SIGTERM)))
+    environment = workspace / "working" / "runs" / "tiny_fold0" / "environment.json"
 
     def interrupted(*arguments):
         calls.append(1)
@@ -407,7 +409,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monk
     before = signal.getsignal(signal.SIGTERM)
     assert start(path) == 1
     assert "stopped by a signal after update 6; the same command goes on from there" in capsys.readouterr().err
+    first = json.loads(environment.read_text())
+    environment.write_text(json.dumps(first | {"started": "2020-01-01 00:00:00"}))
     assert start(path) == 0
+    second = json.loads(environment.read_text())
+    assert "resumed" not in first and second["started"] == "2020-01-01 00:00:00" < first["started"] <= second["resumed"]
+    assert heard == [signal.SIG_DFL]  # the report can be ended
     assert "going on after update 6" in capsys.readouterr().out and len(calls) == 12
     signal.signal(signal.SIGTERM, before)
 
