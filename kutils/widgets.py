@@ -137,8 +137,9 @@ def examples(explored, fold: int, model: str = "", sort: str = "worst", count: i
         return [drawn, html_tables.show(shown[["prompt", "nearest", "cosine", "agreement"]])]
 
     def offer(change) -> None:
-        """The models of another fold are others."""
-        models.options = model_options(change["new"])
+        """The models of another fold are others; none where its runs are of other data, which the view then says."""
+        with contextlib.suppress(ValueError):
+            models.options = model_options(change["new"])
 
     def model_options(fold: int) -> list[tuple[str, str]]:
         return [("the best", ""), *((name, name) for name in explored.validated(fold).predictions)]
