@@ -23,6 +23,9 @@ from kutils.figures import (
 from kutils.finished import FinishedRun
 
 
+FILLS = {"-": "full", "--": "none", "-.": "left", ":": "bottom"}  # of dots, which have no line that tells a stage
+
+
 @styled()
 def run_curves(finished: Sequence[FinishedRun]) -> Figure:
     """Training loss and validation cosine of several runs over the share of their training that is done.
@@ -79,7 +82,8 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
             shift = 0.5 * ((number + 0.5) / len(means) - 0.5)  # dots of equal scores lie below each other
             axes.axvline(means[model], color=style.color, linestyle=style.linestyle, linewidth=1, alpha=0.6)
             label = f"{model}: {means[model]:.4f} over all rows (line)"
-            axes.plot(table[model], places + shift, style.marker, color=style.color, label=label)
+            fill = FILLS[style.linestyle]
+            axes.plot(table[model], places + shift, style.marker, color=style.color, fillstyle=fill, label=label)
         names = [f"{label} ({images:,})" for label, images in table["images"].items()]
         axes.set_yticks(places, names, parse_math=False)
         axes.set_title(f"by {name}")

@@ -73,3 +73,12 @@ def test_throughput_of_a_run(make_run):
     run.metrics.clear()
     with pytest.raises(plots.PlotError, match="no log_lines"):
         model_plots.throughput(run)
+
+
+def test_dots_of_two_stages_of_a_model_look_different():
+    names = ["tiny_vit_stage1_fold0", "tiny_vit_stage2_fold0"]
+    words = pd.DataFrame({"images": [9, 9]} | {name: [0.5, 0.7] for name in names}, index=["1 to 5", "6 or more"])
+    (axes,) = model_plots.slice_scores({"words": words}, dict.fromkeys(names, 0.6)).axes
+    dots = [line for line in axes.lines if line.get_marker() != "None"]
+    assert [line.get_fillstyle() for line in dots] == ["full", "none"]
+    assert len({line.get_color() for line in dots}) == 1
