@@ -22,7 +22,6 @@ from kutils.figures import (
 )
 from kutils.finished import FinishedRun
 
-
 FILLS = {"-": "full", "--": "none", "-.": "left", ":": "bottom"}  # of dots, which have no line that tells a stage
 
 
