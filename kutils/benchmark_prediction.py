@@ -10,7 +10,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from kutils import benchmark, budget, checkpoints, models, paths, pixels
 from kutils.config import EMBEDDING_DIM, Recipe
-from kutils.ensemble import Ensemble, Member
+from kutils.ensemble import Ensemble
+from kutils.members import Member
 
 BACKBONES = ("test_convnext", "test_vit", "test_efficientnet")
 INPUT_SIZE, IMAGE_SIZE = 96, 512  # px; the competition's images have 512

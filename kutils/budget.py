@@ -16,7 +16,8 @@ import torch
 
 from kutils import blending, checkpoints, devices, predict
 from kutils.config import Recipe
-from kutils.ensemble import Ensemble, Member, has_weight
+from kutils.ensemble import Ensemble, has_weight
+from kutils.members import Member
 from kutils.pixels import PixelCache, SquareImages
 from kutils.prompt_bank import BLOCK_QUERIES, PromptBank
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kutils import blending, ensemble, runs
-from kutils.ensemble import EnsembleError, Member
+from kutils import blending, runs
+from kutils.members import EnsembleError, Member, load_targets, read_predictions
 from kutils.prompt_bank import PromptBank, in_fold
 
 NEIGHBOURS, TEMPERATURES = (5, 20, 50), (0.02, 0.05, 0.1)
@@ -65,8 +65,8 @@ def measure(
     """
     fold = runs.result_of(folder)["fold"]
     path = folder / f"fold{fold}_predictions.npz"
-    saved = ensemble.read_predictions(path, Member(str(folder / "config.yaml"), fold))
-    targets, prompts, _ = ensemble.load_targets(saved)
+    saved = read_predictions(path, Member(str(folder / "config.yaml"), fold))
+    targets, prompts, _ = load_targets(saved)
     rows = np.flatnonzero(np.isfinite(saved["embeddings"]).all(axis=1))
     if len(rows) > MOST_ROWS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_ROWS, replace=False))

@@ -15,6 +15,7 @@ import pandas as pd
 from kutils import budget, checkpoints, config, devices, mounts, paths, predict, prompt_bank, runs
 from kutils import ensemble as ensembles
 from kutils.ensemble import Ensemble
+from kutils.members import EnsembleError
 from kutils.pixels import PixelCache
 from kutils.prompt_bank import PromptBank
 
@@ -86,7 +87,7 @@ def find_ensemble(path: Path | str = "") -> tuple[Path, Ensemble] | None:
     for file in sorted(filter(Path.is_file, files), key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             return file, ensembles.load_ensemble(file)
-        except ensembles.EnsembleError:  # another JSON file
+        except EnsembleError:  # another JSON file
             continue
     return None
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kutils import blending, ensemble, retrieval, runs
+from kutils import blending, retrieval, runs
 from kutils.datasets import PromptImages
+from kutils.members import FIT_FOLD, load_predictions
 from kutils.prompt_bank import PromptBank
 
 MEAN = "ensemble of equal weights"  # where none was fitted
@@ -127,10 +128,10 @@ def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.n
     Raises: ExplorationError where none was fitted on these rows; an error of `ensemble` where a member is gone.
     """
     found = retrieval.find_ensemble()
-    if found is None or fold != ensemble.FIT_FOLD:
+    if found is None or fold != FIT_FOLD:
         raise ExplorationError(f"none was fitted on fold {fold}")
     path, fitted = found
-    families, common = ensemble.load_predictions(fitted.families)
+    families, common = load_predictions(fitted.families)
     if not set(common["dataset"]) <= set(data.names):
         raise ExplorationError(f"{path.name} was fitted on other data sets")
     own_rows = rows_of(data, common["dataset"], common["row"])
@@ -138,6 +139,6 @@ def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.n
         raise ExplorationError(f"{path.name} was fitted on other images")
     bank = PromptBank.load(path.with_name(fitted.neighbours_bank)) if fitted.neighbours_bank else None
     for family, members in fitted.families.items():
-        member = next(member for member in members if member.fold == ensemble.FIT_FOLD)
+        member = next(member for member in members if member.fold == FIT_FOLD)
         families[family] = member.pull(families[family], bank, "auto")
     return take_rows(rows, own_rows, blending.combine(families, fitted.weights)), fitted.scores["chosen"]

@@ -13,6 +13,7 @@ from ensembles import by_hand, save_images, write_ensemble
 
 from kutils import blending, budget, checkpoints, ensemble, models, pixels, predict, transforms
 from kutils.budget import Cost
+from kutils.members import Member
 from kutils.prompt_bank import PromptBank
 
 SCORES = {"family": 0.60}
@@ -21,7 +22,7 @@ SCORES = {"family": 0.60}
 def make_fitted(folder, members, leave_one_out, weights=None):
     """An ensemble with so many members by family, and what each family's absence costs."""
     families = {
-        name: [ensemble.Member(f"{name}.yaml", fold, f"{name}{fold}.pth", "") for fold in range(count)]
+        name: [Member(f"{name}.yaml", fold, f"{name}{fold}.pth", "") for fold in range(count)]
         for name, count in members.items()
     }
     weights = weights or dict.fromkeys(members, 1 / len(members))
@@ -80,7 +81,7 @@ def test_of_equal_losses_the_slower_goes_and_what_still_fits_comes_back(tmp_path
 
 
 def test_an_estimate_decodes_once_per_size():
-    x, y, z = (ensemble.Member("r.yaml", fold) for fold in range(3))
+    x, y, z = (Member("r.yaml", fold) for fold in range(3))
     costs = {x: Cost(1, 0.1, 0.5, 8), y: Cost(2, 0.2, 0.5, 8), z: Cost(3, 0.3, 0.7, 16)}
     expected = 1 + 2 + 3 + 10 * (0.1 + 0.2 + 0.3) + 10 * (0.5 + 0.7)
     assert budget.estimate([x, y, z], costs, 10) == pytest.approx(budget.SLACK * expected)
@@ -102,7 +103,7 @@ def members(tmp_path, tiny_recipe):
     for seed, (family, fold) in enumerate([("a", 0), ("a", 1), ("b", 0), ("c", 0)]):
         torch.manual_seed(seed)
         recipe = tiny_recipe(prefix=family, input_size=32 if family == "a" else 48, amp_dtype="float32", device="cuda")
-        member = ensemble.Member(f"{family}.yaml", fold, f"{family}_{fold}.pth", str(seed))
+        member = Member(f"{family}.yaml", fold, f"{family}_{fold}.pth", str(seed))
         built[member.name] = (models.build_model(recipe).eval(), recipe)
         files[member] = tmp_path / f"{family}_{fold}.pth"
         checkpoints.save_checkpoint(files[member], *built[member.name], fold=fold)
@@ -305,7 +306,7 @@ def test_a_measured_cost_is_what_a_pass_takes(tmp_path, images, tiny_recipe, mon
 
 
 def test_after_a_pass_what_is_kept_costs_nothing(images):
-    x, y = (ensemble.Member("r.yaml", fold) for fold in range(2))
+    x, y = (Member("r.yaml", fold) for fold in range(2))
     costs = {x: Cost(1, 0.1, 0.4, 32), y: Cost(1, 0.1, 0.4, 48)}
     cache = pixels.PixelCache(images[:10], 32, budget_bytes=5 * 3 * 32 * 32)
     list(cache.batches(range(10), 4))

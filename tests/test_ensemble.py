@@ -13,6 +13,7 @@ from ensembles import write_ensemble
 
 from kutils import blending, checkpoints, ensemble, train
 from kutils.config import ConfigError, Recipe, load_recipe
+from kutils.members import EnsembleError, Member, add_checkpoint, read_config
 from kutils.prompt_bank import PromptBank
 from kutils.tables import read_table, write_table
 
@@ -112,7 +113,7 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     np.testing.assert_allclose(bank.vectors([0, 1, 2]), embeddings[[0, 2, 4]], atol=1e-3)
     assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
     assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
-    assert ensemble.load_ensemble(output).members()[2] == ensemble.Member(**vit[1])
+    assert ensemble.load_ensemble(output).members()[2] == Member(**vit[1])
 
 
 @pytest.mark.parametrize("method", ["equal", "dimension"])
@@ -172,12 +173,12 @@ def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, cap
 
 def test_rows_without_a_prediction_have_no_neighbours():
     basis = np.eye(384, dtype=np.float32)
-    member = ensemble.Member("x.yaml", 0, neighbours=1)
+    member = Member("x.yaml", 0, neighbours=1)
     rows = np.stack([basis[1], np.full(384, np.nan, np.float32)])
     pulled = member.pull(rows, PromptBank(["a", "b"], basis[[0, 1]]))
     np.testing.assert_array_equal(pulled, rows)
-    assert ensemble.Member("x.yaml", 0).pull(rows, None) is rows
-    with pytest.raises(ensemble.EnsembleError, match=r"x fold 0 \(1 nearest\): the prompts"):
+    assert Member("x.yaml", 0).pull(rows, None) is rows
+    with pytest.raises(EnsembleError, match=r"x fold 0 \(1 nearest\): the prompts"):
         member.pull(rows, None)
 
 
@@ -238,12 +239,10 @@ def test_a_file_that_cannot_be_written_is_one_line(world, capsys):
 def test_a_network_is_its_checkpoint(world):
     vit = world / "vit.yaml"
     (world / "below").mkdir()
-    spelt = [
-        ensemble.add_checkpoint(ensemble.Member(str(path), 0)) for path in (vit, world / "below" / ".." / "vit.yaml")
-    ]
-    other = ensemble.add_checkpoint(ensemble.Member(str(vit), 1))
+    spelt = [add_checkpoint(Member(str(path), 0)) for path in (vit, world / "below" / ".." / "vit.yaml")]
+    other = add_checkpoint(Member(str(vit), 1))
     assert spelt[0].network == spelt[1].network != other.network
-    assert len({ensemble.Member(*given).network for given in (("x", 0), ("x", 0), ("x", 1), ("y", 0))}) == 3
+    assert len({Member(*given).network for given in (("x", 0), ("x", 0), ("x", 1), ("y", 0))}) == 3
 
 
 def refused(world, capsys):
@@ -351,15 +350,15 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(world, capsys):
 def test_a_configuration_that_cannot_be_used_says_why(tmp_path, change, said):
     values = {"method": "family", "families": {"vit": [{"recipe": "vit.yaml", "fold": 0}]}}
     (tmp_path / "ensemble_x.yaml").write_text(yaml.safe_dump(values | change))
-    with pytest.raises((ensemble.EnsembleError, ConfigError)) as caught:
-        ensemble.read_config(tmp_path / "ensemble_x.yaml")
+    with pytest.raises((EnsembleError, ConfigError)) as caught:
+        read_config(tmp_path / "ensemble_x.yaml")
     assert said in str(caught.value) and "ensemble_x.yaml" in str(caught.value)
 
 
 def test_a_temperature_in_powers_of_ten_is_a_number(world):
     entry = "{recipe: %s, fold: 0, neighbours: 5, temperature: 1e-5}" % (world / "vit.yaml")
     (world / "ensemble_x.yaml").write_text(f"method: family\nfamilies:\n  vit:\n  - {entry}\n")
-    _, families = ensemble.read_config(world / "ensemble_x.yaml")
+    _, families = read_config(world / "ensemble_x.yaml")
     assert families["vit"][0].temperature == 1e-5
 
 
@@ -367,34 +366,34 @@ def test_a_recipe_that_is_not_there_or_named_twice(world):
     text = (world / "ensemble_toy.yaml").read_text()
     (world / "ensemble_toy.yaml").write_text(text.replace("vit.yaml", "vti.yaml"))
     with pytest.raises(ConfigError, match="no recipe file"):
-        ensemble.read_config(world / "ensemble_toy.yaml")
+        read_config(world / "ensemble_toy.yaml")
     (world / "ensemble_toy.yaml").write_text(text.replace("vit.yaml", "convnext.yaml"))
-    with pytest.raises(ensemble.EnsembleError, match="same recipe and fold twice"):
-        ensemble.read_config(world / "ensemble_toy.yaml")
+    with pytest.raises(EnsembleError, match="same recipe and fold twice"):
+        read_config(world / "ensemble_toy.yaml")
 
 
 def test_a_file_that_holds_no_weights(tmp_path):
     (tmp_path / "x.json").write_text('{"method": "family"}')
-    with pytest.raises(ensemble.EnsembleError, match=r"x.json holds no weights"):
+    with pytest.raises(EnsembleError, match=r"x.json holds no weights"):
         ensemble.load_ensemble(tmp_path / "x.json")
-    whole = write_ensemble(tmp_path, {"a": [ensemble.Member("a.yaml", 0)]}, {"a": 1.0}, np.zeros(384))
+    whole = write_ensemble(tmp_path, {"a": [Member("a.yaml", 0)]}, {"a": 1.0}, np.zeros(384))
     content = json.loads(whole.read_text())
     for weights in (None, {}, {"b": 1.0}, {"a": None}, {"a": [1.0]}, [1.0]):
         whole.write_text(json.dumps(content | {"weights": weights}))
-        with pytest.raises(ensemble.EnsembleError, match=r"weights.json holds no weights"):
+        with pytest.raises(EnsembleError, match=r"weights.json holds no weights"):
             ensemble.load_ensemble(whole)
     for weights in ({"a": 1}, {"a": [0.5] * 384}):
         whole.write_text(json.dumps(content | {"weights": weights}))
         assert ensemble.load_ensemble(whole).weights == weights
     whole.write_text("[" * 100_000)
-    with pytest.raises(ensemble.EnsembleError, match=r"weights.json holds no weights"):
+    with pytest.raises(EnsembleError, match=r"weights.json holds no weights"):
         ensemble.load_ensemble(whole)
-    with pytest.raises(ensemble.EnsembleError, match="No such file"):
+    with pytest.raises(EnsembleError, match="No such file"):
         ensemble.load_ensemble(tmp_path / "y.json")
 
 
 def test_the_ensemble_in_conf_is_read():
-    method, families = ensemble.read_config("conf/ensemble_tiny.yaml")
+    method, families = read_config("conf/ensemble_tiny.yaml")
     assert method == "family" and {name: len(members) for name, members in families.items()} == {
         "tiny_convnext": 1,
         "tiny_vit": 1,
@@ -415,7 +414,7 @@ def test_the_verdict_knows_chance(gain, said):
 
 
 def test_the_published_ensemble_has_its_eighteen_models():
-    _, families = ensemble.read_config("conf/ensemble_seed.yaml")
+    _, families = read_config("conf/ensemble_seed.yaml")
     assert {name: [member.fold for member in members] for name, members in families.items()} == {
         "convnext_large": [0, 1, 2, 3],
         "vit_large": [0, 3, 4, 8],

@@ -21,6 +21,7 @@ from kaggle_stub import OWNER
 
 from kutils import checkpoints, ensemble, kaggle, kaggle_client, models, paths, prompt_bank, runs, submission
 from kutils.kaggle import KaggleError
+from kutils.members import Member, read_config
 
 absent = importlib.util.find_spec("kaggle") is None and not os.environ.get("CI")  # there it has to be installed
 needs_client = pytest.mark.skipif(absent, reason="pip install kaggle six")
@@ -65,7 +66,7 @@ def fitted(tmp_path, tiny_recipe):
         recipe = tiny_recipe(prefix=family, amp_dtype="float32")
         built[name] = models.build_model(recipe).eval()
         checkpoints.save_checkpoint(folder / name, built[name], recipe, fold=fold, folds_hashes={})
-        member = ensemble.Member(f"conf/{family}.yaml", fold, name, paths.sha256_of(folder / name))
+        member = Member(f"conf/{family}.yaml", fold, name, paths.sha256_of(folder / name))
         families.setdefault(family, []).append(member)
     path = write_ensemble(folder, families, {"a": 1.0, "b": 0.0}, unit_rows(1)[0])
     path.rename(folder / "ensemble_tiny.json")
@@ -100,7 +101,7 @@ def test_settings_that_cannot_be_used(repository, change, said):
 def test_the_repositorys_settings_are_read_with_any_name_and_choices_in_them():
     settings = kaggle.read_settings(user=OWNER)
     assert settings.user == OWNER and kaggle.PLACEHOLDER not in str(settings)
-    assert ensemble.read_config(settings.ensemble)[0] in ("equal", "family", "dimension")
+    assert read_config(settings.ensemble)[0] in ("equal", "family", "dimension")
 
 
 def test_the_code_is_what_was_committed(repository, settings, capsys):

@@ -21,6 +21,7 @@ from kaggle_stub import SETTINGS
 from kutils import checkpoints, ensemble, kaggle, models, paths, pixels, prompt_bank, runs, submission
 from kutils.benchmark_prediction import make_images
 from kutils.config import Recipe
+from kutils.members import Member
 
 pytestmark = pytest.mark.kernel
 COMPETITION = "stable-diffusion-image-to-prompts"
@@ -86,7 +87,7 @@ def fit(folder, networks):
         path = folder / family / f"{family}_fold0_best_cossim.pth"
         checkpoints.save_checkpoint(path, models.build_model(recipe).half().float(), recipe, fold=0, folds_hashes={})
         name = path.relative_to(folder).as_posix()
-        families[family] = [ensemble.Member(f"conf/{family}.yaml", 0, name, paths.sha256_of(path), 0.5)]
+        families[family] = [Member(f"conf/{family}.yaml", 0, name, paths.sha256_of(path), 0.5)]
     scores = dict.fromkeys(("equal", "family", "dimension", "baseline", "chosen"), 0.6)
     scores["members"] = dict.fromkeys(networks, 0.5)
     counts = {"fit": 1, "unseen": 1}

@@ -10,7 +10,7 @@ from conftest import make_dataset, unit_rows
 from kutils import blending, neighbours, predictions
 from kutils.datasets import load_datasets
 from kutils.devices import Ranks
-from kutils.ensemble import EnsembleError
+from kutils.members import EnsembleError
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from conftest import unit_rows
 from ensembles import by_hand, write_ensemble
 
 from kutils import checkpoints, ensemble, models, paths, retrieval
+from kutils.members import EnsembleError, Member
 from kutils.mounts import MountError
 from kutils.prompt_bank import PromptBank
 from kutils.retrieval import RetrievalError
@@ -53,7 +54,7 @@ def fitted(workspace, trained):
     families = {}
     for name in ("a", "b"):
         checkpoint = f"{name}/{name}_fold0_best_cossim.pth"
-        families[name] = [ensemble.Member(f"{name}.yaml", 0, checkpoint, paths.sha256_of(folder / checkpoint))]
+        families[name] = [Member(f"{name}.yaml", 0, checkpoint, paths.sha256_of(folder / checkpoint))]
     path = write_ensemble(folder, families, {"a": 0.3, "b": 0.7}, unit_rows(1)[0])
     content = json.loads(path.read_text()) | {"folds_hash": json.dumps({"toy": ""})}
     path.unlink()
@@ -111,7 +112,7 @@ def test_the_newest_ensemble_is_found(workspace, fitted):
     path, found = retrieval.find_ensemble()
     assert path == fitted and found == ensemble.load_ensemble(fitted)
     assert retrieval.find_ensemble(other)[0] == other
-    with pytest.raises(ensemble.EnsembleError, match=r"later.json holds no weights"):
+    with pytest.raises(EnsembleError, match=r"later.json holds no weights"):
         retrieval.find_ensemble(fitted.parent / "later.json")
     for path in (fitted, other):
         path.unlink()

@@ -13,7 +13,8 @@ import torch
 from conftest import unit_rows
 from ensembles import by_hand, save_images, write_ensemble
 
-from kutils import checkpoints, ensemble, models, paths, submission
+from kutils import checkpoints, models, paths, submission
+from kutils.members import Member
 from kutils.submission import SubmissionError
 
 IDS = ["20057f34d", "227ef0887", "92e911621"]
@@ -178,7 +179,7 @@ def weights(tmp_path, tiny_recipe):
         path = folder / "models" / family / f"{family}_fold0_best_cossim.pth"
         checkpoints.save_checkpoint(path, *built[family], fold=0)
         name = str(path.relative_to(folder / "models"))
-        families[family] = [ensemble.Member(f"conf/{family}.yaml", 0, name, paths.sha256_of(path))]
+        families[family] = [Member(f"conf/{family}.yaml", 0, name, paths.sha256_of(path))]
     mean = unit_rows(1, seed=8)[0]
     scores = dict.fromkeys(("equal", "family", "dimension", "baseline"), 0.5) | {"members": {"a": 0.5, "b": 0.5}}
     report = {"scores": scores, "rows": {"fit": 1, "unseen": 1}}
