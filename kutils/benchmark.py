@@ -100,7 +100,7 @@ def choose(sections: str) -> list[str]:
     """The sections of a comma-separated list, or `all`; BenchmarkError for one that there is not."""
     if sections.strip() == "all":
         return list(SECTIONS)
-    chosen = [name.strip() for name in sections.split(",") if name.strip()]
+    chosen = config.split_names(sections)
     for name in chosen:
         if name not in SECTIONS:
             raise BenchmarkError(

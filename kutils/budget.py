@@ -212,7 +212,7 @@ class Runner:
                 by_recipe[member.recipe] = Cost(0, 0, 0, 0)
         try:
             lookup = measure_lookup(members, bank, self.device_list[0].type)
-        except Exception:
+        except Exception:  # prompts that cannot be read: what needs them is left out when its turn comes, and said
             lookup = 0.0
         return {
             member: dataclasses.replace(by_recipe[member.recipe], lookup=lookup if member.neighbours else 0.0)

@@ -15,7 +15,7 @@ from kutils.finished import FinishedRun, as_text, read_run
 from kutils.runs import OPERATIONAL
 
 NAMES = ("prefix", "save_dir", *OPERATIONAL)  # keys that differ between any two runs, or change no result
-MOST_ERRORS = 1.96  # standard errors, to either side: 95 % of a normal distribution
+STANDARD_ERRORS = 1.96  # to either side of a mean: 95 % of a normal distribution
 FORMATS = {"gain": "{:+.4f}", "seconds": "{:,.0f}", "images/s": "{:,.0f}", "waiting": "{:.1%}"}  # of `table`
 DIFFERENCE_FORMATS = dict.fromkeys(("difference", "low", "high"), "{:+.4f}") | {"wins": "{:.1%}"}  # of `against_best`
 
@@ -27,7 +27,7 @@ def select(names: str = "") -> list[FinishedRun]:
         names: separated by commas, each of a run in `working/runs/` (also with `*`) or a run folder; empty: all.
     Raises: RunError for a name that no finished run has, two folders of one name, or where none is finished.
     """
-    folders = runs.find_finished([name.strip() for name in names.split(",") if name.strip()])
+    folders = runs.find_finished(config.split_names(names))
     if not folders:
         raise runs.RunError("no finished run yet; train one: papermill notebooks/train.ipynb working/runs/train.ipynb")
     for name, count in Counter(folder.name for folder in folders).items():
@@ -149,7 +149,7 @@ class SameRows:
         for name, mean in means.items():
             own = self.cosines[name].to_numpy()
             told = blending.gain(own, best, self.prompts)
-            error = np.nan if told["error"] is None or name == means.index[0] else MOST_ERRORS * told["error"]
+            error = np.nan if told["error"] is None or name == means.index[0] else STANDARD_ERRORS * told["error"]
             rows[name] = {
                 "cosine": mean,
                 "difference": told["mean"],

@@ -175,6 +175,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def split_names(text: str) -> list[str]:
+    """Names with commas between, as parameters of notebooks give them; none in an empty text."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; ConfigError (naming the file) for anything else."""
     try:

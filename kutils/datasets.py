@@ -89,6 +89,11 @@ class PromptImages:
         number = np.searchsorted(self.starts, rows, side="right") - 1
         return number, rows - self.starts[number]
 
+    def rows_of(self, names: np.ndarray, local: np.ndarray) -> np.ndarray:
+        """The inverse of `origin`: rows int64 [n], from the name of each one's data set and its row there."""
+        distinct, codes = np.unique(names, return_inverse=True)
+        return self.starts[[self.names.index(name) for name in distinct]][codes] + local
+
     def targets(self, rows: np.ndarray) -> np.ndarray:
         """Prompt embeddings of the given rows: float32 [len(rows), 384], a copy."""
         result = np.empty((len(rows), EMBEDDING_DIM), np.float32)

@@ -22,7 +22,6 @@ from kutils.validated import MEAN, ExplorationError, Validated, read_validated
 
 MOST_QUERIES = 4096  # prompts whose nearest others are looked up for near-duplicates
 MOST_HOLDING = 100  # prompts that stand for words where there is no text encoder
-MOST_SOURCES = 20  # that are told apart
 SORTS = ("worst", "best", "random", "disagreement")
 
 
@@ -48,9 +47,11 @@ class Exploration:
             models: finished runs separated by commas, which may hold `*`; empty: all.
         Raises: DataError or TableError for data sets that cannot be used, RunError for a run that is not there.
         """
-        run_names = tuple(split(models))
+        run_names = tuple(config.split_names(models))
         finished = runs.find_finished(run_names)
-        wanted = split(names) or (config.load_recipe(finished[-1] / "config.yaml").datasets if finished else ["shapes"])
+        wanted = config.split_names(names) or (
+            config.load_recipe(finished[-1] / "config.yaml").datasets if finished else ["shapes"]
+        )
         if list(wanted) == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
             launch.run_module("kutils.generate", "--shapes-dataset", "shapes")
         return cls(load_datasets(wanted, need_folds=False), PromptBank.from_datasets(wanted), run_names)
@@ -72,10 +73,9 @@ class Exploration:
         return path if path.is_file() or not self.data.block_rows else to_pil_image(self.data.decode_image(row))
 
     def sources(self) -> dict[str, int]:
-        """Images by the column `source` of the tables, else by data set, most first; those of rare sources together."""
-        counts = pd.Series(self.sources_of(np.arange(len(self.data)))).value_counts()
-        rest = {"others": int(counts[MOST_SOURCES:].sum())} if len(counts) > MOST_SOURCES else {}
-        return counts[:MOST_SOURCES].to_dict() | rest
+        """Images by the column `source` of the tables, else by data set, most first; those of rare sources last."""
+        counts = pd.Series(slices.common_names(self.sources_of(np.arange(len(self.data))))).value_counts()
+        return counts.sort_index(key=lambda names: names == slices.OTHERS, kind="stable").to_dict()
 
     def sources_of(self, rows: np.ndarray) -> np.ndarray:  # object [n]
         return slices.table_columns(self.data, rows, np.full(len(rows), "", object))[0]
@@ -294,10 +294,6 @@ def embed(image: Path, folder: Path | None) -> np.ndarray:
 def first_of_each(codes: np.ndarray) -> np.ndarray:
     """Positions of the first of each code, in order."""
     return np.sort(np.unique(codes, return_index=True)[1])
-
-
-def split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def check_choice(what: str, chosen: str, known: Mapping | Sequence) -> None:

@@ -199,7 +199,7 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             f"{', '.join(changed)}: other prompts or folds now than the members were trained on; train them again, or "
             f"put the former input/{changed[0]}.tsv.bak back"
         )
-    rows = data.starts[[names.index(name) for name in common["dataset"]]] + common["row"]
+    rows = data.rows_of(common["dataset"], common["row"])
     if data.hash_targets(rows) != common["targets_hash"]:
         raise EnsembleError(f"{', '.join(names)}: other rows or embeddings now than the members were validated on")
     return data.targets(rows), data.prompt_codes[rows], data.training_mean(FIT_FOLD)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from kutils import blending, retrieval, runs
 from kutils.datasets import PromptImages
-from kutils.members import FIT_FOLD, load_predictions
+from kutils.members import FIT_FOLD, EnsembleError, Member, load_predictions, read_predictions
 from kutils.prompt_bank import PromptBank
 
 MEAN = "ensemble of equal weights"  # where none was fitted
@@ -56,8 +56,8 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
         if runs.result_of(folder)["fold"] != fold:
             continue
         try:
-            found[folder] = read_predictions(data, folder / f"fold{fold}_predictions.npz")
-        except ExplorationError as error:
+            found[folder] = predictions_of(data, folder, fold)
+        except (EnsembleError, ExplorationError) as error:
             notes.append(f"{folder.name} is left out: {error}")
             continue
         own = found[folder][0]
@@ -92,28 +92,21 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
     return Validated(fold, rows, predictions, cosines, baseline, {folder.name: folder for folder in found}, notes)
 
 
-def read_predictions(data: PromptImages, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 [n] of the data sets and predictions float32 [n, 384]; ExplorationError if they are of other data."""
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            names, row, embeddings = saved["dataset"], saved["row"], saved["embeddings"]
-            targets_hash, hashes = str(saved["targets_hash"]), json.loads(str(saved["folds_hash"]))
-    except Exception as error:  # NumPy and zipfile raise errors of many kinds
-        raise ExplorationError(f"{path.name} cannot be read ({error})") from error
+def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int64 [n] of the data sets and a run's predictions of them, float32 [n, 384].
+
+    Raises: EnsembleError if they are not there or damaged; ExplorationError if they are of other data.
+    """
+    saved = read_predictions(folder / f"fold{fold}_predictions.npz", Member(str(folder / "config.yaml"), fold))
+    hashes = json.loads(saved["folds_hash"])
     if missing := sorted(set(hashes) - set(data.names)):
         raise ExplorationError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
     if any(data.folds_hashes[name] != value for name, value in hashes.items()):
         raise ExplorationError("prompts were assigned to other folds since; train it again")
-    rows = rows_of(data, names, row)
-    if rows.max() >= len(data) or data.hash_targets(rows) != targets_hash:
+    rows = data.rows_of(saved["dataset"], saved["row"])
+    if rows.max() >= len(data) or data.hash_targets(rows) != saved["targets_hash"]:
         raise ExplorationError("its data sets have other rows or prompts now; train it again")
-    return rows, embeddings
-
-
-def rows_of(data: PromptImages, names: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Rows int64 [n] of the data sets, from each one's data set and its row there."""
-    distinct, codes = np.unique(names, return_inverse=True)
-    return data.starts[[data.names.index(name) for name in distinct]][codes] + row
+    return rows, saved["embeddings"]
 
 
 def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -134,7 +127,7 @@ def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.n
     families, common = load_predictions(fitted.families)
     if not set(common["dataset"]) <= set(data.names):
         raise ExplorationError(f"{path.name} was fitted on other data sets")
-    own_rows = rows_of(data, common["dataset"], common["row"])
+    own_rows = data.rows_of(common["dataset"], common["row"])
     if not np.isin(rows, own_rows).all():
         raise ExplorationError(f"{path.name} was fitted on other images")
     bank = PromptBank.load(path.with_name(fitted.neighbours_bank)) if fitted.neighbours_bank else None

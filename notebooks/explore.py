@@ -21,7 +21,7 @@
 # **What it needs.** A data set in `input/` with embeddings (`shapes` is made on the spot), and for the second half
 # finished runs of `train` or `refine`: `make train` takes three minutes.
 #
-# **How long it takes.** About a minute on two CPU cores, most of it for the map of prompts.
+# **How long it takes.** Half a minute on two CPU cores, most of it for the map of prompts.
 
 # %% tags=["parameters"]
 datasets: str = ""  # of input/, as "cc3m,lexica"; empty: those of the run finished last, or shapes

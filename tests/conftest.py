@@ -82,11 +82,16 @@ def no_traces(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("KUTILS_WORKING", str(tmp_path_factory.mktemp("working")))
 
 
+def use_folders(patch: pytest.MonkeyPatch, root: Path) -> None:
+    """Let kutils use `input/` and `working/` of a folder."""
+    patch.setenv("KUTILS_INPUT", str(root / "input"))
+    patch.setenv("KUTILS_WORKING", str(root / "working"))
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """A folder with `input/` (with the data set `toy`: 80 images of 40 prompts) and `working/`, which kutils uses."""
-    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
-    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
+    use_folders(monkeypatch, tmp_path)
     (tmp_path / "input").mkdir()
     (tmp_path / "working").mkdir()
     make_dataset(tmp_path / "input")
@@ -100,8 +105,7 @@ def trained(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUTILS_INPUT", str(root / "input"))
-        patch.setenv("KUTILS_WORKING", str(root / "working"))
+        use_folders(patch, root)
         train_three(root)
     return root
 
@@ -110,6 +114,5 @@ def trained(tmp_path_factory):
 def finished(trained, tmp_path, monkeypatch):
     """A copy of `trained`, which kutils uses."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
-    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
+    use_folders(monkeypatch, tmp_path)
     return tmp_path

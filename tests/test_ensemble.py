@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import TINY, make_dataset
+from conftest import TINY, make_dataset, use_folders
 from ensembles import write_ensemble
 
 from kutils import blending, checkpoints, ensemble, train
@@ -27,8 +27,7 @@ def trained(tmp_path_factory):
     (root / "input").mkdir()
     make_dataset(root / "input", num_prompts=120)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUTILS_INPUT", str(root / "input"))
-        patch.setenv("KUTILS_WORKING", str(root / "working"))
+        use_folders(patch, root)
         for name, backbone in FAMILIES.items():
             recipe = Recipe(**TINY | {"prefix": name, "save_dir": name, "backbone": backbone, "epochs": 1})
             path = root / f"{name}.yaml"
@@ -42,8 +41,7 @@ def trained(tmp_path_factory):
 def world(trained, tmp_path, monkeypatch):
     """A copy of the trained runs, to be broken, and a writer of ensemble files."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
-    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
+    use_folders(monkeypatch, tmp_path)
     write_config(tmp_path)
     return tmp_path
 

@@ -9,7 +9,7 @@ import numpy as np
 import papermill
 import pytest
 import torch
-from conftest import TINY, make_dataset, unit_rows
+from conftest import TINY, make_dataset, unit_rows, use_folders
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from PIL import Image
@@ -43,8 +43,7 @@ def trained(tmp_path_factory):
     (root / "input").mkdir()
     make_dataset(root / "input")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUTILS_INPUT", str(root / "input"))
-        patch.setenv("KUTILS_WORKING", str(root / "working"))
+        use_folders(patch, root)
         for name, backbone in NETWORKS.items():
             recipe = Recipe(**TINY | {"prefix": name, "save_dir": name, "backbone": backbone, "epochs": 1})
             (root / f"{name}.yaml").write_text(recipe.to_yaml())
@@ -56,8 +55,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def world(trained, monkeypatch):
     """The trained runs, to be looked at only."""
-    monkeypatch.setenv("KUTILS_INPUT", str(trained / "input"))
-    monkeypatch.setenv("KUTILS_WORKING", str(trained / "working"))
+    use_folders(monkeypatch, trained)
     return trained
 
 
@@ -65,8 +63,7 @@ def world(trained, monkeypatch):
 def broken(trained, tmp_path, monkeypatch):
     """A copy of the trained runs, to be broken."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
-    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
+    use_folders(monkeypatch, tmp_path)
     return tmp_path
 
 
@@ -337,7 +334,7 @@ def test_runs_of_other_data_are_left_out_and_named(broken, capsys):
     assert "it was validated on more too; look at datasets=toy,more" in capsys.readouterr().out
     path.write_bytes(b"no file")
     assert explored.has_models(0)
-    assert "vit_fold0 is left out: fold0_predictions.npz cannot be read" in capsys.readouterr().out
+    assert f"vit_fold0 is left out: {path} cannot be read" in capsys.readouterr().out
 
 
 def test_controls_change_what_is_shown_and_say_what_is_wrong():
@@ -376,7 +373,7 @@ box = widgets.live(show, words=words, count=count)
 def test_rows_of_several_data_sets_are_found_by_set_and_row(workspace):
     make_dataset(workspace / "input", "other", num_prompts=20)
     data = datasets.load_datasets(["toy", "other"])
-    rows = validated.rows_of(data, np.array(["other", "toy", "other"]), np.array([3, 5, 0]))
+    rows = data.rows_of(np.array(["other", "toy", "other"]), np.array([3, 5, 0]))
     assert rows.tolist() == [83, 5, 80]
 
 
