@@ -59,7 +59,7 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
             matching = [Path(name)]
         if not matching:
             close = config.nearest(name, [folder.name for folder in known])
-            raise RunError(f"no finished run {name!r} in {root}{close}; it holds {len(known)} finished runs")
+            raise RunError(f"no finished run {name!r} in {root}{close} ({len(known)} finished runs are there)")
         found += [folder for folder in matching if folder not in found]
     return found
 

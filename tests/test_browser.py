@@ -124,11 +124,24 @@ def wait_for(look, what: str, seconds: float = 60):
     raise TimeoutError(f"{what} is not there after {seconds:g} s")
 
 
+def settle(page, promise: str, seconds: float = 300):
+    """What a promise of the page comes to; the page keeps it, or its garbage collector could take it before."""
+    page.evaluate(
+        f"""() => {{
+            window.settled = undefined;
+            window.pending = ({promise}).then(value => window.settled = {{value}}, error => window.settled = {{error}});
+        }}"""
+    )
+    page.wait_for_function("window.settled !== undefined", timeout=1000 * seconds)
+    assert page.evaluate("window.settled.error === undefined"), page.evaluate("String(window.settled.error)")
+    return page.evaluate("window.settled.value")
+
+
 def open_notebook(page, lab: str, name: str) -> None:
     """Open a notebook in a fresh workspace and wait until its kernel is idle."""
     page.goto(f"{lab}/lab/workspaces/{name}/tree/{name}.ipynb?reset")
     page.wait_for_function("window.jupyterapp !== undefined")
-    page.evaluate("jupyterapp.restored")
+    settle(page, "jupyterapp.restored.then(() => true)")
     page.wait_for_selector(".jp-Notebook .jp-RenderedMarkdown h1")
     page.wait_for_function(
         "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=60_000
@@ -153,14 +166,15 @@ def test_every_notebook_opens_in_jupyterlab_with_the_right_kernel(browser, lab):
         assert page.locator(".jp-Dialog").count() == 0, path
     kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
     code = "import sys; print(sys.prefix)"
-    prefix = page.evaluate(
-        f"""async () => {{
+    prefix = settle(
+        page,
+        f"""(async () => {{
             let told = '';
             const future = {kernel}.requestExecute({{code: '{code}'}});
             future.onIOPub = message => {{ if (message.header.msg_type === 'stream') told += message.content.text; }};
             await future.done;
             return told;
-        }}"""
+        }})()""",
     )
     assert prefix.strip() == sys.prefix
     page.close()
@@ -191,7 +205,7 @@ def changed(page, place, before: list[str]) -> list[str]:
 def test_explore_runs_and_its_controls_show_other_results(browser, lab, folder):
     page = browser.new_page(viewport=VIEWPORT)
     open_notebook(page, lab, "explore")
-    assert page.evaluate(RUN_ALL), "a cell raised"
+    assert settle(page, RUN_ALL), "a cell raised"
     assert page.locator(ERRORS).all_inner_texts() == []
     figures = page.locator(".jp-OutputArea-output img")
     assert figures.count() >= 10
