@@ -26,11 +26,10 @@ def distribute(network: PromptEmbedder, ranks: Ranks) -> nn.Module:
 
 
 def to_network_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor:
-    """The batch's uint8 images, augmented and normalised on the device: float32 [B, 3, S, S]."""
+    """The batch's uint8 images, augmented and normalised on the device: float32 [B, 3, S, S], channels last."""
     images = batch["image"].to(device, non_blocking=True)
     jitter = batch["jitter"] if recipe.augment and "jitter" in batch else None
-    images = transforms.normalize(images, recipe.mean, recipe.std, jitter)
-    return images.contiguous(memory_format=torch.channels_last)
+    return transforms.normalize(images, recipe.mean, recipe.std, jitter)
 
 
 def update(

@@ -113,7 +113,29 @@ def test_batched_jitter_is_torchvisions_image_by_image():
         for number in drawn[4:].long().tolist():
             image = operations[number](image, float(drawn[number]))
         expected.append(image)
-    torch.testing.assert_close(transforms.color_jitter(images, jitter), torch.stack(expected), rtol=0, atol=3e-6)
+    torch.testing.assert_close(transforms.color_jitter(images, jitter), torch.stack(expected), rtol=0, atol=4e-6)
+
+
+def test_a_batch_is_prepared_the_same_in_parts_of_any_size(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (5, 3, 6, 8), dtype=torch.uint8, generator=random)
+    jitter = torch.stack([transforms.random_crop_and_jitter(images[0], 8, (71, n))[1] for n in range(5)])
+    whole = transforms.normalize(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), jitter)
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    for one, drawn, expected in zip(images, jitter, whole, strict=True):
+        single = transforms.normalize(one[None], (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), drawn[None])
+        torch.testing.assert_close(single[0], expected, rtol=0, atol=2e-6)
+    monkeypatch.setattr(transforms, "CACHED_VALUES", 2 * 3 * 6 * 8)
+    in_parts = transforms.normalize(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), jitter)
+    torch.testing.assert_close(in_parts, whole, rtol=0, atol=2e-6)
+
+
+def test_drawing_leaves_the_random_state_of_others_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    transforms.random_crop_and_jitter(torch.zeros(3, 8, 8, dtype=torch.uint8), 8, (71, 0, 1))
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_every_image_has_factors_and_an_order_of_its_own():
