@@ -1,0 +1,146 @@
+"""What it costs to make the network's input from image files, on one core: the benchmark's section on loading."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kutils import benchmark, paths, transforms
+
+IMAGE_SIZE, INPUT_SIZE = 512, 384  # px, of the files and of the network's input
+NUM_PICTURES = 24
+BATCH_SIZE = 8  # images that the device's part works on together
+FALL_OFF = 1.57  # of amplitude with frequency: 46 KB in WebP and 87 in JPEG; 24 of image generators have 48 and 92
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+FORMATS = {"webp": {"quality": 90}, "jpeg": {"quality": 95}, "png": {}}  # as kutils.generate writes WebP; Pillow's PNG
+IMAGE_NAMES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def loader(pictures: str = "", repeats: int = 5) -> list[benchmark.Entry]:
+    """Images per second and core from files of 512 px to inputs of 384 px, with training's augmentation and without.
+
+    `host` is the part that data loaders do (read, decode, crop, resize), beside all of the published pipeline, which does
+    all of it there; `all` has what the device does, too, on the same core.
+
+    Args:
+        pictures: folder of images to take, resized to 512 px; empty: made ones.
+        repeats: of each, by turns.
+    """
+    reference = benchmark.published_pipeline()
+    folder = paths.working_dir() / "benchmark" / "loader"
+    shutil.rmtree(folder, ignore_errors=True)
+    images = read_pictures(Path(pictures)) if pictures else made_pictures(NUM_PICTURES)
+    entries = []
+    with one_thread():
+        for name, options in FORMATS.items():
+            files = write_files(folder / name, images, name, options)
+            entries += measure(f"loader_{name}", files, training_host, reference.training_transform, repeats)
+            entries += measure(f"loader_{name}_plain", files, plain_host, reference.plain_transform, repeats)
+    shutil.rmtree(folder)
+    return entries
+
+
+def measure(name: str, files: Sequence[Path], host: Callable, published: Callable, repeats: int) -> list:
+    """`<name>_host` and `<name>_all` over the files, beside the published transform."""
+    load_image, transform = benchmark.published_pipeline().load_image, published(INPUT_SIZE, MEAN, STD)
+    for path in files:  # in memory for all that follow
+        path.read_bytes()
+
+    def ours_host() -> float:
+        return pace(len(files), lambda: [host(path, number) for number, path in enumerate(files)])
+
+    def ours_all() -> float:
+        return pace(len(files), lambda: [device_part(batch) for batch in batches(files, host)])
+
+    def theirs() -> float:
+        return pace(len(files), lambda: [torch.stack([load_image(path, transform)]) for path in files])
+
+    hosts, everything, references = benchmark.alternate(repeats, ours_host, ours_all, theirs)
+    return [
+        benchmark.entry(f"{name}_host", "images/s", hosts, references, more=True),
+        benchmark.entry(f"{name}_all", "images/s", everything, references, more=True),
+    ]
+
+
+def pace(count: int, work: Callable) -> float:
+    began = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - began)
+
+
+def training_host(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return transforms.random_crop_and_jitter(transforms.decode_rgb(path), INPUT_SIZE, (71, 0, number))
+
+
+def plain_host(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return transforms.resize_square(transforms.decode_rgb(path), INPUT_SIZE), None
+
+
+def batches(files: Sequence[Path], host: Callable) -> Iterator[list]:
+    for start in range(0, len(files), BATCH_SIZE):
+        yield [host(path, start + offset) for offset, path in enumerate(files[start : start + BATCH_SIZE])]
+
+
+def device_part(batch: list) -> torch.Tensor:
+    images = torch.stack([image for image, _ in batch])
+    jitter = None if batch[0][1] is None else torch.stack([drawn for _, drawn in batch])
+    return transforms.normalize(images, MEAN, STD, jitter)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def made_pictures(count: int, size: int = IMAGE_SIZE) -> list[Image.Image]:
+    """Random pictures whose detail falls off with its frequency as in photographs (1/f), edges added.
+
+    They take as many bytes in WebP and JPEG as pictures of image generators do, so that decoding takes as long.
+    """
+    random = np.random.default_rng(0)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij"))
+    frequency[0, 0] = 1.0
+    rows, columns = np.mgrid[:size, :size]
+    pictures = []
+    for _ in range(count):
+        spectrum = np.fft.rfft2(random.standard_normal((3, size, size))) / frequency**FALL_OFF
+        field = np.fft.irfft2(spectrum, s=(size, size))
+        field = field[0] + 0.3 * field  # colours of a picture go together
+        field = 128 + 50 * field / field.std()
+        for _ in range(6):
+            normal = random.standard_normal(2)
+            beyond = normal[0] * (rows - size * random.random()) + normal[1] * (columns - size * random.random()) > 0
+            field += np.where(beyond, random.normal(0, 12, (3, 1, 1)), 0)
+        pictures.append(Image.fromarray(field.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)))
+    return pictures
+
+
+def read_pictures(folder: Path) -> list[Image.Image]:
+    """Up to NUM_PICTURES images of a folder, evenly spread over their names, as squares of 512 px."""
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_NAMES)
+    if not found:
+        raise benchmark.BenchmarkError(f"no images in {folder} ({', '.join(sorted(IMAGE_NAMES))})")
+    chosen = found[:: max(1, len(found) // NUM_PICTURES)][:NUM_PICTURES]
+    square = (IMAGE_SIZE, IMAGE_SIZE)
+    return [Image.open(path).convert("RGB").resize(square, Image.Resampling.LANCZOS) for path in chosen]
+
+
+def write_files(folder: Path, pictures: Sequence[Image.Image], format: str, options: dict) -> list[Path]:
+    folder.mkdir(parents=True)
+    files = [folder / f"{number:03d}.{format}" for number in range(len(pictures))]
+    for path, picture in zip(files, pictures, strict=True):
+        picture.save(path, **options)
+    return files

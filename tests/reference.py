@@ -1,0 +1,117 @@
+"""The published pipeline, written out plainly: what ours is compared with, in tests and in the benchmark.
+
+Images are decoded by Pillow and augmented as Pillow images by torchvision's first transforms; the network runs in NCHW
+under float16 autocast with a loss scaler, MADGRAD is timm's loop over parameters, SAM two such loops around it. Needs
+torch, torchvision and timm.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.optim import MADGRAD
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+
+def training_transform(size: int, mean, std) -> transforms.Compose:
+    """Crop of half to all of the area, four colour changes of 0.05, bicubic; as stage 1 of the recipes."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                size, scale=(0.5, 1.0), ratio=(0.9, 1.1), interpolation=InterpolationMode.BICUBIC
+            ),
+            transforms.ColorJitter(0.05, 0.05, 0.05, 0.05),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+
+def plain_transform(size: int, mean, std) -> transforms.Compose:
+    """Resize to the square; as stage 2 and validation."""
+    return transforms.Compose(
+        [
+            transforms.Resize((size, size), interpolation=InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+
+def load_image(path: Path, transform: transforms.Compose) -> Tensor:
+    """float32 [3, S, S], the network's input."""
+    with Image.open(path) as image:
+        return transform(image.convert("RGB"))
+
+
+class Trainer:
+    """One process's training of a network: `update` takes a batch, `evaluate` one of validation.
+
+    Args:
+        network: on its device, in torch's own memory format.
+        weight_decay: decoupled; timm's momentum takes a tenth of it away.
+        rho: SAM's radius; 0: no SAM.
+        half: float16 autocast with a loss scaler, as published; False: float32.
+    """
+
+    def __init__(self, network: nn.Module, lr: float, weight_decay: float, rho: float = 0.0, half: bool = True):
+        self.network, self.rho = network.train(), rho
+        self.device = next(network.parameters()).device
+        self.autocast = torch.autocast(self.device.type, torch.float16, enabled=half)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        backbone = network.backbone
+        exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
+        groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+        for name, parameter in network.named_parameters():
+            groups[parameter.ndim <= 1 or name.removeprefix("backbone.") in exempt]["params"].append(parameter)
+        self.optimizer = MADGRAD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, decoupled_decay=True)
+        self.criterion = nn.CosineEmbeddingLoss()
+
+    def backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        with self.autocast:
+            predicted = self.network(images)
+            loss = self.criterion(predicted, targets, torch.ones(len(targets), device=self.device))
+        self.scaler.scale(loss).backward()
+        return loss
+
+    def update(self, images: Tensor, targets: Tensor) -> float:
+        """One optimiser update with float32 [B, 3, S, S] and [B, 384] from the host; the loss, read at once."""
+        images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad()
+        loss = self.backward(images, targets)
+        if self.rho > 0:
+            with perturbed(self.network, self.rho):
+                self.optimizer.zero_grad()
+                self.backward(images, targets)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.item()
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Cosines of one batch from the host, float32 [B] on the host."""
+        self.network.eval()
+        with self.autocast:
+            predicted = self.network(images.to(self.device, non_blocking=True))
+        self.network.train()
+        return nn.functional.cosine_similarity(predicted.float(), targets.to(self.device)).cpu()
+
+
+@contextmanager
+def perturbed(network: nn.Module, rho: float) -> Iterator[None]:
+    """Weights moved by rho along the gradient inside the block: w + e, and w + e - e after it (Foret et al. 2021)."""
+    parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    norm = torch.norm(torch.stack([parameter.grad.norm(p=2) for parameter in parameters]), p=2)
+    moves = []
+    with torch.no_grad():
+        for parameter in parameters:
+            moves.append(parameter.grad * (rho / (norm + 1e-12)))
+            parameter.add_(moves[-1])
+    yield
+    with torch.no_grad():
+        for parameter, move in zip(parameters, moves, strict=True):
+            parameter.sub_(move)
