@@ -54,9 +54,7 @@ class Entry:
     machine: str
 
 
-def entry(
-    name: str, unit: str, ours: Sequence[float], reference: Sequence[float] = (), *, more: bool = False
-) -> Entry:
+def entry(name: str, unit: str, ours: Sequence[float], reference: Sequence[float] = (), *, more: bool = False) -> Entry:
     """An entry from repeated measurements; without a reference there is no ratio.
 
     Args:
@@ -134,7 +132,7 @@ def published_pipeline() -> ModuleType:
     """The module `tests/reference.py` of the repository; BenchmarkError where it is not there."""
     path = paths.repository_root() / "tests" / "reference.py"
     if not path.is_file():
-        raise BenchmarkError(f"no {path}, beside which this is measured: run the benchmark in a clone of the repository")
+        raise BenchmarkError(f"no {path}, beside which this is measured: run the benchmark in a clone")
     specification = importlib.util.spec_from_file_location("reference", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

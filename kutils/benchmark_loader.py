@@ -24,24 +24,19 @@ IMAGE_NAMES = {".png", ".jpg", ".jpeg", ".webp"}
 def loader(pictures: str = "", repeats: int = 5) -> list[benchmark.Entry]:
     """Images per second and core from files of 512 px to inputs of 384 px, with training's augmentation and without.
 
-    `host` is the part that data loaders do (read, decode, crop, resize), beside all of the published pipeline, which does
-    all of it there; `all` has what the device does, too, on the same core.
+    `host` is the part that data loaders do (read, decode, crop, resize), beside all of the published pipeline, which
+    they do there; `all` has what the device does, too, on the same core.
 
     Args:
         pictures: folder of images to take, resized to 512 px; empty: made ones.
         repeats: of each, by turns.
     """
     reference = benchmark.published_pipeline()
-    folder = paths.working_dir() / "benchmark" / "loader"
-    shutil.rmtree(folder, ignore_errors=True)
-    images = read_pictures(Path(pictures)) if pictures else made_pictures(NUM_PICTURES)
     entries = []
-    with one_thread():
-        for name, options in FORMATS.items():
-            files = write_files(folder / name, images, name, options)
+    for name in FORMATS:
+        with picture_files(name, pictures) as files, one_thread():
             entries += measure(f"loader_{name}", files, training_host, reference.training_transform, repeats)
             entries += measure(f"loader_{name}_plain", files, plain_host, reference.plain_transform, repeats)
-    shutil.rmtree(folder)
     return entries
 
 
@@ -138,9 +133,21 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     return [Image.open(path).convert("RGB").resize(square, Image.Resampling.LANCZOS) for path in chosen]
 
 
-def write_files(folder: Path, pictures: Sequence[Image.Image], format: str, options: dict) -> list[Path]:
+@contextmanager
+def picture_files(format: str, pictures: str = "") -> Iterator[list[Path]]:
+    """Files of a format inside the block, removed after it.
+
+    Args:
+        pictures: folder of images to take; empty: made ones.
+    """
+    folder = paths.working_dir() / "benchmark" / "pictures"
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    files = [folder / f"{number:03d}.{format}" for number in range(len(pictures))]
-    for path, picture in zip(files, pictures, strict=True):
-        picture.save(path, **options)
-    return files
+    images = read_pictures(Path(pictures)) if pictures else made_pictures(NUM_PICTURES)
+    files = [folder / f"{number:03d}.{format}" for number in range(len(images))]
+    for path, image in zip(files, images, strict=True):
+        image.save(path, **FORMATS[format])
+    try:
+        yield files
+    finally:
+        shutil.rmtree(folder)

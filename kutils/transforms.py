@@ -85,15 +85,24 @@ def resize_square(image: Tensor, size: int) -> Tensor:
 
 
 def random_crop_and_jitter(image: Tensor, size: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Draw one image's augmentation from `key` alone: the same for any number of workers and ranks.
+    """Draw one image's augmentation from `key` alone, and crop: the same for any number of workers and ranks.
 
     Args:
         image: uint8 [3, H, W].
         size: side of the output, px.
         key: seed, epoch and row.
-    Returns: uint8 [3, size, size], and float32 [8]: the four jitter factors (brightness, contrast, saturation, hue) and
-        the order of the four operations. Both are drawn by torchvision's own transforms.
+    Returns: uint8 [3, size, size], and float32 [8] for `color_jitter`: four factors and the order of the operations.
     """
+    box, factors, order = draw(image, key)
+    cropped = F.resized_crop(
+        image, **box, size=[size, size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+    )
+    return cropped, torch.tensor(factors + order, dtype=torch.float32)
+
+
+def draw(image: Tensor, key: tuple[int, ...]) -> tuple[dict, list[float], list[int]]:
+    """Draw by torchvision's own transforms: the crop's box (top, left, height, width), the jitter factors (brightness,
+    contrast, saturation, hue) and the order of these four."""
     generator = torch.default_generator  # torchvision draws from no other; torch.manual_seed takes 0.1 ms
     state = generator.get_state()
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -102,11 +111,8 @@ def random_crop_and_jitter(image: Tensor, size: int, key: tuple[int, ...]) -> tu
         drawn = JITTER.make_params([image])
     finally:
         generator.set_state(state)
-    cropped = F.resized_crop(
-        image, **box, size=[size, size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-    )
     factors = [drawn[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")]
-    return cropped, torch.tensor(factors + drawn["fn_idx"].tolist(), dtype=torch.float32)
+    return box, factors, drawn["fn_idx"].tolist()
 
 
 def color_jitter(images: Tensor, jitter: Tensor) -> Tensor:

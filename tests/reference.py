@@ -15,6 +15,7 @@ from timm.optim import MADGRAD
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 
 
 def training_transform(size: int, mean, std) -> transforms.Compose:
@@ -40,6 +41,21 @@ def plain_transform(size: int, mean, std) -> transforms.Compose:
             transforms.Normalize(mean, std),
         ]
     )
+
+
+def augment_as(image: Image.Image, size: int, box: dict, factors: list[float], order: list[int]) -> Image.Image:
+    """What the augmentation makes of an image for given draws.
+
+    Args:
+        box: top, left, height, width of the crop.
+        factors: of brightness, contrast, saturation and hue.
+        order: of these four.
+    """
+    change = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+    image = F.resized_crop(image, **box, size=[size, size], interpolation=InterpolationMode.BICUBIC)
+    for number in order:
+        image = change[number](image, factors[number])
+    return image
 
 
 def load_image(path: Path, transform: transforms.Compose) -> Tensor:
