@@ -18,6 +18,7 @@ from kutils.figures import (
     ORANGE,
     SMALL_FONT,
     PlotError,
+    bars,
     check_same_length,
     despine,
     finite,
@@ -316,4 +317,25 @@ def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
         axes.tick_params(axis="y", length=0)
         despine(axes, grid="x")
     axes.set_xlabel("cosine similarity of the prediction and the prompt")
+    return figure
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+@styled()
+def benchmark_ratios(entries: Sequence[dict]) -> Figure:
+    """How many times better than the published or plain way, on a logarithmic scale: entries of the benchmark.
+
+    Args:
+        entries: `kutils.benchmark.read_results`; those without a ratio are left out.
+    Raises: PlotError where none has one.
+    """
+    compared = [item for item in entries if item["ratio"]]
+    check_same_length(entries=compared)
+    ratios = {item["name"]: math.log10(item["ratio"]) for item in compared}
+    told = [f"{item['ratio']:.3g} ({item['ours']:,.3g}, {item['reference']:,.3g} {item['unit']})" for item in compared]
+    figure, axes = bars(ratios, told, color=[BLUE if ratio >= 0 else ORANGE for ratio in ratios.values()])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
+    axes.set(title="Beside the published or plain way", xlabel="times better (ours and theirs in brackets)")
     return figure

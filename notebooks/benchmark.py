@@ -14,26 +14,30 @@
 # %% [markdown]
 # # Benchmark: what does it cost?
 #
-# **What it does.** Measures speed and memory on this machine beside the plain way to do the same, and keeps the numbers
-# in `working/benchmark/results.json`. `papermill notebooks/benchmark.ipynb working/runs/benchmark.ipynb`; it runs as a
-# script too: `python notebooks/benchmark.py`.
+# **What it does.** Measures speed and memory on this machine beside the published pipeline or the plain way to do the
+# same, and keeps the numbers in `working/benchmark/results.json`.
+# `papermill notebooks/benchmark.ipynb working/runs/benchmark.ipynb`; it runs as a script too, `python
+# notebooks/benchmark.py`, and for `loader`, `step` and `differences` needs torch, torchvision and timm alone.
 #
-# **What it needs.** Linux. `open_5m_rows`: 12 GB of disk below `working/`, and 20 GB of memory for the plain way, which
-# is left out where there is less.
+# **What it needs.** Linux. On a GPU, if there is one, the five networks of the recipes are measured, else the two tiny
+# ones. `open_5m_rows`: 12 GB of disk below `working/`, and 20 GB of memory for the plain way, which is left out where
+# there is less.
 #
-# **How long it takes.** On two CPU cores `open_5m_rows` four minutes, `predict_ensemble` one (with 16,000 images, ten),
-# `embed_prompts` and `similar_pairs` four each, `nearest_prompts`, `folds` and `check_images` less than one,
-# `packed_shards` two.
+# **How long it takes.** On two CPU cores `quick` (loader, step, differences, predict_ensemble, nearest_prompts) five
+# minutes; besides, `open_5m_rows` six, `embed_prompts` and `similar_pairs` five each, `packed_shards` two, `folds` and
+# `check_images` one.
 
 # %% tags=["parameters"]
-sections: str = "all"  # or what to measure, as "embed_prompts,similar_pairs"; a wrong name lists them
+sections: str = "quick"  # what to measure: quick, all, or some, as "loader,step"; a wrong name lists them
+repeats: int = 5  # of every measurement, ours and the other by turns
+models: str = ""  # of recipes, as "convnext_large,vit_large", whose steps are measured; empty is all
+pictures: str = ""  # folder of images for the loader, resized to 512 px; empty is made ones
+images: int = 1000  # that are predicted, checked or packed; the competition has about 16,000
+bank: int = 1000000  # random embeddings among which the nearest are looked up, 1.6 GB of disk
 rows: int = 0  # rows of the made data sets together; 0 is all 5,059,104
-repeats: int = 3  # of every measurement
+keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
 prompts: int = 60000  # that are embedded and compared; 120000 adds a fourth point to the curve
 prompts_path: str = ""  # a prompts file to take them from; empty is the grammar of kutils.templates
-bank: int = 1000000  # random embeddings among which the nearest are looked up, 1.6 GB of disk
-images: int = 2000  # that are predicted, checked or packed; the competition has about 16,000
-keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
 
 # %% tags=["active-py"]
 globals().setdefault("In", [])  # a script has no list of executed cells; in the notebook this is no code
@@ -62,14 +66,40 @@ chosen = benchmark.choose(sections)
 print(f"{', '.join(chosen)} on {benchmark.machine_name()}")
 
 # %% [markdown]
-# ## What do five million rows cost each rank?
-# Six data sets of the published sizes, opened by a process of its own each time, with nothing of them in memory yet.
-# The plain way: pandas parses every table, NumPy reads all embeddings. The first opening builds the index (it checks
-# every row and hashes the folds, which the plain way does not); later ones, and all other ranks, map it.
+# ## How fast do images become the network's input?
+# On one core, from files of 512 px to 384 px, with training's crop and colour jitter, and plain. `host` is what data
+# loader processes do, `all` has the device's part on the same core, too. The published pipeline does all in them.
 
 # %%
-if "open_5m_rows" in chosen:
-    benchmark.save(benchmark.open_5m_rows(rows, repeats, keep_data))
+from kutils import benchmark_loader
+
+if "loader" in chosen:
+    benchmark.save(benchmark_loader.loader(pictures, repeats))
+
+# %% [markdown]
+# ## How fast is an update?
+# `step` is one of stage 1 with all that belongs to it on the device; `mfu` how much of the arithmetic that the device
+# could do is forward and backward of it; `sam_overhead` how many times as long an update with SAM takes. The published
+# step: float16 autocast with a loss scaler (float32 on a CPU), NCHW, MADGRAD parameter by parameter, each loss read.
+
+# %%
+from kutils import benchmark_step
+
+if "step" in chosen:
+    for model in benchmark_step.model_names(models):
+        benchmark.save(benchmark_step.step(model, repeats))
+        benchmark.save(benchmark_step.data_wait(model))
+
+# %% [markdown]
+# ## What do these ways change?
+# Pixels beside Pillow's, whose colour changes round to whole numbers after each of four operations; and losses of the
+# tiny networks over 20 updates beside the published step's, in float32 with the same images: what is left is rounding.
+
+# %%
+from kutils import benchmark_differences
+
+if "differences" in chosen:
+    benchmark.save(benchmark_differences.differences(benchmark_step.ON_CPU))
 
 # %% [markdown]
 # ## What does decoding once save?
@@ -77,34 +107,10 @@ if "open_5m_rows" in chosen:
 # each model decodes them again. Large models save as many seconds, and a smaller share.
 
 # %%
-from kutils import benchmark_prediction
-
 if "predict_ensemble" in chosen:
+    from kutils import benchmark_prediction
+
     benchmark.save(benchmark_prediction.predict_ensemble(images, repeats))
-
-# %% [markdown]
-# ## How fast are prompts embedded, and how exactly?
-# By `SentenceTransformer.encode` in float32, and here in bfloat16 and float32. The smallest cosine between bfloat16 and
-# float32 says what the speed costs.
-
-# %%
-from kutils import benchmark_embedding, benchmark_similarity
-
-embeddings = None
-if {"embed_prompts", "similar_pairs", "folds"} & set(chosen):
-    texts, embeddings = benchmark_similarity.embedded_prompts(prompts_path, prompts)
-if "embed_prompts" in chosen:
-    benchmark.save(benchmark_embedding.embed_prompts(texts[:4000], repeats))
-
-# %% [markdown]
-# ## How long does it take to find all similar pairs?
-# Exactly all at cosine >= 0.7, beside FAISS, which searches exactly too and in float32 (up to 60,000 prompts). The time
-# grows with the square of the number, the memory beyond embeddings and pairs does not grow.
-
-# %%
-if "similar_pairs" in chosen:
-    benchmark.save(benchmark_similarity.measure_similar_pairs(embeddings, repeats))
-    benchmark.save(benchmark_similarity.measure_seed_scale(repeats))
 
 # %% [markdown]
 # ## How fast are the nearest of a million prompts found?
@@ -113,39 +119,72 @@ if "similar_pairs" in chosen:
 
 # %%
 if "nearest_prompts" in chosen:
+    from kutils import benchmark_similarity
+
     benchmark.save(benchmark_similarity.measure_nearest(bank, repeats))
 
 # %% [markdown]
-# ## What do folds leak?
-# Prompts with a similar one in another fold: of a balanced partition, of greedy leader groups, of random rows.
+# ## What do five million rows cost each rank?
+# Six data sets of the published sizes, opened by a process of its own each time, with nothing of them in memory yet.
+# The plain way: pandas parses every table, NumPy reads all embeddings. The first opening builds the index (it checks
+# every row and hashes the folds, which the plain way does not); later ones, and all other ranks, map it.
 
 # %%
+if "open_5m_rows" in chosen:
+    from kutils import benchmark_rows
+
+    benchmark.save(benchmark_rows.open_5m_rows(rows, repeats, keep_data))
+
+# %% [markdown]
+# ## How fast are prompts embedded, and how exactly?
+# By `SentenceTransformer.encode` in float32, and here in bfloat16 and float32. The smallest cosine between bfloat16 and
+# float32 says what the speed costs.
+
+# %%
+if {"embed_prompts", "similar_pairs", "folds"} & set(chosen):
+    from kutils import benchmark_embedding, benchmark_similarity
+
+    texts, embeddings = benchmark_similarity.embedded_prompts(prompts_path, prompts)
+if "embed_prompts" in chosen:
+    benchmark.save(benchmark_embedding.embed_prompts(texts[:4000], repeats))
+
+# %% [markdown]
+# ## How long does it take to find all similar pairs, and what do folds leak?
+# Exactly all at cosine >= 0.7, beside FAISS, which searches exactly too and in float32 (up to 60,000 prompts). The time
+# grows with the square of the number, the memory beyond embeddings and pairs does not grow. A prompt leaks that has a
+# similar one in another fold: of a balanced partition, of greedy leader groups, of random rows.
+
+# %%
+if "similar_pairs" in chosen:
+    benchmark.save(benchmark_similarity.measure_similar_pairs(embeddings, repeats))
+    benchmark.save(benchmark_similarity.measure_seed_scale(repeats))
 if "folds" in chosen:
     benchmark.save(benchmark_similarity.measure_folds(embeddings, repeats))
 
 # %% [markdown]
-# ## Do two processes check images twice as fast as one?
-# Every file is read, hashed and decoded, as `python -m kutils.check` does it.
+# ## What do checking and packing of images cost, and save?
+# Every file is read, hashed and decoded as `python -m kutils.check` does it, by two processes and by one. And an epoch
+# through the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet.
 
 # %%
-from kutils import benchmark_data
-
+if {"check_images", "packed_shards"} & set(chosen):
+    from kutils import benchmark_data
 if "check_images" in chosen:
     benchmark.save(benchmark_data.check_images(images, repeats))
-
-# %% [markdown]
-# ## What does packing save in training?
-# An epoch through the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet.
-
-# %%
 if "packed_shards" in chosen:
     benchmark.save(benchmark_data.packed_shards(images, repeats))
 
 # %% [markdown]
 # ## What was found?
-# Medians; `ratio` is how many times less time or memory than the plain way. Memory is what a process holds alone, in
-# MB: of a rank beyond its imports, of a worker all that is its own, decoding included. Eight ranks pay it eight times,
-# as they would the plain way's. Mapped files are not in it: the system keeps one copy of them for all.
+# Medians; `ratio` is how many times better than the published or plain way: faster, or less. Memory is what a process
+# holds alone, in MB: of a rank beyond its imports, of a worker all that is its own, decoding included. Eight ranks pay
+# it eight times, as they would the plain way's. Mapped files are not in it: the system keeps one copy for all.
 
 # %%
 print(benchmark.format_results())
+
+# %%
+if chosen and find_spec("matplotlib"):
+    from kutils import data_plots
+
+    data_plots.benchmark_ratios(benchmark.read_results())

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kutils import benchmark, benchmark_data, benchmark_prediction, datasets, transforms
+from kutils import benchmark, benchmark_data, benchmark_prediction, benchmark_rows, datasets, transforms
 from kutils.benchmark import BenchmarkError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_an_entry_is_made_of_medians():
     made = benchmark.entry("open", "s", [3.0, 2.0, 4.0], [30.0, 60.0])
     assert (made.ours, made.reference, made.ratio) == (3, 45, 15) and made.spread == pytest.approx(2 / 3)
+    rate = benchmark.entry("pace", "images/s", [30.0, 20.0, 40.0], [3.0, 6.0], more=True)
+    assert rate.ratio == 30 / 4.5
     alone = benchmark.entry("open", "s", [0.5])
     assert alone.reference is None and alone.ratio is None and alone.spread == 0
     assert re.search(r"\d+ cores, \d+ GB", made.machine)
@@ -30,14 +33,19 @@ def test_results_of_several_sections_stay_side_by_side(workspace):
     benchmark.save([benchmark.entry("one", "s", [1.0]), benchmark.entry("two", "MB", [2.0], [4.0])])
     benchmark.save([benchmark.entry("three", "s", [3.0]), benchmark.entry("one", "s", [9.0])])
     assert [(item["name"], item["ours"]) for item in benchmark.read_results()] == [("one", 9), ("two", 2), ("three", 3)]
+    machine, head, *lines = benchmark.format_results().splitlines()
+    assert machine == benchmark.machine_name() and head.split()[:3] == ["name", "unit", "ours"] and len(lines) == 3
+    assert lines[0].split() == ["one", "s", "9.00", "0%"]
+    assert lines[1].split() == ["two", "MB", "2.00", "4.00", "2.00", "0%"]
+    benchmark.save([replace(benchmark.entry("four", "s", [3e-5]), machine="a GPU")])
     lines = benchmark.format_results().splitlines()
-    assert lines[2].split() == ["two", "MB", "2.00", "4.00", "2.00", "0%"] and len(lines) == 5
-    assert "None" not in lines[1] and "nan" not in lines[1].lower()
+    assert len(lines) == 8 and lines[lines.index("a GPU") + 2].split() == ["four", "s", "3e-05", "0%"]
 
 
 def test_an_unknown_section_names_the_nearest():
     assert benchmark.choose(" open_5m_rows ,") == ["open_5m_rows"]
     assert benchmark.choose("all") == list(benchmark.SECTIONS)
+    assert benchmark.choose("quick") == list(benchmark.QUICK) and set(benchmark.QUICK) < set(benchmark.SECTIONS)
     with pytest.raises(BenchmarkError, match="no section 'open_5m_row'; did you mean 'open_5m_rows'"):
         benchmark.choose("open_5m_row")
 
@@ -60,22 +68,22 @@ def check_private_memory():
 
 
 def test_sizes_are_as_published_and_shrink_to_the_disk(capsys):
-    sizes = benchmark.made_rows(0, 10**12)
-    assert sizes == {name: count for name, (count, _) in benchmark.MADE_SETS.items()}
+    sizes = benchmark_rows.made_rows(0, 10**12)
+    assert sizes == {name: count for name, (count, _) in benchmark_rows.MADE_SETS.items()}
     assert sum(sizes.values()) == 5_059_104
-    assert sum(count // images for count, images in benchmark.MADE_SETS.values()) == 3_378_588
-    assert 9_990 <= sum(benchmark.made_rows(10_000, 10**12).values()) <= 10_000 and not capsys.readouterr().out
-    small = sum(benchmark.made_rows(0, benchmark.SPARE_BYTES + 2_000 * benchmark.ROW_BYTES).values())
+    assert sum(count // images for count, images in benchmark_rows.MADE_SETS.values()) == 3_378_588
+    assert 9_990 <= sum(benchmark_rows.made_rows(10_000, 10**12).values()) <= 10_000 and not capsys.readouterr().out
+    small = sum(benchmark_rows.made_rows(0, benchmark_rows.SPARE_BYTES + 2_000 * benchmark_rows.ROW_BYTES).values())
     assert 1_990 <= small <= 2_000 and "5,059,104 rows do not fit" in capsys.readouterr().out
     with pytest.raises(BenchmarkError, match="too few"):
-        benchmark.made_rows(0, 10**9)
+        benchmark_rows.made_rows(0, 10**9)
 
 
 def test_made_sets_are_data_sets(workspace):
     root = workspace / "input"
     shutil.rmtree(root)
-    sizes = benchmark.made_rows(20_000, 10**12)
-    benchmark.make_datasets(root, sizes)
+    sizes = benchmark_rows.made_rows(20_000, 10**12)
+    benchmark_rows.make_datasets(root, sizes)
     data = datasets.load_datasets(list(sizes))  # checks folds, lengths and rows
     assert len(data) == sum(sizes.values())
     images = np.bincount(np.bincount(data.prompt_codes))
@@ -83,14 +91,14 @@ def test_made_sets_are_data_sets(workspace):
     assert images[3] > 0.99 * sum(sizes[name] // 3 for name in ("cc3m", "lexica", "diffusiondb", "mscoco"))
     assert 50 < np.mean([len(prompt) for prompt in data.prompts.to_pylist()]) < 75
     made = (root / "cc3m.npy").stat().st_mtime_ns
-    benchmark.make_datasets(root, sizes)
+    benchmark_rows.make_datasets(root, sizes)
     assert (root / "cc3m.npy").stat().st_mtime_ns == made  # kept
-    benchmark.make_datasets(root, benchmark.made_rows(10_000, 10**12))
+    benchmark_rows.make_datasets(root, benchmark_rows.made_rows(10_000, 10**12))
     assert len(np.load(root / "cc3m.npy")) == 10_000 * 748_781 // 5_059_104
 
 
 def test_the_section_from_end_to_end(workspace):
-    entries = {item.name: item for item in benchmark.open_5m_rows(rows=4_000, repeats=1)}
+    entries = {item.name: item for item in benchmark_rows.open_5m_rows(rows=4_000, repeats=1)}
     assert len(entries) == 7 and {item.unit for item in entries.values()} == {"s", "MB"}
     assert entries["open_5m_rows"].ours < entries["open_5m_rows_first"].ours
     assert entries["open_5m_rows_rank"].ours < 20 and 5 < entries["open_5m_rows_worker"].ours < 400

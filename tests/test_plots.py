@@ -377,3 +377,16 @@ def test_predictions_stay_in_the_order_given(tmp_path):
     assert figure.axes[1].texts[0].get_text() == "true: a dog\nnearest: a wolf"
     with pytest.raises(plots.PlotError, match="3 images, 2 prompts"):
         plots.predictions(images, ["a", "b"], ["a", "b", "c"], [0.1, 0.2, 0.3])
+
+
+def test_benchmark_ratios_are_drawn_by_their_logarithm():
+    entries = [
+        {"name": "fast", "unit": "s", "ours": 0.1, "reference": 10.0, "ratio": 100.0},
+        {"name": "slow", "unit": "images/s", "ours": 5.0, "reference": 10.0, "ratio": 0.5},
+        {"name": "alone", "unit": "MB", "ours": 5.0, "reference": None, "ratio": None},
+    ]
+    figure = data_plots.benchmark_ratios(entries)
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([2, np.log10(0.5)])
+    assert "fast: 100 (0.1, 10 s)" in figures.alt_text(figure) and "alone" not in figures.alt_text(figure)
+    with pytest.raises(PlotError):
+        data_plots.benchmark_ratios(entries[2:])
