@@ -30,18 +30,42 @@ def run(optimizer_of, start, gradients, rates):
     return parameters
 
 
-def test_numbers_are_those_of_madgrad():
-    start, gradients = weights_and_gradients(30)
-    rates = [1e-2 * (1 - step / 40) for step in range(30)]
-    ours = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-2, weight_decay=0.05), start, gradients, rates)
+@pytest.mark.parametrize("chunk", [1, 30, optim.CHUNK])
+@pytest.mark.parametrize("momentum", [0.3, 0.9])
+def test_numbers_are_those_of_madgrad(monkeypatch, momentum, chunk):
+    """Over 300 steps, some of rate 0, for two groups and any shape and layout."""
+    monkeypatch.setattr(optim, "CHUNK", chunk)
+    start, gradients = weights_and_gradients(300, ((5, 3), (7,), (2, 2, 2), (), (0, 4), (1, 1), (4, 3, 2, 2), (64,)))
+    start[6] = start[6].to(memory_format=torch.channels_last)
+    rates = [1e-2 * (1 - step / 400) if step % 50 else 0.0 for step in range(300)]
+    groups = lambda p: [{"params": p[::2], "weight_decay": 0.05}, {"params": p[1::2], "weight_decay": 0.0}]  # noqa: E731
+    ours = run(lambda p: optim.PerParameterMADGRAD(groups(p), lr=1e-2, momentum=momentum), start, gradients, rates)
     theirs = run(
-        lambda p: madgrad.MADGRAD(p, lr=1e-2, momentum=0.9, weight_decay=0.05, decouple_decay=True),
-        start,
-        gradients,
-        rates,
+        lambda p: madgrad.MADGRAD(groups(p), lr=1e-2, momentum=momentum, decouple_decay=True), start, gradients, rates
     )
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-7)
+
+
+def test_without_eps_what_has_no_gradient_stays():
+    start = [torch.tensor([2.0, 3.0])]
+    gradients = [[torch.tensor([0.0, 1.0])]] * 3
+    ours = run(lambda p: optim.PerParameterMADGRAD(p, lr=0.1, eps=0.0), start, gradients, [0.1] * 3)
+    theirs = run(lambda p: madgrad.MADGRAD(p, lr=0.1, eps=0.0, decouple_decay=True), start, gradients, [0.1] * 3)
+    assert ours[0][0] == 2
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", -1e-4), ("lr", math.nan), ("weight_decay", -0.1), ("eps", -1e-6), ("momentum", 0.0), ("momentum", 1.0)],
+)
+def test_values_out_of_range_are_refused(name, value):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
+        optim.PerParameterMADGRAD([parameter], **{"lr": 0.1, name: value})
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
+        optim.PerParameterMADGRAD([{"params": [parameter], name: value}], lr=0.1)
 
 
 def test_a_parameter_that_joins_late_starts_like_a_fresh_optimizer():
@@ -70,14 +94,18 @@ def test_first_step_by_hand():
     assert parameter.item() == pytest.approx(0.9 * 2 + 0.1 * z - 0.1 * 0.5 * 2, rel=1e-6)
 
 
-def test_state_survives_saving(tmp_path):
+@pytest.mark.parametrize("former", [{}, {"decouple_decay": True}], ids=["now", "of a run cut under madgrad's class"])
+def test_state_survives_saving(tmp_path, former):
     start, gradients = weights_and_gradients(6)
     whole = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-2), start, gradients, [1e-2] * 6)
     parameters = [torch.nn.Parameter(value.clone()) for value in start]
     optimizer = optim.PerParameterMADGRAD(parameters, lr=1e-2)
     for step, step_gradients in enumerate(gradients):
         if step == 3:
-            torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+            state = optimizer.state_dict()
+            assert set(state["state"][0]) == {"step", "grad_sum_sq", "s", "x0"}
+            state["param_groups"][0] |= former
+            torch.save(state, tmp_path / "o.pt")
             optimizer = optim.PerParameterMADGRAD(parameters, lr=1e-2)
             optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
         for parameter, gradient in zip(parameters, step_gradients, strict=True):
