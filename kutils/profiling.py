@@ -4,12 +4,13 @@ import gzip
 import json
 import os
 import shlex
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from kutils import finished, paths
@@ -51,14 +52,16 @@ class UpdateProfiler:
         passed = min(WARMUP[0], spare - recorded)
         self.first = passed + recorded
         if left < num_updates + sum(WARMUP):
-            say(f"profile_steps={num_updates}: {left} updates are left; {self.num_updates} of them are profiled")
+            say(f"{left} updates are left: {self.num_updates} are profiled, after a warm-up of {self.first}")
         if not self.num_updates:
             self.profile = None
             return
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        plan = schedule(wait=passed, warmup=recorded, active=self.num_updates, repeat=1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # said above
+            plan = schedule(wait=passed, warmup=recorded, active=self.num_updates, repeat=1)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # on a CPU its library says that it misses a GPU
-        self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self.finish, acc_events=True)
+        self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self.finish)
         self.profile.start()
 
     def step(self) -> None:
@@ -82,9 +85,10 @@ class UpdateProfiler:
             path = path.with_name(f"trace.{number}.json.gz")
         with paths.atomic_path(path) as temporary:
             found.export_chrome_trace(str(temporary))
-        told = describe_shares(shares(read_trace(path)), self.num_updates)
+        events = read_trace(path)
+        told = describe_shares(shares(events), self.num_updates)
         where = f"{path} opens in https://ui.perfetto.dev and chrome://tracing"
-        self.say(f"{told}\n{costly_operations(found)}\n{where}")
+        self.say(f"{told}\n{costly_operations(events)}\n{where}")
 
 
 def read_trace(path: Path) -> list[dict]:
@@ -152,16 +156,36 @@ def describe_shares(found: dict[str, float], num_updates: int) -> str:
     return f"{num_updates} updates profiled: {parts}, the rest {max(0.0, 1 - sum(found.values())):.0%}"
 
 
-def costly_operations(found: profile) -> str:
+def costly_operations(events: list[dict]) -> str:
     """A table of the operations that took most time of their own: on the GPU where there is one, else on the CPU."""
-    rows = [row for row in found.key_averages() if row.device_type == DeviceType.CPU and not row.is_user_annotation]
-    device = "GPU" if any(row.self_device_time_total for row in rows) else "CPU"
-    times = [row.self_device_time_total if device == "GPU" else row.self_cpu_time_total for row in rows]
-    total = sum(times) or 1
-    lines = [f"{f'share of {device} time':>18} {'ms':>10} {'calls':>9}  operation"]
-    for time, row in sorted(zip(times, rows, strict=True), key=lambda item: -item[0])[:MOST_OPERATIONS]:
-        lines.append(f"{time / total:>18.1%} {time / 1000:>10.1f} {row.count:>9,}  {row.key[:80]}")
+    operations = [event for event in events if event.get("cat") == "cpu_op"]
+    work = [event for event in events if event.get("cat") in GPU_WORK]
+    names = {event["args"].get("External id"): event["name"] for event in operations} if work else {}
+    times, calls = Counter(), Counter()
+    for event in work:
+        name = names.get(event["args"].get("External id"), event["name"])  # of the operation that launched it
+        times[name] += event["dur"]
+        calls[name] += 1
+    for name, own in [] if work else own_times(operations):
+        times[name] += own
+        calls[name] += 1
+    lines = [f"{'share of ' + ('GPU' if work else 'CPU') + ' time':>18} {'ms':>10} {'calls':>9}  operation"]
+    for name, spent in times.most_common(MOST_OPERATIONS):
+        lines.append(f"{spent / times.total():>18.1%} {spent / 1000:>10.1f} {calls[name]:>9,}  {name[:80]}")
     return "\n".join(lines)
+
+
+def own_times(operations: list[dict]) -> Iterator[tuple[str, float]]:
+    """Name of every operation, and its time without that of the operations within it."""
+    own, within = [], []  # `within`: thread, end and number of those that the next may lie in
+    for event in sorted(operations, key=lambda event: (event["tid"], event["ts"], -event["dur"])):
+        while within and (within[-1][0] != event["tid"] or within[-1][1] <= event["ts"]):
+            within.pop()
+        if within:
+            own[within[-1][2]][1] -= event["dur"]
+        within.append((event["tid"], event["ts"] + event["dur"], len(own)))
+        own.append([event["name"], event["dur"]])
+    yield from map(tuple, own)
 
 
 # ---------------------------------------------------------------- waiting for data
@@ -200,21 +224,20 @@ def advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -
         share: of the time, spent waiting.
         cores, ranks: of one machine; None where they are not known.
     """
-    told = f"{share:.0%} of the time went by in waiting for images"
-    workers, changes = recipe.num_workers, []
+    workers, told = recipe.num_workers, [f"{share:.0%} of the time went by in waiting for images."]
     if cores is None or ranks is None:
-        changes.append(f"more num_workers than {workers}, where there are cores for it")
+        told.append(f"More num_workers than {workers} help where there are cores for them.")
     else:
-        told += f", on {cores} cores shared by {ranks} rank{'s' if ranks > 1 else ''} with num_workers={workers}"
-        if (wanted := min(cores // ranks, max(1, 2 * workers))) > workers:
-            changes.append(f"num_workers={wanted}")
-        else:
-            told += ", which leave no core for more"
+        shared = f"{cores} core{'s' * (cores > 1)} for {ranks} rank{'s' * (ranks > 1)}"
+        wanted = min(cores // ranks, max(1, 2 * workers))
+        more = f"num_workers={wanted} instead of {workers} would help"
+        told.append(f"{shared}: {more if wanted > workers else f'none is left for more than num_workers={workers}'}.")
     tables = [paths.input_dir() / f"{name}.tsv" for name in recipe.datasets]
-    if files := [str(finished.shown_path(path)) for path in tables if not shards_folder(path).is_dir()]:
+    files = [str(finished.shown_path(path)) for path in tables if not shards_folder(path).is_dir()]
+    if files:
         size = recipe.input_size * 7 // 6  # larger than the input, so that crops stay sharp
-        packing = f"python -m kutils.shards {shlex.join(files)} --size {size}"
-        changes.append(f"images packed at the size of training: {packing}")
-    elif not changes:
-        changes.append("a machine with more cores: the images are packed already")
-    return f"{told}. Faster with {'; or '.join(changes)}"
+        packing = shlex.join(["python", "-m", "kutils.shards", *files, "--size", str(size)])
+        told.append(f"Images packed at the size of training load faster: {packing}")
+    else:
+        told.append("The images are packed already: a faster disk or more cores would help.")
+    return " ".join(told)

@@ -286,7 +286,7 @@ def speed_section(run: FinishedRun) -> str:
     advice = ""
     if waiting > profiling.MUCH_WAITING:
         machine = (run.environment.get(name) for name in ("cores", "ranks_per_machine"))  # of runs before: not told
-        advice = html_page.paragraph(f"{profiling.advice(run.recipe, waiting, *machine)}.", "note")
+        advice = html_page.paragraph(profiling.advice(run.recipe, waiting, *machine), "note")
     alt = f"Images per second over the updates, {pace:,.0f} on average; {waiting:.1%} of the time is spent waiting."
     return html_page.numbers(facts) + advice + html_page.figure(model_plots.throughput(run), alt)
 

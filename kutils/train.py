@@ -43,7 +43,9 @@ from kutils.config import Recipe
 from kutils.devices import Ranks
 from kutils.interval import Interval
 
-PREFETCHED = 2  # batches that a worker is ahead
+# batches that a worker is ahead: of 32 images of 384 px, 8 workers hold 227 MB. A device as fast as the loader that
+# pauses now and then waits 7.7 % of the time; 7.4 % with 4, 5.5 % with 8
+PREFETCHED = 2
 POLL_SECONDS = 5.0  # between two looks for a signal: most of a cluster's grace period is left for saving
 LOGGED = ("images_per_second", "data_wait", "gpu_memory_gb")  # of an interval; the last where there is a GPU
 MOST_BAD_IMAGES = 0.001  # share of unreadable training images that stops a run, once 1,000 images have been seen
@@ -100,6 +102,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
         **loader_options(recipe, ranks),
     )
     validation_images = datasets.ValidationImages(data, validation_rows, recipe.input_size)
+    # its processes are not kept: starting 8 takes 0.5 s per evaluation, and epochs of the large recipes take 5 minutes
+    # and more; on 8 ranks they would hold 64 times 50 to 110 MB meanwhile
     validation_loader = DataLoader(
         validation_images,
         sampler=range(ranks.rank, len(validation_rows), ranks.world_size),
