@@ -1,6 +1,8 @@
 """Training by its command: what it writes, that ranks agree, that nothing is lost, that bad input stops it early."""
 
+import gc
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -230,8 +232,10 @@ def test_two_ranks_train_like_one_and_score_every_row_once(workspace, recipe_fil
     make_dataset(workspace / "input", "odd", num_prompts=101, images_per_prompt=1)
     changes = {"datasets": ("odd",), "lr": 1e-3, "max_local_batch_size": 4}
     run_ranks(recipe_file("alone", **changes))
-    run_ranks(recipe_file("both", **changes), ranks=2)
+    told = run_ranks(recipe_file("both", profile_steps=3, **changes), ranks=2)
     runs = workspace / "working" / "runs"
+    assert "3 updates profiled" in told  # by rank 0 alone
+    assert [path.name for path in (runs / "both_fold0" / "profile").iterdir()] == ["trace.json.gz"]
     alone, both = (read_metrics(runs / f"{name}_fold0" / "metrics.jsonl") for name in ("alone", "both"))
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (alone, both)]
     assert len(losses[0]) == 22 and losses[0][0] - losses[0][-1] > 0.01
@@ -390,6 +394,45 @@ def test_sigterm_to_the_whole_group_leaves_the_data_loaders_alone(workspace, rec
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 1 and "stopped by a signal after update" in errors and "Traceback" not in errors
     assert checkpoints.read(metrics.parent / "resume.pt")["step"] >= 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker of another system takes seconds to notice")
+def test_workers_last_for_a_run_and_end_with_it(workspace, recipe_file, monkeypatch):
+    real, seen = engine.update, []
+
+    def update(*arguments):
+        seen.append({child.pid for child in multiprocessing.active_children()})
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "update", update)
+    assert start(recipe_file(epochs=3, num_workers=2)) == 0
+    assert len(seen) == 12 and len(seen[0]) == 2 and all(pids == seen[0] for pids in seen)
+    assert not multiprocessing.active_children()
+    assert start(recipe_file("broken", epochs=3, num_workers=2), "lr=1e30") == 1  # and with an error
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_killed_run_leaves_no_worker(workspace, recipe_file):
+    path = recipe_file(epochs=60, num_workers=2)
+    child = subprocess.Popen(command(path), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    metrics = workspace / "working" / "runs" / "tiny_fold0" / "metrics.jsonl"
+    while child.poll() is None and len(losses_of(metrics)) < 6:
+        time.sleep(0.01)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    child.kill()
+    child.wait()
+    time.sleep(1)  # a worker would look for its parent every five
+    assert len(workers) == 2 and not [pid for pid in workers if is_running(pid)]
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys):
