@@ -47,15 +47,20 @@ def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: 
         own_rows = np.random.default_rng().choice(own_rows, count, replace=False)
     scan = image_facts.scan(data.read_image, own_rows, num_workers)
     own = [f"{data.image_path(row)}{reason.removeprefix('image')}" for row, reason in scan.unreadable()]
-    found = [message for messages in ranks.gather_objects(own) for message in messages]
+    gathered = ranks.gather_objects((own, len(own_rows)))
+    found = [message for messages, _ in gathered for message in messages]
     if found:
+        with contextlib.suppress(OSError):  # the next run looks at all again
+            path.unlink(missing_ok=True)
+        looked_at = sum(count for _, count in gathered)
         listed, files = "\n  ".join(found[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
         raise DataError(
-            f"{len(found)} of {len(rows)} validation images cannot be read, and every row must be scored; make them "
+            f"{len(found)} of {looked_at} validation images cannot be read, and every row must be scored; make them "
             f"anew, or set their rows apart: python -m kutils.check {files}\n  {listed}"
         )
     if ranks.is_main and not known:
-        remember_checked(data, rows)
+        with contextlib.suppress(OSError):  # where nothing can be written, the next run looks at all
+            paths.write_json(path, facts)
 
 
 def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
@@ -68,17 +73,11 @@ def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
 
 
 def read_record(path: Path) -> dict | None:
-    """What `remember_checked` has written; None where there is nothing, or it is damaged."""
+    """What a former check has written; None where there is nothing, or it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def remember_checked(data: PromptImages, rows: np.ndarray) -> None:
-    """Keep that the images of the rows could all be read; where nothing can be written, the next run looks again."""
-    with contextlib.suppress(OSError):
-        paths.write_json(*checked_record(data, rows))
 
 
 @dataclass(frozen=True)
