@@ -52,7 +52,7 @@ class UpdateProfiler:
         passed = min(WARMUP[0], spare - recorded)
         self.first = passed + recorded
         if left < num_updates + sum(WARMUP):
-            say(f"{left} updates are left: {self.num_updates} are profiled, after a warm-up of {self.first}")
+            say(f"updates left: {left}; profiled: {self.num_updates}, after a warm-up of {self.first}")
         if not self.num_updates:
             self.profile = None
             return

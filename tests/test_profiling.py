@@ -88,12 +88,12 @@ def test_what_is_left_is_profiled_and_an_earlier_trace_stays(workspace, tiny_rec
         return real(*arguments)
 
     train.train(dataclasses.replace(recipe, prefix="whole"), 0, ALONE)
-    assert "8 updates are left: 8 are profiled, after a warm-up of 0" in capsys.readouterr().out
+    assert "updates left: 8; profiled: 8, after a warm-up of 0" in capsys.readouterr().out
     monkeypatch.setattr(engine, "update", cut)
     with pytest.raises(KeyboardInterrupt):
         train.train(dataclasses.replace(recipe, profile_steps=1), 0, ALONE)  # update 6 of 8
     train.train(dataclasses.replace(recipe, profile_steps=9), 0, ALONE)
-    assert "1 updates are left: 1 are profiled, after a warm-up of 0" in capsys.readouterr().out
+    assert "updates left: 1; profiled: 1, after a warm-up of 0" in capsys.readouterr().out
     folder = workspace / "working" / "runs"
     paths = [folder / "whole_fold0" / "profile" / "trace.json.gz"]
     paths += [folder / "short_fold0" / "profile" / name for name in ("trace.json.gz", "trace.2.json.gz")]
