@@ -1,5 +1,6 @@
 """Where the time of training goes: a profile of some updates, whether a run waits for data, and what to do about it."""
 
+import atexit
 import gzip
 import json
 import os
@@ -60,9 +61,11 @@ class UpdateProfiler:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # said above
             plan = schedule(wait=passed, warmup=recorded, active=self.num_updates, repeat=1)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # on a CPU its library says that it misses a GPU
+        if device.type == "cpu":
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library says that it misses a GPU
         self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self.finish)
         self.profile.start()
+        atexit.register(self.stop)
 
     def step(self) -> None:
         """An update is done; after the last one, write the trace and say what it shows."""
@@ -74,6 +77,12 @@ class UpdateProfiler:
             torch.cuda.synchronize(self.device)
         self.profile.step()
         if self.done == self.first + self.num_updates:
+            self.stop()
+
+    def stop(self) -> None:
+        """End, without a trace where the run ends first: the process would crash with a profile still open."""
+        if self.profile is not None:
+            self.profile.on_trace_ready = None
             self.profile.stop()
             self.profile = None
 
@@ -86,9 +95,12 @@ class UpdateProfiler:
         with paths.atomic_path(path) as temporary:
             found.export_chrome_trace(str(temporary))
         events = read_trace(path)
-        told = describe_shares(shares(events), self.num_updates)
-        where = f"{path} opens in https://ui.perfetto.dev and chrome://tracing"
-        self.say(f"{told}\n{costly_operations(events)}\n{where}")
+        measured = shares(events)
+        told = [describe_shares(measured, self.num_updates), costly_operations(events)]
+        if self.device.type == "cuda" and IDLE not in measured:
+            told.append("nothing of the GPU was recorded (is CUPTI allowed here?): times are the host's")
+        told.append(f"{path} opens in https://ui.perfetto.dev and chrome://tracing")
+        self.say("\n".join(told))
 
 
 def read_trace(path: Path) -> list[dict]:
@@ -117,8 +129,8 @@ def shares(events: list[dict]) -> dict[str, float]:
         return found
     # when something was launched tells its part: autograd launches from a thread that holds no label
     launches = (event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver"))
-    launched = {event["args"].get("correlation"): event["ts"] for event in launches}
-    times = np.array([launched.get(event["args"].get("correlation"), -np.inf) for event in work])
+    launched = {argument(event, "correlation"): event["ts"] for event in launches}
+    times = np.array([launched.get(argument(event, "correlation"), -np.inf) for event in work])
     spans = np.array([span(event) for event in work])
     for part in PARTS[1:]:
         found[part] = covered(spans[inside(times, marks.get(part, []))]) / total
@@ -127,6 +139,10 @@ def shares(events: list[dict]) -> dict[str, float]:
 
 def span(event: dict) -> tuple[float, float]:
     return event["ts"], event["ts"] + event["dur"]
+
+
+def argument(event: dict, name: str) -> int | None:
+    return event.get("args", {}).get(name)
 
 
 def covered(spans: Sequence[tuple[float, float]] | np.ndarray) -> float:
@@ -160,18 +176,18 @@ def costly_operations(events: list[dict]) -> str:
     """A table of the operations that took most time of their own: on the GPU where there is one, else on the CPU."""
     operations = [event for event in events if event.get("cat") == "cpu_op"]
     work = [event for event in events if event.get("cat") in GPU_WORK]
-    names = {event["args"].get("External id"): event["name"] for event in operations} if work else {}
+    if work:  # by the operation that launched it
+        names = {argument(event, "External id"): event["name"] for event in operations}
+        spent = ((names.get(argument(event, "External id"), event["name"]), event["dur"]) for event in work)
+    else:
+        spent = own_times(operations)
     times, calls = Counter(), Counter()
-    for event in work:
-        name = names.get(event["args"].get("External id"), event["name"])  # of the operation that launched it
-        times[name] += event["dur"]
-        calls[name] += 1
-    for name, own in [] if work else own_times(operations):
+    for name, own in spent:
         times[name] += own
         calls[name] += 1
     lines = [f"{'share of ' + ('GPU' if work else 'CPU') + ' time':>18} {'ms':>10} {'calls':>9}  operation"]
-    for name, spent in times.most_common(MOST_OPERATIONS):
-        lines.append(f"{spent / times.total():>18.1%} {spent / 1000:>10.1f} {calls[name]:>9,}  {name[:80]}")
+    for name, own in times.most_common(MOST_OPERATIONS):
+        lines.append(f"{own / times.total():>18.1%} {own / 1000:>10.1f} {calls[name]:>9,}  {name[:80]}")
     return "\n".join(lines)
 
 

@@ -381,8 +381,8 @@ def test_a_run_from_before_a_key_existed_is_still_known(workspace, recipe_file, 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
 def test_sigterm_to_the_whole_group_leaves_the_data_loaders_alone(workspace, recipe_file):
-    """As `timeout` and many job systems send it."""
-    path = recipe_file(epochs=60, num_workers=2)
+    """As `timeout` and many job systems send it; here with a profile that does not come to its end."""
+    path = recipe_file(epochs=60, num_workers=2, profile_steps=100)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         command(path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
