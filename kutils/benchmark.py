@@ -272,7 +272,7 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
         batches = sampler.batches(epoch=0)
         next(batches)
         result["epoch"] = private_megabytes() - before
-    paths.write_json(*check.checked_record(data, data.validation_rows(0)))  # as a former run leaves it: 16 minutes
+    paths.write_json(*check.checked_record(data, data.validation_rows(0)))  # a former run has seen all: 16 minutes
     check.check_images(pictures, data.validation_rows(0), NUM_WORKERS, devices.Ranks(0, 1, torch.device("cpu")))
     loader = DataLoader(
         training_images,

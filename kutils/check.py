@@ -50,8 +50,7 @@ def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: 
     gathered = ranks.gather_objects((own, len(own_rows)))
     found = [message for messages, _ in gathered for message in messages]
     if found:
-        with contextlib.suppress(OSError):  # the next run looks at all again
-            path.unlink(missing_ok=True)
+        forget_checked(data, rows)
         looked_at = sum(count for _, count in gathered)
         listed, files = "\n  ".join(found[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
         raise DataError(
@@ -70,6 +69,12 @@ def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
     status = [[item.st_size, item.st_mtime_ns] for path in packed if path.is_file() for item in [path.stat()]]
     facts = fingerprint(data.root, data.names) | {"shards": status, "rows_sha256": digest}
     return cache_path(data.root, data.names, f".{digest[:8]}.checked.json"), facts
+
+
+def forget_checked(data: PromptImages, rows: np.ndarray) -> None:
+    """Let the next run look at the images of all rows again."""
+    with contextlib.suppress(OSError):
+        checked_record(data, rows)[0].unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict | None:

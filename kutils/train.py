@@ -38,6 +38,7 @@ from kutils import (
     profiling,
     progress,
     runs,
+    transforms,
 )
 from kutils.config import Recipe
 from kutils.devices import Ranks
@@ -157,10 +158,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
         check_order(state, data, ranks)
     step, earlier_seconds = state["step"], state["seconds"]
     total_steps = recipe.epochs * sampler.steps_per_epoch
-    machine = {"cores": profiling.usable_cores(), "ranks_per_machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
-    if ranks.device.type == "cuda":
-        machine["gpu_gb"] = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
     if ranks.is_main:
+        machine = machine_facts(ranks)
         facts = {"fold": fold, "ranks": ranks.world_size, "device": device_name(ranks), "dtype": str(dtype)}
         runs.start(folder, recipe, **origin, **facts, **machine)
         metrics, board = (
@@ -246,8 +245,18 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
                 raise TrainingError(f"{children.STOPPED} after update {step}; the same command goes on from there")
 
         # ------------------------------------------------------------ evaluate
-        with record_function(profiling.EVALUATION):
-            found = engine.evaluate(network, validation_loader, recipe, dtype, ranks, total=len(validation_rows))
+        try:
+            with record_function(profiling.EVALUATION):
+                found = engine.evaluate(network, validation_loader, recipe, dtype, ranks, total=len(validation_rows))
+        except transforms.ImageError as error:
+            check.forget_checked(data, validation_rows)
+            reason = (
+                str(error).splitlines()[-1].removeprefix("kutils.transforms.ImageError: ")
+            )  # of a worker's traceback
+            raise TrainingError(
+                f"a validation image was in order when it was checked, and is not any more: {reason}; put it back, and "
+                "the same command goes on"
+            ) from error
         score = engine.mean(found.cosines)
         clean_score = None if clean is None else engine.mean(found.cosines, clean)
         if not np.isfinite(score):
@@ -400,6 +409,14 @@ def check_order(state: dict, data: datasets.PromptImages, ranks: Ranks) -> None:
 
 def device_name(ranks: Ranks) -> str:
     return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+
+
+def machine_facts(ranks: Ranks) -> dict:
+    """What loading can be judged by: cores, ranks_per_machine, and gpu_gb (10**9 bytes) where there is a GPU."""
+    facts = {"cores": profiling.usable_cores(), "ranks_per_machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+    if ranks.device.type == "cuda":
+        facts["gpu_gb"] = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
+    return facts
 
 
 def watch_for_sigterm():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from kutils import checkpoints, datasets, engine, train, transforms
+from kutils import check, checkpoints, datasets, devices, engine, train, transforms
 from kutils.config import load_recipe
 from kutils.runs import read_metrics
 from kutils.tables import read_table, write_table
@@ -168,6 +168,28 @@ def test_a_broken_validation_image_stops_before_the_first_step(workspace, recipe
     error = capsys.readouterr().err
     assert "2 of 8 validation images cannot be read" in error and "0000_0.png is empty" in error
     assert contents(workspace / "working") == []
+
+
+def test_a_validation_image_that_broke_after_it_was_checked_is_named(workspace, recipe_file, capsys, monkeypatch):
+    path = recipe_file(epochs=1, num_workers=1)
+    data = datasets.load_datasets(["toy"])
+    rows = data.validation_rows(0)
+    check.check_images(data, rows, 0, devices.Ranks(0, 1, torch.device("cpu")))
+    record, _ = check.checked_record(data, rows)
+    broken = data.image_path(int(rows[3]))
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    monkeypatch.setattr(check, "SAMPLE", 0)
+    assert record.is_file() and start(path, "checkpoint_every_steps=1") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "error: a validation image was in order when it was checked, and is not any more: "
+        f"{broken} is empty (0 bytes); put it back, and the same command goes on"
+    ]
+    assert not record.exists()
+    broken.write_bytes(content)
+    assert start(path, "checkpoint_every_steps=1") == 0
+    assert "going on after update 3" in capsys.readouterr().out
 
 
 def test_a_broken_training_image_is_listed_and_too_many_stop_the_run(workspace, recipe_file, capsys):
