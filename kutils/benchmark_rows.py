@@ -13,14 +13,29 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kutils import benchmark, config, datasets, launch, paths, tables
+from kutils import (
+    benchmark,
+    check,
+    config,
+    datasets,
+    devices,
+    launch,
+    losses,
+    models,
+    optim,
+    paths,
+    tables,
+    transforms,
+)
 from kutils.benchmark import BenchmarkError, entry, peak_megabytes, private_megabytes
 from kutils.config import EMBEDDING_DIM
 from kutils.progress import progress_bar
@@ -112,16 +127,19 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
     """Open data sets and deal batches as rank 0 of 8 in training does; MB beyond what the imports cost.
 
     Returns: `seconds` of opening; private memory once `opened`, with the `sampler`, within an `epoch`, and at the
-        `peak` until then; `worker`: all that the largest loader worker shares with nobody, decoding included.
+        `peak` until then; `worker`: all that the largest loader worker shares with nobody, decoding included;
+        `first_step`: seconds until a tiny network is updated for the first time.
     """
     recipe = config.load_recipe(config.find_recipe("convnext_large", 2))
+    tiny = replace(recipe, backbone="test_convnext", pretrained=False, head="pooled", drop_path_rate=0.0)
+    network = models.build_model(tiny, pretrained=False)
     before = private_megabytes()
     with peak_megabytes() as peak:
         began = time.monotonic()
         data = datasets.load_datasets(names)
         result = {"seconds": time.monotonic() - began, "opened": private_megabytes() - before}
-        rows = data.training_rows(0)
-        training_images = datasets.TrainingImages(OnePicture(**vars(data)), rows, recipe)
+        rows, pictures = data.training_rows(0), OnePicture(**vars(data))
+        training_images = datasets.TrainingImages(pictures, rows, recipe)
         sampler = datasets.EpochSampler(
             data,
             rows,
@@ -134,6 +152,8 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
         batches = sampler.batches(epoch=0)
         next(batches)
         result["epoch"] = private_megabytes() - before
+    paths.write_json(*check.checked_record(data, data.validation_rows(0)))  # a former run has seen all: 16 minutes
+    check.check_images(pictures, data.validation_rows(0), NUM_WORKERS, devices.Ranks(0, 1, torch.device("cpu")))
     loader = DataLoader(
         training_images,
         batch_sampler=itertools.islice(batches, NUM_BATCHES),
@@ -141,7 +161,13 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
         collate_fn=datasets.collate,
         multiprocessing_context="fork",  # as training does on Linux
     )
-    workers = [private_megabytes(child.pid) for _ in loader for child in multiprocessing.active_children()]
+    optimizer, loaded = optim.build_optimizer(network, tiny), iter(loader)
+    batch = next(loaded)
+    images = transforms.normalize(batch["image"], recipe.mean, recipe.std)
+    losses.cosine_embedding_loss(network(images), batch["target"]).backward()
+    optimizer.step()
+    result["first_step"] = time.monotonic() - began
+    workers = [private_megabytes(child.pid) for _ in loaded for child in multiprocessing.active_children()]
     return result | {"peak": peak[0] - before, "worker": max(workers)}
 
 
@@ -200,6 +226,7 @@ def open_5m_rows(rows: int = 0, repeats: int = 3, keep_data: bool = False) -> li
         entry("open_5m_rows_rank_first", "MB", [run["epoch"] for run in first], memory),
         entry("open_5m_rows_rank_first_peak", "MB", [run["peak"] for run in first], [run["peak"] for run in plain]),
         entry("open_5m_rows_worker", "MB", [run["worker"] for run in again]),
+        entry("first_step_5m_rows", "s", [run["first_step"] for run in again]),
     ]
 
 

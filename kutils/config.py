@@ -87,6 +87,7 @@ class Recipe:
     )
     checkpoint_every_steps: int = setting("save the resume state every so many updates; 0: by time and epoch alone", 0)
     checkpoint_every_minutes: float = setting("save the resume state every so many minutes; 0: by epoch alone", 15.0)
+    profile_steps: int = setting("updates to profile with torch.profiler; 0: none", 0)
     model_dir: str = setting("folder of published checkpoints; empty: working/models", "")
     run_dir: str = setting("folder of run folders; empty: working/runs", "")
 
@@ -109,6 +110,7 @@ class Recipe:
             "num_workers",
             "checkpoint_every_steps",
             "checkpoint_every_minutes",
+            "profile_steps",
             "seed",
         ):
             if not 0 <= getattr(self, name) < math.inf:

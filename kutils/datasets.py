@@ -212,7 +212,8 @@ def read_clean_mark(path: Path, num_rows: int, expected_hash: str) -> np.ndarray
 class EpochSampler:
     """One image per prompt per epoch, drawn anew from (seed, epoch): the same on every rank and for any number of them.
 
-    A prompt counts once over all data sets. The last, incomplete global batch of an epoch is left out.
+    A prompt counts once over all data sets. The last, incomplete global batch of an epoch is left out. It is the batch
+    sampler of a loader that lasts for all epochs: `set_epoch` says what the loader's next pass deals.
 
     Args:
         data: the data sets.
@@ -228,6 +229,7 @@ class EpochSampler:
     def __init__(self, data, rows, seed, *, global_batch_size, local_batch_size, rank=0, world_size=1, block_rows=0):
         self.seed, self.rank, self.world_size, self.block_rows = seed, rank, world_size, block_rows
         self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
+        self.set_epoch(0)
         codes = data.prompt_codes[rows]
         order = np.argsort(codes, kind="stable")
         codes = codes[order]
@@ -260,6 +262,13 @@ class EpochSampler:
             windows = random.permutation(int(blocks.max()) + 1) // WINDOW_BLOCKS
             chosen = chosen[np.argsort(windows[blocks], kind="stable")]
         return chosen
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Let the next pass deal an epoch's batches, from the given update of it on."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.batches(self.epoch, self.first_step)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[int, int]]]:
         """Local batches of (epoch, row) for this rank, from the given update of the epoch on."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 
 from kutils import transforms
@@ -77,8 +78,9 @@ def update(
                 add_gradient(batch, average=number == last, valid=finite)
     if not scaler.is_enabled():  # weights that are lost now must not be saved before the next loss shows it
         total = torch.where(torch.isfinite(gradient_norm(parameters)), total, torch.nan)
-    scaler.step(optimizer)
-    scaler.update()
+    with record_function("optimiser"):
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total
 
@@ -102,15 +104,20 @@ def backward(
         valid: bool scalar; False makes every gradient NaN, on every rank that averages.
     """
     device = next(model.parameters()).device
-    images = to_network_input(batch, recipe, device)
-    targets = batch["target"].to(device, non_blocking=True)
+    with record_function("augmentation and copy"):
+        images = to_network_input(batch, recipe, device)
+        targets = batch["target"].to(device, non_blocking=True)
     # forward and backward inside: with the forward outside of no_sync, DDP would average this gradient too
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not average else nullcontext():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with (
+            record_function("forward"),
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        ):
             loss = cosine_embedding_loss(model(images), targets) * share
         if valid is not None:
             loss = loss * torch.where(valid, 1.0, torch.nan)
-        scaler.scale(loss).backward()
+        with record_function("backward"):
+            scaler.scale(loss).backward()
     return loss.detach()
 
 

@@ -21,7 +21,9 @@ def progress_bar(total: int, unit: str, description: str | None = None, **option
 class Progress:
     """A bar on a terminal; elsewhere (a notebook, a log file) a line per 30 seconds. Shows the time left."""
 
-    def __init__(self, total: int, done: int = 0):
+    def __init__(self, total: int, done: int = 0, gpu_gb: float | None = None):
+        """Begin to show `total` updates, of which `done` are done, on a GPU with so many gigabytes of memory."""
+        self.gpu_gb = gpu_gb
         self.began, self.done_before, self.total = time.monotonic(), done, total
         self.bar = tqdm(total=total, initial=done, unit="update", file=sys.stderr) if sys.stderr.isatty() else None
         self.last_line = time.monotonic()
@@ -29,6 +31,8 @@ class Progress:
     def show(self, done: int, label: str, values: dict) -> None:
         text = f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {values['images_per_second']:.0f} images/s"
         text += f", {values['data_wait']:.0%} waiting for data"
+        if self.gpu_gb is not None:
+            text += f", {values['gpu_memory_gb']:.1f} of {self.gpu_gb:.0f} GB"
         if self.bar is not None:
             self.bar.set_description(label)
             self.bar.set_postfix_str(text)

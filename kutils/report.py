@@ -17,14 +17,25 @@ import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
-from kutils import datasets, finished, html_page, html_tables, model_plots, paths, plots, runs, slices, transforms
+from kutils import (
+    datasets,
+    finished,
+    html_page,
+    html_tables,
+    model_plots,
+    paths,
+    plots,
+    profiling,
+    runs,
+    slices,
+    transforms,
+)
 from kutils.config import Recipe
 from kutils.finished import FinishedRun
 from kutils.prompt_bank import PromptBank
 
 UNREADABLE = (ValueError, OSError, KeyError, zipfile.BadZipFile)  # of predictions or data that are gone, or of others
 EXAMPLES = 4  # best, and as many worst
-MUCH_WAITING = 0.1  # share of the time
 MOST_PROMPTS = 200_000  # that the nearest one is looked for in: 300 MB
 MOST_UNREADABLE = 100  # that are listed
 
@@ -269,16 +280,13 @@ def speed_section(run: FinishedRun) -> str:
         "per epoch, evaluation included": duration(run.result["seconds"] / epochs),
         "updates": f"{run.result['updates']:,}",
     }
+    if held := [line["gpu_memory_gb"] for line in run.metrics if "gpu_memory_gb" in line]:
+        total = f" of {run.environment['gpu_gb']:.0f} GB" if "gpu_gb" in run.environment else " GB"
+        facts["GPU memory, at most"] = f"{max(held):.1f}{total}"
     advice = ""
-    if waiting > MUCH_WAITING:
-        files = " ".join(f"input/{name}.tsv" for name in run.recipe.datasets)
-        advice = html_page.paragraph(
-            f"{waiting:.0%} of the time went by in waiting for images. More decoding processes (num_workers="
-            f"{max(1, 2 * run.recipe.num_workers)} instead of {run.recipe.num_workers}, where there are cores for it) "
-            "or images packed at the size of training would make it faster: python -m kutils.shards "
-            f"{files} --size {run.recipe.input_size * 7 // 6}",
-            "note",
-        )
+    if waiting > profiling.MUCH_WAITING:
+        machine = (run.environment.get(name) for name in ("cores", "ranks_per_machine"))  # of runs before: not told
+        advice = html_page.paragraph(profiling.advice(run.recipe, waiting, *machine), "note")
     alt = f"Images per second over the updates, {pace:,.0f} on average; {waiting:.1%} of the time is spent waiting."
     return html_page.numbers(facts) + advice + html_page.figure(model_plots.throughput(run), alt)
 

@@ -18,7 +18,8 @@ from kutils import config, paths
 from kutils.config import Recipe
 
 # keys that may differ between two starts of one run: they do not change what is computed
-OPERATIONAL = ("num_workers", "resume", "checkpoint_every_steps", "checkpoint_every_minutes", "model_dir", "run_dir")
+OPERATIONAL = ("num_workers", "resume", "checkpoint_every_steps", "checkpoint_every_minutes", "profile_steps")
+OPERATIONAL += ("model_dir", "run_dir")
 PACKAGES = ("torch", "torchvision", "timm", "madgrad", "numpy", "pyarrow", "sentence-transformers")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kutils import bad_rows, check, image_facts, paths, prompts
 from kutils.check import check_datasets
 from kutils.datasets import DataError, load_datasets
 from kutils.devices import Ranks
+from kutils.shards import Encoding, pack
 from kutils.tables import folds_hash, hash_prompts, read_table, write_table
 
 
@@ -182,6 +184,66 @@ def test_training_asks_for_validation_images(inputs):
     with pytest.raises(DataError, match=r"(?s)5 of 80 validation .*kutils.check input/toy.tsv\n.*0000_1.png is empty"):
         check.check_images(data, np.arange(80), 0, alone)
     check.check_images(data, np.arange(5, 80), 0, alone)
+
+
+def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_change(inputs, monkeypatch):
+    alone, scan, looked_at = Ranks(0, 1, torch.device("cpu")), image_facts.scan, []
+
+    def spy(read, rows, num_workers):
+        looked_at.append(rows.tolist())
+        return scan(read, rows, num_workers)
+
+    def look(rows=range(40)):
+        check.check_images(load_datasets(["toy"]), np.array(rows, np.int32), 0, alone)
+        return looked_at[-1]
+
+    monkeypatch.setattr(image_facts, "scan", spy)
+    monkeypatch.setattr(check, "SAMPLE", 10)
+    broken = load_datasets(["toy"]).image_path(3)
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    for _ in range(2):  # nothing is remembered of images that are not in order
+        with pytest.raises(DataError, match="1 of 40 validation images"):
+            look()
+        assert looked_at[-1] == list(range(40))
+    broken.write_bytes(content)
+    assert look() == list(range(40))
+    samples = [look() for _ in range(3)]
+    assert all(len(set(rows)) == 10 and set(rows) < set(range(40)) for rows in samples) and samples[0] != samples[1]
+    assert look(range(41)) == list(range(41)) and len(look()) == 10  # other rows are remembered apart
+    for name in ("toy.tsv", "toy.npy"):
+        os.utime(inputs / name)
+        assert len(look()) == 40 and len(look()) == 10
+    pack(inputs / "toy.tsv", Encoding(32, "png", None), num_workers=1, progress=False)
+    assert len(look()) == 40 and len(look()) == 10
+    record, _ = check.checked_record(load_datasets(["toy"]), np.arange(40))
+    record.write_text("{")
+    assert len(look()) == 40 and len(look()) == 10
+    shutil.rmtree(inputs / "toy.shards")
+    assert len(look()) == 40 and len(look()) == 10
+    (inputs / "toy_images").rename(inputs / "elsewhere")
+    with pytest.raises(DataError, match="10 of 10 validation images"):
+        look()
+    (inputs / "elsewhere").rename(inputs / "toy_images")
+    assert len(look()) == 40  # no more known to be in order
+
+
+def test_ranks_share_the_sample(inputs, monkeypatch):
+    """Two ranks after each other; what one gathers is its own."""
+    data, scan, looked_at = load_datasets(["toy"]), image_facts.scan, []
+    monkeypatch.setattr(image_facts, "scan", lambda read, rows, workers: looked_at.append(rows) or scan(read, rows))
+    monkeypatch.setattr(check, "SAMPLE", 9)
+    monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value, value])  # as if both had said it
+    for _ in range(2):
+        for rank in (1, 0):
+            check.check_images(data, np.arange(41), 0, Ranks(rank, 2, torch.device("cpu")))
+    assert [len(rows) for rows in looked_at] == [20, 21, 5, 5]
+    assert all((rows % 2 == rank).all() for rows, rank in zip(looked_at, (1, 0, 1, 0), strict=True))
+
+
+def test_where_nothing_can_be_written_every_run_looks_at_all(inputs, monkeypatch):
+    monkeypatch.setattr(paths, "write_json", lambda *arguments: (_ for _ in ()).throw(OSError("read-only")))
+    check.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
 
 
 # ---------------------------------------------------------------- rows

@@ -1,10 +1,12 @@
 """Data sets: what is refused before training, what an epoch draws, and what happens to images that cannot be read."""
 
 import hashlib
+import os
 import pickle
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_dataset, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,6 +169,33 @@ def test_the_next_epoch_costs_one_number_per_prompt():
         tracemalloc.stop()
     assert 800_000 <= held < 900_000 and peak < 4_000_000  # 200,000 prompts in 4 bytes, and a block of draws
     batches.close()
+
+
+class Keys(torch.utils.data.Dataset):
+    """The indices themselves, and the process that gave them."""
+
+    def __getitem__(self, index):
+        return (*index, os.getpid())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_one_loader_deals_every_epoch_that_the_sampler_is_told(num_workers):
+    sampler = sampler_of(type("Data", (), {"prompt_codes": np.arange(70, dtype=np.int32) // 2}), np.arange(70))
+    loader = torch.utils.data.DataLoader(
+        Keys(),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=list,
+        persistent_workers=num_workers > 0,
+    )
+    processes = set()
+    for epoch, first in ((1, 2), (2, 0), (0, 3), (3, 0)):
+        sampler.set_epoch(epoch, first)
+        dealt = list(loader)
+        expected = list(sampler.batches(epoch, first))
+        assert [[item[:2] for item in batch] for batch in dealt] == expected and len(expected) == 2 * (4 - first)
+        processes |= {item[2] for batch in dealt for item in batch}
+    assert len(processes) == max(1, num_workers) and (os.getpid() in processes) == (num_workers == 0)
 
 
 def test_too_few_prompts_for_a_batch(workspace):

@@ -38,6 +38,13 @@ def test_an_hour_of_training_is_a_line_per_30_seconds_with_the_time_left(clock, 
     assert abs(int(done.replace(",", "")) / PER_SECOND + 60 * int(left) - HOUR) <= 90
 
 
+def test_a_line_tells_the_memory_of_a_gpu(clock, capsys):
+    shown = progress.Progress(10, gpu_gb=79.6)
+    clock[0] += 31
+    shown.show(1, "epoch 1/1", VALUES | {"gpu_memory_gb": 61.23})
+    assert ", 3% waiting for data, 61.2 of 80 GB, 04:39 left" in capsys.readouterr().out
+
+
 def test_an_hour_of_other_work_is_a_state_of_the_bar_per_30_seconds(clock, monkeypatch):
     told = io.StringIO()
     monkeypatch.setattr(sys, "stderr", told)

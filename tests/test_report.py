@@ -159,9 +159,24 @@ def test_waiting_and_unreadable_images_are_told(finished):
     report.write_report(folder)
     page = read_page(folder)
     speed = " ".join(page.sections["Speed"])
-    assert "25% of the time" in speed and "num_workers=1 instead of 0" in speed
-    assert "python -m kutils.shards input/toy.tsv --size 37" in speed
+    cores = json.loads((folder / "environment.json").read_text())["cores"]
+    assert "25% of the time" in speed and f"{cores} core" in speed and "num_workers=1 instead of 0" in speed
+    assert f"python -m kutils.shards {finished}/input/toy.tsv --size 37" in speed and "GPU memory" not in speed
     assert 'toy_images/"x.png' in page.sections["Unreadable images"]
+
+
+def test_the_memory_of_a_gpu_and_a_machine_that_nobody_told(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    run = read_run(folder)
+    for line, held in zip((line for line in run.metrics if "data_wait" in line), (7.5, 61.23, 61.23), strict=False):
+        line |= {"gpu_memory_gb": held, "data_wait": 0.9}
+    run.environment["gpu_gb"] = 79.6
+    speed = Page(report.speed_section(run)).texts
+    assert "61.2 of 80 GB" in speed and "GPU memory, at most" in speed
+    for name in ("gpu_gb", "cores", "ranks_per_machine"):
+        del run.environment[name]
+    texts = " ".join(Page(report.speed_section(run)).texts)
+    assert "61.2 GB" in texts and "More num_workers than 0 help where there are cores for them." in texts
 
 
 def test_pace_counts_an_interval_by_its_time(finished):

@@ -1,6 +1,8 @@
 """Training by its command: what it writes, that ranks agree, that nothing is lost, that bad input stops it early."""
 
+import gc
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,7 +16,7 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from kutils import checkpoints, datasets, engine, train, transforms
+from kutils import check, checkpoints, datasets, devices, engine, train, transforms
 from kutils.config import load_recipe
 from kutils.runs import read_metrics
 from kutils.tables import read_table, write_table
@@ -168,6 +170,28 @@ def test_a_broken_validation_image_stops_before_the_first_step(workspace, recipe
     assert contents(workspace / "working") == []
 
 
+def test_a_validation_image_that_broke_after_it_was_checked_is_named(workspace, recipe_file, capsys, monkeypatch):
+    path = recipe_file(epochs=1, num_workers=1)
+    data = datasets.load_datasets(["toy"])
+    rows = data.validation_rows(0)
+    check.check_images(data, rows, 0, devices.Ranks(0, 1, torch.device("cpu")))
+    record, _ = check.checked_record(data, rows)
+    broken = data.image_path(int(rows[3]))
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    monkeypatch.setattr(check, "SAMPLE", 0)
+    assert record.is_file() and start(path, "checkpoint_every_steps=1") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "error: a validation image was in order when it was checked, and is not any more: "
+        f"{broken} is empty (0 bytes); put it back, and the same command goes on"
+    ]
+    assert not record.exists()
+    broken.write_bytes(content)
+    assert start(path, "checkpoint_every_steps=1") == 0
+    assert "going on after update 3" in capsys.readouterr().out
+
+
 def test_a_broken_training_image_is_listed_and_too_many_stop_the_run(workspace, recipe_file, capsys):
     make_dataset(workspace / "input", "large", num_prompts=300, images_per_prompt=2, size=8)
     data = datasets.load_datasets(["large"])
@@ -230,8 +254,10 @@ def test_two_ranks_train_like_one_and_score_every_row_once(workspace, recipe_fil
     make_dataset(workspace / "input", "odd", num_prompts=101, images_per_prompt=1)
     changes = {"datasets": ("odd",), "lr": 1e-3, "max_local_batch_size": 4}
     run_ranks(recipe_file("alone", **changes))
-    run_ranks(recipe_file("both", **changes), ranks=2)
+    told = run_ranks(recipe_file("both", profile_steps=3, **changes), ranks=2)
     runs = workspace / "working" / "runs"
+    assert "3 updates profiled" in told  # by rank 0 alone
+    assert [path.name for path in (runs / "both_fold0" / "profile").iterdir()] == ["trace.json.gz"]
     alone, both = (read_metrics(runs / f"{name}_fold0" / "metrics.jsonl") for name in ("alone", "both"))
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (alone, both)]
     assert len(losses[0]) == 22 and losses[0][0] - losses[0][-1] > 0.01
@@ -377,8 +403,8 @@ def test_a_run_from_before_a_key_existed_is_still_known(workspace, recipe_file, 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
 def test_sigterm_to_the_whole_group_leaves_the_data_loaders_alone(workspace, recipe_file):
-    """As `timeout` and many job systems send it."""
-    path = recipe_file(epochs=60, num_workers=2)
+    """As `timeout` and many job systems send it; here with a profile that does not come to its end."""
+    path = recipe_file(epochs=60, num_workers=2, profile_steps=100)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         command(path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
@@ -390,6 +416,45 @@ def test_sigterm_to_the_whole_group_leaves_the_data_loaders_alone(workspace, rec
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 1 and "stopped by a signal after update" in errors and "Traceback" not in errors
     assert checkpoints.read(metrics.parent / "resume.pt")["step"] >= 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker of another system takes seconds to notice")
+def test_workers_last_for_a_run_and_end_with_it(workspace, recipe_file, monkeypatch):
+    real, seen = engine.update, []
+
+    def update(*arguments):
+        seen.append({child.pid for child in multiprocessing.active_children()})
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "update", update)
+    assert start(recipe_file(epochs=3, num_workers=2)) == 0
+    assert len(seen) == 12 and len(seen[0]) == 2 and all(pids == seen[0] for pids in seen)
+    assert not multiprocessing.active_children()
+    assert start(recipe_file("broken", epochs=3, num_workers=2), "lr=1e30") == 1  # and with an error
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_killed_run_leaves_no_worker(workspace, recipe_file):
+    path = recipe_file(epochs=60, num_workers=2)
+    child = subprocess.Popen(command(path), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    metrics = workspace / "working" / "runs" / "tiny_fold0" / "metrics.jsonl"
+    while child.poll() is None and len(losses_of(metrics)) < 6:
+        time.sleep(0.01)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    child.kill()
+    child.wait()
+    time.sleep(1)  # a worker would look for its parent every five
+    assert len(workers) == 2 and not [pid for pid in workers if is_running(pid)]
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys):
