@@ -175,13 +175,16 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
     poll_interval = 1  # updates between two looks for a signal, as many as take about POLL_SECONDS
     stop_requested = watch_for_sigterm()
     saved_at = time.monotonic()
-    for epoch in range(state["epoch"], recipe.epochs):
+    compiled, first_epoch = recipe.compile, state["epoch"]
+    for epoch in range(first_epoch, recipe.epochs):
         # ------------------------------------------------------------ train
         if epoch < recipe.freeze_epochs:
             network.freeze_backbone()
         else:
             network.unfreeze()
         model = engine.distribute(network, ranks).train()
+        if compiled and epoch in (first_epoch, recipe.freeze_epochs):
+            compiled = engine.compile_network(model, local_batch_size, recipe, dtype, ranks)
         batches = sampler.batches(epoch, first_step=step - epoch * sampler.steps_per_epoch)
         loader = iter(DataLoader(training_images, batch_sampler=batches, **loader_options(recipe, ranks)))
         interval = Interval(ranks.device)
