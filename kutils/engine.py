@@ -31,28 +31,28 @@ def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: to
     """Compile the network's forward and backward pass in place, if that works on every rank; else leave it as it was.
 
     It is tried on a batch of training's shape, which leaves no trace in weights, statistics and random numbers; rank 0
-    says how long it took, or why it failed. To be called again when the backbone was frozen or unfrozen, which makes
-    another graph. State dict and evaluation, which calls parts of the network, are as without.
+    says how long that took, or why it failed. To be called again when the backbone was unfrozen, which makes another
+    graph. The state dict stays as it is, and so does evaluation, which calls parts of the network.
 
     Args:
         model: the network, wrapped by `distribute`, in training mode.
         batch_size: of the local batches.
     Returns: whether the network is compiled now.
-    Raises: RuntimeError out of memory, which eager code would run into as well.
+    Raises: RuntimeError out of memory.
     """
     network = model.module if isinstance(model, DistributedDataParallel) else model
     image = torch.zeros(batch_size, 3, recipe.input_size, recipe.input_size, dtype=torch.uint8)
     batch = {"image": image, "target": torch.ones(batch_size, EMBEDDING_DIM)}
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=False)
-    cuda = [ranks.device] if ranks.device.type == "cuda" else []
+    gpus = [ranks.device] if ranks.device.type == "cuda" else []
     started, failure = time.monotonic(), ""
-    # shapes never change; random numbers by torch's own generator, so that drop path drops what it would in eager code
+    # shapes never change; random numbers come from torch's own generators: drop path drops what it would in eager code
     network.compile(dynamic=False, options={"fallback_random": True})
     try:
-        with torch.random.fork_rng(cuda), frozen_batch_statistics(network):
-            # not averaged: a rank on which it fails would keep the others waiting
+        with torch.random.fork_rng(gpus), frozen_batch_statistics(network):
+            # not averaged: the ranks would wait for one on which it fails
             backward(model, scaler, recipe, dtype, batch, share=1.0, average=False)
-    except Exception as error:  # of the compilers, of what they need and of the network's code: many kinds
+    except Exception as error:  # compilers, and what they call, raise many kinds
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -62,9 +62,9 @@ def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: to
         network._compiled_call_impl = None
         torch._dynamo.reset()
     if ranks.is_main:
-        seconds = time.monotonic() - started
-        warning = f"warning: the network cannot be compiled here and is trained without (compile=false): {failures[:1]}"
-        print(warning if failures else f"compiled the network in {seconds:.0f} s", flush=True)
+        done = f"compiled the network in {time.monotonic() - started:.0f} s"
+        warning = "warning: the network could not be compiled, and trains as with compile=false"
+        print(f"{warning} ({failures[0]})" if failures else done, flush=True)
     return not failures
 
 
