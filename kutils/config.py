@@ -72,6 +72,11 @@ class Recipe:
     global_batch_size: int = setting("images per optimiser update over all ranks")
     max_local_batch_size: int = setting("most images per rank and forward pass; the rest is gradient accumulation")
     gradient_checkpointing: bool = setting("less memory for about a third more time", False)
+    compile: bool = setting(
+        "torch.compile the network: minutes at the start, then faster steps on a GPU; falls back with a warning where "
+        "it cannot",
+        False,
+    )
     amp_dtype: str = setting(
         "autocast; auto: bfloat16 where the device has it, float16 on older GPUs, else float32",
         "auto",

@@ -22,7 +22,7 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor
     direction. A gradient that is zero or not finite moves nothing.
 
     Args:
-        parameters: those without a gradient are left alone.
+        parameters: of one dtype and device; those without a gradient are left alone.
         rho: radius, in the Euclidean norm over all parameters together.
     Yields: bool scalar on the device: whether g was finite. Where it was not, the whole update must be given up: the
         block's own gradient may well be finite (drop path draws anew), but it is none of SAM.
@@ -30,32 +30,48 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     norm = gradient_norm(parameters)
     finite = torch.isfinite(norm)
-    scale = torch.where(finite & (norm > 0), rho / norm, 0.0)
-    kept = [parameter.detach().clone() for parameter in parameters]
+    kept = [torch.empty_like(parameter) for parameter in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(kept, parameters)
     try:
         with torch.no_grad():
-            for parameter in parameters:
-                step = torch.nan_to_num(parameter.grad, 0.0, 0.0, 0.0) * scale
-                parameter.add_(step.to(parameter.dtype))
-                parameter.grad = None
+            ascend(parameters, torch.where(norm > 0, rho / norm, 0.0), finite)
+        for parameter in parameters:
+            parameter.grad = None
         yield finite
     finally:
         with torch.no_grad():
-            torch._foreach_copy_([parameter.detach() for parameter in parameters], kept)
+            torch._foreach_copy_(parameters, kept)
+
+
+def ascend(parameters: list[nn.Parameter], rate: Tensor, valid: Tensor) -> None:
+    """w + rate * g for all parameters in one kernel without a temporary copy; nothing where not valid (bool scalar)."""
+    torch._fused_sgd_(
+        parameters,
+        [parameter.grad for parameter in parameters],
+        momentum_buffer_list=[],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=(~valid).float(),
+    )
 
 
 @contextmanager
 def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are inside the block: perturbed weights must leave no trace."""
+    """Put BatchNorm's running statistics back after the block: perturbed weights must leave no trace.
+
+    By a copy: with a momentum of 0, NaN would stay, and compiled code would be compiled once more.
+    """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    counts = [layer.num_batches_tracked.clone() if layer.num_batches_tracked is not None else None for layer in layers]
+    statistics = [buffer for layer in layers for buffer in layer.buffers()]
+    kept = [buffer.clone() for buffer in statistics]
     try:
-        for layer in layers:
-            layer.momentum = 0.0
         yield
     finally:
-        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
-            layer.momentum = momentum
-            if count is not None:
-                layer.num_batches_tracked.copy_(count)
+        for buffer, value in zip(statistics, kept, strict=True):
+            buffer.copy_(value)

@@ -194,13 +194,16 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
     if recipe.profile_steps and ranks.is_main:
         left = total_steps - step
         profiler = profiling.UpdateProfiler(folder, recipe.profile_steps, left, ranks.device, shown.say)
-    for epoch in range(state["epoch"], recipe.epochs):
+    compiled, first_epoch = recipe.compile, state["epoch"]
+    for epoch in range(first_epoch, recipe.epochs):
         # ------------------------------------------------------------ train
         if epoch < recipe.freeze_epochs:
             network.freeze_backbone()
         else:
             network.unfreeze()
         model = engine.distribute(network, ranks).train()
+        if compiled and epoch in (first_epoch, recipe.freeze_epochs):
+            compiled = engine.compile_network(model, local_batch_size, recipe, dtype, ranks)
         sampler.set_epoch(epoch, first_step=step - epoch * sampler.steps_per_epoch)
         loader, interval, settled = iter(training_loader), Interval(ranks.device), False
         while step < (epoch + 1) * sampler.steps_per_epoch:

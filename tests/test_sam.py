@@ -23,6 +23,28 @@ def test_it_moves_along_the_gradient_and_comes_back():
     assert torch.equal(w.detach(), torch.tensor([3.0, 4.0]))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("first", [3.0, float("inf")])
+def test_it_moves_and_comes_back_on_a_gpu_too(first):
+    """Three layouts of parameters, as a network in channels_last has them."""
+    weights = [torch.zeros(2), torch.zeros(2, 1, 3, 3), torch.zeros(2, 4, 1, 1)]
+    parameters = [
+        torch.nn.Parameter(value.cuda().contiguous(memory_format=layout))
+        for value, layout in zip(
+            weights, [torch.contiguous_format, torch.channels_last, torch.channels_last], strict=True
+        )
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    parameters[0].grad.copy_(torch.tensor([first, 4.0]))
+    expected = [0.3, 0.4] if first == 3.0 else [0.0, 0.0]
+    with perturbed(parameters, rho=0.5) as finite:
+        torch.testing.assert_close(parameters[0].tolist(), expected)
+        assert finite.item() == (first == 3.0)
+    assert all(not parameter.any() for parameter in parameters)
+
+
 def test_the_radius_is_over_all_parameters_together():
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     a.grad, b.grad = torch.tensor([3.0]), torch.tensor([-4.0])
@@ -50,12 +72,13 @@ def test_a_gradient_without_direction_moves_nothing(gradient):
         assert finite.item() == (gradient == [0.0, 0.0])
 
 
-def test_batch_statistics_see_the_unperturbed_pass_alone():
+@pytest.mark.parametrize("shift", [5.0, float("nan")])
+def test_batch_statistics_see_the_unperturbed_pass_alone(shift):
     layer = torch.nn.BatchNorm1d(3)
     layer(torch.randn(8, 3))
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     with frozen_batch_statistics(layer):
-        layer(torch.randn(8, 3) + 5)
+        layer(torch.randn(8, 3) + shift)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     layer(torch.randn(8, 3) + 5)
     assert layer.num_batches_tracked == 2 and not torch.equal(before["running_mean"], layer.running_mean)

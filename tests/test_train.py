@@ -290,6 +290,21 @@ def run_and_kill(path, metrics, ranks: int) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_cannot_compile_says_so_once_and_is_the_run_without(workspace, recipe_file, monkeypatch):
+    """There is no C++ compiler, and nothing that an earlier run has compiled."""
+    changes = {"freeze_epochs": 1, "drop_path_rate": 0.2}
+    assert start(recipe_file("plain", **changes)) == 0
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workspace / "inductor"))
+    said = run_ranks(recipe_file("compiled", compile=True, **changes))
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "could not be compiled" in warnings[0] and "No working C++ compiler" in warnings[0]
+    runs = workspace / "working" / "runs"
+    plain, compiled = (losses_of(runs / f"{name}_fold0" / "metrics.jsonl") for name in ("plain", "compiled"))
+    assert len(plain) == 8 and plain == compiled
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
 @pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 1), (2, 2)])
 def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, stage, ranks):
