@@ -30,11 +30,11 @@ def run(optimizer_of, start, gradients, rates):
     return parameters
 
 
-@pytest.mark.parametrize("chunk", [1, 30, optim.CHUNK])
+@pytest.mark.parametrize("chunk", [1, 30, optim.CHUNK["cpu"]])
 @pytest.mark.parametrize("momentum", [0.3, 0.9])
 def test_numbers_are_those_of_madgrad(monkeypatch, momentum, chunk):
     """Over 300 steps, some of rate 0, for two groups and any shape and layout."""
-    monkeypatch.setattr(optim, "CHUNK", chunk)
+    monkeypatch.setitem(optim.CHUNK, "cpu", chunk)
     start, gradients = weights_and_gradients(300, ((5, 3), (7,), (2, 2, 2), (), (0, 4), (1, 1), (4, 3, 2, 2), (64,)))
     start[6] = start[6].to(memory_format=torch.channels_last)
     rates = [1e-2 * (1 - step / 400) if step % 50 else 0.0 for step in range(300)]
