@@ -39,10 +39,12 @@ SAM = [{"sam_rho": 0.0}, {"sam_rho": 0.05}, {"sam_rho": 0.05, "sam_gradient": "a
 
 @pytest.mark.parametrize("sam", SAM, ids=["plain", "local", "averaged"])
 def test_an_update_does_not_wait_for_the_device(tiny_recipe, sam):
-    recipe = tiny_recipe(augment=False, drop_path_rate=0.2, **sam)
+    recipe = tiny_recipe(augment=True, drop_path_rate=0.2, **sam)
     network = build_model(recipe).train()
     optimizer, scaler = optim.build_optimizer(network, recipe), torch.amp.GradScaler("cpu", enabled=False)
     batches = [toy_batch(number, size=32, dimension=384) for number in range(2)]
+    for batch in batches:
+        batch["jitter"] = torch.tensor([1.02, 0.98, 1.01, 0.01, 0, 1, 2, 3]).repeat(4, 1)
     before = network.fc.weight.detach().clone()
     with NoWaiting():
         loss = engine.update(network, batches, optimizer, scaler, recipe, torch.bfloat16)
