@@ -24,7 +24,6 @@ from kutils.kaggle_metadata import KaggleError
 
 PLACEHOLDER = "INSERT_KAGGLE_NAME_HERE"
 CODE = ("kutils", "conf", "LICENSE")  # of the committed tree: all that the kernels need beside themselves
-WHEELS = ("madgrad",)  # absent on Kaggle, needed for training
 KERNELS = ("submission", "train")
 RUN_HOURS = 12.5  # a session ends after 12, and may wait for a machine first
 
@@ -100,7 +99,7 @@ def warn_of_changes(*places: str) -> None:
 
 
 def stage_code(settings: Settings) -> Path:
-    """The committed package and recipes with their commit's id, and the wheels that Kaggle lacks."""
+    """The committed package and recipes with their commit's id."""
     warn_of_changes(*CODE)
     with staged("code") as folder:
         archive = folder / "code.tar"
@@ -109,26 +108,8 @@ def stage_code(settings: Settings) -> Path:
             stream.extractall(folder, filter="data")
         archive.unlink()
         (folder / paths.COMMIT_FILE).write_text(git("rev-parse", "HEAD").decode(), encoding="utf-8")
-        for package in WHEELS:
-            shutil.copy2(build_wheel(package), folder)
         write_metadata(metadata_folder() / "code" / "dataset-metadata.json", folder, settings.user)
     return staging_folder("code")
-
-
-def build_wheel(package: str) -> Path:
-    """The wheel of a pure Python package in the version installed here, kept in `working/kaggle/wheels/`."""
-    version, folder = runs.version_of(package), staging_folder("wheels")
-    if version is None:
-        raise KaggleError(f"{package} is not installed: pip install -r requirements.txt")
-    if found := sorted(folder.glob(f"{package}-{version}-py3-none-any.whl")):
-        return found[0]
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
-    done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    found = sorted(folder.glob(f"{package}-{version}-py3-none-any.whl"))
-    if done.returncode or not found:
-        told = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise KaggleError(f"no wheel of {package} {version} could be made; put one into {folder}. pip said:\n{told}")
-    return found[0]
 
 
 def stage_weights(settings: Settings) -> Path:

@@ -4,7 +4,6 @@ Inputs are mounted as `/kaggle/input/{competitions,datasets,notebooks}/...` now 
 """
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import sys
@@ -13,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kutils import config, paths, runs
-from kutils.children import run_module
 from kutils.launch import Run
 
 ENSEMBLE_KIND = "kutils ensemble"  # in the first lines of a file of fitted weights
@@ -124,14 +122,13 @@ def prepare_training(run: Run) -> Run:
     """On Kaggle, make the inputs look like `input/` and `working/` of a clone; elsewhere do nothing.
 
     Data sets are linked into one folder, which KUTILS_INPUT then names; a former version's output is copied, so that
-    the run goes on from there, or starts from the stage before; madgrad is installed from its wheel for the ranks.
+    the run goes on from there, or starts from the stage before.
 
     Returns: the run, with `pretrained=true` turned into the place of a weights file among the inputs, if there is one.
     """
     if not paths.on_kaggle():
         return run
     root = paths.input_dir()
-    install_wheel("madgrad", root)
     bring_run(run, root)
     os.environ["KUTILS_INPUT"] = str(link_datasets(run.recipe.datasets, root))
     return with_pretrained(run, root)
@@ -212,24 +209,6 @@ def copy(source: Path, target: Path) -> None:
         shutil.copytree(source, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
         for folder, _, _ in os.walk(partial):
             Path(folder).chmod(0o755)
-
-
-def install_wheel(package: str, root: Path) -> None:
-    """Make a package importable, here and in children, from its wheel below the inputs; without network.
-
-    Raises: MountError if the package is not installed and its wheel is not there.
-    """
-    if importlib.util.find_spec(package):
-        return
-    wheels = list(below(root, f"{package}-*.whl"))
-    if not wheels:
-        raise MountError(f"{package} is not installed and no wheel of it is below {root}: make kaggle-code sends one")
-    folder = Path(tempfile.gettempdir()) / "kutils-packages"
-    options = ("--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(folder))
-    run_module("pip", "install", *options, str(wheels[-1]), environment={"PYTHONDONTWRITEBYTECODE": "1"})
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    sys.path.append(str(folder))
-    importlib.invalidate_caches()
 
 
 # ---------------------------------------------------------------- what is there

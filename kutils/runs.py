@@ -20,7 +20,7 @@ from kutils.config import Recipe
 # keys that may differ between two starts of one run: they do not change what is computed
 OPERATIONAL = ("num_workers", "resume", "checkpoint_every_steps", "checkpoint_every_minutes", "profile_steps")
 OPERATIONAL += ("model_dir", "run_dir")
-PACKAGES = ("torch", "torchvision", "timm", "madgrad", "numpy", "pyarrow", "sentence-transformers")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transformers")
 
 
 class RunError(ValueError):

@@ -124,10 +124,11 @@ print(json.dumps([seen, torch.cuda.is_initialized()]))
     assert not ours and not cuda
 
 
-def test_the_submission_kernel_needs_only_what_kaggle_has(tmp_path):
-    own, others = imported(read(ROOT / "notebooks" / "submission.py"))
+@pytest.mark.parametrize(("notebook", "ranks"), [("submission", set()), ("train", {"train"}), ("refine", {"train"})])
+def test_the_kernels_need_only_what_kaggle_has(tmp_path, notebook, ranks):
+    own, others = imported(read(ROOT / "notebooks" / f"{notebook}.py"))
     assert own and not others & set(NOT_ON_KAGGLE)
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({NOT_ON_KAGGLE}))\n"  # None there makes the import fail
-    run_python(blocked + f"import {', '.join(f'kutils.{name}' for name in sorted(own))}", tmp_path)
+    run_python(blocked + f"import {', '.join(f'kutils.{name}' for name in sorted(own | ranks))}", tmp_path)
     with pytest.raises(AssertionError, match="madgrad"):
         run_python(blocked + "import madgrad", tmp_path)

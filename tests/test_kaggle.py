@@ -44,9 +44,6 @@ def repository(tmp_path, monkeypatch):
         stream.write("# not committed\n")
     monkeypatch.setattr(paths, "repository_root", lambda: root)
     monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
-    wheels = tmp_path / "working" / "kaggle" / "wheels"
-    wheels.mkdir(parents=True)
-    (wheels / f"madgrad-{runs.version_of('madgrad')}-py3-none-any.whl").write_bytes(b"a wheel")
     return root
 
 
@@ -107,8 +104,7 @@ def test_the_repositorys_settings_are_read_with_any_name_and_choices_in_them():
 def test_the_code_is_what_was_committed(repository, settings, capsys):
     folder = kaggle.stage_code(settings)
     sent = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    wheel = f"madgrad-{runs.version_of('madgrad')}-py3-none-any.whl"
-    assert {"kutils/paths.py", "conf/tiny_vit_stage1.yaml", "LICENSE", "COMMIT", "dataset-metadata.json", wheel} <= sent
+    assert {"kutils/paths.py", "conf/tiny_vit_stage1.yaml", "LICENSE", "COMMIT", "dataset-metadata.json"} <= sent
     assert not any(name.startswith(("notebooks", "kernel-metadata", ".git")) for name in sent)
     assert "kutils/kaggle.json" not in sent and "not committed" not in (folder / "kutils" / "paths.py").read_text()
     said = capsys.readouterr().out
@@ -130,16 +126,6 @@ def test_without_a_clone_nothing_is_sent(repository, settings):
     shutil.rmtree(repository / ".git")
     with pytest.raises(KaggleError, match="what is sent is the committed tree"):
         kaggle.stage_code(settings)
-
-
-def test_a_wheel_that_cannot_be_made_says_where_to_put_one(repository, monkeypatch):
-    shutil.rmtree(kaggle.staging_folder("wheels"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(KaggleError, match="no wheel of madgrad") as caught:
-        kaggle.build_wheel("madgrad")
-    assert str(kaggle.staging_folder("wheels")) in str(caught.value)
-    with pytest.raises(KaggleError, match="nothing_of_this_name is not installed"):
-        kaggle.build_wheel("nothing_of_this_name")
 
 
 def test_the_weights_are_half_as_large_and_the_same_models(repository, settings, fitted):

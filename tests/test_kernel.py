@@ -241,7 +241,7 @@ def test_what_is_missing_is_said_with_the_tree(python, packed, tmp_path):
 
 
 def test_training_goes_on_from_a_former_version(python, packed, tmp_path):
-    """Two ranks, madgrad from its wheel, a data set among the inputs; cut by the hour, finished by the next version."""
+    """Two ranks, a data set among the inputs; cut by the hour, finished by the next version."""
     make_dataset(tmp_path / "data", num_prompts=400)
     changes = (
         "datasets=toy device=cpu input_size=32 epochs=250 global_batch_size=16 max_local_batch_size=8 num_workers=0"

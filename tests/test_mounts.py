@@ -1,12 +1,9 @@
 """Inputs are found by what they hold, and what is missing is said with the tree of what is there."""
 
-import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import zipfile
 
 import pytest
 import torch
@@ -201,26 +198,6 @@ def test_the_stage_before_is_found_by_its_name(kaggle, tiny_recipe):
     former_output(kaggle / "input" / "flat", launch.Run(kaggle / "r.yaml", tiny_recipe(), 0, ()), 3, b"stage 1")
     mounts.bring_run(run, kaggle / "input")
     assert recipe.initial_checkpoint(1).read_bytes() == b"stage 1" and not run.folder.exists()
-
-
-def test_a_wheel_is_installed_beside_what_is_there(kaggle):
-    code = kaggle / "input" / "datasets" / "me" / "kutils-code"
-    code.mkdir(parents=True)
-    with pytest.raises(mounts.MountError, match="tinywheel is not installed and no wheel of it"):
-        mounts.install_wheel("tinywheel", kaggle / "input")
-    with zipfile.ZipFile(code / "tinywheel-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tinywheel/__init__.py", "answer = 42\n")
-        info = "tinywheel-1.0.dist-info"
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    mounts.install_wheel("tinywheel", kaggle / "input")
-    assert importlib.import_module("tinywheel").answer == 42
-    del sys.modules["tinywheel"]
-    shown = subprocess.run([sys.executable, "-c", "import tinywheel; print(tinywheel.answer)"], capture_output=True)
-    assert shown.stdout == b"42\n"  # ranks find it too
-    assert str(kaggle / "temporary") in os.environ["PYTHONPATH"]
-    mounts.install_wheel("torch", kaggle / "input")  # installed: nothing to do
 
 
 def test_outside_of_kaggle_nothing_is_moved(workspace, tiny_recipe, monkeypatch):
