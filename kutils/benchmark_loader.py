@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +33,21 @@ def loader(pictures: str = "", repeats: int = 5) -> list[benchmark.Entry]:
         repeats: of each, by turns.
     """
     reference = benchmark.published_pipeline()
+    ways = [("", training_host, reference.training_transform), ("_plain", plain_host, reference.plain_transform)]
     entries = []
     for name in FORMATS:
         with picture_files(name, pictures) as files, one_thread():
-            entries += measure(f"loader_{name}", files, training_host, reference.training_transform, repeats)
-            entries += measure(f"loader_{name}_plain", files, plain_host, reference.plain_transform, repeats)
+            for part, host, published in ways:
+                transform = published(INPUT_SIZE, MEAN, STD)
+                theirs = partial(reference.load_image, transform=transform)
+                entries += measure(f"loader_{name}{part}", files, host, theirs, repeats)
     return entries
 
 
-def measure(name: str, files: Sequence[Path], host: Callable, published: Callable, repeats: int) -> list:
-    """`<name>_host` and `<name>_all` over the files, beside the published transform."""
-    load_image, transform = benchmark.published_pipeline().load_image, published(INPUT_SIZE, MEAN, STD)
+def measure(
+    name: str, files: Sequence[Path], host: Callable, load_image: Callable, repeats: int
+) -> list[benchmark.Entry]:
+    """`<name>_host` and `<name>_all` over the files, beside `load_image` of the published pipeline."""
     for path in files:  # in memory for all that follow
         path.read_bytes()
 
@@ -53,7 +58,7 @@ def measure(name: str, files: Sequence[Path], host: Callable, published: Callabl
         return pace(len(files), lambda: [device_part(batch) for batch in batches(files, host)])
 
     def theirs() -> float:
-        return pace(len(files), lambda: [torch.stack([load_image(path, transform)]) for path in files])
+        return pace(len(files), lambda: [load_image(path) for path in files])
 
     hosts, everything, references = benchmark.alternate(repeats, ours_host, ours_all, theirs)
     return [

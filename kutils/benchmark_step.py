@@ -141,9 +141,6 @@ def measure_step(model: str, recipe: Recipe, device: torch.device, repeats: int)
         theirs.rho = rho
         theirs.update(images, targets)
 
-    def our_optimizer() -> None:
-        ours.optimizer.step()
-
     plain, sharp, their_plain, their_sharp = benchmark.alternate(
         repeats,
         seconds(lambda: ours.update(batch)),
@@ -153,8 +150,11 @@ def measure_step(model: str, recipe: Recipe, device: torch.device, repeats: int)
     )
     for parameter in itertools.chain(ours.network.parameters(), theirs.network.parameters()):
         parameter.grad = torch.full_like(parameter, 1e-6)
-    optimizer, their_optimizer = benchmark.alternate(repeats, seconds(our_optimizer), seconds(theirs.optimizer.step))
-    ours.optimizer.zero_grad(), theirs.optimizer.zero_grad()
+    optimizer, their_optimizer = benchmark.alternate(
+        repeats, seconds(ours.optimizer.step), seconds(theirs.optimizer.step)
+    )
+    for trainer in (ours, theirs):
+        trainer.optimizer.zero_grad()
     evaluation, their_evaluation = benchmark.alternate(
         repeats, seconds(lambda: ours.evaluate([batch])), seconds(lambda: theirs.evaluate(images, targets))
     )
@@ -246,6 +246,8 @@ class Pictures(Dataset):
 
 def data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -> list[benchmark.Entry]:
     """Share of the time that training waits for batches of WebP files of 512 px, beside the published loader and step.
+
+    Measured once: nothing is repeated, and the spread is 0.
 
     Args:
         num_workers: of the loader; no more than there are cores.

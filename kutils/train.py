@@ -104,7 +104,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
     )
     validation_images = datasets.ValidationImages(data, validation_rows, recipe.input_size)
     # its processes are not kept: starting 8 takes 0.5 s per evaluation, and epochs of the large recipes take 5 minutes
-    # and more; on 8 ranks they would hold 64 times 50 to 110 MB meanwhile
+    # and more; on 8 ranks they would hold 64 times 36 to 73 MB meanwhile
     validation_loader = DataLoader(
         validation_images,
         sampler=range(ranks.rank, len(validation_rows), ranks.world_size),
