@@ -242,8 +242,18 @@ def test_ranks_share_the_sample(inputs, monkeypatch):
 
 
 def test_where_nothing_can_be_written_every_run_looks_at_all(inputs, monkeypatch):
-    monkeypatch.setattr(paths, "write_json", lambda *arguments: (_ for _ in ()).throw(OSError("read-only")))
-    check.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
+    def refuse(*arguments):
+        raise OSError("read-only")
+
+    scan, looked_at = image_facts.scan, []
+    monkeypatch.setattr(
+        image_facts, "scan", lambda read, rows, workers: looked_at.append(len(rows)) or scan(read, rows)
+    )
+    monkeypatch.setattr(paths, "write_json", refuse)
+    monkeypatch.setattr(check, "SAMPLE", 3)
+    for _ in range(2):
+        check.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
+    assert looked_at == [8, 8]
 
 
 # ---------------------------------------------------------------- rows
