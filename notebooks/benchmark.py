@@ -33,7 +33,7 @@ repeats: int = 5  # of every measurement, ours and the other by turns
 models: str = ""  # of recipes, as "convnext_large,vit_large", whose steps are measured; empty is all
 pictures: str = ""  # folder of images for the loader, resized to 512 px; empty is made ones
 images: int = 1000  # that are predicted, checked or packed; the competition has about 16,000
-bank: int = 1000000  # random embeddings among which the nearest are looked up, 1.6 GB of disk
+bank: int = 250000  # random embeddings among which the nearest are looked up, 1.6 KB of disk each
 rows: int = 0  # rows of the made data sets together; 0 is all 5,059,104
 keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
 prompts: int = 60000  # that are embedded and compared; 120000 adds a fourth point to the curve
@@ -113,7 +113,7 @@ if "predict_ensemble" in chosen:
     benchmark.save(benchmark_prediction.predict_ensemble(images, repeats))
 
 # %% [markdown]
-# ## How fast are the nearest of a million prompts found?
+# ## How fast are the nearest of many prompts found?
 # All are compared, block by block in a mapped file, beside FAISS's exact search of what it holds in memory. The first
 # look-up waits for the disk.
 
