@@ -28,7 +28,7 @@ parameters = -p model $(MODEL) -p fold $(FOLD) $(if $(OVERRIDES),-r overrides "$
 build_notebooks = $(bin)/jupytext --quiet --to ipynb --update $(1)/*.py && \
 	$(bin)/nbstripout --extra-keys "metadata.language_info cell.metadata.papermill metadata.papermill" $(1)/*.ipynb
 
-kaggle = $(bin)/python -m kutils.kaggle
+kaggle = $(bin)/python -m kutils.kaggle.packing
 dry = $(if $(DRY_RUN),--dry-run)
 
 help: ## this list

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the clone's kutils, from any current folder
 
-from kutils.prompts import main
+from kutils.prompts.embedding import main
 
 if __name__ == "__main__":
     main()

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from kutils import generate, launch, paths, prompts, runs, shapes
-from kutils.blending import mean_cosine
-from kutils.config import EMBEDDING_DIM, SUBMISSION_HEADER
-from kutils.ensemble import load_ensemble
-from kutils.tables import read_table
+from kutils.ensemble.blending import mean_cosine
+from kutils.ensemble.fit import load_ensemble
+from kutils.generation import generate, shapes
+from kutils.prompts import embedding
+from kutils.runs import folders, launch
+from kutils.runs.recipes import EMBEDDING_DIM, SUBMISSION_HEADER
+from kutils.system import paths
+from kutils.system.tables import read_table
 
 FAMILIES = ("tiny_convnext", "tiny_vit")
 FOLD = 0
@@ -91,7 +94,7 @@ class Demo:
         if overrides:
             parameters["overrides"] = overrides
         self.execute(f"{notebook}_{model}", notebook, **parameters)
-        return runs.result_of(launch.plan_run(model, stage, FOLD, overrides).folder)
+        return folders.result_of(launch.plan_run(model, stage, FOLD, overrides).folder)
 
     def make_test_images(self) -> tuple[Path, list[str]]:
         """A folder like the competition's, of prompts that are not in the data set: its path, and the prompts."""
@@ -141,7 +144,7 @@ def run(scale_name: str) -> dict:
     demo.execute("compare", "compare")
     demo.execute("explore", "explore", models="*_stage2_*", image=min(images.iterdir()), count=5)
     submission_path = paths.working_dir() / "submission.csv"
-    truth = prompts.encode_prompts(test_prompts, progress=False)
+    truth = embedding.encode_prompts(test_prompts, progress=False)
     scores = {
         "scale": scale_name,
         "mean_prompt_baseline": next(iter(results.values()))["mean_prompt_baseline"],

@@ -37,7 +37,7 @@ bank: int = 250000  # random embeddings among which the nearest are looked up, 1
 rows: int = 0  # rows of the made data sets together; 0 is all 5,059,104
 keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
 prompts: int = 60000  # that are embedded and compared; 120000 adds a fourth point to the curve
-prompts_path: str = ""  # a prompts file to take them from; empty is the grammar of kutils.templates
+prompts_path: str = ""  # a prompts file to take them from; empty is the grammar of kutils.prompts.grammar
 
 # %% tags=["active-py"]
 globals().setdefault("In", [])  # a script has no list of executed cells; in the notebook this is no code
@@ -48,10 +48,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -60,10 +60,10 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # Numbers of different machines do not compare: every entry names its own.
 
 # %%
-from kutils import benchmark
+from kutils.benchmarks import measuring
 
-chosen = benchmark.choose(sections)
-print(f"{', '.join(chosen)} on {benchmark.machine_name()}")
+chosen = measuring.choose(sections)
+print(f"{', '.join(chosen)} on {measuring.machine_name()}")
 
 # %% [markdown]
 # ## How fast do images become the network's input?
@@ -71,10 +71,10 @@ print(f"{', '.join(chosen)} on {benchmark.machine_name()}")
 # loader processes do, `all` has the device's part on the same core, too. The published pipeline does all in them.
 
 # %%
-from kutils import benchmark_loader
+from kutils.benchmarks import loader
 
 if "loader" in chosen:
-    benchmark.save(benchmark_loader.loader(pictures, repeats))
+    measuring.save(loader.loader(pictures, repeats))
 
 # %% [markdown]
 # ## How fast is an update?
@@ -83,12 +83,12 @@ if "loader" in chosen:
 # step: float16 autocast with a loss scaler (float32 on a CPU), NCHW, MADGRAD parameter by parameter, each loss read.
 
 # %%
-from kutils import benchmark_step
+from kutils.benchmarks import step
 
 if "step" in chosen:
-    for model in benchmark_step.model_names(models):
-        benchmark.save(benchmark_step.step(model, repeats))
-        benchmark.save(benchmark_step.data_wait(model))
+    for model in step.model_names(models):
+        measuring.save(step.step(model, repeats))
+        measuring.save(step.data_wait(model))
 
 # %% [markdown]
 # ## What do these ways change?
@@ -96,10 +96,10 @@ if "step" in chosen:
 # tiny networks over 20 updates beside the published step's, in float32 with the same images: what is left is rounding.
 
 # %%
-from kutils import benchmark_differences
+from kutils.benchmarks import differences
 
 if "differences" in chosen:
-    benchmark.save(benchmark_differences.differences(benchmark_step.ON_CPU))
+    measuring.save(differences.differences(step.ON_CPU))
 
 # %% [markdown]
 # ## What does decoding once save?
@@ -108,9 +108,9 @@ if "differences" in chosen:
 
 # %%
 if "predict_ensemble" in chosen:
-    from kutils import benchmark_prediction
+    from kutils.benchmarks import prediction
 
-    benchmark.save(benchmark_prediction.predict_ensemble(images, repeats))
+    measuring.save(prediction.predict_ensemble(images, repeats))
 
 # %% [markdown]
 # ## How fast are the nearest of many prompts found?
@@ -119,9 +119,9 @@ if "predict_ensemble" in chosen:
 
 # %%
 if "nearest_prompts" in chosen:
-    from kutils import benchmark_similarity
+    from kutils.benchmarks import similarity
 
-    benchmark.save(benchmark_similarity.measure_nearest(bank, repeats))
+    measuring.save(similarity.measure_nearest(bank, repeats))
 
 # %% [markdown]
 # ## What do five million rows cost each rank?
@@ -131,9 +131,9 @@ if "nearest_prompts" in chosen:
 
 # %%
 if "open_5m_rows" in chosen:
-    from kutils import benchmark_rows
+    from kutils.benchmarks import rows as benchmark_rows
 
-    benchmark.save(benchmark_rows.open_5m_rows(rows, repeats, keep_data))
+    measuring.save(benchmark_rows.open_5m_rows(rows, repeats, keep_data))
 
 # %% [markdown]
 # ## How fast are prompts embedded, and how exactly?
@@ -142,11 +142,11 @@ if "open_5m_rows" in chosen:
 
 # %%
 if {"embed_prompts", "similar_pairs", "folds"} & set(chosen):
-    from kutils import benchmark_embedding, benchmark_similarity
+    from kutils.benchmarks import embedding, similarity
 
-    texts, embeddings = benchmark_similarity.embedded_prompts(prompts_path, prompts)
+    texts, embeddings = similarity.embedded_prompts(prompts_path, prompts)
 if "embed_prompts" in chosen:
-    benchmark.save(benchmark_embedding.embed_prompts(texts[:4000], repeats))
+    measuring.save(embedding.embed_prompts(texts[:4000], repeats))
 
 # %% [markdown]
 # ## How long does it take to find all similar pairs, and what do folds leak?
@@ -156,23 +156,23 @@ if "embed_prompts" in chosen:
 
 # %%
 if "similar_pairs" in chosen:
-    benchmark.save(benchmark_similarity.measure_similar_pairs(embeddings, repeats))
-    benchmark.save(benchmark_similarity.measure_seed_scale(repeats))
+    measuring.save(similarity.measure_similar_pairs(embeddings, repeats))
+    measuring.save(similarity.measure_seed_scale(repeats))
 if "folds" in chosen:
-    benchmark.save(benchmark_similarity.measure_folds(embeddings, repeats))
+    measuring.save(similarity.measure_folds(embeddings, repeats))
 
 # %% [markdown]
 # ## What do checking and packing of images cost, and save?
-# Every file is read, hashed and decoded as `python -m kutils.check` does it, by two processes and by one. And an epoch
+# Every file is read, hashed and decoded as `python -m kutils.data.checking` does it, by two processes and by one. And an epoch
 # through the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet.
 
 # %%
 if {"check_images", "packed_shards"} & set(chosen):
-    from kutils import benchmark_data
+    from kutils.benchmarks import data
 if "check_images" in chosen:
-    benchmark.save(benchmark_data.check_images(images, repeats))
+    measuring.save(data.check_images(images, repeats))
 if "packed_shards" in chosen:
-    benchmark.save(benchmark_data.packed_shards(images, repeats))
+    measuring.save(data.packed_shards(images, repeats))
 
 # %% [markdown]
 # ## What was found?
@@ -181,10 +181,10 @@ if "packed_shards" in chosen:
 # it eight times, as they would the plain way's. Mapped files are not in it: the system keeps one copy for all.
 
 # %%
-print(benchmark.format_results())
+print(measuring.format_results())
 
 # %%
 if chosen and find_spec("matplotlib"):
-    from kutils import data_plots
+    from kutils.views import data_plots
 
-    data_plots.benchmark_ratios(benchmark.read_results())
+    data_plots.benchmark_ratios(measuring.read_results())

@@ -34,10 +34,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -47,7 +47,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # sorts. Clean rows have no similar training prompt; waiting is the share of the time without data.
 
 # %%
-from kutils import comparison, html_tables, model_plots, plots
+from kutils.views import comparison, html_tables, model_plots, training_plots
 
 finished = comparison.select(runs)
 chosen = comparison.pick_group(finished, group)[: max(1, most)]
@@ -64,7 +64,7 @@ model_plots.run_curves(chosen);
 
 # %%
 scores = {run.name: run.result["cosine_similarity"] for run in chosen}
-plots.bar_scores(scores, baseline=chosen[0].result["mean_prompt_baseline"], title=f"Fold {chosen[0].fold}");
+training_plots.bar_scores(scores, baseline=chosen[0].result["mean_prompt_baseline"], title=f"Fold {chosen[0].fold}");
 
 # %% [markdown]
 # ## What differs between them?

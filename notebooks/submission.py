@@ -41,10 +41,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/paths.py"))
+    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
     nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "paths.py").is_file()][:1]
-from kutils import launch
+    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
@@ -56,12 +56,16 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 import time
 
 import torch
-from kutils import blending, budget, devices, mounts, paths, pixels, plots, prompt_bank, submission
-from kutils.ensemble import bank_path, describe, load_ensemble, load_neighbours
+from kutils.data import prompt_bank
+from kutils.ensemble import blending, within_budget, image_cache
+from kutils.kaggle import mounts, submission
+from kutils.system import devices, paths
+from kutils.views import training_plots
+from kutils.ensemble.fit import bank_path, describe, load_ensemble, load_neighbours
 
 began = time.monotonic()
 print(f"{mounts.describe_machine()}\n{devices.describe_gpus()}")
-image_files = pixels.find_images(images or mounts.find_images_folder(paths.input_dir()), same_name_is_error=False)
+image_files = image_cache.find_images(images or mounts.find_images_folder(paths.input_dir()), same_name_is_error=False)
 ids = [path.stem for path in image_files]
 folders = mounts.weight_folders(models)
 ensemble_path = Path(ensemble) if ensemble else mounts.find_ensemble(folders)
@@ -76,7 +80,7 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(f
 # %%
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
 submission.keep_former(output_path)
-submission.write_submission(output_path, ids, budget.mean_embeddings(fitted, len(ids)))
+submission.write_submission(output_path, ids, within_budget.mean_embeddings(fitted, len(ids)))
 files = mounts.find_checkpoints(fitted.files(), folders, beside=ensemble_path)
 checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
 neighbours = load_neighbours(fitted, files)
@@ -84,7 +88,7 @@ neighbours = load_neighbours(fitted, files)
 # %%
 hours_left = hours - (time.monotonic() - began) / 3600
 options = {"hours": hours_left, "batch_size": batch_size, "tta": tta, "cache_gb": cache_gb, "bank": neighbours}
-for state in budget.predict_ensemble(fitted, checkpoint_files, image_files, **options):
+for state in within_budget.predict_ensemble(fitted, checkpoint_files, image_files, **options):
     submission.write_submission(output_path, ids, state.embeddings)
     weights = ", ".join(f"{family} {weight:.3f}" for family, weight in state.weights.items())
     print(f"{output_path.name}: {len(state.seconds)} models; {weights or 'the mean embedding'}", flush=True)
@@ -108,9 +112,9 @@ for name, reason in unreadable.items():
 # Seconds per model, loading included; their sum must stay within the budget.
 
 # %%
-with plots.errors_shown():
+with training_plots.errors_shown():
     if state.seconds:
-        plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
+        training_plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
 
 # %% [markdown]
 # ## What does it mean?
@@ -118,11 +122,11 @@ with plots.errors_shown():
 # what is to be seen, as far as so few can.
 
 # %%
-with plots.errors_shown():
+with training_plots.errors_shown():
     if bank_path(ensemble_path).is_file() and image_files:
         bank = prompt_bank.PromptBank.load(bank_path(ensemble_path))
         titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
-        plots.image_grid(image_files[:8], titles, columns=4)
+        training_plots.image_grid(image_files[:8], titles, columns=4)
 
 # %% [markdown]
 # ## Do the families agree?
@@ -130,8 +134,8 @@ with plots.errors_shown():
 # least sure of them.
 
 # %%
-with plots.errors_shown():
+with training_plots.errors_shown():
     if len(state.families) > 1 and image_files:
         agreement = blending.agreement(state.families)
         least = agreement.argsort()[:8]
-        plots.image_grid([image_files[i] for i in least], [f"{ids[i]}: {agreement[i]:.3f}" for i in least], columns=4)
+        training_plots.image_grid([image_files[i] for i in least], [f"{ids[i]}: {agreement[i]:.3f}" for i in least], columns=4)

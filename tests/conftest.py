@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kutils.config import Recipe
-from kutils.tables import write_table
+from kutils.runs.recipes import Recipe
+from kutils.system.tables import write_table
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from kutils import prompts
+from kutils.prompts import embedding
 
-encode = prompts.TextEncoder.encode
+encode = embedding.TextEncoder.encode
 
 
 def noting_encode(self, texts, *arguments, **options):
@@ -20,6 +20,6 @@ def noting_encode(self, texts, *arguments, **options):
 
 
 if __name__ == "__main__":
-    prompts.CHUNK_PROMPTS, notes = int(sys.argv[1]), Path(sys.argv[2])
-    prompts.TextEncoder.encode = noting_encode
-    prompts.main(sys.argv[3:])
+    embedding.CHUNK_PROMPTS, notes = int(sys.argv[1]), Path(sys.argv[2])
+    embedding.TextEncoder.encode = noting_encode
+    embedding.main(sys.argv[3:])

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kutils import ensemble, mounts, transforms
+from kutils.data import transforms
+from kutils.ensemble import fit
+from kutils.kaggle import mounts
 
 
 def save_images(folder):
@@ -44,7 +46,7 @@ def by_hand(model, recipe, files):
 
 def write_ensemble(folder, families, weights, mean, scores=None, rows=None, leave_one_out=None):
     """The file of an ensemble that was never fitted."""
-    fitted = ensemble.Ensemble(
+    fitted = fit.Ensemble(
         method="family",
         families=families,
         weights=weights,

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from conftest import make_dataset
 
-from kutils import train
-from kutils.tables import read_table, write_table
+from kutils.system.tables import read_table, write_table
+from kutils.training import train
 
 SCRIPT = 'a toy </p><script>alert("1")</script> & more'  # prompt of fold 0, twice
 FAST = [

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kutils import config
-from kutils.config import Recipe
-from kutils.models import PromptEmbedder, build_model
+from kutils.models.networks import PromptEmbedder, build_model
+from kutils.runs import recipes
+from kutils.runs.recipes import Recipe
 
 PROMPTS = {  # distinct prompts of the six data sets of the publication; a tenth of them validates
     "cc3m": 249_593,
@@ -67,7 +67,7 @@ def describe_hours(value: float) -> str:
 
 
 def row(path: Path) -> str:
-    recipe = config.load_recipe(path)
+    recipe = recipes.load_recipe(path)
     network = build(recipe)
     million = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     flops = forward_flops(network, recipe)
@@ -86,7 +86,7 @@ def row(path: Path) -> str:
 
 
 def seed_recipes() -> list[Path]:
-    return [path for _, path in sorted(config.recipe_files().items()) if "_madgrad_" in path.name]
+    return [path for _, path in sorted(recipes.recipe_files().items()) if "_madgrad_" in path.name]
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from kutils import engine
-from kutils.config import Recipe
-from kutils.devices import Ranks
+from kutils.runs.recipes import Recipe
+from kutils.system.devices import Ranks
+from kutils.training import engine
 
 RHO, RATE = 0.3, 0.5
 

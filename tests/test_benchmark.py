@@ -12,42 +12,44 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kutils import benchmark, benchmark_data, benchmark_prediction, benchmark_rows, datasets, transforms
-from kutils.benchmark import BenchmarkError
+from kutils.benchmarks import data as benchmark_data
+from kutils.benchmarks import measuring, prediction, rows
+from kutils.benchmarks.measuring import BenchmarkError
+from kutils.data import datasets, transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_an_entry_is_made_of_medians():
-    made = benchmark.entry("open", "s", [3.0, 2.0, 4.0], [30.0, 60.0])
+    made = measuring.entry("open", "s", [3.0, 2.0, 4.0], [30.0, 60.0])
     assert (made.ours, made.reference, made.ratio) == (3, 45, 15) and made.spread == pytest.approx(2 / 3)
-    rate = benchmark.entry("pace", "images/s", [30.0, 20.0, 40.0], [3.0, 6.0], more=True)
+    rate = measuring.entry("pace", "images/s", [30.0, 20.0, 40.0], [3.0, 6.0], more=True)
     assert rate.ratio == 30 / 4.5
-    alone = benchmark.entry("open", "s", [0.5])
+    alone = measuring.entry("open", "s", [0.5])
     assert alone.reference is None and alone.ratio is None and alone.spread == 0
     assert re.search(r"\d+ cores, \d+ GB", made.machine)
 
 
 def test_results_of_several_sections_stay_side_by_side(workspace):
-    assert benchmark.read_results() == []
-    benchmark.save([benchmark.entry("one", "s", [1.0]), benchmark.entry("two", "MB", [2.0], [4.0])])
-    benchmark.save([benchmark.entry("three", "s", [3.0]), benchmark.entry("one", "s", [9.0])])
-    assert [(item["name"], item["ours"]) for item in benchmark.read_results()] == [("one", 9), ("two", 2), ("three", 3)]
-    machine, head, *lines = benchmark.format_results().splitlines()
-    assert machine == benchmark.machine_name() and head.split()[:3] == ["name", "unit", "ours"] and len(lines) == 3
+    assert measuring.read_results() == []
+    measuring.save([measuring.entry("one", "s", [1.0]), measuring.entry("two", "MB", [2.0], [4.0])])
+    measuring.save([measuring.entry("three", "s", [3.0]), measuring.entry("one", "s", [9.0])])
+    assert [(item["name"], item["ours"]) for item in measuring.read_results()] == [("one", 9), ("two", 2), ("three", 3)]
+    machine, head, *lines = measuring.format_results().splitlines()
+    assert machine == measuring.machine_name() and head.split()[:3] == ["name", "unit", "ours"] and len(lines) == 3
     assert lines[0].split() == ["one", "s", "9.00", "0%"]
     assert lines[1].split() == ["two", "MB", "2.00", "4.00", "2.00", "0%"]
-    benchmark.save([replace(benchmark.entry("four", "s", [3e-5]), machine="a GPU")])
-    lines = benchmark.format_results().splitlines()
+    measuring.save([replace(measuring.entry("four", "s", [3e-5]), machine="a GPU")])
+    lines = measuring.format_results().splitlines()
     assert len(lines) == 8 and lines[lines.index("a GPU") + 2].split() == ["four", "s", "3e-05", "0%"]
 
 
 def test_an_unknown_section_names_the_nearest():
-    assert benchmark.choose(" open_5m_rows ,") == ["open_5m_rows"]
-    assert benchmark.choose("all") == list(benchmark.SECTIONS)
-    assert benchmark.choose("quick") == list(benchmark.QUICK) and set(benchmark.QUICK) < set(benchmark.SECTIONS)
+    assert measuring.choose(" open_5m_rows ,") == ["open_5m_rows"]
+    assert measuring.choose("all") == list(measuring.SECTIONS)
+    assert measuring.choose("quick") == list(measuring.QUICK) and set(measuring.QUICK) < set(measuring.SECTIONS)
     with pytest.raises(BenchmarkError, match="no section 'open_5m_row'; did you mean 'open_5m_rows'"):
-        benchmark.choose("open_5m_row")
+        measuring.choose("open_5m_row")
 
 
 def test_private_memory_is_what_was_written():
@@ -57,33 +59,33 @@ def test_private_memory_is_what_was_written():
 
 
 def check_private_memory():
-    before = benchmark.private_megabytes()
-    with benchmark.peak_megabytes() as peak:
+    before = measuring.private_megabytes()
+    with measuring.peak_megabytes() as peak:
         held = np.ones(25_000_000, np.uint8)
         dropped = np.ones(50_000_000, np.uint8)
         time.sleep(0.1)
         del dropped
-    assert benchmark.private_megabytes() - before == pytest.approx(25, abs=5)
+    assert measuring.private_megabytes() - before == pytest.approx(25, abs=5)
     assert peak[0] - before == pytest.approx(75, abs=8) and held.any()
 
 
 def test_sizes_are_as_published_and_shrink_to_the_disk(capsys):
-    sizes = benchmark_rows.made_rows(0, 10**12)
-    assert sizes == {name: count for name, (count, _) in benchmark_rows.MADE_SETS.items()}
+    sizes = rows.made_rows(0, 10**12)
+    assert sizes == {name: count for name, (count, _) in rows.MADE_SETS.items()}
     assert sum(sizes.values()) == 5_059_104
-    assert sum(count // images for count, images in benchmark_rows.MADE_SETS.values()) == 3_378_588
-    assert 9_990 <= sum(benchmark_rows.made_rows(10_000, 10**12).values()) <= 10_000 and not capsys.readouterr().out
-    small = sum(benchmark_rows.made_rows(0, benchmark_rows.SPARE_BYTES + 2_000 * benchmark_rows.ROW_BYTES).values())
+    assert sum(count // images for count, images in rows.MADE_SETS.values()) == 3_378_588
+    assert 9_990 <= sum(rows.made_rows(10_000, 10**12).values()) <= 10_000 and not capsys.readouterr().out
+    small = sum(rows.made_rows(0, rows.SPARE_BYTES + 2_000 * rows.ROW_BYTES).values())
     assert 1_990 <= small <= 2_000 and "5,059,104 rows do not fit" in capsys.readouterr().out
     with pytest.raises(BenchmarkError, match="too few"):
-        benchmark_rows.made_rows(0, 10**9)
+        rows.made_rows(0, 10**9)
 
 
 def test_made_sets_are_data_sets(workspace):
     root = workspace / "input"
     shutil.rmtree(root)
-    sizes = benchmark_rows.made_rows(20_000, 10**12)
-    benchmark_rows.make_datasets(root, sizes)
+    sizes = rows.made_rows(20_000, 10**12)
+    rows.make_datasets(root, sizes)
     data = datasets.load_datasets(list(sizes))  # checks folds, lengths and rows
     assert len(data) == sum(sizes.values())
     images = np.bincount(np.bincount(data.prompt_codes))
@@ -91,14 +93,14 @@ def test_made_sets_are_data_sets(workspace):
     assert images[3] > 0.99 * sum(sizes[name] // 3 for name in ("cc3m", "lexica", "diffusiondb", "mscoco"))
     assert 50 < np.mean([len(prompt) for prompt in data.prompts.to_pylist()]) < 75
     made = (root / "cc3m.npy").stat().st_mtime_ns
-    benchmark_rows.make_datasets(root, sizes)
+    rows.make_datasets(root, sizes)
     assert (root / "cc3m.npy").stat().st_mtime_ns == made  # kept
-    benchmark_rows.make_datasets(root, benchmark_rows.made_rows(10_000, 10**12))
+    rows.make_datasets(root, rows.made_rows(10_000, 10**12))
     assert len(np.load(root / "cc3m.npy")) == 10_000 * 748_781 // 5_059_104
 
 
 def test_the_section_from_end_to_end(workspace):
-    entries = {item.name: item for item in benchmark_rows.open_5m_rows(rows=4_000, repeats=1)}
+    entries = {item.name: item for item in rows.open_5m_rows(rows=4_000, repeats=1)}
     assert len(entries) == 8 and {item.unit for item in entries.values()} == {"s", "MB"}
     assert entries["open_5m_rows"].ours < entries["open_5m_rows_first"].ours
     assert entries["open_5m_rows_rank"].ours < 20 and 5 < entries["open_5m_rows_worker"].ours < 400
@@ -112,16 +114,16 @@ def test_the_notebook_runs_as_a_script(workspace):
     """Everything but the measurements, which take minutes."""
     script = (ROOT / "notebooks" / "benchmark.py").read_text(encoding="utf-8")
     (workspace / "benchmark.py").write_text(re.sub(r'sections: str = "[^"]*"', 'sections: str = ""', script))
-    benchmark.save([benchmark.entry("kept", "s", [1.0])])
+    measuring.save([measuring.entry("kept", "s", [1.0])])
     done = subprocess.run([sys.executable, workspace / "benchmark.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "kept" in done.stdout and benchmark.machine_name() in done.stdout
+    assert "kept" in done.stdout and measuring.machine_name() in done.stdout
 
 
 def test_the_prediction_of_an_ensemble_is_measured_both_ways(workspace, monkeypatch):
     whole, decoded = transforms.decode_rgb, []
     monkeypatch.setattr(transforms, "decode_rgb", lambda path: decoded.append(path) or whole(path))
-    (measured,) = benchmark_prediction.predict_ensemble(num_images=40, repeats=1)  # fewer than a batch: decoded here
+    (measured,) = prediction.predict_ensemble(num_images=40, repeats=1)  # fewer than a batch: decoded here
     assert len(decoded) == 40 + 3 * 40 and len(set(decoded)) == 40
     assert measured.name == "predict_ensemble" and measured.ratio == measured.reference / measured.ours > 1
     assert not list((workspace / "working" / "benchmark").iterdir())

@@ -8,23 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
 from torch import nn
 
-from kutils import benchmark, benchmark_differences, benchmark_loader, benchmark_step, losses, transforms
-from kutils.benchmark import BenchmarkError
+from kutils.benchmarks import differences, loader, published, step
+from kutils.benchmarks.measuring import BenchmarkError
+from kutils.data import transforms
+from kutils.training import losses
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def little(monkeypatch):
-    monkeypatch.setattr(benchmark_loader, "NUM_PICTURES", 2)
-    monkeypatch.setattr(benchmark_step, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(benchmark_differences, "UPDATES", 6)
+    monkeypatch.setattr(loader, "NUM_PICTURES", 2)
+    monkeypatch.setattr(step, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(differences, "UPDATES", 6)
 
 
 def by_name(entries) -> dict:
@@ -37,19 +38,19 @@ def by_name(entries) -> dict:
 
 def test_the_published_augmentation_is_that_of_the_recipe():
     """For the same draws the published transform and ours cut the same box and change colours alike."""
-    (picture,) = benchmark_loader.made_pictures(1, size=96)
+    (picture,) = loader.made_pictures(1, size=96)
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     box, factors, order = transforms.draw(image, (71, 0, 5))
     torch.default_generator.manual_seed(int(np.random.SeedSequence((71, 0, 5)).generate_state(1, np.uint64)[0] >> 1))
-    published = reference.training_transform(64, (0, 0, 0), (1, 1, 1))(picture)  # draws in the same order
-    again = np.asarray(reference.augment_as(picture, 64, box, factors, order), np.float32)
-    np.testing.assert_allclose(255 * published.permute(1, 2, 0).numpy(), again, atol=1e-3)
+    theirs = published.training_transform(64, (0, 0, 0), (1, 1, 1))(picture)  # draws in the same order
+    again = np.asarray(published.augment_as(picture, 64, box, factors, order), np.float32)
+    np.testing.assert_allclose(255 * theirs.permute(1, 2, 0).numpy(), again, atol=1e-3)
 
 
 def test_the_published_trainer_trains():
     """With SAM it goes along the gradient at the perturbed weights, and weights are back in their place after it."""
     network = TinyNetwork()
-    trainer = reference.Trainer(network, lr=1e-2, weight_decay=0.0, half=False)
+    trainer = published.Trainer(network, lr=1e-2, weight_decay=0.0, half=False)
     random = torch.Generator().manual_seed(0)
     images, targets = torch.randn(16, 3, 4, 4, generator=random), torch.randn(16, 8, generator=random)
     first = [trainer.update(images, targets) for _ in range(30)]
@@ -60,7 +61,7 @@ def test_the_published_trainer_trains():
     trainer.backward(images, targets)
     norm = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).norm()
     moved = before + 0.05 * network.fc.weight.grad / norm
-    with reference.perturbed(network, 0.05):
+    with published.perturbed(network, 0.05):
         torch.testing.assert_close(network.fc.weight.detach(), moved)
     torch.testing.assert_close(network.fc.weight.detach(), before)
     cosines = trainer.evaluate(images, targets)
@@ -77,17 +78,11 @@ class TinyNetwork(nn.Module):
         return self.fc(torch.tanh(self.backbone(images)).flatten(1))
 
 
-def test_without_a_clone_there_is_nothing_to_compare_with(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark.paths, "repository_root", lambda: tmp_path)
-    with pytest.raises(BenchmarkError, match="beside which this is measured"):
-        benchmark.published_pipeline()
-
-
 # ---------------------------------------------------------------- the sections
 
 
 def test_loading_is_measured_for_three_formats(workspace, little):
-    entries = by_name(benchmark_loader.loader(repeats=1))
+    entries = by_name(loader.loader(repeats=1))
     ways = [f"{name}{augmented}{part}" for name in ("webp", "jpeg", "png") for augmented in ("", "_plain")
             for part in ("_host", "_all")]  # fmt: skip
     assert list(entries) == [f"loader_{way}" for way in ways]
@@ -100,28 +95,28 @@ def test_loading_is_measured_for_three_formats(workspace, little):
 def test_loading_takes_pictures_of_ones_own(workspace, tmp_path):
     for number in range(60):
         Image.new("L", (30 + number, 40), number).save(tmp_path / f"{number:02d}.png")
-    chosen = benchmark_loader.read_pictures(tmp_path)
-    assert len(chosen) == benchmark_loader.NUM_PICTURES and {image.size for image in chosen} == {(512, 512)}
+    chosen = loader.read_pictures(tmp_path)
+    assert len(chosen) == loader.NUM_PICTURES and {image.size for image in chosen} == {(512, 512)}
     assert chosen[1].getpixel((5, 5)) == (2, 2, 2) and {image.mode for image in chosen} == {"RGB"}
     (tmp_path / "empty").mkdir()
     with pytest.raises(BenchmarkError, match="no images in"):
-        benchmark_loader.read_pictures(tmp_path / "empty")
+        loader.read_pictures(tmp_path / "empty")
 
 
 def test_made_pictures_take_as_many_bytes_as_real_ones(workspace):
-    with benchmark_loader.picture_files("webp") as files:
+    with loader.picture_files("webp") as files:
         assert 40_000 < np.mean([path.stat().st_size for path in files]) < 55_000
 
 
 def test_a_step_is_measured_beside_the_published_one(workspace, little):
-    entries = by_name(benchmark_step.step("tiny_vit", repeats=1))
+    entries = by_name(step.step("tiny_vit", repeats=1))
     assert set(entries) == {f"{name}_tiny_vit" for name in ("step", "sam_overhead", "optimizer", "validation", "mfu")}
     for name, entry in entries.items():
         better = entry.ours / entry.reference if name.startswith(("step", "validation", "mfu")) else 1
         worse = entry.reference / entry.ours if name.startswith(("sam", "optimizer")) else 1
         assert entry.ratio == pytest.approx(better * worse)
     assert "a matrix product" in entries["mfu_tiny_vit"].unit and entries["mfu_tiny_vit"].ours > 0
-    (waiting,) = benchmark_step.data_wait("tiny_vit", seconds=0.3)
+    (waiting,) = step.data_wait("tiny_vit", seconds=0.3)
     assert 0 <= waiting.ours <= 100 and waiting.name == "data_wait_tiny_vit"
 
 
@@ -129,13 +124,13 @@ def test_what_a_gpu_cannot_hold_is_left_out_and_said(monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(benchmark_step, "measure_step", full)
+    monkeypatch.setattr(step, "measure_step", full)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert benchmark_step.step("tiny_vit") == [] and "tiny_vit is left out" in capsys.readouterr().out
+    assert step.step("tiny_vit") == [] and "tiny_vit is left out" in capsys.readouterr().out
 
 
 def test_differences_are_those_of_rounding(workspace, little):
-    entries = {name: entry.ours for name, entry in by_name(benchmark_differences.differences(["tiny_vit"])).items()}
+    entries = {name: entry.ours for name, entry in by_name(differences.differences(["tiny_vit"])).items()}
     assert entries["difference_decode"] == 0 and entries["difference_resize"] < 2
     assert 0.3 < entries["difference_augmented"] < 3
     assert entries["difference_loss_tiny_vit"] < 1e-5 and entries["difference_loss_sam_tiny_vit"] < 1e-5
@@ -144,14 +139,14 @@ def test_differences_are_those_of_rounding(workspace, little):
 
 def test_the_losses_that_are_compared_fall(workspace, little):
     """Losses that stay where they are would agree whatever the optimiser does."""
-    recipe = benchmark_step.load_recipe("tiny_vit")
-    losses = benchmark_differences.our_losses(recipe, torch.device("cpu"), rho=0.0)
+    recipe = step.load_recipe("tiny_vit")
+    losses = differences.our_losses(recipe, torch.device("cpu"), rho=0.0)
     assert losses[-1] < losses[0] - 0.05
 
 
 def test_operations_of_training_are_counted_without_memory():
     """ConvNeXt-L at 384 px: 101.1 billion multiply-adds forward (Liu et al. 2022, table 1)."""
-    flops = benchmark_step.training_flops(benchmark_step.load_recipe("convnext_large"))
+    flops = step.training_flops(step.load_recipe("convnext_large"))
     assert flops == pytest.approx(6 * 101.1e9, rel=0.01)
 
 
@@ -160,7 +155,7 @@ def test_the_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch):
     for name, teraflops in (("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA L40S", 362),
                             ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("Tesla T4", 65)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert benchmark_step.peak_flops(torch.bfloat16, device) == (teraflops * 1e12, "data sheet")
+        assert step.peak_flops(torch.bfloat16, device) == (teraflops * 1e12, "data sheet")
 
 
 # ---------------------------------------------------------------- what it needs

@@ -5,7 +5,7 @@ import pytest
 from conftest import unit_rows
 from scipy.optimize import minimize
 
-from kutils import blending
+from kutils.ensemble import blending
 
 
 def noisy(targets, noise, seed):

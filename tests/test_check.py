@@ -10,12 +10,14 @@ import torch
 from conftest import make_dataset, unit_rows
 from PIL import Image
 
-from kutils import bad_rows, check, image_facts, paths, prompts
-from kutils.check import check_datasets
-from kutils.datasets import DataError, load_datasets
-from kutils.devices import Ranks
-from kutils.shards import Encoding, pack
-from kutils.tables import folds_hash, hash_prompts, read_table, write_table
+from kutils.data import bad_rows, checking, image_files
+from kutils.data.checking import check_datasets
+from kutils.data.datasets import DataError, load_datasets
+from kutils.data.shards import Encoding, pack
+from kutils.prompts import embedding
+from kutils.system import paths
+from kutils.system.devices import Ranks
+from kutils.system.tables import folds_hash, hash_prompts, read_table, write_table
 
 
 @pytest.fixture
@@ -49,14 +51,14 @@ def examine(path, **options):
 def run(*arguments):
     """Exit status of the command."""
     try:
-        check.main([str(argument) for argument in arguments])
+        checking.main([str(argument) for argument in arguments])
     except SystemExit as end:
         return 1 if isinstance(end.code, str) else end.code
     return 0
 
 
 def facts_of(path):
-    facts, reason = image_facts.image_facts(path.read_bytes)
+    facts, reason = image_files.image_facts(path.read_bytes)
     assert not reason
     return facts
 
@@ -128,23 +130,23 @@ def test_what_pillow_does_not_open_but_decodes_is_unnamed(tmp_path, monkeypatch)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     facts = facts_of(tmp_path / "a.png")
     assert facts["format"] == b"" and facts["width"] == 64
-    assert image_facts.summarize(facts[None], 32)["formats"] == {"unknown": 1}
+    assert image_files.summarize(facts[None], 32)["formats"] == {"unknown": 1}
 
 
 def test_a_summary_counted_by_hand():
-    facts = np.zeros(25, image_facts.FACTS)
+    facts = np.zeros(25, image_files.FACTS)
     facts["width"], facts["height"], facts["bytes"] = 512, 512, 1000
     facts["format"], facts["mode"] = "WEBP", "RGB"
     facts["width"][:3], facts["bytes"][0], facts["mode"][7], facts["blank"][:2] = 300, 10, "L", True
-    summary = image_facts.summarize(facts, 384)
+    summary = image_files.summarize(facts, 384)
     assert summary["sizes"] == {"512 x 512": 22, "300 x 512": 3}
     assert (summary["formats"], summary["modes"]) == ({"WEBP": 25}, {"RGB": 24, "L": 1})
     assert summary["bytes"] == {"total": 24_010, "smallest": 10, "median": 1000, "largest": 1000}
     assert (summary["blank"], summary["too_small"], summary["alpha"]) == (2, 3, 0)
     facts["width"] = np.arange(25) + 1  # each another size: 20 are named
-    sizes = image_facts.summarize(facts, 384)["sizes"]
+    sizes = image_files.summarize(facts, 384)["sizes"]
     assert len(sizes) == 21 and sizes["others"] == 5
-    assert image_facts.summarize(facts[:0], 384)["bytes"] == {"total": 0}
+    assert image_files.summarize(facts[:0], 384)["bytes"] == {"total": 0}
 
 
 def break_images(folder):
@@ -169,7 +171,7 @@ def break_images(folder):
 def test_unreadable_images_are_named_with_their_reason(inputs, num_workers):
     expected = break_images(inputs / "toy_images")
     data = load_datasets(["toy"])
-    scan = image_facts.scan(data.read_image, np.arange(80)[::-1], num_workers)
+    scan = image_files.scan(data.read_image, np.arange(80)[::-1], num_workers)
     reasons = dict(scan.unreadable())
     assert set(reasons) == set(expected) and all(reasons[row].startswith(text) for row, text in expected.items())
     assert scan.decoded.sum() == 75 and scan.facts["width"][scan.decoded].tolist() == [40] * 75
@@ -179,26 +181,28 @@ def test_unreadable_images_are_named_with_their_reason(inputs, num_workers):
 def test_training_asks_for_validation_images(inputs):
     alone = Ranks(0, 1, torch.device("cpu"))
     data = load_datasets(["toy"])
-    check.check_images(data, np.arange(80), 0, alone)
+    checking.check_images(data, np.arange(80), 0, alone)
     break_images(inputs / "toy_images")
-    with pytest.raises(DataError, match=r"(?s)5 of 80 validation .*kutils.check input/toy.tsv\n.*0000_1.png is empty"):
-        check.check_images(data, np.arange(80), 0, alone)
-    check.check_images(data, np.arange(5, 80), 0, alone)
+    with pytest.raises(
+        DataError, match=r"(?s)5 of 80 validation .*kutils.data.checking input/toy.tsv\n.*0000_1.png is empty"
+    ):
+        checking.check_images(data, np.arange(80), 0, alone)
+    checking.check_images(data, np.arange(5, 80), 0, alone)
 
 
 def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_change(inputs, monkeypatch):
-    alone, scan, looked_at = Ranks(0, 1, torch.device("cpu")), image_facts.scan, []
+    alone, scan, looked_at = Ranks(0, 1, torch.device("cpu")), image_files.scan, []
 
     def spy(read, rows, num_workers):
         looked_at.append(rows.tolist())
         return scan(read, rows, num_workers)
 
     def look(rows=range(40)):
-        check.check_images(load_datasets(["toy"]), np.array(rows, np.int32), 0, alone)
+        checking.check_images(load_datasets(["toy"]), np.array(rows, np.int32), 0, alone)
         return looked_at[-1]
 
-    monkeypatch.setattr(image_facts, "scan", spy)
-    monkeypatch.setattr(check, "SAMPLE", 10)
+    monkeypatch.setattr(image_files, "scan", spy)
+    monkeypatch.setattr(checking, "SAMPLE", 10)
     broken = load_datasets(["toy"]).image_path(3)
     content = broken.read_bytes()
     broken.write_bytes(b"")
@@ -216,7 +220,7 @@ def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_c
         assert len(look()) == 40 and len(look()) == 10
     pack(inputs / "toy.tsv", Encoding(32, "png", None), num_workers=1, progress=False)
     assert len(look()) == 40 and len(look()) == 10
-    record, _ = check.checked_record(load_datasets(["toy"]), np.arange(40))
+    record, _ = checking.checked_record(load_datasets(["toy"]), np.arange(40))
     record.write_text("{")
     assert len(look()) == 40 and len(look()) == 10
     shutil.rmtree(inputs / "toy.shards")
@@ -230,13 +234,13 @@ def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_c
 
 def test_ranks_share_the_sample(inputs, monkeypatch):
     """Two ranks after each other; what one gathers is its own."""
-    data, scan, looked_at = load_datasets(["toy"]), image_facts.scan, []
-    monkeypatch.setattr(image_facts, "scan", lambda read, rows, workers: looked_at.append(rows) or scan(read, rows))
-    monkeypatch.setattr(check, "SAMPLE", 9)
+    data, scan, looked_at = load_datasets(["toy"]), image_files.scan, []
+    monkeypatch.setattr(image_files, "scan", lambda read, rows, workers: looked_at.append(rows) or scan(read, rows))
+    monkeypatch.setattr(checking, "SAMPLE", 9)
     monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value, value])  # as if both had said it
     for _ in range(2):
         for rank in (1, 0):
-            check.check_images(data, np.arange(41), 0, Ranks(rank, 2, torch.device("cpu")))
+            checking.check_images(data, np.arange(41), 0, Ranks(rank, 2, torch.device("cpu")))
     assert [len(rows) for rows in looked_at] == [20, 21, 5, 5]
     assert all((rows % 2 == rank).all() for rows, rank in zip(looked_at, (1, 0, 1, 0), strict=True))
 
@@ -245,14 +249,14 @@ def test_where_nothing_can_be_written_every_run_looks_at_all(inputs, monkeypatch
     def refuse(*arguments):
         raise OSError("read-only")
 
-    scan, looked_at = image_facts.scan, []
+    scan, looked_at = image_files.scan, []
     monkeypatch.setattr(
-        image_facts, "scan", lambda read, rows, workers: looked_at.append(len(rows)) or scan(read, rows)
+        image_files, "scan", lambda read, rows, workers: looked_at.append(len(rows)) or scan(read, rows)
     )
     monkeypatch.setattr(paths, "write_json", refuse)
-    monkeypatch.setattr(check, "SAMPLE", 3)
+    monkeypatch.setattr(checking, "SAMPLE", 3)
     for _ in range(2):
-        check.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
+        checking.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
     assert looked_at == [8, 8]
 
 
@@ -341,13 +345,13 @@ def test_an_image_that_vanishes_meanwhile_is_a_bad_row(inputs, monkeypatch):
 
 
 def test_a_table_that_changes_meanwhile_is_an_error(inputs, monkeypatch):
-    whole = image_facts.scan
+    whole = image_files.scan
 
     def slow(*arguments):
         change(inputs / "toy.tsv", prompt=setting(0, "another one"))
         return whole(*arguments)
 
-    monkeypatch.setattr(image_facts, "scan", slow)
+    monkeypatch.setattr(image_files, "scan", slow)
     with pytest.raises(DataError, match=r"toy.tsv has changed while it was checked"):
         examine(inputs / "toy.tsv")
 
@@ -377,7 +381,7 @@ def test_a_prompt_in_two_folds_over_two_sets(inputs):
     for checked in check_datasets([inputs / "toy.tsv", inputs / "more.tsv"], num_workers=1, progress=False):
         (problem,) = checked.report["problems"]
         assert problem.startswith("1 prompts are in two folds") and repr(shared) in problem
-        assert "kutils.grouping folds" in problem and not checked.bad.any() and not checked.is_in_order
+        assert "kutils.prompts.folds folds" in problem and not checked.bad.any() and not checked.is_in_order
     assert examine(inputs / "toy.tsv").is_in_order and examine(inputs / "more.tsv").is_in_order
     change(inputs / "more.tsv", fold=lambda values: values.__setitem__(slice(8, 10), [-1] * 2))
     assert all(item.is_in_order for item in check_datasets([inputs / "toy.tsv", inputs / "more.tsv"], progress=False))
@@ -420,7 +424,7 @@ class LengthEncoder:
 
 def test_a_sample_is_embedded_again(inputs, monkeypatch):
     asked = []
-    monkeypatch.setattr(prompts, "load_encoder", lambda name: asked.append(name) or LengthEncoder())
+    monkeypatch.setattr(embedding, "load_encoder", lambda name: asked.append(name) or LengthEncoder())
     path, table = inputs / "toy.tsv", read_table(inputs / "toy.tsv", ["prompt"])
     rows = LengthEncoder().encode(table["prompt"].to_pylist(), 1)
     np.save(inputs / "toy.npy", rows)
@@ -465,7 +469,7 @@ def test_quarantine_and_checked_rows_are_the_original(inputs, capsys):
     data = load_datasets(["toy.checked"])  # a data set by that name
     assert len(data) == 74
     np.testing.assert_array_equal(data.clean, clean[good])
-    prompts.embed_table(inputs / "toy.checked.tsv")
+    embedding.embed_table(inputs / "toy.checked.tsv")
     assert "toy.checked.npy is up to date" in capsys.readouterr().out
     report = json.loads((inputs / "toy.check.json").read_text())
     assert (report["rows"], report["bad_rows"], report["images"]["decoded"]) == (80, 6, 74)
@@ -527,15 +531,15 @@ def test_a_problem_alone_is_exit_status_1_and_errors_are_one_line(inputs, capsys
     out = capsys.readouterr().out
     assert "problem: 1 prompts are in two folds" in out and "0 bad rows, 1 problems" in out
     assert not (inputs / "toy.quarantine.tsv").exists()
-    with pytest.raises(SystemExit, match=r"^python -m kutils.check: .*none.tsv is not there$"):
-        check.main([str(inputs / "none.tsv")])
+    with pytest.raises(SystemExit, match=r"^python -m kutils.data.checking: .*none.tsv is not there$"):
+        checking.main([str(inputs / "none.tsv")])
     write_table(inputs / "odd.tsv", {"image": ["a"], "prompt": ["b"], "fold": [0], "reason": ["c"]})
     with pytest.raises(SystemExit, match="has a column 'reason', which the quarantine adds"):
-        check.main([str(inputs / "odd.tsv")])
+        checking.main([str(inputs / "odd.tsv")])
     with pytest.raises(SystemExit) as end:
-        check.main(["--help"])
+        checking.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and "Exit status: 0 if no set has bad rows or a problem" in shown
     assert "(default: 384)" in shown and "(default: 0)" in shown and f"(default: {os.cpu_count()})" in shown
     with pytest.raises(SystemExit):
-        check.main([str(inputs / "toy.tsv"), "--images", "-1"])
+        checking.main([str(inputs / "toy.tsv"), "--images", "-1"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kutils import checkpoints
-from kutils.checkpoints import CheckpointError
-from kutils.models import build_model
+from kutils.models import checkpoints
+from kutils.models.checkpoints import CheckpointError
+from kutils.models.networks import build_model
 
 
 @pytest.fixture

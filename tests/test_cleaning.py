@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kutils.cleaning import (
+from kutils.prompts.cleaning import (
     Cleaner,
     CleaningSettings,
     Entry,
@@ -20,7 +20,7 @@ from kutils.cleaning import (
     load_token_counter,
     prompt_key,
 )
-from kutils.prompt_syntax import tidy
+from kutils.prompts.syntax import tidy
 
 COMPETITION = json.loads((Path(__file__).parent / "data" / "competition_embeddings.json").read_text())
 

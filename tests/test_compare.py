@@ -8,8 +8,11 @@ import pandas as pd
 import pytest
 from test_notebooks import assert_readable, execute, figures, printed
 
-from kutils import comparison, datasets, paths, runs
-from kutils.datasets import DataError
+from kutils.data import datasets
+from kutils.data.datasets import DataError
+from kutils.runs import folders
+from kutils.system import paths
+from kutils.views import comparison
 
 
 def cosines(root, name, fold=0):
@@ -21,7 +24,7 @@ def cosines(root, name, fold=0):
 
 def test_runs_of_other_rows_are_another_group(finished):
     chosen = comparison.select()
-    first, second = (runs.result_of(finished / "working" / "runs" / f"{name}_fold0") for name in ("first", "second"))
+    first, second = (folders.result_of(finished / "working" / "runs" / f"{name}_fold0") for name in ("first", "second"))
     order = ["first_fold0", "second_fold0"]
     if second["cosine_similarity"] > first["cosine_similarity"]:
         order.reverse()
@@ -67,7 +70,7 @@ def test_other_images_of_the_same_prompts_are_another_group(finished):
 def test_two_folders_of_one_name_are_refused(finished):
     elsewhere = finished / "elsewhere" / "first_fold0"
     shutil.copytree(finished / "working" / "runs" / "first_fold0", elsewhere)
-    with pytest.raises(runs.RunError, match=rf"2 runs are named first_fold0 \(.*{elsewhere}\)"):
+    with pytest.raises(folders.RunError, match=rf"2 runs are named first_fold0 \(.*{elsewhere}\)"):
         comparison.select(f"first_fold0,{elsewhere}")
 
 
@@ -86,10 +89,10 @@ def test_an_image_without_a_prediction_is_left_out(finished, capsys):
 def test_runs_are_chosen_by_name(finished):
     names = [run.name for run in comparison.select("first_fold1, first_fold0")]
     assert names == ["first_fold1", "first_fold0"]
-    with pytest.raises(runs.RunError, match="no finished run 'frst'"):
+    with pytest.raises(folders.RunError, match="no finished run 'frst'"):
         comparison.select("frst")
     shutil.rmtree(finished / "working" / "runs")
-    with pytest.raises(runs.RunError, match="no finished run yet"):
+    with pytest.raises(folders.RunError, match="no finished run yet"):
         comparison.select()
 
 
@@ -147,5 +150,5 @@ def test_the_notebook_shows_all_of_it(finished):
     outputs = [output.get("data", {}) for cell in executed for output in cell.get("outputs", [])]
     shown = ["".join(each["text/html"]) for each in outputs if "text/html" in each]
     assert len(shown) == 4 and all("<table class='sortable'>" in each for each in shown)
-    score = runs.result_of(finished / "working" / "runs" / "second_fold0")["cosine_similarity"]
+    score = folders.result_of(finished / "working" / "runs" / "second_fold0")["cosine_similarity"]
     assert f">{score:.4f}</td>" in shown[0] and "lr</th>" in shown[1]

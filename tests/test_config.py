@@ -2,8 +2,9 @@
 
 import pytest
 
-from kutils import config, paths
-from kutils.config import ConfigError, Recipe, find_recipe, load_recipe, recipe_files
+from kutils.runs import recipes
+from kutils.runs.recipes import ConfigError, Recipe, find_recipe, load_recipe, recipe_files
+from kutils.system import paths
 
 # the 5th-place solution's file stems: model, stage, folds
 PUBLISHED = {
@@ -182,16 +183,16 @@ def test_unknown_models_and_files_name_the_nearest():
     with pytest.raises(ConfigError, match=r"recipes for stages 1, 2, none for stage 3"):
         find_recipe("vit_large", 3)
     with pytest.raises(ConfigError, match=r"did you mean 'tiny_vit_stage1\.yaml'"):
-        config.find_config("conf/tiny_vit_stag1.yaml")
+        recipes.find_config("conf/tiny_vit_stag1.yaml")
 
 
 def test_a_config_path_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert config.find_config("conf/tiny_vit_stage1.yaml") == paths.conf_dir() / "tiny_vit_stage1.yaml"
+    assert recipes.find_config("conf/tiny_vit_stage1.yaml") == paths.conf_dir() / "tiny_vit_stage1.yaml"
 
 
 def test_help_lists_every_key():
-    text = config.describe_keys()
+    text = recipes.describe_keys()
     assert all(f"  {key}: " in text for key in Recipe.__dataclass_fields__)
 
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from conftest import make_dataset
 
-from kutils import dataset_index
-from kutils.dataset_index import DataError
-from kutils.datasets import load_datasets
-from kutils.tables import read_table, write_table
+from kutils.data import index
+from kutils.data.datasets import load_datasets
+from kutils.data.index import DataError
+from kutils.system.tables import read_table, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ def reads(monkeypatch):
         names.append(path.name)
         return read_table(path, columns)
 
-    monkeypatch.setattr(dataset_index, "read_table", counted)
+    monkeypatch.setattr(index, "read_table", counted)
     return names
 
 

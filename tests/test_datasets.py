@@ -11,9 +11,9 @@ from conftest import make_dataset, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kutils import datasets
-from kutils.datasets import DataError, EpochSampler, TrainingImages, ValidationImages, load_datasets
-from kutils.tables import TableError, folds_hash, read_table, write_table
+from kutils.data import datasets
+from kutils.data.datasets import DataError, EpochSampler, TrainingImages, ValidationImages, load_datasets
+from kutils.system.tables import TableError, folds_hash, read_table, write_table
 
 
 def test_two_sets_are_one_list_of_rows(workspace):
@@ -66,7 +66,7 @@ def spoil(workspace, what):
         ("image", ["toy.tsv, line 7", "'../secret.png'", "relative to input/"]),
         ("absolute", ["toy.tsv, line 7", "'/etc/passwd'"]),
         ("prompt", ["toy.tsv, line 7", "prompt is '  '"]),
-        ("fold", ["toy.tsv, line 7", "fold is -1", "kutils.grouping folds"]),
+        ("fold", ["toy.tsv, line 7", "fold is -1", "kutils.prompts.folds folds"]),
         ("nan", ["toy.npy, row 7 (line 9 of the TSV)", "length nan", "gen_prompt_embedding.py"]),
         ("length", ["toy.npy, row 7", "length 2.0"]),
         ("rows", ["float32 [79, 384]", "needs float32 [80, 384]"]),

@@ -5,8 +5,8 @@ import pytest
 from conftest import unit_rows
 from test_similarity import cosines, neighbourhoods
 
-from kutils.deduplication import deduplicate, greedy_leaders
-from kutils.similarity import SimilarPairs
+from kutils.prompts.near_duplicates import deduplicate, greedy_leaders
+from kutils.prompts.similarity import SimilarPairs
 
 
 def pairs_of(*triples) -> SimilarPairs:

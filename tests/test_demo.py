@@ -8,7 +8,7 @@ import pytest
 from conftest import unit_rows
 
 from kutils import demo
-from kutils.submission import write_submission
+from kutils.kaggle.submission import write_submission
 
 SCORES = {"mean_prompt_baseline": 0.5, "models": {"a stage 1": 0.56, "b stage 1": 0.551}, "ensemble": 0.559}
 SCORES |= {"ensemble_members": {"a": 0.56, "b": 0.55}}

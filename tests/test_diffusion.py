@@ -10,9 +10,9 @@ import pytest
 import tiny_diffusion
 import torch
 
-from kutils import diffusion
-from kutils.diffusion import DiffusionError, Sampler
-from kutils.image_sets import DiffusionSettings, GenerateError, image_seed
+from kutils.generation import diffusion
+from kutils.generation.diffusion import DiffusionError, Sampler
+from kutils.generation.image_sets import DiffusionSettings, GenerateError, image_seed
 
 CPU = torch.device("cpu")
 PROMPTS = ['a "red" cat', "two dogs", "a cat, in the rain", "x", "an owl"]

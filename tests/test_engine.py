@@ -8,9 +8,9 @@ from sam_on_ranks import toy_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kutils import engine, optim
-from kutils.devices import Ranks
-from kutils.models import PromptEmbedder, build_model
+from kutils.models.networks import PromptEmbedder, build_model
+from kutils.system.devices import Ranks
+from kutils.training import engine, optimizers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim"}
@@ -41,7 +41,7 @@ SAM = [{"sam_rho": 0.0}, {"sam_rho": 0.05}, {"sam_rho": 0.05, "sam_gradient": "a
 def test_an_update_does_not_wait_for_the_device(tiny_recipe, sam):
     recipe = tiny_recipe(augment=True, drop_path_rate=0.2, **sam)
     network = build_model(recipe).train()
-    optimizer, scaler = optim.build_optimizer(network, recipe), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = optimizers.build_optimizer(network, recipe), torch.amp.GradScaler("cpu", enabled=False)
     batches = [toy_batch(number, size=32, dimension=384) for number in range(2)]
     for batch in batches:
         batch["jitter"] = torch.tensor([1.02, 0.98, 1.01, 0.01, 0, 1, 2, 3]).repeat(4, 1)
@@ -58,7 +58,7 @@ def test_an_update_does_not_wait_for_the_device(tiny_recipe, sam):
 def test_an_update_does_not_wait_for_a_gpu(tiny_recipe, sam, augment):
     recipe = tiny_recipe(augment=augment, device="cuda", **sam)
     network = build_model(recipe).train().to("cuda", memory_format=torch.channels_last)
-    optimizer, scaler = optim.build_optimizer(network, recipe), torch.amp.GradScaler("cuda", enabled=False)
+    optimizer, scaler = optimizers.build_optimizer(network, recipe), torch.amp.GradScaler("cuda", enabled=False)
     batches = [toy_batch(number, size=32, dimension=384) for number in range(2)]
     for batch in batches:
         batch["jitter"] = torch.tensor([1.02, 0.98, 1.01, 0.01, 0, 1, 2, 3]).repeat(4, 1)

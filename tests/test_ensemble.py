@@ -11,11 +11,13 @@ import yaml
 from conftest import TINY, make_dataset, use_folders
 from ensembles import write_ensemble
 
-from kutils import blending, checkpoints, ensemble, train
-from kutils.config import ConfigError, Recipe, load_recipe
-from kutils.members import EnsembleError, Member, add_checkpoint, read_config
-from kutils.prompt_bank import PromptBank
-from kutils.tables import read_table, write_table
+from kutils.data.prompt_bank import PromptBank
+from kutils.ensemble import blending, fit
+from kutils.ensemble.members import EnsembleError, Member, add_checkpoint, read_config
+from kutils.models import checkpoints
+from kutils.runs.recipes import ConfigError, Recipe, load_recipe
+from kutils.system.tables import read_table, write_table
+from kutils.training import train
 
 FAMILIES = {"convnext": "test_convnext", "vit": "test_vit"}
 
@@ -69,7 +71,7 @@ def change_predictions(root, name, **changes):
 def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys):
     config = write_config(world, vit=[0, 1])
     output = world / "ensemble_toy.json"
-    assert ensemble.main(["fit", "--config", str(config), "--output", str(output)]) == 0
+    assert fit.main(["fit", "--config", str(config), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     content = json.loads(output.read_text())
     assert content["kind"] == "kutils ensemble" and content["method"] == "family"
@@ -111,17 +113,17 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     np.testing.assert_allclose(bank.vectors([0, 1, 2]), embeddings[[0, 2, 4]], atol=1e-3)
     assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
     assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
-    assert ensemble.load_ensemble(output).members()[2] == Member(**vit[1])
+    assert fit.load_ensemble(output).members()[2] == Member(**vit[1])
 
 
 @pytest.mark.parametrize("method", ["equal", "dimension"])
 def test_other_methods(world, method):
-    fitted, path = ensemble.fit(write_config(world, method=method))
+    fitted, path = fit.fit(write_config(world, method=method))
     assert path == world / "working" / "models" / "ensemble_toy.json"
     assert fitted.scores["chosen"] == fitted.scores[method]
     assert np.shape(fitted.weights["vit"]) == {"equal": (), "dimension": (384,)}[method]
     assert sum(fitted.mean_weights().values()) == pytest.approx(1)
-    assert ensemble.load_ensemble(path) == fitted
+    assert fit.load_ensemble(path) == fitted
 
 
 def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, capsys):
@@ -130,7 +132,7 @@ def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, cap
     pulled = [entry | {"neighbours": 3, "temperature": 0.2} for entry in values["families"]["vit"]]
     values["families"]["vit_nearest"] = pulled
     (world / "ensemble_toy.yaml").write_text(yaml.safe_dump(values))
-    fitted, path = ensemble.fit(world / "ensemble_toy.yaml")
+    fitted, path = fit.fit(world / "ensemble_toy.yaml")
     assert [member.name for member in fitted.families["vit_nearest"]] == [
         "vit fold 0 (3 nearest)",
         "vit fold 1 (3 nearest)",
@@ -158,15 +160,15 @@ def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, cap
     prompts = np.array(table["prompt"].to_pylist()[::2])
     assert bank.prompts.to_pylist() == prompts[folds != 0].tolist() and len(bank) == 108
     np.testing.assert_allclose(bank.vectors(np.arange(108)), known, atol=1e-4)
-    assert ensemble.load_ensemble(path) == fitted
+    assert fit.load_ensemble(path) == fitted
     assert fitted.files()[file.name] == fitted.neighbours_sha256 and len(fitted.files()) == 1 + 2 + 1
     capsys.readouterr()
-    ensemble.write_ensemble(fitted, path)
+    fit.write_ensemble(fitted, path)
     content = json.loads(path.read_text())
     for key in ("neighbours_bank", "neighbours_sha256"):
         del content[key]
     path.write_text(json.dumps(content))  # as it was written before there were neighbours
-    assert ensemble.load_ensemble(path).neighbours_bank == ""
+    assert fit.load_ensemble(path).neighbours_bank == ""
 
 
 def test_rows_without_a_prediction_have_no_neighbours():
@@ -181,11 +183,11 @@ def test_rows_without_a_prediction_have_no_neighbours():
 
 
 def test_a_former_file_that_differs_is_kept(world):
-    _, path = ensemble.fit(world / "ensemble_toy.yaml")
+    _, path = fit.fit(world / "ensemble_toy.yaml")
     first = path.read_bytes()
-    ensemble.fit(world / "ensemble_toy.yaml")
+    fit.fit(world / "ensemble_toy.yaml")
     assert path.read_bytes() == first and not path.with_name("ensemble_toy.json.bak").exists()
-    ensemble.fit(world / "ensemble_toy.yaml", seed=1)
+    fit.fit(world / "ensemble_toy.yaml", seed=1)
     assert path.read_bytes() != first and path.with_name("ensemble_toy.json.bak").read_bytes() == first
 
 
@@ -197,12 +199,12 @@ def test_a_former_file_keeps_its_neighbours(world):
     output, banks = world / "models" / "e\u00e4.json", []
 
     def refit(name):
-        fitted, _ = ensemble.fit(world / name, output)
+        fitted, _ = fit.fit(world / name, output)
         banks.append(fitted.neighbours_bank)
         return {path.name for path in output.parent.glob("*.neighbours.arrow")}
 
     def loaded(path):
-        fitted = ensemble.load_ensemble(path)
+        fitted = fit.load_ensemble(path)
         assert (
             fitted.neighbours_sha256
             == hashlib.sha256((output.parent / fitted.neighbours_bank).read_bytes()).hexdigest()
@@ -214,10 +216,10 @@ def test_a_former_file_keeps_its_neighbours(world):
         (output.parent / name).write_bytes(b"")
     assert refit("ensemble_near.yaml") == {*banks, *others}
     assert refit("ensemble_near.yaml") == {*banks, *others} and len(set(banks)) == 1  # the same
-    real = ensemble.in_fold
+    real = fit.in_fold
     for fold in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ensemble, "in_fold", lambda bank, names, _, fold=fold: real(bank, names, fold))
+            patch.setattr(fit, "in_fold", lambda bank, names, _, fold=fold: real(bank, names, fold))
             assert refit("ensemble_near.yaml") == {*banks[-2:], *others}
         loaded(output)
         loaded(f"{output}.bak")
@@ -229,7 +231,7 @@ def test_a_former_file_keeps_its_neighbours(world):
 def test_a_file_that_cannot_be_written_is_one_line(world, capsys):
     (world / "file").write_text("")
     arguments = ["fit", "--config", str(world / "ensemble_toy.yaml"), "--output", str(world / "file" / "x.json")]
-    assert ensemble.main(arguments) == 1
+    assert fit.main(arguments) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "Traceback" not in said and said.count("\n") == 1
 
@@ -245,7 +247,7 @@ def test_a_network_is_its_checkpoint(world):
 
 def refused(world, capsys):
     """The error of a fit that must fail and write nothing."""
-    assert ensemble.main(["fit", "--config", str(world / "ensemble_toy.yaml")]) == 1
+    assert fit.main(["fit", "--config", str(world / "ensemble_toy.yaml")]) == 1
     assert not list((world / "working" / "models").glob("*.json"))
     return capsys.readouterr().err
 
@@ -373,21 +375,21 @@ def test_a_recipe_that_is_not_there_or_named_twice(world):
 def test_a_file_that_holds_no_weights(tmp_path):
     (tmp_path / "x.json").write_text('{"method": "family"}')
     with pytest.raises(EnsembleError, match=r"x.json holds no weights"):
-        ensemble.load_ensemble(tmp_path / "x.json")
+        fit.load_ensemble(tmp_path / "x.json")
     whole = write_ensemble(tmp_path, {"a": [Member("a.yaml", 0)]}, {"a": 1.0}, np.zeros(384))
     content = json.loads(whole.read_text())
     for weights in (None, {}, {"b": 1.0}, {"a": None}, {"a": [1.0]}, [1.0]):
         whole.write_text(json.dumps(content | {"weights": weights}))
         with pytest.raises(EnsembleError, match=r"weights.json holds no weights"):
-            ensemble.load_ensemble(whole)
+            fit.load_ensemble(whole)
     for weights in ({"a": 1}, {"a": [0.5] * 384}):
         whole.write_text(json.dumps(content | {"weights": weights}))
-        assert ensemble.load_ensemble(whole).weights == weights
+        assert fit.load_ensemble(whole).weights == weights
     whole.write_text("[" * 100_000)
     with pytest.raises(EnsembleError, match=r"weights.json holds no weights"):
-        ensemble.load_ensemble(whole)
+        fit.load_ensemble(whole)
     with pytest.raises(EnsembleError, match="No such file"):
-        ensemble.load_ensemble(tmp_path / "y.json")
+        fit.load_ensemble(tmp_path / "y.json")
 
 
 def test_the_ensemble_in_conf_is_read():
@@ -408,7 +410,7 @@ def test_the_ensemble_in_conf_is_read():
     ],
 )
 def test_the_verdict_knows_chance(gain, said):
-    assert ensemble.verdict(gain).startswith(said)
+    assert fit.verdict(gain).startswith(said)
 
 
 def test_the_published_ensemble_has_its_eighteen_models():

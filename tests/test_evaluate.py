@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from kutils import checkpoints, evaluate, train
-from kutils.models import build_model
-from kutils.tables import read_table, write_table
+from kutils.models import checkpoints
+from kutils.models.networks import build_model
+from kutils.system.tables import read_table, write_table
+from kutils.training import evaluate, train
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path):
 import sys, torch
 from pathlib import Path
 from kutils import predictions
-from kutils.devices import Ranks
+from kutils.system.devices import Ranks
 try:
     with predictions.gathered(Ranks(0, 1, torch.device("cpu")), torch.ones(4000, 384), 4000, Path(sys.argv[1])):
         print("written")
@@ -132,7 +133,7 @@ def test_two_ranks_keep_every_row_in_order(trained, workspace):
     make_dataset(workspace / "input", "odd", num_prompts=37, images_per_prompt=1)
     arguments += ["datasets=toy,odd"]
     for name, launcher in (
-        ("one", [sys.executable, "-m", "kutils.evaluate"]),
+        ("one", [sys.executable, "-m", "kutils.training.evaluate"]),
         ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
     ):
         script = [str(workspace / "small_blocks.py")] if name == "two" else []

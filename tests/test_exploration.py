@@ -14,22 +14,15 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from PIL import Image
 
-from kutils import (
-    blending,
-    checkpoints,
-    datasets,
-    ensemble,
-    exploration,
-    runs,
-    shards,
-    train,
-    transforms,
-    validated,
-    widgets,
-)
-from kutils.config import Recipe
-from kutils.exploration import Exploration, ExplorationError
-from kutils.tables import read_table, write_table
+from kutils.data import datasets, shards, transforms
+from kutils.ensemble import blending, fit
+from kutils.models import checkpoints
+from kutils.runs import folders
+from kutils.runs.recipes import Recipe
+from kutils.system.tables import read_table, write_table
+from kutils.training import train
+from kutils.views import exploration, validated, widgets
+from kutils.views.exploration import Exploration, ExplorationError
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "explore.ipynb"
 NETWORKS = {"convnext": "test_convnext", "vit": "test_vit"}
@@ -83,7 +76,7 @@ def test_models_stand_side_by_side_on_the_same_rows(world):
         np.testing.assert_array_equal(of.predictions[run], embeddings[np.argsort(rows)])
         expected = (embeddings * targets[rows]).sum(axis=1)[np.argsort(rows)]
         np.testing.assert_allclose(of.cosines[run], expected, atol=1e-6)
-        score = runs.result_of(world / "working" / "runs" / run)["cosine_similarity"]
+        score = folders.result_of(world / "working" / "runs" / run)["cosine_similarity"]
         assert of.mean_scores()[run] == pytest.approx(score, abs=1e-6)
     together = of.predictions[RUNS[0]] + of.predictions[RUNS[1]]
     together /= np.linalg.norm(together, axis=1, keepdims=True)
@@ -94,7 +87,7 @@ def test_models_stand_side_by_side_on_the_same_rows(world):
 
 def test_only_the_named_runs_are_looked_at(world):
     assert list(Exploration.open("toy", "vit_*").validated(0).predictions) == ["vit_fold0"]
-    with pytest.raises(runs.RunError, match="no finished run 'vit_fld0'"):
+    with pytest.raises(folders.RunError, match="no finished run 'vit_fld0'"):
         Exploration.open("toy", "vit_fld0")
 
 
@@ -260,7 +253,7 @@ def test_the_fitted_ensemble_is_shown_with_what_its_fit_has_not_seen(broken, cap
         f"  vit:\n    - {{recipe: {broken}/vit.yaml, fold: 0}}\n"
         f"  near:\n    - {{recipe: {broken}/convnext.yaml, fold: 0, neighbours: 3}}\n"
     )
-    fitted, path = ensemble.fit(broken / "ensemble.yaml")
+    fitted, path = fit.fit(broken / "ensemble.yaml")
     explored = Exploration.open("toy")
     assert explored.has_models(0)
     assert f"on the others it has {fitted.scores['chosen']:.4f}" in capsys.readouterr().out

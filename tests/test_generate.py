@@ -10,9 +10,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from kutils import datasets, generate, grouping, shapes
-from kutils.image_sets import ImageSet
-from kutils.tables import TableError, read_table, write_table
+from kutils.data import datasets
+from kutils.generation import generate, shapes
+from kutils.generation.image_sets import ImageSet
+from kutils.prompts import folds as prompt_folds
+from kutils.system.tables import TableError, read_table, write_table
 
 PROMPTS = ["a red apple", 'two "blue" hats, in falling snow', "a cat under a starry night sky"]
 
@@ -220,7 +222,7 @@ def test_a_damaged_record_and_a_leftover_that_vanishes(tmp_path, monkeypatch):
         leftover.unlink(missing_ok=True)
         return 0.0
 
-    monkeypatch.setattr("kutils.image_sets.time.time", renamed_meanwhile)
+    monkeypatch.setattr("kutils.generation.image_sets.time.time", renamed_meanwhile)
     assert not len(image_set.missing()) and not leftover.exists()
 
 
@@ -260,11 +262,11 @@ def test_embedded_data_set_is_ready_for_training(workspace):
     path = generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
     data = datasets.load_datasets(["little"])
     assert len(data) == 120 and set(data.folds.tolist()) == set(range(10))
-    assert grouping.read_report(path)["prompts"] == 60
+    assert prompt_folds.read_report(path)["prompts"] == 60
     before = files_of(workspace / "input")
     generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
     assert files_of(workspace / "input") == before
-    report_path, own = grouping.report_path(path), np.arange(120) // 2 % 3
+    report_path, own = prompt_folds.report_path(path), np.arange(120) // 2 % 3
     report_path.unlink()
     table = read_table(path, ["image", "prompt"])
     write_table(path, {"image": table["image"], "prompt": table["prompt"], "fold": own})
@@ -276,7 +278,7 @@ def test_embedded_data_set_is_ready_for_training(workspace):
 
 def test_command(tmp_path):
     write_table(tmp_path / "p.tsv", {"prompt": [*PROMPTS, PROMPTS[0]], "source": ["me"] * 4})
-    command = [sys.executable, "-m", "kutils.generate"]
+    command = [sys.executable, "-m", "kutils.generation.generate"]
     options = ["p.tsv", "--output", "set", "--images-per-prompt", "1", "--size", "32"]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,10 +13,13 @@ from conftest import unit_rows
 from test_deduplication import pairs_of
 from test_similarity import cosines, neighbourhoods
 
-from kutils import datasets, deduplication, folding, grouping, paths
-from kutils.grouping import assign_folds, read_report
-from kutils.similarity import GroupingError, SimilarPairs, similar_pairs
-from kutils.tables import TableError, folds_hash, read_table, write_table
+from kutils.data import datasets
+from kutils.prompts import folds as prompt_folds
+from kutils.prompts import near_duplicates, partition
+from kutils.prompts.folds import assign_folds, read_report
+from kutils.prompts.similarity import GroupingError, SimilarPairs, similar_pairs
+from kutils.system import paths
+from kutils.system.tables import TableError, folds_hash, read_table, write_table
 
 BY_PAIRS = ("partition", "components", "leader")
 
@@ -26,21 +29,21 @@ def test_separate_neighbourhoods_stay_whole_and_folds_are_even(method):
     rows = neighbourhoods(num_groups=60, group_size=5, noise=0.3)  # within a group all are similar, between none
     pairs = similar_pairs(rows, 0.7)
     assert len(pairs.first) == 60 * 10
-    folds = folding.assign(np.full(300, 3), pairs, 10, method, seed=0)
-    assert not folding.leaked_prompts(folds, pairs).any()
+    folds = partition.assign(np.full(300, 3), pairs, 10, method, seed=0)
+    assert not partition.leaked_prompts(folds, pairs).any()
     assert np.bincount(folds).tolist() == [30] * 10
 
 
 def test_kmeans_keeps_topics_whole_and_folds_even():
     rows = neighbourhoods(num_groups=40, group_size=25, noise=0.3)  # as many topics as it makes of 800 to 1,000 prompts
     nothing = SimilarPairs(*np.empty((3, 0), int))
-    folds = folding.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows)
+    folds = partition.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows)
     topics = np.unique(cosines(rows) > 0.5, axis=0)  # 40 rows: who is of one topic
     assert len(topics) == 40
     torn = sum(len(set(folds[topic])) > 1 for topic in topics)
     assert torn <= 4
     assert np.bincount(folds, minlength=10).min() >= 75 and np.bincount(folds).max() <= 125
-    assert np.array_equal(folds, folding.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows))
+    assert np.array_equal(folds, partition.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows))
 
 
 def percolating() -> np.ndarray:
@@ -55,20 +58,20 @@ def test_partition_cuts_a_percolating_graph_into_even_folds_at_few_prompts():
     neighbours = np.bincount(np.concatenate([pairs.first, pairs.second]))
     assert set(neighbours) == {4}
     num_rows = np.random.default_rng(1).integers(1, 6, 1000)  # images per prompt
-    folds = folding.assign(num_rows, pairs, 10, "partition", seed=0)
+    folds = partition.assign(num_rows, pairs, 10, "partition", seed=0)
     sizes = np.bincount(folds, num_rows) / num_rows.sum()
     assert sizes.min() > 0.09 and sizes.max() < 0.11
     # ten cuts of the ring touch at least two prompts on either side: 40 of 1,000
-    assert 0.04 <= folding.leaked_prompts(folds, pairs).mean() < 0.06
-    leader = folding.assign(num_rows, pairs, 10, "leader", seed=0)
-    assert folding.leaked_prompts(leader, pairs).mean() > 0.5
+    assert 0.04 <= partition.leaked_prompts(folds, pairs).mean() < 0.06
+    leader = partition.assign(num_rows, pairs, 10, "leader", seed=0)
+    assert partition.leaked_prompts(leader, pairs).mean() > 0.5
     with pytest.raises(GroupingError, match=r"1 groups .* cannot fill 10 folds; .*--method partition"):
-        folding.assign(num_rows, pairs, 10, "components", seed=0)
+        partition.assign(num_rows, pairs, 10, "components", seed=0)
 
 
 def test_partition_repeats_and_follows_the_seed():
     pairs = similar_pairs(percolating(), 0.7)
-    first, again, other = (folding.assign(np.ones(1000, int), pairs, 10, "partition", seed) for seed in (0, 0, 1))
+    first, again, other = (partition.assign(np.ones(1000, int), pairs, 10, "partition", seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -76,7 +79,7 @@ def test_partition_repeats_and_follows_the_seed():
 @pytest.mark.parametrize("method", BY_PAIRS)
 def test_every_fold_has_prompts_where_none_are_similar(method, num_prompts, num_folds):
     pairs = similar_pairs(np.eye(384, dtype=np.float32)[:num_prompts], 0.7)
-    folds = folding.assign(np.ones(num_prompts, int), pairs, num_folds, method, seed=0)
+    folds = partition.assign(np.ones(num_prompts, int), pairs, num_folds, method, seed=0)
     sizes = np.bincount(folds, minlength=num_folds)
     assert len(sizes) == num_folds and sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
 
@@ -85,7 +88,7 @@ def test_partition_fills_every_fold_of_a_small_dense_graph():
     first, second = np.triu_indices(20, k=1)
     near = second - first <= 3  # a band: 54 pairs of 20 prompts
     pairs = SimilarPairs(first[near], second[near], np.ones(near.sum(), np.float32))
-    folds = folding.assign(np.ones(20, int), pairs, 10, "partition", seed=0)
+    folds = partition.assign(np.ones(20, int), pairs, 10, "partition", seed=0)
     assert set(folds) == set(range(10))
 
 
@@ -95,17 +98,17 @@ NUM_ROWS = np.array([1, 2, 3, 1, 1, 2])
 
 
 def test_groups_by_hand():
-    assert folding.groups_by_components(6, GRAPH).tolist() == [0, 0, 0, 1, 1, 2]
-    folds = folding.assign(NUM_ROWS, GRAPH, 2, "components", seed=0)  # 6 rows against 2 + 2
+    assert partition.groups_by_components(6, GRAPH).tolist() == [0, 0, 0, 1, 1, 2]
+    folds = partition.assign(NUM_ROWS, GRAPH, 2, "components", seed=0)  # 6 rows against 2 + 2
     assert folds[:3].tolist() == [folds[0]] * 3 and folds[3:].tolist() == [1 - folds[0]] * 3
-    folds = folding.assign(NUM_ROWS, GRAPH, 4, "leader", seed=0)  # groups {0, 1}, {2}, {3, 4}, {5}: one to a fold
+    folds = partition.assign(NUM_ROWS, GRAPH, 4, "leader", seed=0)  # groups {0, 1}, {2}, {3, 4}, {5}: one to a fold
     assert folds[0] == folds[1] and folds[3] == folds[4] and len(set(folds)) == 4
 
 
 def test_leakage_by_hand():
     folds = np.array([0, 0, 1, 1, 1, 0], np.int8)  # cuts 1 - 2
-    assert folding.leaked_prompts(folds, GRAPH).tolist() == [False, True, True, False, False, False]
-    report = folding.leakage_report(folds, NUM_ROWS, GRAPH, 2)
+    assert partition.leaked_prompts(folds, GRAPH).tolist() == [False, True, True, False, False, False]
+    report = partition.leakage_report(folds, NUM_ROWS, GRAPH, 2)
     assert report == {
         "rows": 10,
         "prompts": 6,
@@ -120,9 +123,9 @@ def test_leakage_by_hand():
             {"fold": 1, "rows": 5, "rows_share": 0.5, "prompts": 3, "leaked": 1, "leaked_share": pytest.approx(1 / 3)},
         ],
     }
-    warnings = folding.report_warnings(report)
+    warnings = partition.report_warnings(report)
     assert len(warnings) == 1 and warnings[0].startswith("33.3% of the prompts have a similar one in another fold")
-    text = folding.format_report(report | {"method": "partition", "threshold": 0.7, "warnings": warnings})
+    text = partition.format_report(report | {"method": "partition", "threshold": 0.7, "warnings": warnings})
     assert "10 rows, 6 distinct prompts; folds by partition at cosine >= 0.7" in text
     assert "3 similar pairs, 33.3% of them across folds" in text
     assert "83.3% of the prompts have a similar one, 33.3% have one in another fold" in text
@@ -130,8 +133,8 @@ def test_leakage_by_hand():
 
 def test_uneven_folds_are_warned_about():
     folds = np.array([0, 0, 0, 1, 1, 1], np.int8)
-    report = folding.leakage_report(folds, np.array([4, 4, 4, 1, 1, 1]), GRAPH, 2)
-    assert folding.report_warnings(report) == [
+    report = partition.leakage_report(folds, np.array([4, 4, 4, 1, 1, 1]), GRAPH, 2)
+    assert partition.report_warnings(report) == [
         "the largest connected component holds 80.0% of the rows: folds by components would be uneven",
         "fold sizes are uneven: 0.40 to 1.60 of their mean",
     ]
@@ -239,7 +242,9 @@ def test_another_assignment_makes_the_mark_and_the_report_void(tables):
     folds = (table["fold"].to_numpy() + 1) % 10
     write_table(tables[0], {"image": table["image"], "prompt": table["prompt"], "fold": folds})
     assert datasets.load_datasets(["one"]).clean is None
-    with pytest.raises(GroupingError, match=r"one.folds.json describes other folds .* python -m kutils.grouping folds"):
+    with pytest.raises(
+        GroupingError, match=r"one.folds.json describes other folds .* python -m kutils.prompts.folds folds"
+    ):
         read_report(tables[0])
     tables[1].with_suffix(".folds.json").write_text('{"folds_hash": ')
     with pytest.raises(GroupingError, match=r"two.folds.json cannot be read .*; assign folds again"):
@@ -311,10 +316,10 @@ def test_uneven_folds_are_kept_and_filled(share, seed):
     pairs = SimilarPairs(first[apart], second[apart], np.full(apart.sum(), 0.8, np.float32))
     former = np.where(random.random(400) < share, -1, folds)
     former[[int(np.argmax(folds == fold)) for fold in range(5)]] = range(5)
-    extended = folding.extend_folds(former, np.ones(400, int), pairs, 5)
+    extended = partition.extend_folds(former, np.ones(400, int), pairs, 5)
     assert np.array_equal(extended[former >= 0], former[former >= 0]) and extended.min() >= 0
     num_new, sizes = (former < 0).sum(), np.bincount(former[former >= 0], minlength=5)
-    level = folding.level_after(sizes, num_new)
+    level = partition.level_after(sizes, num_new)
     assert np.maximum(level - sizes, 0).sum() == pytest.approx(num_new, abs=5)
     assert (np.bincount(extended) <= np.maximum(sizes, 1.05 * level + 2)).all()
     moved = np.where(former < 0, random.integers(0, 5, 400), former)
@@ -334,17 +339,17 @@ def test_a_kill_between_tables_does_not_change_where_new_prompts_go(tables, monk
     expected = [path.read_bytes() for path in files]
     for name, content in before.items():
         (third.parent / name).write_bytes(content)
-    write = grouping.write_table
+    write = prompt_folds.write_table
 
     def killed(path, columns):
         if path == third:
             raise Killed
         write(path, columns)
 
-    monkeypatch.setattr(grouping, "write_table", killed)
+    monkeypatch.setattr(prompt_folds, "write_table", killed)
     with pytest.raises(Killed):
         assign_folds(files, keep=True, progress=False)
-    monkeypatch.setattr(grouping, "write_table", write)
+    monkeypatch.setattr(prompt_folds, "write_table", write)
     again = assign_folds(files, keep=True, progress=False)
     assert [path.read_bytes() for path in files] == expected and again == report
 
@@ -463,28 +468,28 @@ def prompts_file(tmp_path, monkeypatch):
     tsv = tmp_path / "prompts.tsv"
     write_table(tsv, {"prompt": [f'"{row}' for row in range(160)], "source": [f"s{row % 3}" for row in range(160)]})
     np.save(tsv.with_suffix(".npy"), neighbourhoods(num_groups=40, group_size=4, noise=0.2))  # 0.93 to 0.98 within
-    monkeypatch.setattr(deduplication, "embed_table", lambda path, **options: Path(path).with_suffix(".npy"))
+    monkeypatch.setattr(near_duplicates, "embed_table", lambda path, **options: Path(path).with_suffix(".npy"))
     return tsv
 
 
 def test_dedup_splits_a_prompts_file(prompts_file, capsys):
     kept, rest = prompts_file.with_name("kept.tsv"), prompts_file.with_name("rest.tsv")
     command = ["dedup", str(prompts_file), "--kept", str(kept), "--rest", str(rest)]
-    grouping.main(command)
+    prompt_folds.main(command)
     assert "40 prompts kept" in capsys.readouterr().out
     tables = [read_table(path, ["prompt", "source"]) for path in (kept, rest, prompts_file)]
     assert [table.num_rows for table in tables] == [40, 120, 160]
     pairs = [list(zip(table["prompt"].to_pylist(), table["source"].to_pylist(), strict=True)) for table in tables]
     assert sorted(pairs[0] + pairs[1]) == sorted(pairs[2])
 
-    grouping.main(command)  # the same again is no harm
+    prompt_folds.main(command)  # the same again is no harm
     before = contents(prompts_file.parent)
     with pytest.raises(
         SystemExit, match=r"kept.tsv is there already, with other prompts; delete it, or give --overwrite"
     ):
-        grouping.main([*command, "--threshold", "0.99"])
+        prompt_folds.main([*command, "--threshold", "0.99"])
     assert contents(prompts_file.parent) == before
-    grouping.main([*command, "--threshold", "0.99", "--overwrite"])
+    prompt_folds.main([*command, "--threshold", "0.99", "--overwrite"])
     assert read_table(kept, ["prompt"]).num_rows == 160 and read_table(rest, ["prompt"]).num_rows == 0
 
 
@@ -497,7 +502,7 @@ def test_dedup_leaves_out_what_resembles_an_earlier_list(prompts_file, capsys):
 
     def dedup(name, *options):
         files = [str(folder / f"{name}.{part}.tsv") for part in ("kept", "rest")]
-        grouping.main(["dedup", str(folder / f"{name}.tsv"), "--kept", files[0], "--rest", files[1], *options])
+        prompt_folds.main(["dedup", str(folder / f"{name}.tsv"), "--kept", files[0], "--rest", files[1], *options])
         return read_table(files[0], ["prompt"])["prompt"].to_pylist()
 
     first = dedup("a")
@@ -524,14 +529,16 @@ def test_dedup_leaves_out_what_resembles_an_earlier_list(prompts_file, capsys):
 def test_dedup_never_writes_over_its_input(prompts_file):
     before = contents(prompts_file.parent)
     with pytest.raises(SystemExit, match="have to be different files"):
-        grouping.main(["dedup", str(prompts_file), "--kept", str(prompts_file), "--rest", "rest.tsv", "--overwrite"])
+        prompt_folds.main(
+            ["dedup", str(prompts_file), "--kept", str(prompts_file), "--rest", "rest.tsv", "--overwrite"]
+        )
     assert contents(prompts_file.parent) == before
 
 
 @pytest.mark.parametrize("command", ["folds", "dedup"])
 def test_help_shows_every_default(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        grouping.main([command, "--help"])
+        prompt_folds.main([command, "--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0 and "None" not in text
     for default in {
@@ -543,7 +550,7 @@ def test_help_shows_every_default(command, capsys):
 
 def run(folder: Path, *arguments: str, launcher: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "kutils.grouping", *arguments]
+    command = [sys.executable, *launcher, "-m", "kutils.prompts.folds", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -566,8 +573,8 @@ def test_commands_from_a_shell(tables):
     assert [path.read_bytes() for path in tables] == together != alone
 
     tables[1].with_suffix(".npy").unlink()
-    with pytest.raises(SystemExit, match=r"python -m kutils.grouping: .*two.npy cannot be read"):
-        grouping.main(["folds", *map(str, tables)])
+    with pytest.raises(SystemExit, match=r"python -m kutils.prompts.folds: .*two.npy cannot be read"):
+        prompt_folds.main(["folds", *map(str, tables)])
 
     prompts = ["a red apple on a table", "a castle on a hill", "a red apple on the table", "a castle on a hill"]
     write_table(folder / "p.tsv", {"prompt": prompts, "source": list("abcd")})

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kutils import html_tables
+from kutils.views import html_tables
 
 FRAME = pd.DataFrame(
     {

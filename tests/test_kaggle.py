@@ -19,9 +19,14 @@ from conftest import unit_rows
 from ensembles import write_ensemble
 from kaggle_stub import OWNER
 
-from kutils import checkpoints, ensemble, kaggle, kaggle_client, models, paths, prompt_bank, runs, submission
-from kutils.kaggle import KaggleError
-from kutils.members import Member, read_config
+from kutils.data import prompt_bank
+from kutils.ensemble import fit
+from kutils.ensemble.members import Member, read_config
+from kutils.kaggle import client, packing, submission
+from kutils.kaggle.packing import KaggleError
+from kutils.models import checkpoints, networks
+from kutils.runs import folders
+from kutils.system import paths
 
 absent = importlib.util.find_spec("kaggle") is None and not os.environ.get("CI")  # there it has to be installed
 needs_client = pytest.mark.skipif(absent, reason="pip install kaggle six")
@@ -40,7 +45,7 @@ def repository(tmp_path, monkeypatch):
     run("add", ".")
     run("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "first")
     (root / "kutils" / "kaggle.json").write_text('{"key": "secret"}')
-    with (root / "kutils" / "paths.py").open("a") as stream:
+    with (root / "kutils" / "system" / "paths.py").open("a") as stream:
         stream.write("# not committed\n")
     monkeypatch.setattr(paths, "repository_root", lambda: root)
     monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
@@ -49,7 +54,7 @@ def repository(tmp_path, monkeypatch):
 
 @pytest.fixture
 def settings():
-    return kaggle.read_settings(user=OWNER)
+    return packing.read_settings(user=OWNER)
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def fitted(tmp_path, tiny_recipe):
         torch.manual_seed(seed)
         name = f"{family}/{family}_fold{fold}_best_cossim.pth"
         recipe = tiny_recipe(prefix=family, amp_dtype="float32")
-        built[name] = models.build_model(recipe).eval()
+        built[name] = networks.build_model(recipe).eval()
         checkpoints.save_checkpoint(folder / name, built[name], recipe, fold=fold, folds_hashes={})
         member = Member(f"conf/{family}.yaml", fold, name, paths.sha256_of(folder / name))
         families.setdefault(family, []).append(member)
@@ -91,47 +96,50 @@ def test_settings_that_cannot_be_used(repository, change, said):
     assert change[0] in text
     path.write_text(text.replace(*change))
     with pytest.raises(KaggleError) as caught:
-        kaggle.read_settings()
+        packing.read_settings()
     assert said in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_the_repositorys_settings_are_read_with_any_name_and_choices_in_them():
-    settings = kaggle.read_settings(user=OWNER)
-    assert settings.user == OWNER and kaggle.PLACEHOLDER not in str(settings)
+    settings = packing.read_settings(user=OWNER)
+    assert settings.user == OWNER and packing.PLACEHOLDER not in str(settings)
     assert read_config(settings.ensemble)[0] in ("equal", "family", "dimension")
 
 
 def test_the_code_is_what_was_committed(repository, settings, capsys):
-    folder = kaggle.stage_code(settings)
+    folder = packing.stage_code(settings)
     sent = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"kutils/paths.py", "conf/tiny_vit_stage1.yaml", "LICENSE", "COMMIT", "dataset-metadata.json"} <= sent
+    assert {"kutils/system/paths.py", "conf/tiny_vit_stage1.yaml", "LICENSE", "COMMIT", "dataset-metadata.json"} <= sent
     assert not any(name.startswith(("notebooks", "kernel-metadata", ".git")) for name in sent)
-    assert "kutils/kaggle.json" not in sent and "not committed" not in (folder / "kutils" / "paths.py").read_text()
+    assert (
+        "kutils/kaggle.json" not in sent
+        and "not committed" not in (folder / "kutils" / "system" / "paths.py").read_text()
+    )
     said = capsys.readouterr().out
-    assert "not committed, and not sent" in said and "kutils/paths.py" in said and "kutils/kaggle.json" in said
+    assert "not committed, and not sent" in said and "kutils/system/paths.py" in said and "kutils/kaggle.json" in said
     head = subprocess.run(["git", "-C", repository, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert (folder / "COMMIT").read_text() == head
     assert json.loads((folder / "dataset-metadata.json").read_text())["id"] == f"{OWNER}/kutils-code"
     (folder / "left over").write_text("of an earlier time")
-    assert not (kaggle.stage_code(settings) / "left over").exists()
+    assert not (packing.stage_code(settings) / "left over").exists()
 
 
 def test_the_code_tells_its_commit_where_there_is_no_repository(repository, settings, monkeypatch):
-    folder = kaggle.stage_code(settings)
+    folder = packing.stage_code(settings)
     monkeypatch.setattr(paths, "repository_root", lambda: folder)
-    assert runs.git_commit() == (folder / "COMMIT").read_text().strip() and len(runs.git_commit()) == 40
+    assert folders.git_commit() == (folder / "COMMIT").read_text().strip() and len(folders.git_commit()) == 40
 
 
 def test_without_a_clone_nothing_is_sent(repository, settings):
     shutil.rmtree(repository / ".git")
     with pytest.raises(KaggleError, match="what is sent is the committed tree"):
-        kaggle.stage_code(settings)
+        packing.stage_code(settings)
 
 
 def test_the_weights_are_half_as_large_and_the_same_models(repository, settings, fitted):
     models_folder, built = fitted
-    folder = kaggle.stage_weights(settings)
-    packed = ensemble.load_ensemble(folder / "ensemble_tiny.json")
+    folder = packing.stage_weights(settings)
+    packed = fit.load_ensemble(folder / "ensemble_tiny.json")
     assert list(packed.families) == ["a"] and packed.weights == {"a": 1.0}  # b has no weight
     manifest = json.loads((folder / "manifest.json").read_text())["files"]
     for member in packed.members():
@@ -147,24 +155,24 @@ def test_the_weights_are_half_as_large_and_the_same_models(repository, settings,
         with torch.no_grad():
             assert torch.cosine_similarity(model(images), built[original](images)).min() > 0.9999
         assert recipe.prefix == "a" and facts["fold"] == member.fold
-    assert prompt_bank.PromptBank.load(ensemble.bank_path(folder / "ensemble_tiny.json")).texts([0]) == ["a cat"]
+    assert prompt_bank.PromptBank.load(fit.bank_path(folder / "ensemble_tiny.json")).texts([0]) == ["a cat"]
     assert not list(folder.rglob("b_*"))
 
 
 def test_the_prompts_of_neighbours_are_sent_where_they_count(repository, settings, fitted):
     models_folder, _ = fitted
     path = models_folder / "ensemble_tiny.json"
-    plain = ensemble.load_ensemble(path)
-    bank = ensemble.neighbours_path(path)
+    plain = fit.load_ensemble(path)
+    bank = fit.neighbours_path(path)
     prompt_bank.PromptBank(["a cat", "a dog"], unit_rows(2)).save(bank, np.float16)
     nearest = [dataclasses.replace(member, neighbours=1) for member in plain.families["a"]]
     changes = {"neighbours_bank": bank.name, "neighbours_sha256": paths.sha256_of(bank)}
     changes["families"] = plain.families | {"nearest": nearest}
     for weight in (0.5, 0.0):
         weights = plain.weights | {"nearest": weight}
-        ensemble.write_ensemble(dataclasses.replace(plain, weights=weights, **changes), path)
-        folder = kaggle.stage_weights(settings)
-        packed = ensemble.load_ensemble(folder / path.name)
+        fit.write_ensemble(dataclasses.replace(plain, weights=weights, **changes), path)
+        folder = packing.stage_weights(settings)
+        packed = fit.load_ensemble(folder / path.name)
         manifest = json.loads((folder / "manifest.json").read_text())["files"]
         assert (
             (folder / bank.name).is_file() == (bank.name in manifest) == (bank.name in packed.files()) == bool(weight)
@@ -172,24 +180,24 @@ def test_the_prompts_of_neighbours_are_sent_where_they_count(repository, setting
         assert set(manifest) == set(packed.files()) and len(list(folder.rglob("*.safetensors"))) == 2
     assert manifest.keys() == {member.checkpoint for member in packed.members()}
     bank.write_bytes(b"other prompts")
-    ensemble.write_ensemble(dataclasses.replace(plain, weights=plain.weights | {"nearest": 1.0}, **changes), path)
+    fit.write_ensemble(dataclasses.replace(plain, weights=plain.weights | {"nearest": 1.0}, **changes), path)
     with pytest.raises(ValueError, match=r"neighbours.arrow .*not what was fitted"):
-        kaggle.stage_weights(settings)
+        packing.stage_weights(settings)
 
 
 def test_a_checkpoint_that_changed_since_the_fit_is_not_sent(repository, settings, fitted):
     models_folder, _ = fitted
     (models_folder / "a" / "a_fold1_best_cossim.pth").write_bytes(b"trained again")
     with pytest.raises(ValueError, match=r"a_fold1_best_cossim.pth .*not what was fitted"):
-        kaggle.stage_weights(settings)
-    assert not kaggle.staging_folder("weights").exists()
+        packing.stage_weights(settings)
+    assert not packing.staging_folder("weights").exists()
     (models_folder / "ensemble_tiny.json").unlink()
-    with pytest.raises(KaggleError, match=r"kutils.ensemble fit --config conf/ensemble_tiny.yaml"):
-        kaggle.stage_weights(settings)
+    with pytest.raises(KaggleError, match=r"kutils.ensemble.fit fit --config conf/ensemble_tiny.yaml"):
+        packing.stage_weights(settings)
 
 
 def test_the_training_kernel_carries_its_parameters(repository, settings):
-    folder = kaggle.stage_kernel("train", settings)
+    folder = packing.stage_kernel("train", settings)
     notebook = json.loads((folder / "train.ipynb").read_text())
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
     injected = next(source for source in sources if source.startswith("# Parameters"))
@@ -202,7 +210,7 @@ def test_the_training_kernel_carries_its_parameters(repository, settings):
     assert papermill.inspect_notebook(folder / "train.ipynb")["model"]["default"] == '"tiny_convnext"'  # its own stays
     settings.train["parameters"]["modell"] = "x"
     with pytest.raises(KaggleError, match=r"train.ipynb has no parameter 'modell'; did you mean 'model'\?"):
-        kaggle.stage_kernel("train", settings)
+        packing.stage_kernel("train", settings)
 
 
 # ---------------------------------------------------------------- what is sent
@@ -214,7 +222,7 @@ def stub(tmp_path_factory, monkeypatch):
     with kaggle_stub.serve() as (state, address):
         for name, value in kaggle_stub.environment(address, tmp_path_factory.mktemp("home")).items():
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        monkeypatch.setattr(kaggle_client.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
         yield state
 
 
@@ -230,7 +238,7 @@ def valid_output(state, left_out=None):
 
 
 def run(*arguments):
-    return kaggle.main([*arguments, "--user", OWNER])
+    return packing.main([*arguments, "--user", OWNER])
 
 
 @needs_client
@@ -290,12 +298,12 @@ def test_the_training_kernel_is_pushed(repository, stub, capsys):
     stub.outputs = {"runs/x_fold0/resume.pt": b"state"}
     assert run("push", "train") == 0
     assert "# Parameters" in stub.kernels[f"{OWNER}/kutils-train"][0]["text"]
-    fetched = kaggle.staging_folder("train-output")
+    fetched = packing.staging_folder("train-output")
     assert (fetched / "version1" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"state"
     assert run("push", "train", "--no-wait") == 0 and len(stub.called("GetKernelSessionStatus")) == 3
     stub.outputs = {"runs/x_fold0/resume.pt": b"of a run that was cut"}
     stub.run_states = ["ERROR"]
-    assert kaggle.main(["check", "train"]) == 1  # what it has left is fetched all the same
+    assert packing.main(["check", "train"]) == 1  # what it has left is fetched all the same
     assert (fetched / "version2" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"of a run that was cut"
     assert (fetched / "version1" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"state"
 
@@ -303,10 +311,10 @@ def test_the_training_kernel_is_pushed(repository, stub, capsys):
 @needs_client
 def test_a_kernel_that_nobody_waited_for_is_checked_later(repository, stub, capsys):
     valid_output(stub)
-    assert kaggle.main(["check"]) == 1
+    assert packing.main(["check"]) == 1
     assert "nothing was pushed from here: make kaggle-push KERNEL=submission" in capsys.readouterr().err
     assert run("push", "--no-wait") == 0 and run("submit") == 1
-    assert kaggle.main(["check"]) == 0 and run("submit") == 0
+    assert packing.main(["check"]) == 0 and run("submit") == 0
     assert len(stub.submissions) == 1 and len(stub.kernels[f"{OWNER}/kutils-submission"]) == 1
 
 
@@ -320,7 +328,7 @@ def test_a_dry_run_shows_and_sends_nothing(repository, fitted, stub, capsys, com
 
 def test_the_dry_run_of_a_submission(repository, stub, capsys):
     pushed = {"ref": f"{OWNER}/kutils-submission", "version": 3, "url": "u", "commit": "c" * 40, "checked": True}
-    paths.write_json(kaggle.pushed_path("submission"), pushed)
+    paths.write_json(packing.pushed_path("submission"), pushed)
     assert run("submit", "--dry-run") == 0
     said = capsys.readouterr().out
     assert f"stable-diffusion-image-to-prompts -k {OWNER}/kutils-submission -v 3 -f submission.csv" in said
@@ -337,6 +345,6 @@ def test_ids_are_read_in_order(tmp_path):
 def test_the_command_helps(capsys):
     for command in ("code", "weights", "push", "submit"):
         with pytest.raises(SystemExit):
-            kaggle.main([command, "--help"])
+            packing.main([command, "--help"])
         assert "--dry-run" in capsys.readouterr().out
     assert sys.modules.get("kaggle") is None  # the client authenticates when it is imported

@@ -13,8 +13,8 @@ import kaggle_stub
 import pytest
 from kaggle_stub import OWNER, TOKEN
 
-from kutils import kaggle_client, kaggle_metadata
-from kutils.kaggle_metadata import KaggleError
+from kutils.kaggle import client, metadata
+from kutils.kaggle.metadata import KaggleError
 
 absent = importlib.util.find_spec("kaggle") is None and not os.environ.get("CI")  # there it has to be installed
 needs_client = pytest.mark.skipif(absent, reason="pip install kaggle six")
@@ -27,7 +27,7 @@ SHORT = {"wait_seconds": 0.1, "poll_seconds": 0.05}
 @pytest.fixture(autouse=True)
 def no_client(monkeypatch):
     """A test that does not ask for the stub must not start the client."""
-    monkeypatch.setattr(kaggle_client, "CLIENT", ["/no/client/here"])
+    monkeypatch.setattr(client, "CLIENT", ["/no/client/here"])
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def stub(tmp_path_factory, monkeypatch, capsys, no_client):
     with kaggle_stub.serve() as (state, address):
         for name, value in kaggle_stub.environment(address, home).items():
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        monkeypatch.setattr(kaggle_client, "CLIENT", [sys.executable, "-P", "-m", "kaggle"])
+        monkeypatch.setattr(client, "CLIENT", [sys.executable, "-P", "-m", "kaggle"])
         state.home = home
         yield state
     shown = capsys.readouterr()
@@ -119,7 +119,7 @@ def unzipped(content: bytes) -> dict[str, str]:
 @pytest.mark.parametrize("absent", [403, 404])
 def test_a_new_data_set_holds_what_the_folder_holds(stub, folder, capsys, absent):
     stub.absent_status = absent
-    kaggle_client.upload_dataset(folder, "first", **FAST)
+    client.upload_dataset(folder, "first", **FAST)
     made = stub.datasets[DATASET]
     assert made.request["isPrivate"] is True and made.request["licenseName"] == "MIT"
     assert made.request["title"] == "kutils code"
@@ -135,7 +135,7 @@ def test_a_new_data_set_holds_what_the_folder_holds(stub, folder, capsys, absent
 def test_a_version_replaces_the_content_and_is_waited_for(stub, folder, capsys):
     """Kaggle says `ready` of the former version until the new one is processed."""
     known = stub.add_dataset(DATASET)
-    kaggle_client.upload_dataset(folder, "--quiet", **FAST)  # a message like an option
+    client.upload_dataset(folder, "--quiet", **FAST)  # a message like an option
     assert set(known.versions[1]) == {"kutils.zip", "conf.zip", "notes.txt"}
     assert known.notes == ["--quiet"]
     assert known.polls_left == 0
@@ -158,7 +158,7 @@ def test_a_refusal_that_the_client_prints_in_passing(stub, folder, switches, sai
     if known:
         stub.add_dataset(DATASET)
     with refused(DATASET, said):
-        kaggle_client.upload_dataset(folder, "first", **FAST)
+        client.upload_dataset(folder, "first", **FAST)
 
 
 @needs_client
@@ -166,29 +166,29 @@ def test_what_the_client_leaves_out(stub, folder):
     """What the checks before the upload miss is seen in what the client says, or does not say."""
     (folder / "lost.bin").symlink_to(folder / "nowhere")
     with refused("lost.bin did not arrive", "Skipping: lost.bin"):
-        kaggle_client.upload_dataset(folder, "first", **FAST)
+        client.upload_dataset(folder, "first", **FAST)
     (folder / "lost.bin").unlink()
     (folder / "kernel-metadata.json").touch()  # without a word
     with refused("kernel-metadata.json did not arrive"):
-        kaggle_client.upload_dataset(folder, "second", **FAST)
+        client.upload_dataset(folder, "second", **FAST)
 
 
 @needs_client
 def test_no_success_is_an_error_whatever_the_client_says(stub, folder, kernel, monkeypatch):
     """Another version of the client may word its complaints otherwise."""
-    monkeypatch.setattr(kaggle_client, "COMPLAINT", re.compile("(?!)"))
+    monkeypatch.setattr(client, "COMPLAINT", re.compile("(?!)"))
     stub.dataset_error, stub.push_error = "the quota is used up", "too many sessions"
     with refused("the quota is used up"):
-        kaggle_client.upload_dataset(folder, "first", **FAST)
+        client.upload_dataset(folder, "first", **FAST)
     with refused("too many sessions"):
-        kaggle_client.push_kernel(kernel(), **FAST)
+        client.push_kernel(kernel(), **FAST)
 
 
 @needs_client
 def test_an_upload_that_the_storage_refuses(stub, folder):
     stub.upload_status = 403
     with refused(f"kaggle datasets create -p {folder} -r zip ended with exit code 1", "Upload unsuccessful: "):
-        kaggle_client.upload_dataset(folder, "first", **FAST)
+        client.upload_dataset(folder, "first", **FAST)
     assert not stub.datasets
 
 
@@ -196,14 +196,14 @@ def test_an_upload_that_the_storage_refuses(stub, folder):
 def test_a_data_set_that_is_never_ready(stub, folder):
     stub.dataset_polls = 1000
     with refused("is uploaded, but not ready after 0.1 s", f"kaggle datasets status {DATASET}"):
-        kaggle_client.upload_dataset(folder, "first", **SHORT)
+        client.upload_dataset(folder, "first", **SHORT)
 
 
 @needs_client
 def test_a_data_set_that_cannot_be_processed(stub, folder):
     stub.processing_fails, stub.dataset_polls = True, 0
     with refused("Kaggle could not process", f"https://www.kaggle.com/datasets/{DATASET}"):
-        kaggle_client.upload_dataset(folder, "first", **FAST)
+        client.upload_dataset(folder, "first", **FAST)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_data_set_that_cannot_be_processed(stub, folder):
 def test_a_data_set_described_wrongly_is_not_sent(folder, changes, said):
     describe(folder, **changes)
     with refused(said, "dataset-metadata.json"):
-        kaggle_client.upload_dataset(folder, "first")
+        client.upload_dataset(folder, "first")
 
 
 @pytest.mark.parametrize(
@@ -233,16 +233,16 @@ def test_files_that_do_not_belong_into_a_data_set(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("x")
     with refused("does not belong into a data set", name.partition("/")[0]):
-        kaggle_client.upload_dataset(folder, "first")
+        client.upload_dataset(folder, "first")
 
 
 def test_a_data_set_with_nothing_in_it_or_without_a_message(tmp_path):
     (tmp_path / "empty").mkdir()
     with refused("dataset-metadata.json cannot be read"):
-        kaggle_client.upload_dataset(tmp_path, "first")
+        client.upload_dataset(tmp_path, "first")
     describe(tmp_path)
     with refused("there is nothing to upload", "the message is empty"):
-        kaggle_client.upload_dataset(tmp_path, " ")
+        client.upload_dataset(tmp_path, " ")
 
 
 def test_a_link_to_a_folder_inside_a_folder_would_be_left_out(folder, tmp_path):
@@ -250,7 +250,7 @@ def test_a_link_to_a_folder_inside_a_folder_would_be_left_out(folder, tmp_path):
     (tmp_path / "weights" / "w.pth").write_text("x")
     (folder / "kutils" / "weights").symlink_to(tmp_path / "weights")
     with refused("weights is a link to a folder"):
-        kaggle_client.upload_dataset(folder, "first")
+        client.upload_dataset(folder, "first")
 
 
 # kernels
@@ -258,15 +258,15 @@ def test_a_link_to_a_folder_inside_a_folder_would_be_left_out(folder, tmp_path):
 
 @needs_client
 def test_a_push_sends_what_the_folder_says(stub, kernel, capsys):
-    pushed = kaggle_client.push_kernel(kernel(), **FAST)
-    assert pushed == kaggle_client.Pushed(KERNEL, 1, f"https://www.kaggle.com/code/{KERNEL}")
+    pushed = client.push_kernel(kernel(), **FAST)
+    assert pushed == client.Pushed(KERNEL, 1, f"https://www.kaggle.com/code/{KERNEL}")
     sent = stub.called("SaveKernel")[0]
     assert (sent["enableInternet"], sent["enableGpu"], sent["isPrivate"]) == (False, True, True)
     assert sent["machineShape"] == "NvidiaTeslaT4" and sent["competitionDataSources"] == ["the-competition"]
     assert sent["datasetDataSources"] == [f"{OWNER}/kutils-code", f"{OWNER}/kutils-weights"]
     assert json.loads(sent["text"])["cells"][0]["source"] == "1 +\n1"
     assert capsys.readouterr().out == f"kernel {KERNEL}: saved as described\n"
-    assert kaggle_client.push_kernel(kernel(), **FAST).version == 2
+    assert client.push_kernel(kernel(), **FAST).version == 2
 
 
 @needs_client
@@ -274,14 +274,14 @@ def test_a_push_sends_what_the_folder_says(stub, kernel, capsys):
 def test_sources_that_kaggle_does_not_add(stub, kernel, kind):
     stub.extra_push_answer = {f"invalid{kind}Sources": ["someone/missing"]}
     with refused(f"not valid {kind.lower()} sources", "someone/missing", "version 1 was saved and runs all the same"):
-        kaggle_client.push_kernel(kernel(), **FAST)
+        client.push_kernel(kernel(), **FAST)
 
 
 @needs_client
 def test_a_push_error_is_an_error(stub, kernel):
     stub.push_error = "Maximum batch GPU session count of 2 reached."
     with refused("Kernel push error: Maximum batch GPU session count of 2 reached."):
-        kaggle_client.push_kernel(kernel(), **FAST)
+        client.push_kernel(kernel(), **FAST)
 
 
 @needs_client
@@ -302,7 +302,7 @@ def test_a_push_error_is_an_error(stub, kernel):
 def test_a_kernel_that_kaggle_holds_otherwise(stub, kernel, held, said):
     stub.held = held
     with refused("version 1 was saved and runs, but not as described", said, f"https://www.kaggle.com/code/{KERNEL}"):
-        kaggle_client.push_kernel(kernel(), **SHORT)
+        client.push_kernel(kernel(), **SHORT)
 
 
 @needs_client
@@ -310,13 +310,13 @@ def test_other_spellings_are_no_difference(stub, kernel):
     """Reports of `kernels pull -m` hold such prefixes; the machine is none before the first session."""
     stub.held = {"datasetDataSources": [f"datasets/{OWNER}/Kutils-Weights", f"{OWNER}/kutils-code/3"]}
     stub.held |= {"machineShape": "", "kernelDataSources": [f"code/{OWNER}/other-kernel"]}
-    assert kaggle_client.push_kernel(kernel(kernel_sources=[f"{OWNER}/other-kernel"]), **SHORT).version == 1
+    assert client.push_kernel(kernel(kernel_sources=[f"{OWNER}/other-kernel"]), **SHORT).version == 1
 
 
 @needs_client
 def test_a_report_that_lags_behind_is_asked_for_again(stub, kernel, capsys):
     stub.held, stub.held_for = {"machineShape": "None"}, 1
-    assert kaggle_client.push_kernel(kernel(), **FAST).version == 1
+    assert client.push_kernel(kernel(), **FAST).version == 1
     first, last = capsys.readouterr().out.splitlines()
     assert "machine_shape is None, not NvidiaTeslaT4" in first and last.endswith("saved as described")
 
@@ -324,25 +324,25 @@ def test_a_report_that_lags_behind_is_asked_for_again(stub, kernel, capsys):
 @needs_client
 def test_a_title_that_resolves_to_another_slug(stub, kernel, monkeypatch):
     """The client's own check, should ours pass by it."""
-    monkeypatch.setattr(kaggle_metadata, "slugify", lambda title: "kutils-submission")
+    monkeypatch.setattr(metadata, "slugify", lambda title: "kutils-submission")
     with refused("Your kernel title does not resolve to the specified id", "version 1 was saved"):
-        kaggle_client.push_kernel(kernel(title="something else"), **FAST)
+        client.push_kernel(kernel(title="something else"), **FAST)
     stub.extra_push_answer = {"url": f"https://www.kaggle.com/code/{KERNEL}-two"}
     with refused(f"elsewhere, at https://www.kaggle.com/code/{KERNEL}-two"):
-        kaggle_client.push_kernel(kernel(), **FAST)
+        client.push_kernel(kernel(), **FAST)
 
 
 @needs_client
 def test_a_retired_machine(stub, kernel):
     with refused("'NvidiaTeslaP100' is retired"):
-        kaggle_client.push_kernel(kernel(machine_shape="NvidiaTeslaP100"), **FAST)
+        client.push_kernel(kernel(machine_shape="NvidiaTeslaP100"), **FAST)
 
 
 @needs_client
 def test_internet_only_if_allowed(stub, kernel):
-    assert kaggle_client.push_kernel(kernel(enable_internet=True), allow_internet=True, **FAST).version == 1
+    assert client.push_kernel(kernel(enable_internet=True), allow_internet=True, **FAST).version == 1
     assert stub.called("SaveKernel")[0]["enableInternet"] is True
-    assert kaggle_client.push_kernel(kernel(enable_internet=None, competition_sources=[]), **FAST).version == 2
+    assert client.push_kernel(kernel(enable_internet=None, competition_sources=[]), **FAST).version == 2
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_internet_only_if_allowed(stub, kernel):
 )
 def test_a_kernel_described_wrongly_is_not_pushed(kernel, changes, said):
     with refused(said, "kernel-metadata.json"):
-        kaggle_client.push_kernel(kernel(**changes))
+        client.push_kernel(kernel(**changes))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_a_kernel_described_wrongly_is_not_pushed(kernel, changes, said):
 def test_a_notebook_that_would_not_run_is_not_pushed(kernel, tmp_path, content, said):
     (tmp_path / "notebooks" / "submission.ipynb").write_text(content)
     with refused(said, "submission.ipynb"):
-        kaggle_client.push_kernel(kernel())
+        client.push_kernel(kernel())
 
 
 @needs_client
@@ -388,7 +388,7 @@ def test_slugs_are_those_of_the_client():
     from slugify import slugify  # the client's own
 
     for title in ("kutils submission", "A/B -- Test_2", "1,000 images, 2 models", " it's (new)! ", "v1.2"):
-        assert kaggle_metadata.slugify(title) == slugify(title)
+        assert metadata.slugify(title) == slugify(title)
 
 
 @pytest.fixture
@@ -401,7 +401,7 @@ def pushed(stub):
 @needs_client
 def test_waiting_for_a_run_tells_each_change_once(pushed, capsys):
     pushed.run_states = ["QUEUED", "RUNNING", "RUNNING", "COMPLETE"]
-    kaggle_client.wait_for_run(f"{KERNEL}/3", **FAST)
+    client.wait_for_run(f"{KERNEL}/3", **FAST)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"kernel {KERNEL}/3: {state}" for state in ("queued", "running", "complete")]
     assert {body["versionLabel"] for body in pushed.called("GetKernelSessionStatus")} == {"v3"}
@@ -418,20 +418,20 @@ def test_waiting_for_a_run_tells_each_change_once(pushed, capsys):
 def test_a_run_that_fails(pushed, state, message, said):
     pushed.run_states, pushed.failure_message = ["RUNNING", state], message
     with refused(*said, f"https://www.kaggle.com/code/{KERNEL}"):
-        kaggle_client.wait_for_run(KERNEL, **FAST)
+        client.wait_for_run(KERNEL, **FAST)
 
 
 @needs_client
 def test_a_run_that_lasts(pushed):
     pushed.run_states = ["RUNNING"]
     with refused("is not over after 0.1 s, and goes on: wait again"):
-        kaggle_client.wait_for_run(KERNEL, **SHORT)
+        client.wait_for_run(KERNEL, **SHORT)
 
 
 @needs_client
 def test_waiting_outlives_a_service_that_is_down(pushed, capsys):
     pushed.answers = {"GetKernelSessionStatus": [(503, ""), (503, "")], "IntrospectToken": [(502, "")] * 2}
-    kaggle_client.wait_for_run(KERNEL, **FAST)
+    client.wait_for_run(KERNEL, **FAST)
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == ["no answer, asking again", "queued", "running", "complete"]
 
@@ -439,7 +439,7 @@ def test_waiting_outlives_a_service_that_is_down(pushed, capsys):
 @needs_client
 def test_a_kernel_that_is_not_there(stub):
     with refused(f"kaggle kernels status {OWNER}/another ended with exit code 1", "Cannot access kernel"):
-        kaggle_client.wait_for_run(f"{OWNER}/another", **FAST)
+        client.wait_for_run(f"{OWNER}/another", **FAST)
 
 
 @needs_client
@@ -448,13 +448,13 @@ def test_output_replaces_a_former_one_and_keeps_it(pushed, tmp_path):
     pushed.log = "it ran\n"
     target = tmp_path / "results" / "output"
     names = ["empty.txt", "inner/log.txt", "kutils-submission.log", "submission.csv"]
-    assert kaggle_client.fetch_output(KERNEL, target) == [target / name for name in names]
+    assert client.fetch_output(KERNEL, target) == [target / name for name in names]
     assert (target / "submission.csv").read_bytes() == b"imgId_eId,val\n"
     assert (target / "inner" / "log.txt").read_bytes() == b"x" * 3000
 
     for number in (1, 2):  # the second time there is a .bak already
         (target / "mine.txt").write_text(str(number))
-        kaggle_client.fetch_output(KERNEL, target)
+        client.fetch_output(KERNEL, target)
         assert not (target / "mine.txt").exists()
         assert (target.with_name("output.bak") / "mine.txt").read_text() == str(number)
     assert sorted(path.name for path in target.parent.iterdir()) == ["output", "output.bak"]
@@ -466,14 +466,14 @@ def test_output_that_does_not_come_leaves_the_former_one(pushed, tmp_path):
     target.mkdir()
     (target / "mine.txt").touch()
     with refused(f"{KERNEL} has no output"):
-        kaggle_client.fetch_output(KERNEL, target)
+        client.fetch_output(KERNEL, target)
     pushed.outputs = {"../../escaped.txt": b"x"}
     with refused("Refusing to download"):
-        kaggle_client.fetch_output(KERNEL, target)
+        client.fetch_output(KERNEL, target)
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
     with refused("is a file"):
-        kaggle_client.fetch_output(KERNEL, target / "mine.txt")
+        client.fetch_output(KERNEL, target / "mine.txt")
 
 
 # submissions
@@ -482,7 +482,7 @@ def test_output_that_does_not_come_leaves_the_former_one(pushed, tmp_path):
 @needs_client
 def test_a_submission(stub, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    said = kaggle_client.submit("the-competition", KERNEL, 3, "third try")
+    said = client.submit("the-competition", KERNEL, 3, "third try")
     assert "Successfully submitted to The Comp\u00e9tition" in said and "Submission ref: 4711" in said
     assert stub.submissions == [
         {
@@ -500,12 +500,12 @@ def test_a_submission(stub, monkeypatch):
 def test_submissions_that_are_not_taken(stub):
     stub.submission_answer = {"message": "You have used all submissions of today"}  # exit code 0
     with refused("did not take version 3", "You have used all submissions of today"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "third try")
+        client.submit("the-competition", KERNEL, 3, "third try")
     stub.answers = {"CreateCodeSubmission": [(400, "Submission not allowed: internet is on"), (404, "")]}
     with refused("exit code 1", "Submission not allowed: internet is on"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "third try")
+        client.submit("the-competition", KERNEL, 3, "third try")
     with refused("Could not find competition or notebook"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "third try")
+        client.submit("the-competition", KERNEL, 3, "third try")
 
 
 # the client itself
@@ -516,20 +516,20 @@ def test_secrets_are_masked_wherever_they_come_from(stub, monkeypatch):
     """The service repeats the header that it was sent: in an error, and in a message with exit code 0."""
     stub.answers = {"CreateCodeSubmission": [(400, "bad header {authorization}")]}
     with refused("bad header Bearer ***"):
-        kaggle_client.submit("the-competition", KERNEL, 3, f"with {TOKEN}")
+        client.submit("the-competition", KERNEL, 3, f"with {TOKEN}")
     stub.submission_answer = {"message": f"Successfully submitted by {TOKEN}", "ref": 1}
-    assert "Successfully submitted by ***" in kaggle_client.submit("the-competition", KERNEL, 3, "x")
+    assert "Successfully submitted by ***" in client.submit("the-competition", KERNEL, 3, "x")
 
     monkeypatch.delenv("KAGGLE_API_TOKEN")
     (stub.home / ".kaggle").mkdir()
     (stub.home / ".kaggle" / "access_token").write_text(f"{TOKEN}\n")
-    assert "Successfully submitted by ***" in kaggle_client.submit("the-competition", KERNEL, 3, "x")
+    assert "Successfully submitted by ***" in client.submit("the-competition", KERNEL, 3, "x")
 
     (stub.home / ".kaggle" / "access_token").unlink()
     (stub.home / "kaggle.json").write_text(json.dumps({"username": OWNER, "key": "a-key-of-old"}))
     (stub.home / "kaggle.json").chmod(0o600)
     stub.submission_answer = {"message": "Successfully submitted by someone with a-key-of-old", "ref": 1}
-    assert "Successfully submitted by someone with ***" in kaggle_client.submit("the-competition", KERNEL, 3, "x")
+    assert "Successfully submitted by someone with ***" in client.submit("the-competition", KERNEL, 3, "x")
     assert stub.requests[-1][2].startswith("Basic ")  # it was that key which the client has used
 
 
@@ -540,15 +540,15 @@ def test_a_token_that_the_client_renews_is_masked(tmp_path, monkeypatch):
 text = json.dumps({"access_token": "renewed-token", "username": "someone"})
 pathlib.Path("~/.kaggle/credentials.json").expanduser().write_text(text)
 raise SystemExit("someone has the renewed-token")"""
-    monkeypatch.setattr(kaggle_client, "CLIENT", [sys.executable, "-c", code])
+    monkeypatch.setattr(client, "CLIENT", [sys.executable, "-c", code])
     with refused("someone has the ***"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "x")
+        client.submit("the-competition", KERNEL, 3, "x")
 
 
 @needs_client
 def test_a_client_that_would_show_all_its_traffic(stub, monkeypatch):
     monkeypatch.setenv("VERBOSE", "1")
-    assert "Authorization" not in kaggle_client.submit("the-competition", KERNEL, 3, "x")
+    assert "Authorization" not in client.submit("the-competition", KERNEL, 3, "x")
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_a_client_that_would_show_all_its_traffic(stub, monkeypatch):
     ],
 )
 def test_signatures_and_passwords_of_addresses_are_masked(text, masked):
-    assert kaggle_client.masked(text, set()) == masked
+    assert client.masked(text, set()) == masked
 
 
 @needs_client
@@ -572,10 +572,10 @@ def test_no_account(stub, monkeypatch, folder):
         "KAGGLE_API_TOKEN",
         "~/.kaggle/access_token",
     ):
-        kaggle_client.upload_dataset(folder, "first")
+        client.upload_dataset(folder, "first")
     monkeypatch.delenv("KAGGLE_API_TOKEN")
     with refused("Kaggle knows no account of yours"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "x")
+        client.submit("the-competition", KERNEL, 3, "x")
 
 
 @needs_client
@@ -583,14 +583,14 @@ def test_a_client_that_is_not_there_or_lacks_a_package(stub, monkeypatch, tmp_pa
     (tmp_path / "six.py").write_text("raise ModuleNotFoundError(\"No module named 'six'\")")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with refused("six is not installed: pip install -U kaggle six"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "x")
-    monkeypatch.setattr(kaggle_client, "CLIENT", [sys.executable, "-S", "-P", "-m", "kaggle"])  # -S: none are seen
+        client.submit("the-competition", KERNEL, 3, "x")
+    monkeypatch.setattr(client, "CLIENT", [sys.executable, "-S", "-P", "-m", "kaggle"])  # -S: none are seen
     with refused("kaggle is not installed: pip install -U kaggle six"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "x")
+        client.submit("the-competition", KERNEL, 3, "x")
 
 
 @needs_client
 def test_a_service_that_never_answers(stub, monkeypatch):
-    monkeypatch.setattr(kaggle_client.run_client, "__kwdefaults__", {"seconds": 0.05})
+    monkeypatch.setattr(client.run_client, "__kwdefaults__", {"seconds": 0.05})
     with refused("kaggle competitions submit", "no answer within 0.05 s"):
-        kaggle_client.submit("the-competition", KERNEL, 3, "x")
+        client.submit("the-competition", KERNEL, 3, "x")

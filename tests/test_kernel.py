@@ -18,10 +18,17 @@ from ensembles import by_hand, save_images, write_ensemble
 from kaggle_machine import Machine, kill, problem_of
 from kaggle_stub import SETTINGS
 
-from kutils import checkpoints, ensemble, kaggle, models, paths, pixels, prompt_bank, runs, submission
-from kutils.benchmark_prediction import make_images
-from kutils.config import Recipe
-from kutils.members import Member
+from kutils.benchmarks.prediction import make_images
+from kutils.data import prompt_bank
+from kutils.ensemble import fit as ensemble_fit
+from kutils.ensemble import image_cache
+from kutils.ensemble.members import Member
+from kutils.kaggle import packing, submission
+from kutils.models import checkpoints
+from kutils.models import networks as models_networks
+from kutils.runs import folders as runs_folders
+from kutils.runs.recipes import Recipe
+from kutils.system import paths
 
 pytestmark = pytest.mark.kernel
 COMPETITION = "stable-diffusion-image-to-prompts"
@@ -61,15 +68,15 @@ def packed(tmp_path_factory):
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "repository_root", lambda: clone)
-        settings = kaggle.read_settings(user=USER)
+        settings = packing.read_settings(user=USER)
         settings.train["parameters"] = {}
         for name, networks in (("tiny", TINY), ("heavy", HEAVY)):
             patch.setenv("KUTILS_WORKING", str(root / name))
             fit(root / name / "models", networks)
-            folders[name] = kaggle.stage_weights(settings)
-        folders["code"] = kaggle.stage_code(settings)
-        folders["submission"] = kaggle.stage_kernel("submission", settings) / "submission.ipynb"
-        folders["train"] = kaggle.stage_kernel("train", settings) / "train.ipynb"
+            folders[name] = packing.stage_weights(settings)
+        folders["code"] = packing.stage_code(settings)
+        folders["submission"] = packing.stage_kernel("submission", settings) / "submission.ipynb"
+        folders["train"] = packing.stage_kernel("train", settings) / "train.ipynb"
     return folders
 
 
@@ -85,7 +92,9 @@ def fit(folder, networks):
             amp_dtype="float32",
         )  # fmt: skip
         path = folder / family / f"{family}_fold0_best_cossim.pth"
-        checkpoints.save_checkpoint(path, models.build_model(recipe).half().float(), recipe, fold=0, folds_hashes={})
+        checkpoints.save_checkpoint(
+            path, models_networks.build_model(recipe).half().float(), recipe, fold=0, folds_hashes={}
+        )
         name = path.relative_to(folder).as_posix()
         families[family] = [Member(f"conf/{family}.yaml", 0, name, paths.sha256_of(path), 0.5)]
     scores = dict.fromkeys(("equal", "family", "dimension", "baseline", "chosen"), 0.6)
@@ -152,7 +161,7 @@ def figures(working):
 @pytest.mark.parametrize("form", ["new", "old"])
 def test_the_competitions_images(python, packed, tmp_path, form):
     data = competition(tmp_path / "data", seven)
-    files = pixels.find_images(data / "images")
+    files = image_cache.find_images(data / "images")
     session = Machine(python, tmp_path / "working", mounts_of(packed, data, form)).run(packed["submission"])
     values, report = valid(session, [path.stem for path in files])
     np.testing.assert_allclose(values, expected_rows(packed, files), atol=2e-6)
@@ -168,10 +177,10 @@ def test_odd_images(python, packed, tmp_path):
     data = competition(tmp_path / "data", save_images)
     (data / "images" / "b.jpeg").write_bytes(b"the same name as b.png")
     with pytest.warns(UserWarning, match="same id 'b'"):
-        files = pixels.find_images(data / "images", same_name_is_error=False)
+        files = image_cache.find_images(data / "images", same_name_is_error=False)
     session = Machine(python, tmp_path / "working", mounts_of(packed, data, "new")).run(packed["submission"])
     values, report = valid(session, [*"abcdefghij", "k.dotted.name", *"lmn"])
-    mean = np.array(ensemble.load_ensemble(packed["tiny"] / "ensemble_tiny.json").mean_embedding)
+    mean = np.array(ensemble_fit.load_ensemble(packed["tiny"] / "ensemble_tiny.json").mean_embedding)
     good = [number for number, path in enumerate(files) if path.stem not in "bmn"]
     np.testing.assert_allclose(values[good], expected_rows(packed, [files[number] for number in good]), atol=2e-6)
     np.testing.assert_allclose(values[[1, 12, 13]], np.tile(mean, (3, 1)), atol=1e-6)  # b.jpeg comes before b.png
@@ -189,7 +198,7 @@ def test_no_images(python, packed, tmp_path):
 
 def test_sixteen_thousand_images(python, packed, tmp_path):
     data = competition(tmp_path / "data", lambda folder: make_images(folder, 16_000))
-    files = pixels.find_images(data / "images")
+    files = image_cache.find_images(data / "images")
     session = Machine(python, tmp_path / "working", mounts_of(packed, data, "new")).run(packed["submission"])
     values, report = valid(session, [path.stem for path in files])
     assert len(values) == 16_000 and report["left_out"] == {}
@@ -201,7 +210,7 @@ def test_sixteen_thousand_images(python, packed, tmp_path):
 
 def test_a_budget_for_one_model(python, packed, tmp_path):
     data = competition(tmp_path / "data", lambda folder: make_images(folder, 1500, extension="jpg"))
-    files = pixels.find_images(data / "images")
+    files = image_cache.find_images(data / "images")
     machine = Machine(python, tmp_path / "working", mounts_of(packed, data, "new", "heavy"))
     session = machine.run(packed["submission"], hours=40 / 3600)
     values, report = valid(session, [path.stem for path in files])
@@ -214,7 +223,7 @@ def test_a_budget_for_one_model(python, packed, tmp_path):
 
 def test_a_kill_in_the_middle(python, packed, tmp_path):
     data = competition(tmp_path / "data", lambda folder: make_images(folder, 600, extension="jpg"))
-    files = pixels.find_images(data / "images")
+    files = image_cache.find_images(data / "images")
     machine = Machine(python, tmp_path / "working", mounts_of(packed, data, "new", "heavy"))
     process = machine.start(packed["submission"])
     seen = []
@@ -252,7 +261,7 @@ def test_training_goes_on_from_a_former_version(python, packed, tmp_path):
     assert first.code == 0, first.output[-5000:]
     run = tmp_path / "first" / "runs" / "tiny_vit_stage1_fold0"
     assert "stopped after" in first.output and (run / "resume.pt").is_file() and not (run / "result.json").exists()
-    steps = [line["step"] for line in runs.read_metrics(run / "metrics.jsonl")]
+    steps = [line["step"] for line in runs_folders.read_metrics(run / "metrics.jsonl")]
     assert steps
     inputs[f"notebooks/{USER}/kutils-train"] = tmp_path / "first"
     second = Machine(python, tmp_path / "second", inputs).run(packed["train"], **options)
@@ -261,7 +270,7 @@ def test_training_goes_on_from_a_former_version(python, packed, tmp_path):
     assert f"going on from /kaggle/input/notebooks/{USER}/kutils-train/runs/{run.name}" in second.output
     result = json.loads((run / "result.json").read_text())
     assert result["epochs"] == 250
-    lines = runs.read_metrics(run / "metrics.jsonl")
+    lines = runs_folders.read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines][: len(steps)] == steps  # nothing was trained twice
     environment = json.loads((run / "environment.json").read_text())
     assert environment["ranks"] == 2 and environment["python"].startswith("3.13")

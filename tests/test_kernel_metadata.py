@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from kutils import paths
-from kutils.kaggle_metadata import KERNEL_KEYS, slugify
+from kutils.kaggle.metadata import KERNEL_KEYS, slugify
+from kutils.system import paths
 
 FOLDER = paths.repository_root() / "kernel-metadata"
 KERNELS = sorted(FOLDER.glob("*/kernel-metadata.json"))

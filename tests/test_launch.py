@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kutils import launch
-from kutils.config import ConfigError
-from kutils.launch import CommandFailed, LaunchError, check_parameters
-from kutils.nodes import Node
+from kutils.runs import launch
+from kutils.runs.launch import CommandFailed, LaunchError, check_parameters
+from kutils.runs.nodes import Node
+from kutils.runs.recipes import ConfigError
 
 # a shell lets its background jobs ignore SIGINT, and these tests may be one
 HEARS_INTERRUPTS = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"

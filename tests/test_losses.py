@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kutils.losses import cosine_embedding_loss, cosine_similarity
+from kutils.training.losses import cosine_embedding_loss, cosine_similarity
 
 
 def test_by_hand():

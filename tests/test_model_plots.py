@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kutils import model_plots, plots
-from kutils.finished import FinishedRun
+from kutils.runs.finished import FinishedRun
+from kutils.views import model_plots, training_plots
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_curves_lie_on_each_other_however_long_a_run_is(make_run):
     np.testing.assert_allclose(losses.lines[0].get_ydata(), 1 / np.arange(1, 21))
     assert losses.lines[1].get_ydata()[-1] == pytest.approx(np.mean(1 / np.arange(195, 201)))  # of six log lines
     assert short.get_color() == long.get_color() and short.get_linestyle() != long.get_linestyle()
-    with pytest.raises(plots.PlotError, match="no runs"):
+    with pytest.raises(training_plots.PlotError, match="no runs"):
         model_plots.run_curves([])
 
 
@@ -59,7 +59,7 @@ def test_slices_are_dots_beside_the_mean():
         0.6,
         0.5,
     ]
-    with pytest.raises(plots.PlotError, match="all rows into one slice"):
+    with pytest.raises(training_plots.PlotError, match="all rows into one slice"):
         model_plots.slice_scores({"source": one}, {"a": 0.6, "b": 0.5})
 
 
@@ -71,7 +71,7 @@ def test_throughput_of_a_run(make_run):
     assert waiting.get_legend().get_texts()[0].get_text() == "mean: 10.0%"
     run = make_run("vit_fold0")
     run.metrics.clear()
-    with pytest.raises(plots.PlotError, match="no log_lines"):
+    with pytest.raises(training_plots.PlotError, match="no log_lines"):
         model_plots.throughput(run)
 
 

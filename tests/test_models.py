@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 
-from kutils import config, heads
-from kutils.models import build_model, stride_patches
+from kutils.models import heads
+from kutils.models.networks import build_model, stride_patches
+from kutils.runs import recipes
 
 
 def images(size: int, count: int = 2) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny_recipe):
 )
 def test_the_five_networks_of_the_recipes(model, features):
     """Built without memory ("meta"): names, sizes and shapes are those of the recipes."""
-    recipe = config.load_recipe(config.find_recipe(model, 1))
+    recipe = recipes.load_recipe(recipes.find_recipe(model, 1))
     with torch.device("meta"):
         network = build_model(recipe, pretrained=False)
         output = network(torch.zeros(1, 3, recipe.input_size, recipe.input_size))
@@ -95,10 +96,10 @@ def test_the_five_networks_of_the_recipes(model, features):
 
 def test_strided_patches_keep_the_grid(tiny_recipe):
     with torch.device("meta"):
-        vit = build_model(config.load_recipe(config.find_recipe("vit_large", 1)), pretrained=False).backbone
+        vit = build_model(recipes.load_recipe(recipes.find_recipe("vit_large", 1)), pretrained=False).backbone
         assert vit.patch_embed(torch.zeros(1, 3, 336, 336)).shape == (1, 256, 1024)
         assert vit.pos_embed.shape == (1, 257, 1024) and vit.patch_embed.proj.stride == (21, 21)
-    recipe = config.load_recipe(config.find_recipe("vit_large", 1), ["patch_mode=interpolated"])
+    recipe = recipes.load_recipe(recipes.find_recipe("vit_large", 1), ["patch_mode=interpolated"])
     with torch.device("meta"):
         assert build_model(recipe, pretrained=False).backbone.pos_embed.shape == (1, 577, 1024)  # 24 x 24 + 1
     for size, said in ((225, "no multiple of the 10 x 10 tokens"), (80, "below the ViT's own 160")):

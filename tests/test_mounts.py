@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from kutils import datasets, launch, mounts, paths
+from kutils.data import datasets
+from kutils.kaggle import mounts
+from kutils.runs import launch
+from kutils.system import paths
 
 
 def competition(folder, header="imgId_eId,val"):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import make_dataset, unit_rows
 
-from kutils import blending, neighbours, predictions
-from kutils.datasets import load_datasets
-from kutils.devices import Ranks
-from kutils.members import EnsembleError
+from kutils.data.datasets import load_datasets
+from kutils.ensemble import blending, neighbours
+from kutils.ensemble.members import EnsembleError
+from kutils.system.devices import Ranks
+from kutils.training import out_of_fold
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def run(workspace, tiny_recipe):
     origin = {"fold": 3, "prefix": "tiny", "checkpoint": "x"}
     ranks = Ranks(0, 1, torch.device("cpu"))
     path = folder / "fold3_predictions.npz"
-    predictions.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
+    out_of_fold.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
     (folder / "config.yaml").write_text(recipe.to_yaml())
     (folder / "result.json").write_text(json.dumps({"fold": 3}))
     return folder, data, np.delete(rows, 7), np.delete(predicted, 7, axis=0)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kutils.children import LaunchError
-from kutils.nodes import this_node
-from kutils.runs import read_metrics
+from kutils.runs.folders import read_metrics
+from kutils.runs.nodes import this_node
+from kutils.system.children import LaunchError
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -135,7 +135,7 @@ def ranks_of(workspace: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"kutils.train" in (path / "cmdline").read_bytes():
+            if b"kutils.training.train" in (path / "cmdline").read_bytes():
                 found += [int(path.name)] * (str(workspace).encode() in (path / "environ").read_bytes())
         except OSError:  # ended meanwhile
             continue

@@ -7,8 +7,9 @@ import pytest
 import timm.optim
 import torch
 
-from kutils import config, optim
-from kutils.models import build_model
+from kutils.models.networks import build_model
+from kutils.runs import recipes
+from kutils.training import optimizers
 
 
 def weights_and_gradients(steps: int, shapes=((5, 3), (7,), (2, 2, 2))):
@@ -30,16 +31,16 @@ def run(optimizer_of, start, gradients, rates):
     return parameters
 
 
-@pytest.mark.parametrize("chunk", [1, 30, optim.CHUNK["cpu"]])
+@pytest.mark.parametrize("chunk", [1, 30, optimizers.CHUNK["cpu"]])
 @pytest.mark.parametrize("momentum", [0.3, 0.9])
 def test_numbers_are_those_of_madgrad(monkeypatch, momentum, chunk):
     """Over 300 steps, some of rate 0, for two groups and any shape and layout."""
-    monkeypatch.setitem(optim.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(optimizers.CHUNK, "cpu", chunk)
     start, gradients = weights_and_gradients(300, ((5, 3), (7,), (2, 2, 2), (), (0, 4), (1, 1), (4, 3, 2, 2), (64,)))
     start[6] = start[6].to(memory_format=torch.channels_last)
     rates = [1e-2 * (1 - step / 400) if step % 50 else 0.0 for step in range(300)]
     groups = lambda p: [{"params": p[::2], "weight_decay": 0.05}, {"params": p[1::2], "weight_decay": 0.0}]  # noqa: E731
-    ours = run(lambda p: optim.PerParameterMADGRAD(groups(p), lr=1e-2, momentum=momentum), start, gradients, rates)
+    ours = run(lambda p: optimizers.PerParameterMADGRAD(groups(p), lr=1e-2, momentum=momentum), start, gradients, rates)
     theirs = run(
         lambda p: madgrad.MADGRAD(groups(p), lr=1e-2, momentum=momentum, decouple_decay=True), start, gradients, rates
     )
@@ -50,7 +51,7 @@ def test_numbers_are_those_of_madgrad(monkeypatch, momentum, chunk):
 def test_without_eps_what_has_no_gradient_stays():
     start = [torch.tensor([2.0, 3.0])]
     gradients = [[torch.tensor([0.0, 1.0])]] * 3
-    ours = run(lambda p: optim.PerParameterMADGRAD(p, lr=0.1, eps=0.0), start, gradients, [0.1] * 3)
+    ours = run(lambda p: optimizers.PerParameterMADGRAD(p, lr=0.1, eps=0.0), start, gradients, [0.1] * 3)
     theirs = run(lambda p: madgrad.MADGRAD(p, lr=0.1, eps=0.0, decouple_decay=True), start, gradients, [0.1] * 3)
     assert ours[0][0] == 2
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
@@ -63,9 +64,9 @@ def test_without_eps_what_has_no_gradient_stays():
 def test_values_out_of_range_are_refused(name, value):
     parameter = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
-        optim.PerParameterMADGRAD([parameter], **{"lr": 0.1, name: value})
+        optimizers.PerParameterMADGRAD([parameter], **{"lr": 0.1, name: value})
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
-        optim.PerParameterMADGRAD([{"params": [parameter], name: value}], lr=0.1)
+        optimizers.PerParameterMADGRAD([{"params": [parameter], name: value}], lr=0.1)
 
 
 def test_a_parameter_that_joins_late_starts_like_a_fresh_optimizer():
@@ -73,8 +74,8 @@ def test_a_parameter_that_joins_late_starts_like_a_fresh_optimizer():
     start, gradients = weights_and_gradients(100 + 5)
     late = [[g[0], None, None] for g in gradients[:100]] + gradients[100:]
     rates = [1e-3] * len(late)
-    ours = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-3), start, late, rates)
-    fresh = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-3), start, gradients[100:], rates[100:])
+    ours = run(lambda p: optimizers.PerParameterMADGRAD(p, lr=1e-3), start, late, rates)
+    fresh = run(lambda p: optimizers.PerParameterMADGRAD(p, lr=1e-3), start, gradients[100:], rates[100:])
     timms = run(lambda p: timm.optim.MADGRAD(p, lr=1e-3, momentum=0.9, eps=1e-6), start, late, rates)
     shared = run(lambda p: madgrad.MADGRAD(p, lr=1e-3, momentum=0.9), start, late, rates)
     for number in (1, 2):
@@ -87,7 +88,7 @@ def test_a_parameter_that_joins_late_starts_like_a_fresh_optimizer():
 def test_first_step_by_hand():
     """p0 = 2, g = 3, lr = 0.1: nu = lr g^2, s = lr g, z = p0 - s / cbrt(nu), p = 0.9 p0 + 0.1 z - lr * decay * p0."""
     parameter = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = optim.PerParameterMADGRAD([parameter], lr=0.1, weight_decay=0.5, eps=0.0)
+    optimizer = optimizers.PerParameterMADGRAD([parameter], lr=0.1, weight_decay=0.5, eps=0.0)
     parameter.grad = torch.tensor([3.0])
     optimizer.step()
     z = 2 - 0.3 / (0.1 * 9) ** (1 / 3)
@@ -97,16 +98,16 @@ def test_first_step_by_hand():
 @pytest.mark.parametrize("former", [{}, {"decouple_decay": True}], ids=["now", "of a run cut under madgrad's class"])
 def test_state_survives_saving(tmp_path, former):
     start, gradients = weights_and_gradients(6)
-    whole = run(lambda p: optim.PerParameterMADGRAD(p, lr=1e-2), start, gradients, [1e-2] * 6)
+    whole = run(lambda p: optimizers.PerParameterMADGRAD(p, lr=1e-2), start, gradients, [1e-2] * 6)
     parameters = [torch.nn.Parameter(value.clone()) for value in start]
-    optimizer = optim.PerParameterMADGRAD(parameters, lr=1e-2)
+    optimizer = optimizers.PerParameterMADGRAD(parameters, lr=1e-2)
     for step, step_gradients in enumerate(gradients):
         if step == 3:
             state = optimizer.state_dict()
             assert set(state["state"][0]) == {"step", "grad_sum_sq", "s", "x0"}
             state["param_groups"][0] |= former
             torch.save(state, tmp_path / "o.pt")
-            optimizer = optim.PerParameterMADGRAD(parameters, lr=1e-2)
+            optimizer = optimizers.PerParameterMADGRAD(parameters, lr=1e-2)
             optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
         for parameter, gradient in zip(parameters, step_gradients, strict=True):
             parameter.grad = gradient.clone()
@@ -119,7 +120,7 @@ def test_state_survives_saving(tmp_path, former):
 def test_no_decay_on_vectors_and_embeddings(tiny_recipe, backbone):
     size = 28 if "eva" in backbone else 32
     model = build_model(tiny_recipe(backbone=backbone, input_size=size))
-    with_decay, without = optim.parameter_groups(model, 0.05)
+    with_decay, without = optimizers.parameter_groups(model, 0.05)
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed = {names[parameter] for parameter in with_decay["params"]}
     spared = {names[parameter] for parameter in without["params"]}
@@ -143,9 +144,9 @@ def published_rate(update: int, recipe, steps_per_epoch: int) -> float:
     ("convnext_large", 1): 2259, ("convnext_xxlarge", 1): 2259, ("convnext_large", 2): 23755,
     ("convnext_xxlarge", 2): 23755, ("convnext_xxlarge", 3): 23755}.items()])  # fmt: skip
 def test_schedule_over_a_recipes_real_length(model, stage, steps):
-    recipe = config.load_recipe(config.find_recipe(model, stage))
+    recipe = recipes.load_recipe(recipes.find_recipe(model, stage))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
-    schedule = optim.build_schedule(optimizer, recipe, steps)
+    schedule = optimizers.build_schedule(optimizer, recipe, steps)
     total, warmup = recipe.epochs * steps, recipe.warmup_epochs * steps
     for update in {0, 1, warmup - 1, warmup, warmup + 1, total // 2, total - 1} - {-1}:
         schedule.step_update(update)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from ensembles import save_images
 
-from kutils import pixels, transforms
+from kutils.data import transforms
+from kutils.ensemble import image_cache
 
 
 @pytest.fixture
 def images(tmp_path):
     save_images(tmp_path / "images")
-    return pixels.find_images(tmp_path / "images")
+    return image_cache.find_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -45,17 +46,17 @@ def test_images_are_found_whatever_their_extension(images):
 
 def test_two_files_of_one_name_are_refused_or_the_first_is_taken(tmp_path, images):
     (tmp_path / "images" / "c.png").write_bytes(b"")
-    with pytest.raises(pixels.ImagesError, match=r"c\.jpeg and c\.png have the same id 'c'"):
-        pixels.find_images(tmp_path / "images")
+    with pytest.raises(image_cache.ImagesError, match=r"c\.jpeg and c\.png have the same id 'c'"):
+        image_cache.find_images(tmp_path / "images")
     with pytest.warns(UserWarning, match=r"c\.jpeg and c\.png have the same id 'c'; the first is taken"):
-        assert pixels.find_images(tmp_path / "images", same_name_is_error=False) == images
-    with pytest.raises(pixels.ImagesError, match="no folder of images"):
-        pixels.find_images(tmp_path / "nowhere")
+        assert image_cache.find_images(tmp_path / "images", same_name_is_error=False) == images
+    with pytest.raises(image_cache.ImagesError, match="no folder of images"):
+        image_cache.find_images(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_each_image_is_decoded_once(images, decoded, num_workers):
-    cache = pixels.PixelCache(images, 24, budget_bytes=1e9, num_workers=num_workers)
+    cache = image_cache.PixelCache(images, 24, budget_bytes=1e9, num_workers=num_workers)
     assert cache.num_bytes == 14 * 3 * 24 * 24
     first = in_order(cache, range(14))
     assert sorted(first) == list(range(14)) and sorted(cache.bad) == [12, 13]
@@ -72,18 +73,18 @@ def test_each_image_is_decoded_once(images, decoded, num_workers):
 
 
 def test_what_the_budget_does_not_hold_is_decoded_again(images, decoded):
-    cache = pixels.PixelCache(images, 10, budget_bytes=5.9 * 300)
+    cache = image_cache.PixelCache(images, 10, budget_bytes=5.9 * 300)
     assert cache.capacity == 5
     first = in_order(cache, range(14))
     assert len(decoded) == 14
     second = in_order(cache, range(14))
     assert decoded[14:] == images[5:] and all((first[number] == second[number]).all() for number in range(14))
-    nothing = pixels.PixelCache(images, 10)
+    nothing = image_cache.PixelCache(images, 10)
     assert nothing.num_bytes == 0 and len(in_order(nothing, range(3))) == 3
 
 
 def test_a_pass_that_was_cut_is_gone_on_with(images, decoded):
-    cache = pixels.PixelCache(images, 10, budget_bytes=1e9)
+    cache = image_cache.PixelCache(images, 10, budget_bytes=1e9)
     batches = cache.batches(range(14), 4)
     next(batches)
     del batches
@@ -101,14 +102,14 @@ def test_a_file_that_can_be_read_the_second_time_is_good(images, monkeypatch):
         return whole(path)
 
     monkeypatch.setattr(transforms, "decode_rgb", failing_once)
-    cache = pixels.PixelCache(images[:3], 10, budget_bytes=1e9)
+    cache = image_cache.PixelCache(images[:3], 10, budget_bytes=1e9)
     assert not in_order(cache, range(3))[0].any() and cache.bad == {0: "the mount is away"}
     assert in_order(cache, range(3))[0].any() and cache.bad == {} and len(calls) == 4
 
 
 def test_half_of_a_small_disk_is_left(images, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * 300))
-    assert pixels.PixelCache(images, 10, budget_bytes=1e9).capacity == 2
+    assert image_cache.PixelCache(images, 10, budget_bytes=1e9).capacity == 2
 
 
 def test_nothing_is_left_on_the_disk_however_the_process_ends(tmp_path, images):
@@ -131,6 +132,6 @@ def test_a_full_disk_keeps_nothing_and_loses_nothing(images, monkeypatch, capsys
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    cache = pixels.PixelCache(images, 10, budget_bytes=1e9)
+    cache = image_cache.PixelCache(images, 10, budget_bytes=1e9)
     assert cache.num_bytes == 0 and len(in_order(cache, range(14))) == 14
     assert "No space left on device" in capsys.readouterr().out

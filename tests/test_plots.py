@@ -11,8 +11,8 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from kutils import data_plots, figures, plots, tiles
-from kutils.plots import PlotError
+from kutils.views import data_plots, figures, tiles, training_plots
+from kutils.views.training_plots import PlotError
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def texts(figure):
 
 
 def test_a_learning_curve_shows_the_lines_of_the_file(metrics):
-    figure = plots.learning_curve(metrics(cut=True), baseline=0.3)
+    figure = training_plots.learning_curve(metrics(cut=True), baseline=0.3)
     loss, rate, score = figure.axes
     assert points(loss.lines[0]) == [(1, 0.8), (2, 0.6), (3, 0.5), (4, 0.45)]
     assert points(rate.lines[0])[-1] == (4, 1e-4) and rate.get_yscale() == "log"
@@ -67,15 +67,15 @@ def test_a_learning_curve_shows_the_lines_of_the_file(metrics):
 
 
 def test_a_learning_curve_without_clean_rows_or_before_the_first_epoch_ends(metrics):
-    assert len(plots.learning_curve(metrics(clean=None)).axes[2].lines) == 1
-    assert "no epoch is finished yet" in texts(plots.learning_curve(metrics(scored=False)))
+    assert len(training_plots.learning_curve(metrics(clean=None)).axes[2].lines) == 1
+    assert "no epoch is finished yet" in texts(training_plots.learning_curve(metrics(scored=False)))
 
 
 def test_many_log_intervals_are_smoothed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"epoch": 1, "step": step, "loss": float(step % 2), "lr": 1e-3} for step in range(60)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    smooth = plots.learning_curve(path).axes[0].lines[1]
+    smooth = training_plots.learning_curve(path).axes[0].lines[1]
     assert points(smooth)[:2] == [(1, 0.5), (2, 0.5)]  # the mean of an interval and the one before it
 
 
@@ -83,14 +83,14 @@ def test_prompts_are_text_not_formulas(tmp_path):
     prompt = r"a sign: $x_1^2$ and $\frac{1}{2}, 100 % of \alpha"  # a wrong formula would raise when it is drawn
     Image.new("RGB", (60, 20), "red").save(tmp_path / "a_$b$.png")
     drawn = [tmp_path / "a_$b$.png"]
-    assert figures.wrap(prompt) in texts(plots.image_grid(drawn, [prompt]))
-    shown = texts(plots.best_and_worst(drawn, [prompt], [prompt], [0.5]))
+    assert figures.wrap(prompt) in texts(training_plots.image_grid(drawn, [prompt]))
+    shown = texts(training_plots.best_and_worst(drawn, [prompt], [prompt], [0.5]))
     assert any(f"nearest: {prompt}" in text.replace("\n", " ") for text in shown)
-    assert prompt in " ".join(texts(plots.bar_scores({prompt: 0.5}))).replace("\n", " ")
+    assert prompt in " ".join(texts(training_plots.bar_scores({prompt: 0.5}))).replace("\n", " ")
 
 
 def test_long_prompts_are_wrapped_and_cut():
-    figure = plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["word " * 300])
+    figure = training_plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["word " * 300])
     lines = figure.axes[0].get_title().split("\n")
     assert len(lines) == 5 and max(map(len, lines)) <= figures.LINE_CHARACTERS and lines[-1].endswith(" ...")
 
@@ -100,7 +100,7 @@ def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
     rgba.convert("RGB").convert("P").save(tmp_path / "palette.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = [np.full((4, 4, 3), 7, np.uint8), rgba, tmp_path / "palette.png", tmp_path / "broken.png", "/no/where.png"]
-    figure = plots.image_grid(images, list("abcde"), columns=3)
+    figure = training_plots.image_grid(images, list("abcde"), columns=3)
     assert len(figure.axes) == 6
     shown = [axes.images[0].get_array() for axes in figure.axes[:3]]
     assert shown[0].shape == (4, 4, 3) and (shown[0] == 7).all()
@@ -116,13 +116,13 @@ def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
 def test_an_image_of_too_many_pixels_is_told(tmp_path, monkeypatch):
     Image.new("RGB", (100, 100)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    assert "huge.png: DecompressionBombError" in texts(plots.image_grid([tmp_path / "huge.png"], ["a"]))
+    assert "huge.png: DecompressionBombError" in texts(training_plots.image_grid([tmp_path / "huge.png"], ["a"]))
 
 
 def test_best_and_worst_are_found_in_any_order():
     images = [np.full((2, 2, 3), number, np.uint8) for number in range(6)]
     names = list("abcdef")
-    figure = plots.best_and_worst(images, names, names, [0.3, 0.9, 0.1, 0.5, 0.8, 0.2], count=2)
+    figure = training_plots.best_and_worst(images, names, names, [0.3, 0.9, 0.1, 0.5, 0.8, 0.2], count=2)
     drawn = [(axes.get_title(), int(axes.images[0].get_array()[0, 0, 0])) for axes in figure.axes]
     assert drawn == [
         ("best: cosine 0.900", 1),
@@ -131,7 +131,9 @@ def test_best_and_worst_are_found_in_any_order():
         ("worst: cosine 0.200", 5),
     ]
     assert figure.axes[2].texts[0].get_text() == "true: c\nnearest: c"
-    few = plots.best_and_worst(images[:3], names[:3], names[:3], [0.3, 0.9, 0.1], count=4)  # none is shown twice
+    few = training_plots.best_and_worst(
+        images[:3], names[:3], names[:3], [0.3, 0.9, 0.1], count=4
+    )  # none is shown twice
     assert [axes.get_title() for axes in few.axes] == [
         "best: cosine 0.900",
         "best: cosine 0.300",
@@ -162,14 +164,16 @@ def test_image_statistics_are_those_of_the_gray_levels(tmp_path):
 
 def test_a_histogram_says_shares_and_what_lies_above_the_threshold():
     sets = {"random pairs": [0.0, 0.1, 0.2, 0.9], "nearest": [0.7, 0.8]}
-    axes = plots.similarity_histogram(sets, threshold=0.7).axes[0]
+    axes = training_plots.similarity_histogram(sets, threshold=0.7).axes[0]
     assert [patch.get_data().values.sum() for patch in axes.patches] == pytest.approx([1, 1])
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--", "--"]  # the sets, the threshold
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "random pairs (4): mean 0.300, 25.0% at or above 0.7",
         "nearest (2): mean 0.750, 100.0% at or above 0.7",
     ]
-    assert plots.similarity_histogram([0.5, 0.5]).axes[0].get_legend().get_texts()[0].get_text() == "mean 0.500"
+    assert (
+        training_plots.similarity_histogram([0.5, 0.5]).axes[0].get_legend().get_texts()[0].get_text() == "mean 0.500"
+    )
 
 
 def test_a_fold_report_is_drawn():
@@ -181,7 +185,7 @@ def test_a_fold_report_is_drawn():
 
 
 def test_score_bars_begin_at_the_baseline():
-    axes = plots.bar_scores({"a": 0.7, "b": 0.5}, baseline=0.55, title="Scores").axes[0]
+    axes = training_plots.bar_scores({"a": 0.7, "b": 0.5}, baseline=0.55, title="Scores").axes[0]
     assert [patch.get_x() for patch in axes.patches] == [0.55, 0.55]
     assert [patch.get_width() for patch in axes.patches] == pytest.approx([0.15, -0.05])
     assert [text.get_text() for text in axes.texts] == ["0.7000 (+0.1500)", "0.5000 (-0.0500)"]
@@ -189,32 +193,35 @@ def test_score_bars_begin_at_the_baseline():
 
 
 def test_weights_and_timing_bars_begin_at_zero():
-    for axes in (plots.weights({"a": 0.6, "b": -0.1}).axes[0], plots.timing({"a": 0.6, "b": -0.1}, "T").axes[0]):
+    for axes in (
+        training_plots.weights({"a": 0.6, "b": -0.1}).axes[0],
+        training_plots.timing({"a": 0.6, "b": -0.1}, "T").axes[0],
+    ):
         assert [patch.get_width() for patch in axes.patches] == [0.6, -0.1]
         assert {patch.get_x() for patch in axes.patches} == {0}
 
 
 def test_saving_closes(tmp_path):
     before = len(plt.get_fignums())
-    plots.save(plots.weights({"a": 1.0}), tmp_path / "new" / "w.png")
+    training_plots.save(training_plots.weights({"a": 1.0}), tmp_path / "new" / "w.png")
     assert Image.open(tmp_path / "new" / "w.png").width > 400 and len(plt.get_fignums()) == before
 
 
 @pytest.mark.parametrize(
     ("draw", "said"),
     [
-        (lambda: plots.learning_curve("/no/metrics.jsonl"), "/no/metrics.jsonl has no logged update"),
-        (lambda: plots.image_grid([], []), "no images and no titles"),
-        (lambda: plots.image_grid([np.zeros((2, 2, 3), np.uint8)], []), "1 images, 0 titles"),
-        (lambda: plots.best_and_worst([], [], [], []), "nothing to draw"),
+        (lambda: training_plots.learning_curve("/no/metrics.jsonl"), "/no/metrics.jsonl has no logged update"),
+        (lambda: training_plots.image_grid([], []), "no images and no titles"),
+        (lambda: training_plots.image_grid([np.zeros((2, 2, 3), np.uint8)], []), "1 images, 0 titles"),
+        (lambda: training_plots.best_and_worst([], [], [], []), "nothing to draw"),
         (lambda: data_plots.prompt_lengths([]), "no prompts"),
-        (lambda: plots.similarity_histogram([]), "no cosines"),
-        (lambda: plots.similarity_histogram({}), "no cosines"),
-        (lambda: plots.similarity_histogram([0.1, float("nan")]), "cosines number 1 is not finite"),
+        (lambda: training_plots.similarity_histogram([]), "no cosines"),
+        (lambda: training_plots.similarity_histogram({}), "no cosines"),
+        (lambda: training_plots.similarity_histogram([0.1, float("nan")]), "cosines number 1 is not finite"),
         (lambda: data_plots.fold_report({}), "no folds"),
-        (lambda: plots.bar_scores({}), "no values"),
-        (lambda: plots.weights({"a": float("inf")}), "values number 0 is not finite"),
-        (lambda: plots.timing({}), "no values"),
+        (lambda: training_plots.bar_scores({}), "no values"),
+        (lambda: training_plots.weights({"a": float("inf")}), "values number 0 is not finite"),
+        (lambda: training_plots.timing({}), "no values"),
         (lambda: data_plots.prompt_map(np.zeros((0, 2)), [], ""), "no points"),
         (lambda: data_plots.prompt_map(np.zeros((3, 2)), {}, ""), "no labels"),
         (lambda: data_plots.prompt_map(np.zeros((3, 2)), {"fold": ["0"]}, ""), "3 points, 1 labels fold"),
@@ -241,7 +248,7 @@ def test_nothing_to_draw_is_said_and_leaves_no_figure(draw, said):
 @pytest.mark.parametrize("count", [1, 4])
 def test_no_text_of_best_and_worst_lies_on_the_row_below(text, count):
     images = [np.zeros((8, 8, 3), np.uint8)] * 8
-    figure = plots.best_and_worst(images, [text] * 8, [text] * 8, np.linspace(0, 1, 8), count=count)
+    figure = training_plots.best_and_worst(images, [text] * 8, [text] * 8, np.linspace(0, 1, 8), count=count)
     figure.canvas.draw()
     above, below = figure.axes[:count], figure.axes[count:]
     lowest = min(axes.texts[0].get_window_extent().y0 for axes in above)
@@ -250,20 +257,20 @@ def test_no_text_of_best_and_worst_lies_on_the_row_below(text, count):
 
 
 def test_an_error_of_a_figure_is_shown_and_costs_nothing(capsys):
-    with plots.errors_shown():
-        plots.timing({})
+    with training_plots.errors_shown():
+        training_plots.timing({})
     assert "PlotError" in capsys.readouterr().err
-    with pytest.raises(KeyboardInterrupt), plots.errors_shown():
+    with pytest.raises(KeyboardInterrupt), training_plots.errors_shown():
         raise KeyboardInterrupt
 
 
 def test_counts_are_drawn_in_order():
-    figure = plots.counts({"kept": 12345, "too short": 7}, title="What was read", unit="entries")
+    figure = training_plots.counts({"kept": 12345, "too short": 7}, title="What was read", unit="entries")
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == [12345, 7]
     assert {"12,345", "7", "kept", "too short", "entries"} <= set(texts(figure))
     with pytest.raises(PlotError, match="no values"):
-        plots.counts({}, title="", unit="")
+        training_plots.counts({}, title="", unit="")
 
 
 def test_images_are_counted_over_all_data_sets():
@@ -363,20 +370,25 @@ def test_names_of_models_are_text_not_formulas():
 
 def test_bars_and_sets_that_are_models_have_their_colors():
     names = ["tiny_vit", "eva02_large_clsonly", "mean prompt"]
-    for figure in (plots.weights(dict.fromkeys(names, 0.5)), plots.timing(dict.fromkeys(names, 1234.5))):
+    for figure in (
+        training_plots.weights(dict.fromkeys(names, 0.5)),
+        training_plots.timing(dict.fromkeys(names, 1234.5)),
+    ):
         assert [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches] == list(map(figures.model_color, names))
     assert "1,234" in texts(figure)
-    lines = plots.similarity_histogram({name: [0.1, 0.2] for name in names}, threshold=0.15).axes[0].lines
+    lines = training_plots.similarity_histogram({name: [0.1, 0.2] for name in names}, threshold=0.15).axes[0].lines
     assert [line.get_color() for line in lines[:3]] == list(map(figures.model_color, names))
 
 
 def test_predictions_stay_in_the_order_given(tmp_path):
     images = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
-    figure = plots.predictions(images, ["a cat", "a dog", "a cow"], ["a lion", "a wolf", "a bull"], [0.1, 0.9, 0.5])
+    figure = training_plots.predictions(
+        images, ["a cat", "a dog", "a cow"], ["a lion", "a wolf", "a bull"], [0.1, 0.9, 0.5]
+    )
     assert [axes.get_title() for axes in figure.axes] == ["cosine 0.100", "cosine 0.900", "cosine 0.500"]
     assert figure.axes[1].texts[0].get_text() == "true: a dog\nnearest: a wolf"
-    with pytest.raises(plots.PlotError, match="3 images, 2 prompts"):
-        plots.predictions(images, ["a", "b"], ["a", "b", "c"], [0.1, 0.2, 0.3])
+    with pytest.raises(training_plots.PlotError, match="3 images, 2 prompts"):
+        training_plots.predictions(images, ["a", "b"], ["a", "b", "c"], [0.1, 0.2, 0.3])
 
 
 def test_benchmark_ratios_are_drawn_by_their_logarithm():

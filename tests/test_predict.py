@@ -17,7 +17,9 @@ from conftest import unit_rows
 from ensembles import by_hand, save_images, write_ensemble
 from torch.nn.functional import normalize
 
-from kutils import checkpoints, models, pixels, predict, transforms
+from kutils.data import transforms
+from kutils.ensemble import image_cache, predict
+from kutils.models import checkpoints, networks
 
 CPU = torch.device("cpu")
 
@@ -25,18 +27,18 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def images(tmp_path):
     save_images(tmp_path / "images")
-    return pixels.find_images(tmp_path / "images")
+    return image_cache.find_images(tmp_path / "images")
 
 
 @pytest.fixture
 def model_and_recipe(tiny_recipe):
     torch.manual_seed(1)
     recipe = tiny_recipe(amp_dtype="float32")
-    return models.build_model(recipe).eval(), recipe
+    return networks.build_model(recipe).eval(), recipe
 
 
 def cache(recipe, images, **options):
-    return pixels.PixelCache(images, recipe.input_size, **options)
+    return image_cache.PixelCache(images, recipe.input_size, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -111,10 +113,10 @@ class SmallMemory(torch.nn.Module):
         self.most, self.error, self.sizes = most, error, []
 
     def forward(self, pixels):
-        self.sizes.append(len(pixels))
-        if len(pixels) > self.most:
+        self.sizes.append(len(image_cache))
+        if len(image_cache) > self.most:
             raise self.error
-        return pixels.mean(dim=(2, 3))
+        return image_cache.mean(dim=(2, 3))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
@@ -170,7 +172,7 @@ def test_a_model_without_finite_predictions_is_an_error(images, model_and_recipe
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_a_failed_model_leaves_the_memory_at_once(images, tiny_recipe, monkeypatch, batch_size):
     recipe = tiny_recipe(amp_dtype="float32")
-    model = models.build_model(recipe).eval()
+    model = networks.build_model(recipe).eval()
     weights = weakref.ref(model.fc.weight)
 
     def failing(self, inputs):
@@ -271,7 +273,10 @@ def test_two_ranks_write_what_one_writes(command, images, model_and_recipe):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, "kutils.predict", *arguments, "--batch-size", "4"], env=environment, capture_output=True, text=True
+        [*launcher, "kutils.ensemble.predict", *arguments, "--batch-size", "4"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_allclose(np.load(output)["embeddings"], by_hand(*model_and_recipe, images[:12]), atol=1e-6)
@@ -298,7 +303,7 @@ def gpus():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_gpus_predict_what_the_cpu_predicts(gpus, images, tiny_recipe, dtype):
     recipe = tiny_recipe(amp_dtype=dtype, num_workers=2, backbone="test_vit")
-    model = models.build_model(recipe).eval()
+    model = networks.build_model(recipe).eval()
     expected = by_hand(model, recipe, images[:12])
     for device_list in (gpus, [gpus[0]] * 2):  # the second: two models on one GPU
         for batch_size in (3, 64):  # with 3, processes decode, forked after CUDA has started
@@ -310,7 +315,7 @@ def test_gpus_predict_what_the_cpu_predicts(gpus, images, tiny_recipe, dtype):
 @pytest.mark.gpu
 def test_a_full_gpu_halves_the_batch(gpus, images, tiny_recipe, capsys):
     recipe = tiny_recipe(amp_dtype="float32", input_size=512, backbone="test_convnext")
-    model = models.build_model(recipe).eval()
+    model = networks.build_model(recipe).eval()
     expected = by_hand(model, recipe, images[:12])
     squares = cache(recipe, images * 20)
     torch.cuda.empty_cache()

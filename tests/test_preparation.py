@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from conftest import make_dataset
 
-from kutils import grouping, preparation, prompts
-from kutils.datasets import DataError
-from kutils.grouping import GroupingError
-from kutils.prompt_bank import PromptBank
-from kutils.tables import read_table, write_table
+from kutils.data import preparation
+from kutils.data.datasets import DataError
+from kutils.data.prompt_bank import PromptBank
+from kutils.prompts import embedding
+from kutils.prompts import folds as prompt_folds
+from kutils.prompts.folds import GroupingError
+from kutils.system.tables import read_table, write_table
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_folds_made_elsewhere_are_kept_and_measured(inputs, capsys):
     assert "kept as they are" in capsys.readouterr().out
     assert [fold["rows"] for fold in report["folds"]] == [8] * 10
     assert [fold["leaked"] for fold in report["folds"]] == [1, 1] + [0] * 8
-    assert report["leaked_share"] == 2 / 40 and "folds by their maker" in grouping.format_report(report)
+    assert report["leaked_share"] == 2 / 40 and "folds by their maker" in prompt_folds.format_report(report)
 
 
 def test_a_prompt_in_two_folds_is_an_error(inputs):
@@ -101,11 +103,11 @@ def test_outdated_embeddings_are_made_again(inputs):
 
 
 def test_examples_are_of_different_prompts(inputs):
-    images, prompts = preparation.examples(["toy"], count=8)
-    assert len(set(prompts)) == 8
+    images, embedding = preparation.examples(["toy"], count=8)
+    assert len(set(embedding)) == 8
     table = read_table(inputs / "toy.tsv", ["image", "prompt"])
     image_of = dict(zip(table["image"].to_pylist(), table["prompt"].to_pylist(), strict=True))
-    assert [image_of[str(path.relative_to(inputs))] for path in images] == prompts
+    assert [image_of[str(path.relative_to(inputs))] for path in images] == embedding
     assert len(preparation.examples(["toy"], count=100)[0]) == 40
 
 
@@ -142,7 +144,7 @@ def test_prompts_are_collected_from_files_or_the_grammar(inputs, tmp_path):
 
 def test_embeddings_of_another_precision_stay(inputs):
     path = inputs / "toy.tsv"
-    prompts.embed_table(path, dtype="bfloat16", overwrite=True, progress=False)
+    embedding.embed_table(path, dtype="bfloat16", overwrite=True, progress=False)
     before = (inputs / "toy.npy").read_bytes()
     preparation.prepare(["toy"], refold=True)
     assert (inputs / "toy.npy").read_bytes() == before

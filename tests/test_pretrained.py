@@ -13,9 +13,9 @@ import timm
 import torch
 from test_checkpoints import Payload
 
-from kutils import pretrained
-from kutils.models import build_model
-from kutils.pretrained import WeightsError, create_backbone
+from kutils.models import pretrained
+from kutils.models.networks import build_model
+from kutils.models.pretrained import WeightsError, create_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 TAGGED = "test_convnext.r160_in1k"
@@ -145,9 +145,7 @@ def hub(source):
 def test_download_from_a_hub_for_a_machine_without_network(hub, source, tmp_path):
     """The hub's own client fetches; the second time nothing is asked for; the folder then serves offline."""
     folder = tmp_path / "weights"
-    code = (
-        "import sys, pathlib\nfrom kutils.pretrained import download\ndownload(pathlib.Path(sys.argv[1]), sys.argv[2])"
-    )
+    code = "import sys, pathlib\nfrom kutils.models.pretrained import download\ndownload(pathlib.Path(sys.argv[1]), sys.argv[2])"
     environment = os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
     environment |= {
         "HF_HUB_DISABLE_XET": "1",

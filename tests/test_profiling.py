@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from kutils import datasets, devices, engine, profiling, runs, train
-from kutils.interval import Interval
+from kutils.data import datasets
+from kutils.runs import folders
+from kutils.system import devices
+from kutils.training import engine, profiling, train
+from kutils.training.log_interval import Interval
 
 ALONE = devices.Ranks(0, 1, torch.device("cpu"))
 
@@ -28,7 +31,7 @@ def marks(path):
 
 
 def losses(workspace, name):
-    lines = runs.read_metrics(workspace / "working" / "runs" / f"{name}_fold0" / "metrics.jsonl")
+    lines = folders.read_metrics(workspace / "working" / "runs" / f"{name}_fold0" / "metrics.jsonl")
     return [line["loss"] for line in lines if "loss" in line]
 
 
@@ -202,14 +205,14 @@ def test_waiting_is_judged_over_20_seconds_or_updates_and_told_once():
 )
 def test_advice_fits_the_machine(workspace, tiny_recipe, cores, ranks, workers, said):
     recipe = tiny_recipe(num_workers=workers, datasets=("toy", "more toys"), input_size=384)
-    packing = f"python -m kutils.shards {workspace}/input/toy.tsv '{workspace}/input/more toys.tsv' --size 448"
+    packing = f"python -m kutils.data.shards {workspace}/input/toy.tsv '{workspace}/input/more toys.tsv' --size 448"
     assert profiling.advice(recipe, 0.347, cores, ranks) == (
         f"35% of the time went by in waiting for images. {said} Images packed at the size of training load faster: "
         f"{packing}"
     )
     (workspace / "input" / "toy.shards").mkdir()
     left = profiling.advice(recipe, 0.347, cores, ranks)
-    assert left.endswith(f"load faster: python -m kutils.shards '{workspace}/input/more toys.tsv' --size 448")
+    assert left.endswith(f"load faster: python -m kutils.data.shards '{workspace}/input/more toys.tsv' --size 448")
     (workspace / "input" / "more toys.shards").mkdir()
     assert profiling.advice(recipe, 0.347, cores, ranks).endswith(
         f"{said} The images are packed already: a faster disk or more cores would help."
@@ -239,7 +242,7 @@ def test_a_run_that_waits_says_once_what_to_change(workspace, tiny_recipe, monke
     if told:
         cores = profiling.usable_cores()
         assert f"{cores} core" in told[0] and "for 1 rank: num_workers=1 instead of 0" in told[0]
-        assert f"python -m kutils.shards {workspace}/input/toy.tsv --size 37" in told[0]
+        assert f"python -m kutils.data.shards {workspace}/input/toy.tsv --size 37" in told[0]
 
 
 class Event:
@@ -257,9 +260,9 @@ class Event:
 
 def test_a_wait_counts_as_far_as_the_gpu_had_nothing_to_do(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("kutils.interval.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("kutils.training.log_interval.time.monotonic", lambda: now[0])
     points = iter([2.0, 5.0, 6.0, 9.0, 9.0, 10.0, 13.0, 14.0])  # the GPU begins and is done, update by update
-    monkeypatch.setattr("kutils.interval.mark", lambda device: Event(next(points)))
+    monkeypatch.setattr("kutils.training.log_interval.mark", lambda device: Event(next(points)))
     interval = Interval(torch.device("cpu"))
     batch = [{"row": torch.arange(4), "bad": []}]
     for waited in (2.0, 3.0, 0.5, 1.0):

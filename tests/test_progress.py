@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kutils import progress
+from kutils.system import progress
 
 HOUR, PER_SECOND = 3600, 5
 VALUES = {"loss": 0.41234, "lr": 1e-4, "images_per_second": 1234.5, "data_wait": 0.034}

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 from conftest import make_dataset, unit_rows
 
-from kutils import prompt_bank
-from kutils.datasets import DataError
-from kutils.progress import progress_bar
-from kutils.prompt_bank import PromptBank
-from kutils.tables import write_table
+from kutils.data import prompt_bank
+from kutils.data.datasets import DataError
+from kutils.data.prompt_bank import PromptBank
+from kutils.system.progress import progress_bar
+from kutils.system.tables import write_table
 
 
 def brute_force(embeddings, queries, k):

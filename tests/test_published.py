@@ -5,9 +5,10 @@ import pytest
 import torch
 from published_networks import PublishedNetwork, published_network, visual_tower
 
-from kutils import checkpoints, config, published
-from kutils.checkpoints import CheckpointError
-from kutils.models import build_model
+from kutils.models import checkpoints, published
+from kutils.models.checkpoints import CheckpointError
+from kutils.models.networks import build_model
+from kutils.runs import recipes
 
 MODELS = ["convnext_large", "convnext_xxlarge", "vit_large", "eva02_large_clsavg", "eva02_large_clsonly"]
 
@@ -17,7 +18,7 @@ def test_names_and_shapes_of_the_five_networks(model):
     """Built without memory ("meta"): what is written is, name by name, what the published code would load strictly."""
     with torch.device("meta"):
         reference = published_network(model)
-        network = build_model(config.load_recipe(config.find_recipe(model, 1)), pretrained=False)
+        network = build_model(recipes.load_recipe(recipes.find_recipe(model, 1)), pretrained=False)
     names = published.published_names(network)
     shapes = {
         names[name]: published.to_published_shape(names[name], v).shape for name, v in network.state_dict().items()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import recipe_table
 
-from kutils import config
+from kutils.runs import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def test_the_table_of_recipes_is_what_the_recipes_say():
 
 @pytest.mark.parametrize("path", recipe_table.seed_recipes(), ids=lambda path: path.stem[:50])
 def test_the_head_of_a_recipe_says_the_same(path):
-    recipe = config.load_recipe(path)
+    recipe = recipes.load_recipe(path)
     flops = recipe_table.forward_flops(recipe_table.build(recipe), recipe)
     head = path.read_text().split("\nprefix:")[0]
     assert f"{recipe_table.images_per_epoch(recipe):,} images per epoch" in head
@@ -67,13 +67,13 @@ def test_the_head_of_a_recipe_says_the_same(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*_24gb_*.yaml")), ids=lambda path: path.stem)
 def test_a_preset_for_one_gpu_is_the_recipe_for_eight_in_smaller_batches(path):
-    preset = config.load_recipe(path)
-    recipe = config.load_recipe(config.find_recipe(preset.model.removesuffix("_24gb"), preset.stage))
+    preset = recipes.load_recipe(path)
+    recipe = recipes.load_recipe(recipes.find_recipe(preset.model.removesuffix("_24gb"), preset.stage))
     names = {"prefix", "save_dir", "model", "initialize_from"}
     memory = {"max_local_batch_size", "gradient_checkpointing", "sam_gradient"}
     differing = {key for key, value in vars(recipe).items() if value != getattr(preset, key)}
     assert differing <= names | memory
     assert preset.global_batch_size % preset.max_local_batch_size == 0
     if preset.stage > 1:
-        before = config.load_recipe(config.find_recipe(preset.model, preset.stage - 1))
+        before = recipes.load_recipe(recipes.find_recipe(preset.model, preset.stage - 1))
         assert preset.initial_checkpoint(2) == before.checkpoint_path(2)

@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from kutils import folding, grouping, image_facts, prompts, sources
-from kutils.datasets import load_datasets
-from kutils.prompt_bank import PromptBank
-from kutils.similarity import similar_pairs
-from kutils.tables import read_table, write_table
-from kutils.transforms import decode_rgb
+from kutils.data import image_files
+from kutils.data.datasets import load_datasets
+from kutils.data.prompt_bank import PromptBank
+from kutils.data.transforms import decode_rgb
+from kutils.prompts import collection, embedding, folds, partition
+from kutils.prompts.similarity import similar_pairs
+from kutils.system.tables import read_table, write_table
 
 REAL_DATA = os.environ.get("KUTILS_REAL_DATA")
 pytestmark = [
@@ -44,7 +45,7 @@ def two_threads():
 
 @pytest.fixture(scope="module")
 def encoder():
-    return prompts.load_encoder(device="cpu")
+    return embedding.load_encoder(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,8 @@ def pairs(real, encoder, tmp_path_factory):
     images = [image.replace("images/", "pairs_images/") for image in table["image"].to_pylist()]
     columns = {"image": images, "prompt": table["prompt"], "fold": [-1] * len(images), "kind": table["kind"]}
     write_table(root / "pairs.tsv", columns)
-    prompts.embed_table(root / "pairs.tsv", encoder, progress=False)
-    return root, grouping.assign_folds([root / "pairs.tsv"], device="cpu", progress=False)
+    embedding.embed_table(root / "pairs.tsv", encoder, progress=False)
+    return root, folds.assign_folds([root / "pairs.tsv"], device="cpu", progress=False)
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_pairs_have_even_folds_and_repeated_prompts_stay_together(pairs, data):
 
 
 def test_every_image_decodes_to_what_pillow_sees(data):
-    assert image_facts.scan(data.read_image, np.arange(len(data)), num_workers=2).decoded.all()
+    assert image_files.scan(data.read_image, np.arange(len(data)), num_workers=2).decoded.all()
     for row in range(0, len(data), 60):
         image = decode_rgb(data.image_path(row))
         assert min(image.shape[1:]) == 384
@@ -118,7 +119,7 @@ def test_competition_embeddings_are_reproduced(real, encoder):
     with (real / "competition" / "sample_submission.csv").open(newline="") as stream:
         truth = {row["imgId_eId"]: float(row["val"]) for row in csv.DictReader(stream)}
     assert len(texts) == 7 and len(truth) == 7 * 384
-    embeddings = prompts.encode_prompts(list(texts.values()), encoder, progress=False)
+    embeddings = embedding.encode_prompts(list(texts.values()), encoder, progress=False)
     expected = np.array([[truth[f"{name}_{number}"] for number in range(384)] for name in texts])
     assert np.abs(embeddings - expected).max() < 1e-6
     for name in texts:
@@ -133,22 +134,22 @@ def test_partition_of_prompts_that_percolate(real, encoder, tmp_path):
     tsv = tmp_path / "dragons.tsv"
     images = [f"dragons_images/{number}.png" for number in range(len(texts))]
     write_table(tsv, {"image": images, "prompt": texts, "fold": [-1] * len(texts)})
-    prompts.embed_table(tsv, encoder, progress=False)
-    report = grouping.assign_folds([tsv], device="cpu", progress=False)
+    embedding.embed_table(tsv, encoder, progress=False)
+    report = folds.assign_folds([tsv], device="cpu", progress=False)
     assert report["prompts"] > 1500 and report["largest_component_rows_share"] > 0.5
     shares = [fold["rows_share"] for fold in report["folds"]]
     assert min(shares) > 0.09 and max(shares) < 0.11
 
     pairs = similar_pairs(np.load(tsv.with_suffix(".npy")), 0.7, device="cpu")
-    leader = folding.assign(np.ones(len(texts), int), pairs, 10, "leader", seed=0)
+    leader = partition.assign(np.ones(len(texts), int), pairs, 10, "leader", seed=0)
     assert report["leaked_share"] < 0.38  # 0.346 measured; 0.610 by leader groups
-    assert folding.leaked_prompts(leader, pairs).mean() > 1.5 * report["leaked_share"]
+    assert partition.leaked_prompts(leader, pairs).mean() > 1.5 * report["leaked_share"]
 
 
 def test_all_real_prompts_through_cleaning(real, tmp_path):
     began = time.monotonic()
     output = tmp_path / "clean.tsv"
-    report = sources.make_prompts_file([real / "prompts" / "prompts.tsv.gz"], output, progress=False)
+    report = collection.make_prompts_file([real / "prompts" / "prompts.tsv.gz"], output, progress=False)
     assert time.monotonic() - began < 60  # 4 to 12 s measured, with other work beside it
     dropped = {reason: case["count"] for reason, case in report["dropped"].items()}
     assert report["read"] == 139_703 == report["kept"] + sum(dropped.values())

@@ -15,9 +15,11 @@ import torch
 from conftest import make_dataset
 from published_networks import published_network
 
-from kutils import checkpoints, config, engine, optim
-from kutils.models import build_model
-from kutils.runs import read_metrics
+from kutils.models import checkpoints
+from kutils.models.networks import build_model
+from kutils.runs import recipes
+from kutils.runs.folders import read_metrics
+from kutils.training import engine, optimizers
 
 pytestmark = pytest.mark.recipes
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,7 @@ def test_a_network_of_a_recipe_trains_and_the_published_network_reads_its_file(m
     """Stage 1's network makes a training step on one image (the XXL forward and backward alone: its optimiser's state
     does not fit a small machine), is saved, and gives the same embeddings as the network of the publication that loads
     the file strictly."""
-    recipe = config.load_recipe(config.find_recipe(model, 1), ["augment=false", "amp_dtype=float32"])
+    recipe = recipes.load_recipe(recipes.find_recipe(model, 1), ["augment=false", "amp_dtype=float32"])
     torch.manual_seed(0)
     network = build_model(recipe, pretrained=False).train()
     batch = real_batch(recipe.input_size)
@@ -66,7 +68,7 @@ def test_a_network_of_a_recipe_trains_and_the_published_network_reads_its_file(m
         assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
         network.zero_grad(set_to_none=True)
     else:
-        optimizer = optim.build_optimizer(network, recipe)
+        optimizer = optimizers.build_optimizer(network, recipe)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         assert engine.update(network, [batch], optimizer, scaler, recipe, torch.float32).isfinite()
         assert all(state["step"] == 1 for state in optimizer.state.values())
@@ -94,7 +96,7 @@ def test_a_network_of_a_recipe_trains_and_the_published_network_reads_its_file(m
 
 def test_the_vit_at_its_true_resolution_is_open_clips_at_336_px(tmp_path):
     """patch_mode=interpolated: 24 x 24 tokens; with strided patches the same weights would see 44 % of the pixels."""
-    recipe = config.load_recipe(config.find_recipe("vit_large", 1), ["patch_mode=interpolated", "augment=false"])
+    recipe = recipes.load_recipe(recipes.find_recipe("vit_large", 1), ["patch_mode=interpolated", "augment=false"])
     torch.manual_seed(0)
     network = build_model(recipe, pretrained=False).eval()
     checkpoints.save_checkpoint(tmp_path / "vit.pth", network, recipe)
@@ -144,13 +146,13 @@ def run(command: list[str], environment: dict, working: Path, folder: Path) -> s
 
 def stages_of(model: str) -> list[Path]:
     """Its recipe files, in order."""
-    files = config.recipe_files()
+    files = recipes.recipe_files()
     return [files[model, stage] for stage in (1, 2, 3) if (model, stage) in files]
 
 
 def check_run(working: Path, path: Path, overrides: list[str], fold: int, notebook: Path) -> list[float]:
     """The run of one recipe left what it should; returns its losses."""
-    recipe = config.load_recipe(path, overrides)
+    recipe = recipes.load_recipe(path, overrides)
     folder = working / "runs" / f"{recipe.prefix}_fold{fold}"
     result = json.loads((folder / "result.json").read_text())
     prompts = sum(DATASETS[name][0] for name in recipe.datasets)
@@ -182,7 +184,7 @@ def test_a_chain_of_stages(miniature, model):
     fold, stand_in = CHAINS[model]
     overrides = [*SMALL.split(), *stand_in.split()]
     for path in stages_of(model):
-        recipe = config.load_recipe(path, overrides)
+        recipe = recipes.load_recipe(path, overrides)
         command = ["bash", "dist_train.sh", "2", f"conf/{path.name}", *overrides, f"train_folds={fold}"]
         shown = run(command, environment, root / "by_dist_train", ROOT / "working")
         assert f"fold {fold} (1 of 1)" in shown

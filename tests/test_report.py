@@ -12,9 +12,14 @@ import pytest
 from finished_runs import FAST, SCRIPT
 from PIL import Image
 
-from kutils import config, datasets, html_page, paths, report, runs, train
-from kutils.finished import FinishedRun, read_run
-from kutils.tables import read_table, write_table
+from kutils.data import datasets
+from kutils.runs import folders as runs_folders
+from kutils.runs import recipes
+from kutils.runs.finished import FinishedRun, read_run
+from kutils.system import paths
+from kutils.system.tables import read_table, write_table
+from kutils.training import train
+from kutils.views import html_page, report
 
 
 class Page(HTMLParser):
@@ -110,12 +115,12 @@ def test_the_configuration_is_held_against_the_recipe_and_the_command_makes_it_a
     assert "differ from conf/tiny_convnext_stage1.yaml: " in told[0] and "lr" in told[0].split(": ")[1].split(", ")
     position = told.index("lr")
     assert told[position : position + 3] == ["lr", "0.0001", "0.005"]
-    (command,) = [text for text in page.sections["Run it again"] if "python -m kutils.train" in text]
+    (command,) = [text for text in page.sections["Run it again"] if "python -m kutils.training.train" in text]
     command = command.splitlines()[-1]
     arguments = shlex.split(command)[3:]
     assert arguments[:4] == ["--config", "conf/tiny_convnext_stage1.yaml", "--fold", "0"]
-    saved = config.load_recipe(finished / "working" / "runs" / "second_fold0" / "config.yaml")
-    assert config.load_recipe(arguments[1], arguments[4:]) == saved
+    saved = recipes.load_recipe(finished / "working" / "runs" / "second_fold0" / "config.yaml")
+    assert recipes.load_recipe(arguments[1], arguments[4:]) == saved
 
 
 def test_a_run_whose_data_has_changed_says_so(finished):
@@ -126,7 +131,7 @@ def test_a_run_whose_data_has_changed_says_so(finished):
     page = read_page(folder)
     for section in ("Scores", "Scores by slice", "Best and worst"):
         assert any("was made for other validation rows" in text for text in page.sections[section])
-    assert f"{runs.result_of(folder)['cosine_similarity']:.4f}" in page.texts and len(page.all("img")) == 2
+    assert f"{runs_folders.result_of(folder)['cosine_similarity']:.4f}" in page.texts and len(page.all("img")) == 2
 
 
 @pytest.mark.parametrize("lost", ["toy.tsv", "toy_images", "predictions", "environment.json", "metrics.jsonl"])
@@ -145,7 +150,7 @@ def test_what_is_gone_is_said(finished, lost):
     page = read_page(folder)
     for text in said:
         assert any(text in each for each in page.texts), text
-    assert f"{runs.result_of(folder)['cosine_similarity']:.4f}" in page.texts
+    assert f"{runs_folders.result_of(folder)['cosine_similarity']:.4f}" in page.texts
 
 
 def test_waiting_and_unreadable_images_are_told(finished):
@@ -154,14 +159,14 @@ def test_waiting_and_unreadable_images_are_told(finished):
     for line in lines:
         line |= {"data_wait": 0.25} if "data_wait" in line else {}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    paths.write_json(folder / "result.json", runs.result_of(folder) | {"unreadable_images": 1})
+    paths.write_json(folder / "result.json", runs_folders.result_of(folder) | {"unreadable_images": 1})
     write_table(folder / "unreadable_images.tsv", {"row": ["7"], "image": ['toy_images/"x.png'], "reason": ["cut"]})
     report.write_report(folder)
     page = read_page(folder)
     speed = " ".join(page.sections["Speed"])
     cores = json.loads((folder / "environment.json").read_text())["cores"]
     assert "25% of the time" in speed and f"{cores} core" in speed and "num_workers=1 instead of 0" in speed
-    assert f"python -m kutils.shards {finished}/input/toy.tsv --size 37" in speed and "GPU memory" not in speed
+    assert f"python -m kutils.data.shards {finished}/input/toy.tsv --size 37" in speed and "GPU memory" not in speed
     assert 'toy_images/"x.png' in page.sections["Unreadable images"]
 
 
@@ -189,7 +194,7 @@ def test_pace_counts_an_interval_by_its_time(finished):
     pace, waiting = FinishedRun(run.folder, run.recipe, run.result, {}, logged).pace
     assert pace == pytest.approx(480 / 5) and waiting == pytest.approx((0.1 * 1 + 0.4 * 4) / 5)
     assert np.isnan(FinishedRun(run.folder, run.recipe, run.result, {}, []).pace).all()
-    with pytest.raises(runs.RunError, match="holds no finished run"):
+    with pytest.raises(runs_folders.RunError, match="holds no finished run"):
         read_run(finished)
 
 
@@ -209,7 +214,8 @@ def test_a_second_start_writes_what_is_missing_and_an_error_costs_no_run(finishe
     capsys.readouterr()
     assert train.main(arguments) == 0 and not (folder / "report.html").exists()
     assert (
-        f"no report (RuntimeError: no room); make it with: python -m kutils.report {folder}" in capsys.readouterr().out
+        f"no report (RuntimeError: no room); make it with: python -m kutils.views.report {folder}"
+        in capsys.readouterr().out
     )
 
 

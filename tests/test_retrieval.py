@@ -11,12 +11,14 @@ import torch
 from conftest import unit_rows
 from ensembles import by_hand, write_ensemble
 
-from kutils import checkpoints, ensemble, models, paths, retrieval
-from kutils.members import EnsembleError, Member
-from kutils.mounts import MountError
-from kutils.prompt_bank import PromptBank
-from kutils.retrieval import RetrievalError
-from kutils.runs import RunError
+from kutils.data.prompt_bank import PromptBank
+from kutils.ensemble import fit, trained_models
+from kutils.ensemble.members import EnsembleError, Member
+from kutils.ensemble.trained_models import RetrievalError
+from kutils.kaggle.mounts import MountError
+from kutils.models import checkpoints, networks
+from kutils.runs.folders import RunError
+from kutils.system import paths
 
 NAMES = ("0003_1.png", "0017_0.png")
 
@@ -33,7 +35,7 @@ def trained(workspace, tiny_recipe):
     for number, (name, input_size) in enumerate([("a", 32), ("b", 48)]):
         torch.manual_seed(number)
         recipe = tiny_recipe(prefix=name, save_dir=name, input_size=input_size)
-        model = models.build_model(recipe).eval()
+        model = networks.build_model(recipe).eval()
         path = workspace / "working" / "models" / name / f"{name}_fold0_best_cossim.pth"
         facts = {"fold": 0, "folds_hashes": {}, "epoch": 1, "cosine_similarity": 0.5 + number / 10}
         checkpoints.save_checkpoint(path, model, recipe, **facts)
@@ -66,22 +68,22 @@ def fitted(workspace, trained):
 
 
 def test_models_of_finished_runs_are_found(workspace, trained):
-    found = retrieval.find_models()
+    found = trained_models.find_models()
     assert [model.name for model in found] == ["a_fold0", "b_fold0"] and [model.score for model in found] == [0.5, 0.6]
     assert all(model.checkpoint.is_file() for model in found)
-    assert retrieval.find_models(["b*", "a_fold0", "*_fold0"]) == found[::-1]
-    (by_file,) = retrieval.find_models([str(found[0].checkpoint)])
+    assert trained_models.find_models(["b*", "a_fold0", "*_fold0"]) == found[::-1]
+    (by_file,) = trained_models.find_models([str(found[0].checkpoint)])
     assert (by_file.name, by_file.score) == ("a_fold0_best_cossim", 0.5)
     twice = [found[0].checkpoint, workspace / found[1].checkpoint.name, workspace / "ensemble.pth"]
     for path in twice[1:]:
         path.write_bytes(found[1].checkpoint.read_bytes())
     twice.append(found[1].checkpoint)
-    names = [model.name for model in retrieval.find_models([*map(str, twice)])]
+    names = [model.name for model in trained_models.find_models([*map(str, twice)])]
     assert names == ["a_fold0_best_cossim", *map(str, twice[1:])]
     with pytest.raises(RunError, match="no finished run 'c_fold0'"):
-        retrieval.find_models(["c_fold0"])
+        trained_models.find_models(["c_fold0"])
     with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoint at c.pth"):
-        retrieval.find_models(["c.pth"])
+        trained_models.find_models(["c.pth"])
 
 
 def test_a_run_moved_aside_keeps_its_own_checkpoint(workspace, trained):
@@ -89,19 +91,19 @@ def test_a_run_moved_aside_keeps_its_own_checkpoint(workspace, trained):
     (runs / "a_fold0").rename(runs / "a_fold0.1")
     content = (folder / "a_fold0_best_cossim.pth").read_bytes()
     (runs / "a_fold0.1" / "a_fold0_best_cossim.pth").write_bytes(content)
-    (model,) = retrieval.find_models(["a_fold0.1"])
+    (model,) = trained_models.find_models(["a_fold0.1"])
     assert model.checkpoint.parent == runs / "a_fold0.1"
 
 
 def test_a_run_without_its_checkpoint_is_told_where_it_is_asked_for(workspace, trained):
     (workspace / "working" / "models" / "a" / "a_fold0_best_cossim.pth").unlink()
-    assert [model.name for model in retrieval.find_models()] == ["b_fold0"]
+    assert [model.name for model in trained_models.find_models()] == ["b_fold0"]
     with pytest.raises(RetrievalError, match=r"a_fold0 has finished, but .* is not there any more; train it again"):
-        retrieval.find_models(["a_fold0"])
+        trained_models.find_models(["a_fold0"])
 
 
 def test_the_newest_ensemble_is_found(workspace, fitted):
-    assert retrieval.find_ensemble()[0] == fitted
+    assert trained_models.find_ensemble()[0] == fitted
     (fitted.parent / "later.json").write_text('{"of": "something else"}')
     (fitted.parent / "deep.json").write_text("[" * 100_000)
     (fitted.parent / "gone.json").symlink_to(fitted.parent / "nothing")
@@ -109,19 +111,19 @@ def test_the_newest_ensemble_is_found(workspace, fitted):
     other = fitted.with_name("older.json")
     other.write_text(fitted.read_text())
     os.utime(other, (1, 1))
-    path, found = retrieval.find_ensemble()
-    assert path == fitted and found == ensemble.load_ensemble(fitted)
-    assert retrieval.find_ensemble(other)[0] == other
+    path, found = trained_models.find_ensemble()
+    assert path == fitted and found == fit.load_ensemble(fitted)
+    assert trained_models.find_ensemble(other)[0] == other
     with pytest.raises(EnsembleError, match=r"later.json holds no weights"):
-        retrieval.find_ensemble(fitted.parent / "later.json")
+        trained_models.find_ensemble(fitted.parent / "later.json")
     for path in (fitted, other):
         path.unlink()
-    assert retrieval.find_ensemble() is None
+    assert trained_models.find_ensemble() is None
 
 
 def test_images_are_embedded_as_by_the_networks(images, trained, fitted):
-    found = retrieval.embed_images(
-        retrieval.find_models(), images, ensemble=ensemble.load_ensemble(fitted), device="cpu"
+    found = trained_models.embed_images(
+        trained_models.find_models(), images, ensemble=fit.load_ensemble(fitted), device="cpu"
     )
     a, b = (by_hand(*trained[name], images) for name in ("a_fold0", "b_fold0"))
     total = 0.3 * a + 0.7 * b
@@ -133,9 +135,9 @@ def test_images_are_embedded_as_by_the_networks(images, trained, fitted):
 
 
 def test_an_ensemble_finds_the_prompts_of_its_neighbours(workspace, images, trained, fitted):
-    plain = ensemble.load_ensemble(fitted)
+    plain = fit.load_ensemble(fitted)
     (a,) = plain.families["a"]
-    file = ensemble.neighbours_path(fitted)
+    file = fit.neighbours_path(fitted)
     PromptBank(["x", "y", "z"], unit_rows(3)).save(file, np.float16)
     pulled = dataclasses.replace(
         plain,
@@ -143,25 +145,25 @@ def test_an_ensemble_finds_the_prompts_of_its_neighbours(workspace, images, trai
         neighbours_bank=file.name,
         neighbours_sha256=paths.sha256_of(file),
     )
-    found = retrieval.embed_images([], images, ensemble=pulled, device="cpu")["ensemble"]
+    found = trained_models.embed_images([], images, ensemble=pulled, device="cpu")["ensemble"]
     rows = by_hand(*trained["a_fold0"], images)
     expected = 0.3 * rows + 0.7 * PromptBank.load(file).knn(rows, 2, 0.1)
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
     elsewhere = workspace / "elsewhere" / "e.json"
     elsewhere.parent.mkdir()
     file.rename(elsewhere.with_name(file.name))
-    again = retrieval.embed_images([], images, ensemble=pulled, ensemble_path=elsewhere, device="cpu")["ensemble"]
+    again = trained_models.embed_images([], images, ensemble=pulled, ensemble_path=elsewhere, device="cpu")["ensemble"]
     np.testing.assert_array_equal(again, found)
     with pytest.raises(MountError, match=r"ensemble_ab.neighbours.arrow"):
-        retrieval.embed_images([], images, ensemble=pulled, device="cpu")
+        trained_models.embed_images([], images, ensemble=pulled, device="cpu")
 
 
 def test_an_image_that_cannot_be_read_is_named(workspace, images, trained, fitted):
     (workspace / "broken.jpg").write_bytes(b"no image")
     everything = [*images, workspace / "broken.jpg"]
-    for asked, of in ((retrieval.find_models(["a_fold0"]), None), ([], ensemble.load_ensemble(fitted))):
+    for asked, of in ((trained_models.find_models(["a_fold0"]), None), ([], fit.load_ensemble(fitted))):
         with pytest.raises(RetrievalError, match=r"broken.jpg is no image"):
-            retrieval.embed_images(asked, everything, ensemble=of, device="cpu")
+            trained_models.embed_images(asked, everything, ensemble=of, device="cpu")
 
 
 def test_a_member_that_fails_is_named(images, fitted, monkeypatch):
@@ -174,20 +176,20 @@ def test_a_member_that_fails_is_named(images, fitted, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "load_model", failing)
     with pytest.raises(RetrievalError, match="a fold 0: it failed: no such layer"):
-        retrieval.embed_images([], images, ensemble=ensemble.load_ensemble(fitted), device="cpu")
+        trained_models.embed_images([], images, ensemble=fit.load_ensemble(fitted), device="cpu")
 
 
 def test_models_of_one_name_are_refused(images, trained):
-    (model,) = retrieval.find_models(["a_fold0"])
+    (model,) = trained_models.find_models(["a_fold0"])
     for same in ([model, model], [dataclasses.replace(model, name="ensemble")]):
         with pytest.raises(RetrievalError, match=rf"are called {same[0].name}; rename one"):
-            retrieval.embed_images(same, images, device="cpu")
+            trained_models.embed_images(same, images, device="cpu")
 
 
 def test_a_table_of_neighbours():
     basis = np.eye(384, dtype=np.float32)
     bank = PromptBank(["a cat", "a dog", "a tree"], basis[:3])
-    table = retrieval.neighbours_table(0.6 * basis[0] + 0.8 * basis[2], bank, k=2)
+    table = trained_models.neighbours_table(0.6 * basis[0] + 0.8 * basis[2], bank, k=2)
     assert table["rank"].tolist() == [1, 2] and table["prompt"].tolist() == ["a tree", "a cat"]
     assert table["cosine"].tolist() == pytest.approx([0.8, 0.6])
 
@@ -196,7 +198,7 @@ def test_a_table_of_neighbours():
 
 
 def told(capsys, *arguments) -> str:
-    retrieval.main([*map(str, arguments), "--device", "cpu"])
+    trained_models.main([*map(str, arguments), "--device", "cpu"])
     return capsys.readouterr().out
 
 
@@ -266,16 +268,16 @@ def test_command_names_what_is_missing(workspace, images, trained, monkeypatch, 
     monkeypatch.chdir(workspace / "input")
     images[0].rename("toy.png")
     with pytest.raises(SystemExit, match=message):
-        retrieval.main([*arguments, "--device", "cpu"])
+        trained_models.main([*arguments, "--device", "cpu"])
 
 
 def test_nothing_trained_says_how_to(images, workspace):
     with pytest.raises(SystemExit, match=r"nothing is trained yet in .*: make train MODEL=tiny_vit FOLD=0"):
-        retrieval.main([str(images[0])])
+        trained_models.main([str(images[0])])
 
 
 def test_help_shows_every_default(capsys):
     with pytest.raises(SystemExit):
-        retrieval.main(["--help"])
+        trained_models.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 5)" in text and "(default: those of the models)" in text and "None" not in text

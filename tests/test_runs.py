@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kutils import paths, runs
+from kutils.runs import folders
+from kutils.system import paths
 
 
 def finish(name: str, when: int, root: Path | None = None) -> Path:
@@ -23,19 +24,19 @@ def test_finished_runs_are_found_in_order_and_by_name(tmp_path):
     late, early = finish("vit_fold0", 200), finish("convnext_fold0", 100)
     (paths.working_dir() / "runs" / "cut_fold0").mkdir()
     elsewhere = finish("mine_fold1", 50, tmp_path)
-    assert runs.find_finished() == [early, late]
-    assert runs.find_finished(["vit_fold0", "*_fold0"]) == [late, early]
-    assert runs.find_finished([str(elsewhere)]) == [elsewhere]
-    with pytest.raises(runs.RunError, match=r"no finished run 'vit_fld0' in .*; did you mean 'vit_fold0'"):
-        runs.find_finished(["vit_fld0"])
-    with pytest.raises(runs.RunError, match="no finished run 'cut_fold0'"):
-        runs.find_finished(["cut_fold0"])
+    assert folders.find_finished() == [early, late]
+    assert folders.find_finished(["vit_fold0", "*_fold0"]) == [late, early]
+    assert folders.find_finished([str(elsewhere)]) == [elsewhere]
+    with pytest.raises(folders.RunError, match=r"no finished run 'vit_fld0' in .*; did you mean 'vit_fold0'"):
+        folders.find_finished(["vit_fld0"])
+    with pytest.raises(folders.RunError, match="no finished run 'cut_fold0'"):
+        folders.find_finished(["cut_fold0"])
 
 
 def test_a_damaged_result_is_named():
     path = finish("vit_fold0", 100) / "result.json"
     path.write_text("")
-    with pytest.raises(runs.RunError, match=rf"{path} is damaged .*put it back"):
-        runs.result_of(path.parent)
+    with pytest.raises(folders.RunError, match=rf"{path} is damaged .*put it back"):
+        folders.result_of(path.parent)
     (path.parent / "config.yaml").unlink()  # nothing tells what it was
-    assert runs.find_finished() == []
+    assert folders.find_finished() == []

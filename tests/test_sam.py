@@ -9,9 +9,9 @@ import pytest
 import torch
 from sam_on_ranks import Toy, loss_of, toy_batch
 
-from kutils import engine
-from kutils.models import build_model
-from kutils.sam import frozen_batch_statistics, perturbed
+from kutils.models.networks import build_model
+from kutils.training import engine
+from kutils.training.sam import frozen_batch_statistics, perturbed
 
 
 def test_it_moves_along_the_gradient_and_comes_back():

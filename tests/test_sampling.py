@@ -14,11 +14,13 @@ import tiny_diffusion
 import torch
 from PIL import Image
 
-from kutils import check, datasets, diffusion, generate, paths, preparation, sampling
-from kutils.devices import Ranks
-from kutils.diffusion import DiffusionError, Sampler
-from kutils.image_sets import DiffusionSettings, GenerateError, ImageSet, image_seed
-from kutils.tables import read_table, write_table
+from kutils.data import checking, datasets, preparation
+from kutils.generation import diffusion, generate, sampling
+from kutils.generation.diffusion import DiffusionError, Sampler
+from kutils.generation.image_sets import DiffusionSettings, GenerateError, ImageSet, image_seed
+from kutils.system import paths
+from kutils.system.devices import Ranks
+from kutils.system.tables import read_table, write_table
 
 PROMPTS = ['a "red" cat', "two dogs", "a cat, in the rain", "x"]
 FAST = {"size": 64, "save_size": 32, "steps": 3, "device": "cpu", "batch_size": 3, "lossless": True}
@@ -147,7 +149,7 @@ def test_the_whole_path_to_training(workspace, make, tmp_path):
     report = preparation.prepare(["drawn"], threshold=0.95, num_folds=3)
     data = datasets.load_datasets(["drawn"])
     assert report["prompts"] == 21 and len(data) == 42 and set(data.folds.tolist()) == {0, 1, 2}
-    (checked,) = check.check_datasets([tmp_path / "input" / "drawn.tsv"], num_workers=1, progress=False)
+    (checked,) = checking.check_datasets([tmp_path / "input" / "drawn.tsv"], num_workers=1, progress=False)
     assert checked.is_in_order and checked.report["images"]["decoded"] == 42
     table = read_table(tmp_path / "input" / "drawn.tsv", ["source"])
     assert table["source"].to_pylist() == ["me"] * 42  # folds rewrite the table, and leave other columns
@@ -319,7 +321,10 @@ def test_a_run_that_was_cut_goes_on(arguments, make, tmp_path, number):
     command = arguments(prompts)
     folder = tmp_path / "input" / "set_images"
     child = subprocess.Popen(
-        [sys.executable, "-m", "kutils.generate", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "kutils.generation.generate", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while len(list(folder.rglob("0*.webp"))) < 10:
@@ -375,7 +380,7 @@ def test_ranks_share_the_work_and_one_that_fails_loses_nothing(arguments, make, 
     assert not (tmp_path / "input" / "set.tsv").exists()
     kept = files_of(folder)
 
-    done = run(*ranks, "-m", "kutils.generate", *arguments(prompts))
+    done = run(*ranks, "-m", "kutils.generation.generate", *arguments(prompts))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("18 images of 9 prompts, 6 of them new") == 1  # rank 0 alone speaks
     assert kept.items() <= files_of(folder).items()

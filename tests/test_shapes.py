@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kutils import glyphs, scenery, shapes
-from kutils.shapes import Scene, Thing
+from kutils.generation import shape_objects, shape_scenes, shapes
+from kutils.generation.shapes import Scene, Thing
 
 
 def pixels(image) -> np.ndarray:
@@ -12,10 +12,10 @@ def pixels(image) -> np.ndarray:
 
 
 def test_language_is_large_enough_and_can_all_be_drawn():
-    assert len(shapes.OBJECTS) >= 20 and set(shapes.OBJECTS) == set(glyphs.GLYPHS)
+    assert len(shapes.OBJECTS) >= 20 and set(shapes.OBJECTS) == set(shape_objects.GLYPHS)
     assert len(shapes.COLOURS) >= 12 and set(shapes.COLOURS) == set(shapes.RGB)
-    assert len(shapes.BACKGROUNDS) >= 8 and set(shapes.BACKGROUNDS) == set(scenery.BACKGROUNDS)
-    assert len(shapes.STYLES) >= 8 and set(shapes.STYLES) == set(scenery.STYLES)
+    assert len(shapes.BACKGROUNDS) >= 8 and set(shapes.BACKGROUNDS) == set(shape_scenes.BACKGROUNDS)
+    assert len(shapes.STYLES) >= 8 and set(shapes.STYLES) == set(shape_scenes.STYLES)
 
 
 def test_no_wording_has_two_meanings():
@@ -112,7 +112,7 @@ def test_every_background_and_style_changes_the_picture(kind):
 
 def test_mean_prompt_says_little():
     """The baseline that a network has to beat is at most 0.60."""
-    from kutils.prompts import encode_prompts
+    from kutils.prompts.embedding import encode_prompts
 
     embeddings = encode_prompts(shapes.generate_prompts(600), progress=False)
     mean = embeddings[:400].mean(axis=0)

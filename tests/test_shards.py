@@ -15,11 +15,13 @@ from conftest import make_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kutils import check, datasets, runs, shards, train, transforms
-from kutils.datasets import EpochSampler, TrainingImages, ValidationImages, load_datasets
-from kutils.devices import Ranks
-from kutils.shards import Encoding, ShardError, pack
-from kutils.tables import read_table, write_table
+from kutils.data import checking, datasets, shards, transforms
+from kutils.data.datasets import EpochSampler, TrainingImages, ValidationImages, load_datasets
+from kutils.data.shards import Encoding, ShardError, pack
+from kutils.runs import folders
+from kutils.system.devices import Ranks
+from kutils.system.tables import read_table, write_table
+from kutils.training import train
 
 LOSSLESS = Encoding(10_000, "png", None)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -122,7 +124,7 @@ def test_a_run_on_lossless_shards_has_the_same_losses(packed, workspace, tiny_re
     logged = []
     for prefix in ("files", "shards"):
         train.train(tiny_recipe(prefix=prefix, save_dir=prefix, epochs=1), 0, ALONE)
-        lines = runs.read_metrics(workspace / "working" / "runs" / f"{prefix}_fold0" / "metrics.jsonl")
+        lines = folders.read_metrics(workspace / "working" / "runs" / f"{prefix}_fold0" / "metrics.jsonl")
         logged.append([(line.get("loss"), line.get("cosine_similarity")) for line in lines])
         packed()
     assert logged[0] == logged[1] and len(logged[0]) > 2
@@ -135,7 +137,7 @@ def test_shards_replace_the_files(packed, inputs, tiny_recipe):
     data = load_datasets(["toy"])
     assert ValidationImages(data, np.array([5]), 16)[0]["image"].shape == (3, 16, 16)
     assert data.decode_image(5).shape == (3, 20, 20)
-    check.check_images(data, np.arange(80), 0, ALONE)  # of training
+    checking.check_images(data, np.arange(80), 0, ALONE)  # of training
 
 
 def test_sizes_by_hand():
@@ -278,7 +280,9 @@ def test_what_is_not_whole_is_refused(packed, inputs):
     shard = folder / "00002.arrow"
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
-    with pytest.raises(ShardError, match=r"00002.arrow is not there or not whole: python -m kutils.shards .*toy.tsv"):
+    with pytest.raises(
+        ShardError, match=r"00002.arrow is not there or not whole: python -m kutils.data.shards .*toy.tsv"
+    ):
         load_datasets(["toy"])
     shard.unlink()
     with pytest.raises(ShardError, match="not there"):
@@ -307,14 +311,14 @@ def test_another_spelling_of_the_path_packs_nothing_anew(packed, inputs, monkeyp
 
 def test_an_unreadable_image_ends_packing_with_advice(packed, inputs):
     (inputs / "toy_images" / "0030_1.png").write_bytes(b"broken")
-    with pytest.raises(ShardError, match=r"0030_1.png is no image .*python -m kutils.check .*toy.tsv finds"):
+    with pytest.raises(ShardError, match=r"0030_1.png is no image .*python -m kutils.data.checking .*toy.tsv finds"):
         packed()
     assert not (inputs / "toy.shards" / "record.json").exists()
     assert not [path for path in (inputs / "toy.shards").iterdir() if "partial" in path.name]
     (inputs / "toy_images" / "0030_1.png").unlink()
-    with pytest.raises(ShardError, match=r"0030_1.png.*python -m kutils.check"):
+    with pytest.raises(ShardError, match=r"0030_1.png.*python -m kutils.data.checking"):
         packed()
-    with pytest.raises(SystemExit, match=r"^python -m kutils.shards: .*none.tsv is not there$"):
+    with pytest.raises(SystemExit, match=r"^python -m kutils.data.shards: .*none.tsv is not there$"):
         shards.main([str(inputs / "none.tsv")])
     with pytest.raises(SystemExit, match="leave --quality out, png loses nothing"):
         shards.main([str(inputs / "toy.tsv"), "--format", "png", "--quality", "90"])

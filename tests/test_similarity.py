@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import unit_rows
 
-from kutils import similarity
-from kutils.devices import Ranks
-from kutils.similarity import GroupingError, kept_strips, similar_pairs
+from kutils.prompts import similarity
+from kutils.prompts.similarity import GroupingError, kept_strips, similar_pairs
+from kutils.system.devices import Ranks
 
 DTYPES = ["bfloat16", "float16", "float32"]
 

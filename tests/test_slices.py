@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from conftest import make_dataset
 
-from kutils import datasets, slices
-from kutils.tables import read_table, write_table
+from kutils.data import datasets
+from kutils.system.tables import read_table, write_table
+from kutils.views import slices
 
 
 def test_rows_are_sorted_by_their_prompts(workspace):

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from kutils import sources
-from kutils.cleaning import Cleaner, CleaningSettings
-from kutils.source_formats import SourceError, read_source, recognise
-from kutils.tables import read_table, write_table
+from kutils.prompts import collection
+from kutils.prompts.cleaning import Cleaner, CleaningSettings
+from kutils.prompts.formats import SourceError, read_source, recognise
+from kutils.system.tables import read_table, write_table
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PROMPTS = ['a sign that says "open, now"', "caf\u00e9 \u96ea in the snow", "a cat, a dog; and a 'bird'"]
@@ -63,7 +63,7 @@ def test_a_json_list_of_texts_or_objects_and_json_lines_by_another_name(tmp_path
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_parquet_comes_in_batches(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("kutils.source_formats.PARQUET_ROWS", 2)
+    monkeypatch.setattr("kutils.prompts.formats.PARQUET_ROWS", 2)
     column = pa.array(PROMPTS * 3).cast(kind)
     parquet.write_table(pa.table({"seed": list(range(9)), "Prompt": column}), tmp_path / "metadata.parquet")
     entries = list(read_source(tmp_path / "metadata.parquet"))
@@ -211,7 +211,7 @@ def test_rejected_and_precanned_captions_of_vizwiz_are_left_out_and_counted(tmp_
         for number, (rejected, precanned) in enumerate(marks)
     ]
     path = write(tmp_path / "train.json", json.dumps({"images": [{"id": 1}], "annotations": annotations}))
-    report = sources.make_prompts_file([path], tmp_path / "out.tsv", progress=False)
+    report = collection.make_prompts_file([path], tmp_path / "out.tsv", progress=False)
     assert report["read"] == 4 and report["kept"] == 2
     counts = {reason: case["count"] for reason, case in report["dropped"].items()}
     assert counts == {"rejected caption": 1, "precanned caption": 1}
@@ -223,7 +223,7 @@ def test_the_command_makes_a_prompts_file_and_a_report(tmp_path, capsys):
         tmp_path / "second.csv", 'caption\n"a cat  on a mat"\n"a bird, ""flying"""\nun chat dans le jardin\n'
     )
     output = tmp_path / "out.tsv"
-    sources.main([str(first), str(second), "--output", str(output)])
+    collection.main([str(first), str(second), "--output", str(output)])
     assert output.read_text(encoding="utf-8") == (
         'prompt\tsource\nA cat on a mat.\tfirst\na red dog runs\tfirst\na bird, "flying"\tsecond\n'
     )
@@ -244,39 +244,39 @@ def test_the_same_input_gives_the_same_bytes_and_other_content_is_not_written_ov
     source = write(tmp_path / "a.txt", "".join(f"a {word} cat\n" for word in ("red", "blue", "green")))
     output = tmp_path / "out.tsv"
     command = [str(source), "--output", str(output)]
-    sources.main(command)
+    collection.main(command)
     files = [output, tmp_path / "out.tsv.report.json"]
     before = [path.read_bytes() for path in files]
-    sources.main(command)
+    collection.main(command)
     assert [path.read_bytes() for path in files] == before
     assert "up to date" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"out\.tsv is there already, with other content"):
-        sources.main([*command, "--limit", "2"])
+        collection.main([*command, "--limit", "2"])
     assert [path.read_bytes() for path in files] == before
-    sources.main([*command, "--limit", "2", "--overwrite"])
+    collection.main([*command, "--limit", "2", "--overwrite"])
     assert read_table(output, [])["prompt"].to_pylist() == ["a red cat", "a blue cat"]
     with pytest.raises(SystemExit, match="both read and written"):
-        sources.main([str(source), "--output", str(source), "--overwrite"])
+        collection.main([str(source), "--output", str(source), "--overwrite"])
 
 
 def test_a_prompts_file_that_has_folds_by_now_stays(tmp_path, capsys):
     source, output = write(tmp_path / "a.txt", "a red cat\na blue cat\n"), tmp_path / "out.tsv"
-    sources.main([str(source), "--output", str(output)])
+    collection.main([str(source), "--output", str(output)])
     table = read_table(output, ["prompt", "source"])
     write_table(output, {"prompt": table["prompt"], "source": table["source"], "fold": [1, 2]})
     before = output.read_bytes()
-    sources.main([str(source), "--output", str(output)])
+    collection.main([str(source), "--output", str(output)])
     assert output.read_bytes() == before and "up to date" in capsys.readouterr().out
     write_table(output, {"prompt": table["prompt"]})
     with pytest.raises(SystemExit, match="with other content"):
-        sources.main([str(source), "--output", str(output)])
+        collection.main([str(source), "--output", str(output)])
 
 
 def test_a_later_set_does_not_repeat_an_earlier_one(tmp_path):
     write_table(tmp_path / "earlier.tsv", {"prompt": ["A red cat!"], "source": ["me"]})
     source = write(tmp_path / "a.txt", "a red cat\na blue cat\n")
     options = ["--exclude", str(tmp_path / "earlier.tsv"), "--name", "mine"]
-    sources.main([str(source), "--output", str(tmp_path / "out.tsv"), *options])
+    collection.main([str(source), "--output", str(tmp_path / "out.tsv"), *options])
     rows = read_table(tmp_path / "out.tsv", ["prompt", "source"]).to_pylist()
     assert rows == [{"prompt": "a blue cat", "source": "mine"}]
 
@@ -285,9 +285,9 @@ def test_bad_lines_are_counted_where_that_is_asked_for(tmp_path):
     source = write(tmp_path / "a.tsv", b"prompt\tid\na red cat\t1\nbroken\ncaf\xe9 at night\t2\n\t3\na blue cat\t4\n")
     command = [str(source), "--output", str(tmp_path / "out.tsv")]
     with pytest.raises(SystemExit, match=r"a\.tsv, line 3: wrong number of columns \('broken"):
-        sources.main(command)
+        collection.main(command)
     assert not (tmp_path / "out.tsv").exists()
-    sources.main([*command, "--skip-bad-lines"])
+    collection.main([*command, "--skip-bad-lines"])
     report = json.loads((tmp_path / "out.tsv.report.json").read_text())
     assert report["read"] == 5 and report["kept"] == 2
     examples = {reason: case["examples"][0]["place"] for reason, case in report["dropped"].items()}
@@ -297,18 +297,18 @@ def test_bad_lines_are_counted_where_that_is_asked_for(tmp_path):
 def test_nothing_left_is_an_error_that_shows_why(tmp_path):
     source = write(tmp_path / "a.txt", "hi\n\n")
     with pytest.raises(SystemExit, match=r"no prompt is left(.|\n)*1  empty(.|\n)*1  too few words"):
-        sources.main([str(source), "--output", str(tmp_path / "out.tsv")])
+        collection.main([str(source), "--output", str(tmp_path / "out.tsv")])
     assert not (tmp_path / "out.tsv").exists()
 
 
 def test_what_lies_behind_the_limit_is_not_read(tmp_path):
     source = write(tmp_path / "a.jsonl", '"a cat number one"\n"hi"\n"a cat number two"\n"a cat number three"\n')
     cleaner = Cleaner(CleaningSettings())
-    told = sources.gather([source, tmp_path / "missing.txt"], cleaner, limit=2, progress=False)
+    told = collection.gather([source, tmp_path / "missing.txt"], cleaner, limit=2, progress=False)
     assert cleaner.num_read == 3
     assert told == [{"file": str(source), "source": "a", "read": 3, "kept": 2}]
     with pytest.raises(SourceError, match=r"missing\.txt is not there"):
-        sources.gather([source, tmp_path / "missing.txt"], Cleaner(), limit=5, progress=False)
+        collection.gather([source, tmp_path / "missing.txt"], Cleaner(), limit=5, progress=False)
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
             for word in shlex.split(command)
             for part in (map(str, sorted(tmp_path.glob(word))) if "*" in word else [word])
         ]
-        sources.main(arguments)
+        collection.main(arguments)
         assert read_table(arguments[-1], ["source"])["prompt"].to_pylist() == lines
 
 

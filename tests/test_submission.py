@@ -13,9 +13,11 @@ import torch
 from conftest import unit_rows
 from ensembles import by_hand, save_images, write_ensemble
 
-from kutils import checkpoints, models, paths, submission
-from kutils.members import Member
-from kutils.submission import SubmissionError
+from kutils.ensemble.members import Member
+from kutils.kaggle import submission
+from kutils.kaggle.submission import SubmissionError
+from kutils.models import checkpoints, networks
+from kutils.system import paths
 
 IDS = ["20057f34d", "227ef0887", "92e911621"]
 
@@ -175,7 +177,7 @@ def weights(tmp_path, tiny_recipe):
     folder, families, built = tmp_path / "upload", {}, {}
     for seed, family in enumerate("ab"):
         torch.manual_seed(seed)
-        built[family] = models.build_model(tiny_recipe()).eval(), tiny_recipe(amp_dtype="float32", device="cuda")
+        built[family] = networks.build_model(tiny_recipe()).eval(), tiny_recipe(amp_dtype="float32", device="cuda")
         path = folder / "models" / family / f"{family}_fold0_best_cossim.pth"
         checkpoints.save_checkpoint(path, *built[family], fold=0)
         name = str(path.relative_to(folder / "models"))

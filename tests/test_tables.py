@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kutils.tables import TableError, folds_hash, holds, read_table, write_table
+from kutils.system.tables import TableError, folds_hash, holds, read_table, write_table
 
 COLUMNS = ["image", "prompt", "fold"]
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from conftest import unit_rows
 
-from kutils import templates
-from kutils.cleaning import Cleaner, Entry
-from kutils.tables import read_table, write_table
-from kutils.template_words import PATTERNS, WORDS
-from kutils.templates import TemplateError, article, generate_prompts, join_prompts, plural
+from kutils.prompts import grammar
+from kutils.prompts.cleaning import Cleaner, Entry
+from kutils.prompts.grammar import TemplateError, article, generate_prompts, join_prompts, plural
+from kutils.prompts.grammar_words import PATTERNS, WORDS
+from kutils.system.tables import read_table, write_table
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_joined_prompts_fit_into_the_limit_and_names_keep_their_capital():
     prompts[5] = "Paris at night"
     joined = join_prompts(prompts, embeddings, 3, num_clusters=2)  # 2 x 3 pairs are left
     assert not any("word word" in text for text in joined)
-    assert templates.lower_start("Paris at night") == "Paris at night" and templates.lower_start("The end") == "the end"
+    assert grammar.lower_start("Paris at night") == "Paris at night" and grammar.lower_start("The end") == "the end"
     with pytest.raises(TemplateError, match=r"5 prompts of at most 20 words make 6 pairs .* not 4"):
         join_prompts(prompts, embeddings, 4, num_clusters=2)
     with pytest.raises(TemplateError, match="only 6 prompts for 7 clusters; give --clusters 6 or fewer"):
@@ -131,22 +131,22 @@ def test_joined_prompts_fit_into_the_limit_and_names_keep_their_capital():
 
 def test_the_commands(tmp_path, capsys):
     output = tmp_path / "made.tsv"
-    templates.main(["--count", "30", "--seed", "7", "--output", str(output)])
+    grammar.main(["--count", "30", "--seed", "7", "--output", str(output)])
     table = read_table(output, ["prompt", "source"])
     assert table["prompt"].to_pylist() == generate_prompts(30, 7)
     assert set(table["source"].to_pylist()) == {"templates"}
     with pytest.raises(SystemExit, match="with other content"):
-        templates.main(["--count", "31", "--output", str(output)])
+        grammar.main(["--count", "31", "--output", str(output)])
     with pytest.raises(SystemExit):
-        templates.main(["--count", "3", "--clusters", "2", "--output", str(tmp_path / "x.tsv")])
+        grammar.main(["--count", "3", "--clusters", "2", "--output", str(tmp_path / "x.tsv")])
     assert "--clusters is of --join" in capsys.readouterr().err
     arguments = ["--join", str(output), "--clusters", "5", "--count", "20", "--output"]
-    templates.main([*arguments, str(tmp_path / "joined.tsv")])  # embeds the prompts first
+    grammar.main([*arguments, str(tmp_path / "joined.tsv")])  # embeds the prompts first
     joined = read_table(tmp_path / "joined.tsv", ["prompt"])
     assert joined.num_rows == 20 and set(joined["source"].to_pylist()) == {"joined"}
     assert np.load(output.with_suffix(".npy")).shape == (30, 384)
     with pytest.raises(SystemExit, match="both read and written"):
-        templates.main([*arguments, str(output), "--overwrite"])
+        grammar.main([*arguments, str(output), "--overwrite"])
     write_table(tmp_path / "few.tsv", {"prompt": ["a cat"], "source": ["me"]})
     with pytest.raises(SystemExit, match="give at least 2 clusters"):
-        templates.main(["--join", str(tmp_path / "few.tsv"), "--count", "1", "--output", str(tmp_path / "x.tsv")])
+        grammar.main(["--join", str(tmp_path / "few.tsv"), "--count", "1", "--output", str(tmp_path / "x.tsv")])

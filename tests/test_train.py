@@ -16,10 +16,13 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from kutils import check, checkpoints, datasets, devices, engine, train, transforms
-from kutils.config import load_recipe
-from kutils.runs import read_metrics
-from kutils.tables import read_table, write_table
+from kutils.data import checking, datasets, transforms
+from kutils.models import checkpoints
+from kutils.runs.folders import read_metrics
+from kutils.runs.recipes import load_recipe
+from kutils.system import devices
+from kutils.system.tables import read_table, write_table
+from kutils.training import engine, train
 
 
 @pytest.fixture
@@ -174,12 +177,12 @@ def test_a_validation_image_that_broke_after_it_was_checked_is_named(workspace, 
     path = recipe_file(epochs=1, num_workers=1)
     data = datasets.load_datasets(["toy"])
     rows = data.validation_rows(0)
-    check.check_images(data, rows, 0, devices.Ranks(0, 1, torch.device("cpu")))
-    record, _ = check.checked_record(data, rows)
+    checking.check_images(data, rows, 0, devices.Ranks(0, 1, torch.device("cpu")))
+    record, _ = checking.checked_record(data, rows)
     broken = data.image_path(int(rows[3]))
     content = broken.read_bytes()
     broken.write_bytes(b"")
-    monkeypatch.setattr(check, "SAMPLE", 0)
+    monkeypatch.setattr(checking, "SAMPLE", 0)
     assert record.is_file() and start(path, "checkpoint_every_steps=1") == 1
     said = capsys.readouterr().err.splitlines()
     assert said == [
@@ -227,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(workspace, r
 
 
 def command(path, *overrides, ranks=1):
-    arguments = ["kutils.train", "--config", str(path), "--fold", "0", *overrides]
+    arguments = ["kutils.training.train", "--config", str(path), "--fold", "0", *overrides]
     if ranks == 1:
         return [sys.executable, "-m", *arguments]
     return [

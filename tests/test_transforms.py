@@ -9,7 +9,7 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from kutils import transforms
+from kutils.data import transforms
 
 
 def gradient(mode: str = "RGB", size=(50, 34)) -> Image.Image:

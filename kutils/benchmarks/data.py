@@ -1,0 +1,109 @@
+"""What work on data sets costs: the benchmark's sections on it."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from kutils.benchmarks import measuring
+from kutils.data import datasets, image_files, shards
+from kutils.data.index import map_embeddings, open_index
+from kutils.generation import shapes
+from kutils.runs import launch, recipes
+from kutils.runs.recipes import EMBEDDING_DIM
+from kutils.system import paths
+from kutils.system.tables import write_table
+
+IMAGE_SIZE = 512  # px, of images that are checked
+TRAINING_SIZE, PACKED_SIZE = 768, 448  # px, of images as a diffusion model makes them, and as they are packed
+NUM_PICTURES = 32  # that differ; the others are copies of them, read and decoded one by one all the same
+
+
+def check_images(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
+    """The check of a data set's images by two processes, and by one, over WebP files of 512 px.
+
+    Args:
+        images: files.
+        repeats: of both, by turns.
+    """
+    folder = paths.working_dir() / "benchmark" / "check_images"
+    shutil.rmtree(folder, ignore_errors=True)
+    files = make_pictures(folder, images, IMAGE_SIZE)
+    two, one = [], []
+    for _ in range(repeats):
+        for times, num_workers in ((two, 2), (one, 1)):
+            began = time.monotonic()
+            found = image_files.scan(lambda row: files[row].read_bytes(), np.arange(images), num_workers)
+            times.append(time.monotonic() - began)
+            assert found.decoded.all()
+    shutil.rmtree(folder)
+    return [measuring.entry("check_images", "s", two, one)]
+
+
+def packed_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
+    """An epoch of one image per prompt through the loader of training, from shards and from WebP files of 768 px.
+
+    Neither is in memory before. Shards hold fewer pixels: most of what is saved is their decoding.
+
+    Args:
+        images: rows of the data set.
+        repeats: of both, by turns.
+    """
+    folder = paths.working_dir() / "benchmark" / "packed_shards"
+    shutil.rmtree(folder, ignore_errors=True)
+    pictures = make_pictures(folder / "pictures", images, TRAINING_SIZE)
+    for name in ("packed", "files"):
+        names = [str(path.relative_to(folder)) for path in pictures]
+        write_table(folder / f"{name}.tsv", {"image": names, "prompt": names, "fold": np.ones(images, np.int8)})
+        np.save(folder / f"{name}.npy", np.eye(1, EMBEDDING_DIM, dtype=np.float32).repeat(images, axis=0))
+    # as a command: processes that are not forked would run a script, which the notebook can be, once more
+    launch.run_module("kutils.data.shards", str(folder / "packed.tsv"), "--size", str(PACKED_SIZE))
+    os.sync()  # what is not on the disk yet cannot be forgotten
+    times = {"packed": [], "files": []}
+    for _ in range(repeats):
+        for name, seconds in times.items():
+            data = open_dataset(folder, name, images)
+            measuring.forget_files(folder)
+            began = time.monotonic()
+            load_epoch(data)
+            seconds.append(time.monotonic() - began)
+    shutil.rmtree(folder)
+    return [measuring.entry("packed_shards", "s", times["packed"], times["files"])]
+
+
+def open_dataset(folder: Path, name: str, rows: int) -> datasets.PromptImages:
+    """A data set that is not below `input/`."""
+    index = open_index(folder, [name])
+    embeddings = (map_embeddings(folder / f"{name}.npy", rows),)
+    packed = (shards.open_shards(folder / f"{name}.tsv", index.images),)
+    return datasets.PromptImages((name,), folder, index, None, embeddings, np.array([0, rows]), packed)
+
+
+def load_epoch(data: datasets.PromptImages) -> None:
+    """Load all batches of an epoch with two workers, as training of a large recipe does."""
+    recipe, rows = recipes.load_recipe(recipes.find_recipe("convnext_large", 1)), data.training_rows(0)
+    sampler = datasets.EpochSampler(
+        data, rows, recipe.seed, global_batch_size=32, local_batch_size=32, block_rows=data.block_rows
+    )
+    loader = DataLoader(
+        datasets.TrainingImages(data, rows, recipe),
+        batch_sampler=sampler.batches(epoch=0),
+        num_workers=2,
+        collate_fn=datasets.collate,
+        multiprocessing_context="fork",  # as training does on Linux
+    )
+    assert not [bad for batch in loader for bad in batch["bad"]]
+
+
+def make_pictures(folder: Path, count: int, size: int) -> list[Path]:
+    """Rendered pictures in WebP, and copies of them."""
+    folder.mkdir(parents=True)
+    files = [folder / f"{number:06d}.webp" for number in range(count)]
+    for prompt, path in zip(shapes.generate_prompts(min(count, NUM_PICTURES)), files, strict=False):
+        shapes.render(prompt, seed=0, size=size).save(path, quality=90)
+    for number in range(NUM_PICTURES, count):
+        shutil.copyfile(files[number % NUM_PICTURES], files[number])
+    return files

@@ -1,0 +1,252 @@
+"""Similar pairs and nearest prompts beside FAISS, and what folds leak: the benchmark's sections on similarity."""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kutils.benchmarks import measuring
+from kutils.data import prompt_bank
+from kutils.data.prompt_bank import PromptBank
+from kutils.prompts import embedding, grammar, partition
+from kutils.prompts.similarity import SimilarPairs, similar_pairs
+from kutils.runs import launch
+from kutils.system import paths
+from kutils.system.tables import read_table, write_table
+
+THRESHOLD = 0.7  # of the published folds
+SIZES = (15_000, 30_000, 60_000, 120_000)  # prompts
+COMPARED = 60_000  # prompts at most that FAISS searches, in 13 s on two cores; twice as many would take four times that
+SEED_PROMPTS = 3_378_588  # of the six published sets
+NUM_FOLDS = 10
+NEIGHBOURS = 10
+
+
+def embedded_prompts(prompts_path: str, count: int) -> tuple[list[str], np.ndarray]:
+    """Prompts to measure with and their embeddings: float32 [n, 384], n up to `count`, in random order.
+
+    Args:
+        prompts_path: a prompts file; "" takes `count` prompts from the grammar of `kutils.prompts.grammar`. They are embedded
+            in bfloat16 where that has not been done.
+    """
+    path = Path(prompts_path)
+    if not prompts_path:
+        path = paths.working_dir() / "benchmark" / f"prompts_{count}.tsv"
+        texts = grammar.generate_prompts(count, seed=0)
+        write_table(path, {"prompt": texts, "source": ["templates"] * len(texts)})
+    embeddings = np.load(embedding.embed_table(path, dtype="bfloat16"), mmap_mode="r")
+    rows = np.random.default_rng(0).permutation(len(embeddings))[:count]
+    return read_table(path, ["prompt"])["prompt"].take(rows).to_pylist(), embeddings[rows]
+
+
+def time_pairs(embeddings: np.ndarray, dtype: str) -> tuple[float, SimilarPairs]:
+    """Seconds, and the pairs."""
+    began = time.monotonic()
+    pairs = similar_pairs(embeddings, THRESHOLD, dtype=dtype, progress=True)
+    return time.monotonic() - began, pairs
+
+
+def time_faiss(embeddings: np.ndarray) -> tuple[float, int]:
+    """Seconds of FAISS's exact range search of all rows among all, by the CPU, and the number of pairs it found."""
+    import faiss
+
+    began = time.monotonic()
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(embeddings)
+    _, _, found = index.range_search(embeddings, THRESHOLD)
+    return time.monotonic() - began, (len(found) - len(embeddings)) // 2  # each pair twice, and each row with itself
+
+
+def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.Entry]:
+    """Seconds for all pairs at 0.7 among growing numbers of prompts, beside FAISS; how they grow; and the memory.
+
+    The memory is what is held at most beyond the embeddings (in float32 and bfloat16) and the pairs.
+
+    Args:
+        embeddings: float32 [n, 384]; SIZES beyond n are left out.
+    """
+    sizes = [size for size in SIZES if size <= len(embeddings)] or [len(embeddings)]
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    if not has_faiss:
+        print("faiss is not installed, so that there is nothing to compare with: pip install faiss-cpu", flush=True)
+    entries, seconds = [], []
+    time_pairs(embeddings[:2000], "auto")  # threads and libraries are there from now on
+    for size in sizes:
+        rows = embeddings[:size]
+        ours: dict[str, list[float]] = {"auto": [], "float32": []}
+        theirs = []
+        for _ in range(repeats):
+            for dtype, times in ours.items():
+                took, pairs = time_pairs(rows, dtype)
+                times.append(took)
+            if has_faiss and size <= COMPARED:
+                took, count = time_faiss(rows)
+                theirs.append(took)
+                assert abs(count - len(pairs.first)) <= 1e-5 * count, "FAISS finds other pairs"  # its float32 errs
+        entries.append(measuring.entry(f"similar_pairs_{size}", "s", ours["auto"], theirs))
+        entries.append(measuring.entry(f"similar_pairs_{size}_float32", "s", ours["float32"], theirs))
+        entries.append(measuring.entry(f"similar_pairs_{size}_memory", "MB", [extra_megabytes(rows)]))
+        seconds.append(entries[-3].ours)
+    if len(sizes) > 1:
+        exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+        entries.append(measuring.entry("similar_pairs_exponent", "", [exponent]))
+    return entries
+
+
+def extra_megabytes(embeddings: np.ndarray) -> float:
+    """`measure_memory` in a process of its own, in which nothing is left from earlier searches."""
+    folder = paths.working_dir() / "benchmark"
+    npy_path, result = folder / "similar_pairs.npy", folder / "similar_pairs.json"
+    with paths.atomic_path(npy_path) as temporary:
+        np.save(temporary, embeddings)
+    launch.run_module("kutils.benchmarks.similarity", str(npy_path), str(result))
+    measured = json.loads(result.read_text(encoding="utf-8"))["megabytes"]
+    npy_path.unlink()
+    result.unlink()
+    return measured
+
+
+def measure_memory(embeddings: np.ndarray) -> float:
+    """The most memory of a search beyond two copies of the embeddings (float32, bfloat16) and the pairs, MB."""
+    similar_pairs(embeddings[:64], THRESHOLD)  # threads and libraries are there from now on
+    with measuring.peak_megabytes() as peak:
+        before = peak[0]
+        pairs = similar_pairs(embeddings, THRESHOLD)
+    copies = embeddings.size * (4 + 2) + 2 * sum(column.nbytes for column in pairs)  # pairs: strips, and joined
+    return peak[0] - before - copies / 1e6
+
+
+def measure_seed_scale(repeats: int = 3) -> list[measuring.Entry]:
+    """Seconds for all pairs among as many rows as the six published sets have prompts, on a GPU; nothing without one.
+
+    The rows are random, in groups of five neighbours.
+    """
+    if not torch.cuda.is_available():
+        return []
+    random = np.random.default_rng(0)
+    rows = np.empty((SEED_PROMPTS, 384), np.float32)
+    for start in range(0, SEED_PROMPTS, 100_000):
+        count = min(100_000, SEED_PROMPTS - start)
+        centres = np.repeat(random.standard_normal((-(-count // 5), 384), np.float32), 5, axis=0)[:count]
+        block = centres + 0.5 * random.standard_normal((count, 384), np.float32)
+        rows[start : start + count] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    return [
+        measuring.entry(f"similar_pairs_{SEED_PROMPTS}", "s", [time_pairs(rows, "auto")[0] for _ in range(repeats)])
+    ]
+
+
+def measure_nearest(count: int = 1_000_000, repeats: int = 3) -> list[measuring.Entry]:
+    """Seconds for the ten nearest of random prompts to one embedding, and to 256, beside FAISS's exact search.
+
+    Of a mapped file in memory; and once from a file that has to be read first, where FAISS reads it and adds its rows.
+    It takes 1.6 GB of disk per million.
+    """
+    folder = paths.working_dir() / "benchmark" / "nearest_prompts"
+    path = folder / "bank.arrow"
+    write_random_bank(path, count)
+    queries = PromptBank.load(path).vectors(np.linspace(0, count - 1, 256, dtype=int))
+    ours: dict[str, list[float]] = {"first": [], "1": [], "256": []}
+    theirs: dict[str, list[float]] = {"first": [], "1": [], "256": []}
+    for _ in range(repeats):
+        for times, search in ((ours, search_bank), (theirs, search_faiss)):
+            if search is search_faiss and importlib.util.find_spec("faiss") is None:
+                continue
+            measuring.forget_files(folder)
+            found, seconds = search(path, queries)
+            for name, took in zip(times, seconds, strict=True):
+                times[name].append(took)
+            assert np.array_equal(found[:, 0], np.linspace(0, count - 1, 256, dtype=int)), "others are nearer"
+    path.unlink()
+    name = f"nearest_prompts_{count}"
+    return [
+        measuring.entry(name, "s", ours["1"], theirs["1"]),
+        measuring.entry(f"{name}_first", "s", ours["first"], theirs["first"]),
+        measuring.entry(f"{name}_256_queries", "s", ours["256"], theirs["256"]),
+    ]
+
+
+def write_random_bank(path: Path, count: int) -> None:
+    """A bank of random unit rows, made block by block."""
+    random = np.random.default_rng(0)
+    form = prompt_bank.schema(np.float32, {}, has_rows=False)
+    with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, form) as writer:
+        for start in range(0, count, prompt_bank.BLOCK_PROMPTS):
+            numbers = range(start, min(start + prompt_bank.BLOCK_PROMPTS, count))
+            rows = random.standard_normal((len(numbers), 384), np.float32)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            texts = pa.array([f"{number:09d}, oil on canvas, highly detailed" for number in numbers], pa.large_string())
+            writer.write_batch(pa.record_batch([texts, prompt_bank.as_lists(rows)], schema=form))
+
+
+def search_bank(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """The nearest prompts, and seconds: of opening and the first look-up, of one more, and of all queries."""
+    began = time.monotonic()
+    bank = PromptBank.load(path)
+    times = [began]
+    for some in (queries[:1], queries[-1:], queries):
+        found, _ = bank.nearest(some, NEIGHBOURS)
+        times.append(time.monotonic())
+    return found, np.diff(times).tolist()
+
+
+def search_faiss(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """The same by FAISS, which holds its rows in memory."""
+    import faiss
+
+    began = time.monotonic()
+    index = faiss.IndexFlatIP(queries.shape[1])
+    for _, block in PromptBank.load(path).blocks():
+        index.add(block.numpy())
+    times = [began]
+    for some in (queries[:1], queries[-1:], queries):
+        _, found = index.search(some, NEIGHBOURS)
+        times.append(time.monotonic())
+    return found, np.diff(times).tolist()
+
+
+def measure_folds(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.Entry]:
+    """What ten folds of up to 60,000 prompts leak, by partition and beside leader groups and random rows; seconds."""
+    rows = embeddings[:COMPARED]
+    _, pairs = time_pairs(rows, "auto")
+    num_rows = np.ones(len(rows), np.int64)
+    seconds, leaked = [], {}
+    for _ in range(repeats):
+        began = time.monotonic()
+        folds = partition.assign(num_rows, pairs, NUM_FOLDS, "partition", seed=0)
+        seconds.append(time.monotonic() - began)
+    assignments = {
+        "partition": folds,
+        "leader": partition.assign(num_rows, pairs, NUM_FOLDS, "leader", seed=0),
+        "random": np.random.default_rng(0).permutation(len(rows)) % NUM_FOLDS,
+    }
+    for method, assigned in assignments.items():
+        leaked[method] = 100 * float(partition.leaked_prompts(assigned, pairs).mean())
+    sizes = 100 * np.bincount(folds, minlength=NUM_FOLDS) / len(rows)
+    name = f"folds_{len(rows)}"
+    return [
+        measuring.entry(name, "s", seconds),
+        measuring.entry(f"{name}_smallest", "% of prompts", [sizes.min()]),
+        measuring.entry(f"{name}_largest", "% of prompts", [sizes.max()]),
+        measuring.entry(f"{name}_leaked_beside_leader", "% of prompts", [leaked["partition"]], [leaked["leader"]]),
+        measuring.entry(f"{name}_leaked_beside_random", "% of prompts", [leaked["partition"]], [leaked["random"]]),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kutils.benchmarks.similarity", description="Memory, as a child.")
+    parser.add_argument("embeddings", type=Path, help="an .npy file")
+    parser.add_argument("result", type=Path, help="JSON file to write")
+    arguments = parser.parse_args(argv)
+    embeddings = np.load(arguments.embeddings, mmap_mode="r")
+    paths.write_json(arguments.result, {"megabytes": measure_memory(embeddings)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

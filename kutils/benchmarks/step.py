@@ -1,0 +1,333 @@
+"""What an update, its SAM and validation cost beside the published step: the benchmark's section on training.
+
+On a GPU the five networks of the recipes, on a CPU the tiny ones. Weights are random: they do not change the time.
+"""
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from kutils.benchmarks import loader as benchmark_loader
+from kutils.benchmarks import measuring, published
+from kutils.data import transforms
+from kutils.models import networks
+from kutils.runs import recipes
+from kutils.runs.recipes import EMBEDDING_DIM, Recipe
+from kutils.system import devices
+from kutils.system.devices import Ranks
+from kutils.training import engine, optimizers
+
+ON_GPU = ("convnext_large", "convnext_xxlarge", "vit_large", "eva02_large_clsavg", "eva02_large_clsonly")
+ON_CPU = ("tiny_convnext", "tiny_vit")
+RHO = 0.05  # of SAM, as published
+LEAST_SECONDS = 0.5  # of work between two looks at the clock
+PEAKS = {  # dense bfloat16 (float16 where there is none) TFLOP/s of NVIDIA's data sheets, by what a GPU's name holds
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "T4": 65,
+    "V100": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+
+def model_names(chosen: str) -> list[str]:
+    """The models of a comma-separated list; empty: the five networks on a GPU, the tiny ones on a CPU."""
+    return recipes.split_names(chosen) or list(ON_GPU if torch.cuda.is_available() else ON_CPU)
+
+
+# ---------------------------------------------------------------- the two ways
+
+
+class Ours:
+    """Training of a recipe's network as `kutils.training.train` does it."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        torch.manual_seed(recipe.seed)
+        self.device, self.dtype = device, devices.autocast_dtype(recipe.amp_dtype, device)
+        self.network = networks.build_model(recipe).to(device, memory_format=torch.channels_last).train()
+        self.recipe, self.optimizer = recipe, optimizers.build_optimizer(self.network, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def update(self, batch: dict, rho: float = 0.0) -> Tensor:
+        recipe = dataclasses.replace(self.recipe, sam_rho=rho)
+        return engine.update(self.network, [batch], self.optimizer, self.scaler, recipe, self.dtype)
+
+    def evaluate(self, batches: Sequence[dict]) -> None:
+        rows = sum(len(batch["image"]) for batch in batches)
+        ranks = Ranks(0, 1, self.device)
+        engine.evaluate(self.network, batches, self.recipe, self.dtype, ranks, total=rows)
+
+
+def published_trainer(recipe: Recipe, device: torch.device, half: bool):
+    """The same training in the published way, under float16 autocast or in float32."""
+    torch.manual_seed(recipe.seed)
+    network = networks.build_model(recipe).to(device)
+    decay = recipe.weight_decay / 0.9  # timm's momentum takes a tenth of it away
+    return published.Trainer(network, recipe.lr, decay, half=half)
+
+
+def load_recipe(model: str) -> Recipe:
+    """Stage 1 of a model with random weights; on a CPU in float32 and without augmentation, which `loader` measures."""
+    overrides = [] if torch.cuda.is_available() else ["amp_dtype=float32", "augment=false"]
+    return recipes.load_recipe(recipes.find_recipe(model, 1), ["pretrained=false", "device=auto", *overrides])
+
+
+def made_batch(recipe: Recipe, device: torch.device, seed: int = 0) -> dict:
+    """Random images and targets as the loader hands them over: in pinned memory, if they go to a GPU."""
+    random = torch.Generator().manual_seed(seed)
+    count, size = recipe.max_local_batch_size, recipe.input_size
+    image = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=random)
+    jitter = [transforms.random_crop_and_jitter(image[0, :, :8, :8], 8, (seed, number))[1] for number in range(count)]
+    common = torch.full((EMBEDDING_DIM,), EMBEDDING_DIM**-0.5)  # prompts are alike: the loss falls
+    target = nn.functional.normalize(common + 0.08 * torch.randn(count, EMBEDDING_DIM, generator=random), dim=1)
+    batch = {"image": image, "jitter": torch.stack(jitter), "target": target, "row": torch.arange(count), "bad": []}
+    if device.type == "cuda":
+        batch |= {key: value.pin_memory() for key, value in batch.items() if key != "bad"}
+    return batch
+
+
+def published_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor:
+    """The batch as the published loader hands it over: float32, normalised."""
+    images = transforms.normalize(batch["image"], recipe.mean, recipe.std).contiguous()
+    return images.pin_memory() if device.type == "cuda" else images
+
+
+# ---------------------------------------------------------------- the section
+
+
+def step(model: str, repeats: int = 5) -> list[measuring.Entry]:
+    """An update of one network, its memory, FLOP utilisation, SAM, optimiser and validation, beside the published ones.
+
+    Args:
+        model: of a recipe of stage 1, whose batch per GPU and input size are taken.
+        repeats: of each way, by turns.
+    Returns: no entry, and a line that says so, where the GPU's memory does not hold both ways.
+    """
+    recipe, device = load_recipe(model), devices.pick_device("auto")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as training does
+    try:
+        return measure_step(model, recipe, device, repeats)
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        print(f"{model} is left out: the memory of {torch.cuda.get_device_name()} does not hold it twice", flush=True)
+        return []
+
+
+def measure_step(model: str, recipe: Recipe, device: torch.device, repeats: int) -> list[measuring.Entry]:
+    batch, images_per_update = made_batch(recipe, device), recipe.max_local_batch_size
+    images, targets = published_input(batch, recipe, device), batch["target"]
+    half = device.type == "cuda"
+    ours, our_memory = with_memory(device, lambda: Ours(recipe, device), lambda trainer: trainer.update(batch))
+    theirs, their_memory = with_memory(
+        device, lambda: published_trainer(recipe, device, half), lambda trainer: trainer.update(images, targets)
+    )
+
+    def seconds(work: Callable[[], object]) -> Callable[[], float]:
+        count = repetitions(work, device)
+        return lambda: timed(work, count, device)
+
+    def their_update(rho: float) -> None:
+        theirs.rho = rho
+        theirs.update(images, targets)
+
+    plain, sharp, their_plain, their_sharp = measuring.alternate(
+        repeats,
+        seconds(lambda: ours.update(batch)),
+        seconds(lambda: ours.update(batch, RHO)),
+        seconds(lambda: their_update(0.0)),
+        seconds(lambda: their_update(RHO)),
+    )
+    for parameter in itertools.chain(ours.network.parameters(), theirs.network.parameters()):
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    optimizer, their_optimizer = measuring.alternate(
+        repeats, seconds(ours.optimizer.step), seconds(theirs.optimizer.step)
+    )
+    for trainer in (ours, theirs):
+        trainer.optimizer.zero_grad()
+    evaluation, their_evaluation = measuring.alternate(
+        repeats, seconds(lambda: ours.evaluate([batch])), seconds(lambda: theirs.evaluate(images, targets))
+    )
+
+    def rates(times: Sequence[float]) -> list[float]:
+        return [images_per_update / value for value in times]
+
+    entries = [
+        measuring.entry(f"step_{model}", "images/s", rates(plain), rates(their_plain), more=True),
+        measuring.entry(
+            f"sam_overhead_{model}",
+            "x plain step",
+            [a / b for a, b in zip(sharp, plain, strict=True)],
+            [a / b for a, b in zip(their_sharp, their_plain, strict=True)],
+        ),
+        measuring.entry(f"optimizer_{model}", "s", optimizer, their_optimizer),
+        measuring.entry(f"validation_{model}", "images/s", rates(evaluation), rates(their_evaluation), more=True),
+    ]
+    flops, (peak, origin) = training_flops(recipe), peak_flops(ours.dtype, device)
+    entries.append(
+        measuring.entry(
+            f"mfu_{model}",
+            f"% of {peak / 1e12:,.3g} TFLOP/s ({origin})",
+            [100 * flops * rate / peak for rate in rates(plain)],
+            [100 * flops * rate / peak for rate in rates(their_plain)],
+            more=True,
+        )
+    )
+    if device.type == "cuda":
+        entries.append(measuring.entry(f"step_memory_{model}", "GB", [our_memory / 1e9], [their_memory / 1e9]))
+    return entries
+
+
+def with_memory(device: torch.device, build: Callable, use: Callable) -> tuple[object, int]:
+    """What `build` returns, and the most bytes that it and two uses of it held on a GPU; 0 on a CPU."""
+    if device.type != "cuda":
+        return build(), 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    built = build()
+    for _ in range(2):
+        use(built)
+    torch.cuda.synchronize(device)
+    return built, torch.cuda.max_memory_allocated(device) - before
+
+
+def repetitions(work: Callable[[], object], device: torch.device) -> int:
+    """How often to do it between two looks at the clock; it is done twice before."""
+    timed(work, 1, device)
+    return max(1, round(LEAST_SECONDS / timed(work, 1, device)))
+
+
+def timed(work: Callable[[], object], count: int, device: torch.device) -> float:
+    """Seconds that one takes, of several in a row."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - began) / count
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------- waiting for data
+
+
+class Pictures(Dataset):
+    """Image files, over and over, as training examples.
+
+    Args:
+        load: (path, number) -> dict of tensors.
+    """
+
+    def __init__(self, files: Sequence[Path], load: Callable[[Path, int], dict]):
+        self.files, self.load = files, load
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, number: int) -> dict:
+        target = torch.zeros(EMBEDDING_DIM)
+        target[number % EMBEDDING_DIM] = 1
+        return self.load(self.files[number % len(self.files)], number) | {"target": target}
+
+
+def data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -> list[measuring.Entry]:
+    """Share of the time that training waits for batches of WebP files of 512 px, beside the published loader and step.
+
+    Measured once: nothing is repeated, and the spread is 0.
+
+    Args:
+        num_workers: of the loader; no more than there are cores.
+        seconds: of training, at least, of each.
+    """
+    device = devices.pick_device("auto")
+    recipe = dataclasses.replace(load_recipe(model), augment=True)
+    size = recipe.input_size
+    transform = published.training_transform(size, recipe.mean, recipe.std)
+
+    def load_ours(path: Path, number: int) -> dict:
+        image, jitter = transforms.random_crop_and_jitter(transforms.decode_rgb(path), size, (recipe.seed, number))
+        return {"image": image, "jitter": jitter}
+
+    def load_theirs(path: Path, number: int) -> dict:
+        return {"image": published.load_image(path, transform)}
+
+    def waiting(load: Callable, update: Callable[[dict], object]) -> float:
+        loader = DataLoader(
+            Pictures(files, load),
+            batch_size=recipe.max_local_batch_size,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context="fork",
+        )
+        batches, waited = iter(loader), 0.0
+        for _ in range(3):
+            update(next(batches))
+        synchronize(device)
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            update(batch)
+            synchronize(device)  # else the time that the device still needs would be waited for with the next batch
+        return 100 * waited / (time.perf_counter() - began)
+
+    num_workers = min(num_workers, os.cpu_count() or 1)
+    with benchmark_loader.picture_files("webp") as files:
+        ours = waiting(load_ours, Ours(recipe, device).update)
+        trainer = published_trainer(recipe, device, half=device.type == "cuda")
+        theirs = waiting(load_theirs, lambda batch: trainer.update(batch["image"], batch["target"]))
+    return [measuring.entry(f"data_wait_{model}", f"% with {num_workers} workers", [ours], [theirs])]
+
+
+# ---------------------------------------------------------------- FLOP
+
+
+def training_flops(recipe: Recipe) -> int:
+    """Floating-point operations of forward and backward for one image, two per multiply-add; nothing is recomputed.
+
+    Three times those of forward, as usual (Chowdhery et al. 2022, appendix B): torch counts the backward of a depthwise
+    convolution as of a full one. Counted over tensors without values, so that a network of any size takes no memory.
+    """
+    with torch.device("meta"), torch.no_grad():
+        network = networks.build_model(dataclasses.replace(recipe, gradient_checkpointing=False)).eval()
+        images = torch.empty(1, 3, recipe.input_size, recipe.input_size)
+        with FlopCounterMode(display=False) as counter:
+            network(images)
+    return 3 * counter.get_total_flops()
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+    """Operations per second that the device could do, and where that number is from.
+
+    Of a GPU that is known, the data sheet's; else what a large matrix product reaches.
+    """
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for part, teraflops in PEAKS.items():
+            if all(word in name for word in part.split()):
+                return teraflops * 1e12, "data sheet"
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    count = repetitions(lambda: matrix @ matrix, device)
+    return 2 * size**3 / min(timed(lambda: matrix @ matrix, count, device) for _ in range(3)), "a matrix product"

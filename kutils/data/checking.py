@@ -1,0 +1,314 @@
+"""Is a data set fit for training? Images, duplicates, embeddings, prompts and folds.
+
+`python -m kutils.data.checking input/<name>.tsv ...` looks at every image. Training itself asks for the validation images alone
+before its first step, since every validation row must be scored.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kutils.data import image_files
+from kutils.data.bad_rows import Rows, find_bad_rows, split, torn_prompts
+from kutils.data.datasets import PromptImages
+from kutils.data.index import DataError, cache_path, fingerprint, make_again, open_embeddings
+from kutils.data.quarantine import set_apart
+from kutils.data.shards import record_path, shards_folder
+from kutils.prompts import embedding
+from kutils.system import paths
+from kutils.system.devices import Ranks
+
+SAME_COSINE = 0.999  # of a prompt embedded again; another device or precision stays above it
+ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
+SAMPLE = 256  # images of those that have been checked before: a second
+MOST_LISTED = 10  # bad rows, or images that cannot be read
+
+
+def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: Ranks) -> None:
+    """Decode the images of all rows, shared among ranks and workers; of rows that a run has found in order, a sample.
+
+    What was found in order is kept below `working/cache/`, and forgotten when a table, embeddings or shards of the data
+    change. (505,015 rows of 768 px take two processes 16 minutes.)
+
+    Raises: DataError on every rank, listing the first ten that cannot be read.
+    """
+    path, facts = checked_record(data, rows)
+    known = ranks.gather_objects(read_record(path) == facts)[0]
+    own_rows = rows[ranks.rank :: ranks.world_size]
+    if known:  # images that have gone as a whole, or a disk that is not mounted, are noticed still
+        count = min(len(own_rows), -(-SAMPLE // ranks.world_size))
+        own_rows = np.random.default_rng().choice(own_rows, count, replace=False)
+    scan = image_files.scan(data.read_image, own_rows, num_workers)
+    own = [f"{data.image_path(row)}{reason.removeprefix('image')}" for row, reason in scan.unreadable()]
+    gathered = ranks.gather_objects((own, len(own_rows)))
+    found = [message for messages, _ in gathered for message in messages]
+    if found:
+        forget_checked(data, rows)
+        looked_at = sum(count for _, count in gathered)
+        listed, files = "\n  ".join(found[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
+        raise DataError(
+            f"{len(found)} of {looked_at} validation images cannot be read, and every row must be scored; make them "
+            f"anew, or set their rows apart: python -m kutils.data.checking {files}\n  {listed}"
+        )
+    if ranks.is_main and not known:
+        with contextlib.suppress(OSError):  # where nothing can be written, the next run looks at all
+            paths.write_json(path, facts)
+
+
+def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
+    """Where it is kept that all images of some rows could be read, and the facts for which it holds."""
+    digest = hashlib.sha256(np.ascontiguousarray(rows, np.int64)).hexdigest()
+    packed = [record_path(shards_folder(data.root / f"{name}.tsv")) for name in data.names]
+    status = [[item.st_size, item.st_mtime_ns] for path in packed if path.is_file() for item in [path.stat()]]
+    facts = fingerprint(data.root, data.names) | {"shards": status, "rows_sha256": digest}
+    return cache_path(data.root, data.names, f".{digest[:8]}.checked.json"), facts
+
+
+def forget_checked(data: PromptImages, rows: np.ndarray) -> None:
+    """Let the next run look at the images of all rows again."""
+    with contextlib.suppress(OSError):
+        checked_record(data, rows)[0].unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict | None:
+    """What a former check has written; None where there is nothing, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found about one data set."""
+
+    path: Path  # of the TSV
+    table: pa.Table
+    bad: np.ndarray  # int32 [rows], number of the reason; 0: the row is good
+    reasons: list[str]
+    report: dict  # what `<name>.check.json` holds
+
+    @property
+    def is_in_order(self) -> bool:
+        """No bad row, and no problem of the whole set."""
+        return not self.bad.any() and not self.report["problems"]
+
+
+def check_datasets(
+    tsv_paths: Sequence[Path | str],
+    *,
+    images: int = 0,
+    input_size: int = 384,
+    verify_embeddings: int = 0,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> list[Checked]:
+    """Look at data sets together; nothing is written.
+
+    A row is bad if its image cannot be read, its prompt is empty, its image path leaves the folder, or its image (the
+    same path, or the same content) is that of a row with another prompt. A problem is one of the whole set: embeddings
+    that do not fit the table, prompts in two folds.
+
+    Args:
+        tsv_paths: data sets, as they are to be trained on together.
+        images: to decode, drawn at random from all sets; 0: all.
+        input_size: of a network, px; images with a shorter side are counted.
+        verify_embeddings: rows of each set whose prompts are embedded again and compared; 0: none.
+        num_workers: decoding processes; None: one per core.
+    Raises: TableError or DataError for a table that cannot be read or that changes meanwhile.
+    """
+    tsv_paths = [Path(path) for path in tsv_paths]
+    status = [path.stat() for path in tsv_paths if path.is_file()]  # before they are read; the others are named then
+    rows = Rows(tsv_paths)
+    found = find_bad_rows(rows, images, num_workers or os.cpu_count() or 1, progress)
+    torn, checked = torn_prompts(rows), []
+    for path, table, before, part in zip(tsv_paths, rows.tables, status, split(rows, found), strict=True):
+        own, looked_at, facts = part
+        report = {"rows": table.num_rows, "bad_rows": int((rows.bad[own] > 0).sum()), "problems": [], "warnings": []}
+        report["images"] = {"looked_at": looked_at, "input_size": input_size, "decoded": len(facts)}
+        report["images"] |= image_files.summarize(facts, input_size)
+        report["same_image_path"] = int(found.same_path[own].sum())
+        report["same_image_content"] = int(found.same_content[own].sum())
+        report |= describe_prompts(table)
+        report["problems"] += fold_problems(table, torn[own], tsv_paths)
+        check_embeddings(path, table, np.flatnonzero(rows.bad[own] == 0), verify_embeddings, report)
+        report["warnings"] += find_warnings(report)
+        if (path.stat().st_mtime_ns, path.stat().st_size) != (before.st_mtime_ns, before.st_size):
+            raise DataError(f"{path} has changed while it was checked; check it again")
+        checked.append(Checked(path, table, rows.bad[own], list(rows.reasons), report))
+    return checked
+
+
+def describe_prompts(table: pa.Table) -> dict:
+    """Distinct prompts, how many have 1, 2, ... images, rows of every fold, and rows with control characters."""
+    images = table["prompt"].value_counts().field("counts").to_numpy()
+    numbers, prompts_of = np.unique(images, return_counts=True)
+    folds, rows_of = np.unique(table["fold"].to_numpy(), return_counts=True)
+    odd = pc.sum(pc.match_substring_regex(table["prompt"], r"\p{Cc}")).as_py()
+    return {
+        "prompts": len(images),
+        "images_per_prompt": dict(zip(map(str, numbers.tolist()), prompts_of.tolist(), strict=True)),
+        "folds": dict(zip(map(str, folds.tolist()), rows_of.tolist(), strict=True)),
+        "control_characters": odd,
+    }
+
+
+def fold_problems(table: pa.Table, torn: np.ndarray, tsv_paths: Sequence[Path]) -> list[str]:
+    """What to say about prompts in two folds.
+
+    Args:
+        torn: bool [rows].
+    """
+    if not torn.any():
+        return []
+    first, count = int(np.argmax(torn)), pc.count_distinct(table["prompt"].filter(pa.array(torn))).as_py()
+    return [
+        f"{count:,} prompts are in two folds, here or in another of the data sets; the first is "
+        f"{table['prompt'][first].as_py()!r} (line {first + 2}). Assign folds to all data sets in one call: "
+        f"python -m kutils.prompts.folds folds {' '.join(map(str, tsv_paths))}"
+    ]
+
+
+def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int, report: dict) -> None:
+    """Compare the .npy file beside a table with it: rows, lengths, the record of its prompts, and a sample.
+
+    Args:
+        good: int64, rows that may be embedded again; verify: how many of them are.
+        report: gets `embeddings` (fit, missing or wrong), and what is to be said about them.
+    """
+    npy_path, record = path.with_suffix(".npy"), embedding.read_record(path.with_suffix(".npy.json"))
+    if not npy_path.is_file():
+        report["embeddings"] = "missing"
+        report["warnings"].append(f"{npy_path} is not there yet: python input/gen_prompt_embedding.py {path}")
+        return
+    try:
+        embeddings = open_embeddings(npy_path, table.num_rows)
+    except DataError as error:
+        problem = str(error)
+    else:
+        problem = embedding.describe_mismatch(path, table["prompt"])
+        if not problem and verify and len(good):
+            rows = np.sort(np.random.default_rng(0).permutation(good)[:verify])
+            problem = embed_again(npy_path, table["prompt"].take(pa.array(rows)), embeddings[rows], rows, record)
+        elif record is None:
+            unknown = "has no record of its prompts; --verify-embeddings 256 compares a sample"
+            report["warnings"].append(f"{npy_path} {unknown}")
+    report["embeddings"] = "wrong" if problem else "fit"
+    report["problems"] += [problem] if problem else []
+
+
+def embed_again(npy_path: Path, texts: pa.ChunkedArray, expected: np.ndarray, rows: np.ndarray, record) -> str:
+    """What to say where prompts have other embeddings than those on disk; empty if all agree.
+
+    Args:
+        texts: [n] prompts; expected: float32 [n, 384], of the file; rows: int64 [n], where they stand.
+        record: names the encoder; None: all-MiniLM-L6-v2.
+    """
+    name = (record or {}).get("encoder", embedding.encoder_name(None))
+    encoder = embedding.load_encoder(None if name == embedding.encoder_name(None) else name)
+    cosines = np.einsum("nd,nd->n", embedding.encode_prompts(texts, encoder, progress=False), expected)
+    differing, worst = int((cosines < SAME_COSINE).sum()), int(np.argmin(cosines))
+    if not differing:
+        return ""
+    return (
+        f"{npy_path}: of {len(rows):,} prompts embedded again {differing:,} differ, most in row {rows[worst]} (line "
+        f"{rows[worst] + 2} of the TSV), cosine {cosines[worst]:.3f}; {make_again(npy_path)}"
+    )
+
+
+def find_warnings(report: dict) -> list[str]:
+    """What does not keep a data set from training and may still be unwanted."""
+    images = report["images"]
+    counts = {
+        "blank images": images["blank"],
+        f"images have a side below {images['input_size']} px and would be enlarged": images["too_small"],
+        "rows have the image path of another row, and its prompt": report["same_image_path"],
+        "rows have an image of the same content as another row, and its prompt": report["same_image_content"],
+        "rows have control characters in their prompt": report["control_characters"],
+        "rows have no fold yet (-1): python -m kutils.prompts.folds folds assigns them": report["folds"].get("-1", 0),
+    }
+    return [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+# ---------------------------------------------------------------- what is told and written
+
+
+def format_report(checked: Sequence[Checked]) -> str:
+    """What was found, for a person."""
+    lines = []
+    for item in checked:
+        report, images = item.report, item.report["images"]
+        size = images["bytes"]
+        lines += [
+            f"{item.path}: {report['rows']:,} rows, {report['prompts']:,} prompts",
+            f"  images: {images['looked_at']:,} looked at, {images['decoded']:,} decode, {size['total'] / 1e6:,.1f} MB"
+            + (f", {size['smallest']:,} to {size['largest']:,} bytes" if images["decoded"] else ""),
+            *(f"  {key}: {counted(images[key])}" for key in ("sizes", "formats", "modes")),
+            f"  of them: {', '.join(f'{images[key]:,} {name}' for key, name in ODD_IMAGES.items())}",
+            f"  prompts with 1, 2, ... images: {counted(report['images_per_prompt'])}",
+            f"  rows per fold: {counted(report['folds'])}",
+        ]
+        lines += [f"  problem: {text}" for text in report["problems"]]
+        lines += [f"  warning: {text}" for text in report["warnings"]]
+        bad = np.flatnonzero(item.bad)
+        for row in bad[:MOST_LISTED].tolist():
+            lines.append(f"  bad: line {row + 2}, {item.table['image'][row]}: {item.reasons[item.bad[row]]}")
+        if len(bad) > MOST_LISTED:
+            lines.append(f"  bad: {len(bad) - MOST_LISTED:,} more rows")
+        lines.append(f"  {len(bad):,} bad rows, {len(report['problems'])} problems")
+    return "\n".join(lines)
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "none"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.data.checking",
+        description="Look at data sets that are to be trained on together: does every image decode, is one under two "
+        "prompts, do embeddings and folds fit?",
+        epilog="Writes NAME.check.json beside each NAME.tsv. Bad rows go to NAME.quarantine.tsv with their line and a "
+        "reason, all others to the data set NAME.checked (datasets=NAME.checked trains on it); NAME itself is never "
+        "changed. A run that was stopped has written nothing, and starts anew. Exit status: 0 if no set has bad "
+        "rows or a problem, 1 if one has, or cannot be read.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets")
+    parser.add_argument("--images", type=int, default=0, help="images to decode, drawn at random; 0 is all")
+    parser.add_argument("--input-size", type=int, default=384, help="smaller images than this (px) are counted")
+    verify = "prompts of each set to embed again and compare; 0 is none"
+    parser.add_argument("--verify-embeddings", type=int, default=0, metavar="N", help=verify)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
+    args = parser.parse_args(argv)
+    if min(args.images, args.verify_embeddings) < 0 or min(args.input_size, args.workers) < 1:
+        parser.error("--images and --verify-embeddings are 0 or more, --input-size and --workers 1 or more")
+    try:
+        checked = check_datasets(
+            args.files,
+            images=args.images,
+            input_size=args.input_size,
+            verify_embeddings=args.verify_embeddings,
+            num_workers=args.workers,
+        )
+        print(format_report(checked))
+        for item in checked:
+            paths.write_json(item.path.with_suffix(".check.json"), item.report)
+            print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    if not all(item.is_in_order for item in checked):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

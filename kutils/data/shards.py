@@ -1,0 +1,275 @@
+"""Images of a data set encoded anew at the size of training, in few large files: `input/<name>.shards/`.
+
+`python -m kutils.data.shards input/<name>.tsv --size 448` writes them; training on `<name>` then reads them in place of the
+image files. Table, embeddings and folds stay what they are. Row i is in shard i // ROWS_PER_SHARD, an Arrow file that
+is memory-mapped.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from kutils.data import transforms
+from kutils.data.index import DataError, check_rows
+from kutils.system import children, paths
+from kutils.system.progress import progress_bar
+from kutils.system.tables import hash_prompts, read_table
+
+VERSION = 1  # of the files; others are packed anew
+ROWS_PER_SHARD = 2048  # 90 MB of WebP at 448 px
+MOST_OPEN = 64  # shards that a process keeps mapped, each with a file descriptor; an epoch moves over 32 at a time
+FORMATS = ("webp", "jpeg", "png")
+QUALITY = 90
+
+
+class ShardError(DataError):
+    """Shards that cannot be written, or that do not fit their data set; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are encoded.
+
+    Args:
+        size: px, of the shorter side; smaller images keep their size.
+        format: webp, jpeg or png (lossless).
+        quality: 1 to 100; None for png.
+    """
+
+    size: int
+    format: str
+    quality: int | None
+
+    def __post_init__(self):
+        if self.size < 1 or self.format not in FORMATS:
+            raise ShardError(f"size {self.size}, format {self.format!r}: give 1 or more, and one of {FORMATS}")
+        allowed = (None,) if self.format == "png" else range(1, 101)
+        if self.quality not in allowed:
+            wanted = "leave --quality out, png loses nothing" if self.format == "png" else "give 1 to 100"
+            raise ShardError(f"quality {self.quality} of {self.format}: {wanted}")
+
+    def encode(self, image: Tensor) -> bytes:
+        """A file's content from uint8 [3, H, W]; the aspect ratio is kept, so that training can still crop."""
+        if min(image.shape[1:]) > self.size:
+            image = F.resize(image, [self.size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        buffer, options = io.BytesIO(), {} if self.quality is None else {"quality": self.quality}
+        F.to_pil_image(image).save(buffer, self.format, **options)
+        return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Shards:
+    """The images of one data set, by row.
+
+    Args:
+        folder: with a finished record.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.mapped = functools.lru_cache(MOST_OPEN)(self.map_shard)
+
+    def map_shard(self, number: int) -> pa.Array:
+        return read_shard(shard_path(self.folder, number))["image"].chunk(0)
+
+    def read(self, row: int) -> bytes:
+        """Content of an image file; OSError if the shard cannot be read."""
+        number, position = divmod(row, ROWS_PER_SHARD)
+        try:
+            return self.mapped(number)[position].as_py()
+        except (pa.ArrowInvalid, IndexError) as error:
+            raise OSError(f"{shard_path(self.folder, number)} is damaged ({error}); pack it again") from error
+
+
+def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
+    """The shards beside a table; None if there are none.
+
+    Args:
+        images: the table's image paths.
+    Raises: ShardError for shards that are not finished, of other rows, or not whole.
+    """
+    folder = shards_folder(tsv_path)
+    if not folder.is_dir():
+        return None
+    advice = f"python -m kutils.data.shards {tsv_path} makes what is missing; delete the folder to read image files"
+    try:
+        record = json.loads(record_path(folder).read_text())
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{folder} is not finished: {advice}") from error
+    wanted = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images)}
+    if any(record.get(key) != value for key, value in wanted.items()):
+        raise ShardError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
+    for number, size in enumerate(record["shard_bytes"]):
+        path = shard_path(folder, number)
+        if not path.is_file() or path.stat().st_size != size:  # reading beyond the end of a map ends the process
+            raise ShardError(f"{path} is not there or not whole: {advice}")
+    return Shards(folder)
+
+
+def shards_folder(tsv_path: Path) -> Path:
+    return tsv_path.with_suffix(".shards")
+
+
+def record_path(folder: Path) -> Path:
+    return folder / "record.json"
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.arrow"
+
+
+def read_shard(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = None, progress: bool = True) -> Path:
+    """Write `<name>.shards/`, each shard whole or not at all, and its record last.
+
+    Run again after a kill, or when images have changed, it writes the shards that are missing or no longer those of
+    their files. Until it has finished, training refuses the data set.
+
+    Args:
+        tsv_path: of the data set; embeddings and folds do not matter.
+        encoding: of all images.
+        num_workers: encoding processes; None: one per core.
+        progress: show a bar of images.
+    Returns: the folder.
+    Raises: ShardError for an image that cannot be read, or shards of another encoding; TableError or DataError for a
+        table that cannot be used; OSError on a full disk.
+    """
+    tsv_path = Path(tsv_path)
+    table = read_table(tsv_path, ["image", "prompt"])
+    check_rows(tsv_path, table)
+    folder, images = shards_folder(tsv_path), table["image"]
+    written, jobs = [], []
+    for number, start in enumerate(range(0, len(images), ROWS_PER_SHARD)):
+        names = images.slice(start, ROWS_PER_SHARD).to_pylist()
+        written.append(shard_path(folder, number))
+        if not is_packed(written[-1], names, encoding):
+            jobs.append((written[-1], names, encoding))
+    if jobs:
+        record_path(folder).unlink(missing_ok=True)
+    with progress_bar(len(images), "image", f"packing {tsv_path.name}", disable=not progress) as bar:
+        bar.update(len(images) - sum(len(names) for _, names, _ in jobs))
+        # not fork: a notebook's process may hold threads of PyTorch
+        workers, context = min(num_workers or os.cpu_count() or 1, len(jobs) or 1), multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, start_worker) as pool:
+            try:
+                for done in as_completed([pool.submit(write_shard, *job) for job in jobs]):
+                    bar.update(done.result())
+            except BrokenProcessPool as error:
+                raise ShardError(
+                    f"a process was ended, maybe for lack of memory; give fewer --workers ({error})"
+                ) from error
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    for path in set(folder.glob("*.arrow")) - set(written):  # of a longer table
+        path.unlink()
+    record = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images), **asdict(encoding)}
+    paths.write_json(record_path(folder), record | {"shard_bytes": [path.stat().st_size for path in written]})
+    return folder
+
+
+def start_worker() -> None:
+    children.end_with_parent()  # else it would wait for work for ever
+    torch.set_num_threads(1)
+
+
+def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
+    """Encode the images of one shard; returns their number.
+
+    Args:
+        names: paths of the image files, relative to the folder that holds the shards' own.
+    Raises: ShardError for an image that cannot be read.
+    """
+    root = path.parent.parent
+    try:
+        facts = shard_facts(root, names, encoding)
+        encoded = [encoding.encode(transforms.decode_rgb(root / name)) for name in names]
+    except (transforms.ImageError, FileNotFoundError) as error:
+        tsv_path = path.parent.with_suffix(".tsv")
+        raise ShardError(f"{error}; python -m kutils.data.checking {tsv_path} finds all such images") from error
+    table = pa.table({"image": pa.array(encoded, pa.large_binary())}).replace_schema_metadata(
+        {"kutils": json.dumps(facts)}
+    )
+    with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+        writer.write_table(table)
+    return len(names)
+
+
+def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
+    """What tells whether a shard holds these images as they are now: encoding, and names, sizes and times of the files.
+
+    Raises: FileNotFoundError.
+    """
+    status = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [(root / name).stat()]]
+    digest = hashlib.sha256(json.dumps(status).encode()).hexdigest()
+    return {"version": VERSION, **asdict(encoding), "files": digest}
+
+
+def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
+    """Whether a shard is there and holds these images as they are now; ShardError if they are encoded otherwise."""
+    try:
+        found = json.loads(read_shard(path).schema.metadata[b"kutils"])
+        wanted = shard_facts(path.parent.parent, names, encoding)
+    except (OSError, ValueError, TypeError, KeyError):  # no such shard, or no such image: told when it is packed
+        return False
+    differing = [
+        f"{key} {found.get(key)}, not {value}" for key, value in asdict(encoding).items() if found.get(key) != value
+    ]
+    if differing:
+        raise ShardError(f"{path.parent} is packed with {', '.join(differing)}; delete it to pack anew")
+    return found == wanted
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.data.shards",
+        description="Encode the images of data sets anew at the size of training, into few large files. Training on "
+        "NAME reads them in place of the image files as soon as NAME.shards is whole; delete that folder to undo it.",
+        epilog="A run that was stopped goes on where it was. Validation reads the same images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets")
+    size = "shorter side, px; smaller images keep their size. More than the recipe's input_size leaves crops sharp"
+    parser.add_argument("--size", type=int, default=448, help=size)
+    parser.add_argument("--format", choices=FORMATS, default="webp", help="png loses nothing")
+    quality = f"1 to 100 (default: {QUALITY}; png has none)"
+    parser.add_argument("--quality", type=int, default=argparse.SUPPRESS, help=quality)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: give 1 or more")
+    try:
+        encoding = Encoding(args.size, args.format, getattr(args, "quality", None if args.format == "png" else QUALITY))
+        for path in args.files:
+            folder = pack(path, encoding, num_workers=args.workers)
+            size = sum(shard.stat().st_size for shard in folder.glob("*.arrow"))
+            print(f"{folder}: {size / 1e6:,.1f} MB; training on {path.stem} reads them now")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Are known prompts near a prediction a better prediction? `python -m kutils.ensemble.neighbours RUN`, of a finished run."""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kutils.data.prompt_bank import PromptBank, in_fold
+from kutils.ensemble import blending
+from kutils.ensemble.members import EnsembleError, Member, load_targets, read_predictions
+from kutils.runs import folders
+
+NEIGHBOURS, TEMPERATURES = (5, 20, 50), (0.02, 0.05, 0.1)
+MOST_ROWS = 20_000  # of a fold that are looked at
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Mean cosines on rows of a validation fold on which nothing was chosen."""
+
+    run: str
+    fold: int
+    own: float  # of the run's predictions
+    nearest: float  # of the weighted mean of the nearest training prompts to each
+    gain: dict[str, float | None]  # of nearest over own: mean and standard error, as blending.gain has them
+    neighbours: int
+    temperature: float
+    chosen: float  # of the same on the rows on which the two were chosen
+    rows: int
+    bank: int  # training prompts
+
+    def describe(self) -> str:
+        error = "" if self.gain["error"] is None else f", standard error {self.gain['error']:.4f}"
+        return (
+            f"{self.run}: mean cosine on {self.rows:,} rows of fold {self.fold} on which nothing was chosen\n"
+            f"  {'its own predictions':42} {self.own:.4f}\n"
+            f"  {f'the nearest of {self.bank:,} training prompts':42} {self.nearest:.4f}   ({self.gain['mean']:+.4f}"
+            f"{error})\n"
+            f"{self.neighbours} neighbours at temperature {self.temperature:g}: the best on the other rows of the "
+            f"fold, there {self.chosen:.4f}"
+        )
+
+
+def measure(
+    folder: Path,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperatures: Sequence[float] = TEMPERATURES,
+    seed: int = 0,
+    device: str = "auto",
+) -> Baseline:
+    """Replace a run's out-of-fold predictions by `PromptBank.knn` among the prompts of the other folds.
+
+    Number and temperature are chosen on the half of the topics that an ensemble's weights are fitted on.
+
+    Args:
+        folder: of a finished run.
+        neighbours, temperatures: to choose from.
+        seed: of the halves, and of the rows where the fold has more than MOST_ROWS.
+    Raises: EnsembleError for predictions that are not there, of data that has changed since, or too few for two halves.
+    """
+    fold = folders.result_of(folder)["fold"]
+    path = folder / f"fold{fold}_predictions.npz"
+    saved = read_predictions(path, Member(str(folder / "config.yaml"), fold))
+    targets, prompts, _ = load_targets(saved)
+    rows = np.flatnonzero(np.isfinite(saved["embeddings"]).all(axis=1))
+    if len(rows) > MOST_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_ROWS, replace=False))
+    own, targets, prompts = saved["embeddings"][rows], targets[rows], prompts[rows]
+    groups = blending.topics(targets, prompts, seed)
+    seen = blending.split_groups(groups, seed)
+    if seen.all():  # also of none
+        raise EnsembleError(
+            f"{path} holds finite predictions of {len(np.unique(prompts))} prompts of {len(saved['embeddings'])} rows; "
+            "choosing and scoring take two prompts or more"
+        )
+    names = sorted(json.loads(saved["folds_hash"]))
+    bank = PromptBank.from_datasets(names)
+    exclude = in_fold(bank, names, fold)
+    indices, cosines = bank.nearest(own, max(neighbours), device, exclude)
+
+    def nearest(some: np.ndarray, k: int, temperature: float) -> np.ndarray:
+        return bank.weighted_mean(indices[some, :k], cosines[some, :k], temperature)
+
+    scores = {
+        pair: blending.mean_cosine(nearest(seen, *pair), targets[seen])
+        for pair in itertools.product(neighbours, temperatures)
+    }
+    best = max(scores, key=scores.get)
+    own_cosines = np.einsum("nd,nd->n", own[~seen], targets[~seen])
+    nearest_cosines = np.einsum("nd,nd->n", nearest(~seen, *best), targets[~seen])
+    return Baseline(
+        run=folder.name,
+        fold=fold,
+        own=float(own_cosines.mean(dtype=np.float64)),
+        nearest=float(nearest_cosines.mean(dtype=np.float64)),
+        gain=blending.gain(nearest_cosines, own_cosines, groups[~seen]),
+        neighbours=min(best[0], indices.shape[1]),
+        temperature=best[1],
+        chosen=scores[best],
+        rows=int((~seen).sum()),
+        bank=int((~exclude).sum()),
+    )
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers of 1 or more, with commas between, for argparse."""
+    values = [int(value) for value in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{min(values)} is no number of prompts; each is 1 or more")
+    return values
+
+
+def temperatures(text: str) -> list[float]:
+    """Numbers above 0, with commas between, for argparse."""
+    values = [float(value) for value in text.split(",")]
+    if wrong := [value for value in values if not 0 < value < math.inf]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]} is no temperature; each is above 0 and finite")
+    return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.ensemble.neighbours",
+        description="Score a run's out-of-fold predictions, and the nearest training prompts to them: a baseline, and "
+        "what a member with `neighbours` in an ensemble's configuration predicts.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs of working/runs/ (a name may hold *)")
+    shown = [",".join(map(str, values)) for values in (NEIGHBOURS, TEMPERATURES)]
+    parser.add_argument(
+        "--k", type=counts, default=shown[0], help=f"numbers of prompts to choose from (default: {shown[0]})"
+    )
+    parser.add_argument(
+        "--temperature", type=temperatures, default=shown[1], help=f"to choose from (default: {shown[1]})"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    args = parser.parse_args(argv)
+    try:
+        for folder in folders.find_finished(args.runs):
+            print(measure(folder, args.k, args.temperature, device=args.device).describe(), flush=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Images to embeddings: `python -m kutils.ensemble.predict --config conf/x.yaml --checkpoint FILE --images DIR --output FILE`.
+
+One model, on all GPUs of this process, or as ranks of torchrun.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import math
+import queue
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from kutils.data import transforms
+from kutils.ensemble import fit
+from kutils.ensemble.image_cache import PixelCache, find_images
+from kutils.models import checkpoints
+from kutils.runs import recipes
+from kutils.runs.recipes import EMBEDDING_DIM, Recipe
+from kutils.system import devices, paths
+from kutils.system.progress import progress_bar
+
+BATCH_SIZE = 64
+TTA = ("none", "flip", "five_crops")  # views of an image: itself; and mirrored; and corners and centre enlarged
+CROP_SHARE = 0.875  # side of a crop
+
+
+class PredictionError(ValueError):
+    """Images that cannot be predicted as asked; the message names them."""
+
+
+class OutOfTime(Exception):
+    """The deadline passed before all images were predicted."""
+
+
+# ---------------------------------------------------------------- one model
+
+
+def local_devices(device: torch.device, world_size: int) -> list[torch.device]:
+    """Where this process computes: on every visible GPU if it is alone, else on its own."""
+    if device.type == "cuda" and world_size == 1:
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return [device]
+
+
+def predict(
+    model: nn.Module,
+    recipe: Recipe,
+    pixels: PixelCache,
+    device_list: Sequence[torch.device],
+    *,
+    positions: Sequence[int] | None = None,
+    batch_size: int = BATCH_SIZE,
+    tta: str = "none",
+    deadline: float = math.inf,
+    progress: bool = True,
+) -> np.ndarray:
+    """Predict images, decoded, resized and normalised as in validation, on several devices at once.
+
+    Args:
+        model: in evaluation mode; moved to the first device, copied to the others.
+        recipe: mean, std, amp_dtype, and the input_size of the pixels.
+        pixels: of all images; they may be unreadable.
+        device_list: one batch at a time on each.
+        positions: of the images to predict (default: all).
+        batch_size: per device; halved as often as a GPU's memory asks for.
+        tta: one of TTA; the unit predictions of several views of an image are averaged.
+        deadline: by time.monotonic().
+    Returns: float32 [len(positions), 384], unit rows, NaN for an unreadable image (`pixels.bad` says why).
+    Raises: OutOfTime after the deadline; torch.OutOfMemoryError if one image alone does not fit; PredictionError if
+        the model gives readable images no finite prediction.
+    """
+    positions = np.arange(len(pixels.images)) if positions is None else np.asarray(positions, np.int64)
+    embeddings = np.full((len(pixels.images), EMBEDDING_DIM), np.nan, np.float32)
+    replicas = [model, *(copy.deepcopy(model) for _ in device_list[1:])]
+    idle: queue.SimpleQueue[Predictor] = queue.SimpleQueue()
+    for replica, device in zip(replicas, device_list, strict=True):
+        idle.put(Predictor(replica, recipe, device, batch_size, tta))
+
+    def work(predictor: Predictor, chosen: np.ndarray, batch: Tensor) -> int:
+        try:
+            embeddings[chosen] = predictor(batch)
+        finally:
+            idle.put(predictor)
+        return len(chosen)
+
+    done, running = 0, collections.deque()
+    try:
+        with (
+            concurrent.futures.ThreadPoolExecutor(len(device_list)) as pool,
+            progress_bar(len(positions), "image", delay=5, disable=not progress) as bar,
+        ):
+            for chosen, batch in pixels.batches(positions, batch_size):  # the next is decoded while the devices compute
+                running.append(pool.submit(work, idle.get(), chosen, batch))
+                while running and (running[0].done() or len(running) > len(device_list)):
+                    count = running.popleft().result()
+                    done += count
+                    bar.update(count)
+                if done < len(positions) and time.monotonic() > deadline:
+                    raise OutOfTime(f"{done:,} of {len(positions):,} images were done")
+            while running:
+                bar.update(running.popleft().result())
+    finally:
+        running.clear()  # a failed one holds its traceback, that this frame, and this frame the models
+    embeddings[list(pixels.bad)] = np.nan
+    unknown = np.setdiff1d(positions[np.isnan(embeddings[positions]).any(axis=1)], list(pixels.bad))
+    if len(unknown):
+        first = pixels.images[unknown[0]]
+        raise PredictionError(f"{len(unknown):,} images have no finite prediction, {first} is the first")
+    return embeddings[positions]
+
+
+class Predictor:
+    """A model on one device: uint8 pixels to unit embeddings on the CPU, in parts that its memory holds."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device, batch_size: int, tta: str):
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.recipe, self.device, self.size, self.tta = recipe, device, batch_size, tta
+        self.dtype = devices.autocast_dtype(recipe.amp_dtype, device)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> np.ndarray:
+        """uint8 [B, 3, S, S] to float32 [B, 384]; each thread has an inference mode, GPU and autocast of its own."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            while True:
+                try:
+                    return np.concatenate([self.embed(part) for part in pixels.split(self.size)])
+                except RuntimeError as error:
+                    if self.size == 1 or not devices.is_out_of_memory(error):
+                        raise
+                self.size = (min(self.size, len(pixels)) + 1) // 2  # out of `except`, whose traceback holds memory
+                torch.cuda.empty_cache()
+                print(f"{self.device}: the memory is full, going on with {self.size} images at a time", flush=True)
+
+    def embed(self, pixels: Tensor) -> np.ndarray:
+        """The mean of the views' unit embeddings, as one of unit length."""
+        inputs = transforms.normalize(pixels.to(self.device), self.recipe.mean, self.recipe.std)
+        rows = sum(self.forward(view.contiguous(memory_format=torch.channels_last)) for view in views(inputs, self.tta))
+        return nn.functional.normalize(rows, dim=1).cpu().numpy()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, 3, S, S] to float32 [B, 384]; what overflows in half precision is computed in full."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            rows = self.model(inputs).float()
+        overflown = ~rows.isfinite().all(dim=1)  # float16 ends at 65,504, and some activations do not
+        if self.dtype != torch.float32 and overflown.any():
+            rows[overflown] = self.model(inputs[overflown].contiguous(memory_format=torch.channels_last)).float()
+        return rows
+
+
+def views(inputs: Tensor, tta: str) -> Iterator[Tensor]:
+    """What a network sees of each image for one of TTA: [B, 3, S, S] each, the image itself first."""
+    yield inputs
+    if tta == "flip":
+        yield inputs.flip(3)
+    elif tta == "five_crops":
+        size = inputs.shape[-1]
+        for crop in F.five_crop(inputs, [round(size * CROP_SHARE)] * 2):
+            yield F.resize(crop, [size, size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    elif tta != "none":
+        raise PredictionError(f"tta is {tta!r}; it can be {', '.join(TTA)}")
+
+
+# ---------------------------------------------------------------- command
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.ensemble.predict",
+        description="Predict the prompt embeddings of a folder of images with one model: an .npz file of `ids` (names "
+        "without extension, sorted) and `embeddings` (float32 [n, 384], unit rows).",
+        epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="recipe file, as given or below the repository's conf/")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="trained with that recipe")
+    parser.add_argument("--images", required=True, type=Path, help="folder of images")
+    parser.add_argument("--output", required=True, type=Path, help=".npz file; one that is there is not overwritten")
+    parser.add_argument(
+        "--fallback",
+        type=Path,
+        help="file of ensemble weights: unreadable images get its mean training embedding (default: they are an error)",
+    )
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images at a time (default: {BATCH_SIZE})")
+    parser.add_argument("--tta", default="none", choices=TTA, help="views of an image to average (default: none)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Predict and write; PredictionError for what is in the way, before the model is loaded where possible."""
+    if arguments.output.suffix != ".npz":
+        raise PredictionError(f"--output is {arguments.output}; it is an .npz file")
+    if arguments.output.exists():
+        raise PredictionError(f"{arguments.output} exists; remove it or give another --output")
+    recipe = recipes.load_recipe(arguments.config, arguments.overrides)
+    images = find_images(arguments.images)
+    if not images:
+        raise PredictionError(f"{arguments.images} holds no image")
+    fallback = fit.load_ensemble(arguments.fallback).mean_embedding if arguments.fallback else None
+    model, _, _ = checkpoints.load_model(arguments.checkpoint, recipe)
+    ranks = devices.join_ranks(recipe.device)
+    pixels = PixelCache(images, recipe.input_size, num_workers=recipe.num_workers)
+    local = predict(
+        model,
+        recipe,
+        pixels,
+        local_devices(ranks.device, ranks.world_size),
+        positions=range(ranks.rank, len(images), ranks.world_size),
+        batch_size=max(1, arguments.batch_size),
+        tta=arguments.tta,
+        progress=ranks.is_main,
+    )
+    embeddings = ranks.gather_interleaved(torch.from_numpy(local).to(ranks.device), len(images))
+    bad = dict(sorted(item for part in ranks.gather_objects(list(pixels.bad.items())) for item in part))
+    unreadable = {images[position]: reason for position, reason in bad.items()}
+    if unreadable and fallback is None:
+        raise PredictionError(
+            f"{len(unreadable)} of {len(images)} images cannot be read; remove them, or give --fallback:\n  "
+            + "\n  ".join(list(unreadable.values())[:10])
+        )
+    if unreadable:
+        embeddings = np.where(np.isnan(embeddings), np.asarray(fallback, np.float32), embeddings)
+    if not ranks.is_main:
+        return
+    for reason in unreadable.values():
+        print(f"warning: {reason}; it gets the mean training embedding", flush=True)
+    with paths.atomic_path(arguments.output) as temporary:
+        np.savez(temporary, ids=np.array([path.stem for path in images]), embeddings=embeddings)
+    print(f"{len(images):,} embeddings in {arguments.output}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        devices.leave_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

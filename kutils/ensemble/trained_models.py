@@ -1,0 +1,251 @@
+"""Which prompts a trained model sees in an image: `python -m kutils.ensemble.trained_models IMAGE [IMAGE ...]`."""
+
+import argparse
+import json
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kutils.data import prompt_bank
+from kutils.data.prompt_bank import PromptBank
+from kutils.ensemble import fit as ensembles
+from kutils.ensemble import predict, within_budget
+from kutils.ensemble.fit import Ensemble
+from kutils.ensemble.image_cache import PixelCache
+from kutils.ensemble.members import EnsembleError
+from kutils.kaggle import mounts
+from kutils.models import checkpoints
+from kutils.runs import folders, recipes
+from kutils.system import devices, paths
+
+ENSEMBLE = "ensemble"  # key of its embeddings
+
+
+class RetrievalError(ValueError):
+    """Models or images that cannot be used; the message names them and says what to do."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint that carries its recipe."""
+
+    name: str  # of its run, or its file; the file's path where several have that name
+    checkpoint: Path
+    score: float | None  # mean cosine on its validation fold
+
+
+# ---------------------------------------------------------------- models
+
+
+def find_models(names: Sequence[str] = ()) -> list[TrainedModel]:
+    """Trained models: of all finished runs in the order of their results, or the named ones in the order given.
+
+    Args:
+        names: runs as `runs.find_finished` takes them, or checkpoint files; none: all runs whose checkpoint is there.
+    Raises: RunError for a name that no finished run has; RetrievalError for a named run without its checkpoint;
+        CheckpointError for a file that is none.
+    """
+    if not names:
+        return [model_of_run(folder) for folder in folders.find_finished() if checkpoint_of(folder).is_file()]
+    found: dict[Path, TrainedModel] = {}
+    for name in names:
+        if (path := Path(name)).suffix in mounts.CHECKPOINT_SUFFIXES:
+            models = [TrainedModel(path.stem, path, checkpoints.read(path).get("cosine_similarity"))]
+        else:
+            models = [model_of_run(folder) for folder in folders.find_finished([name])]
+        found |= {model.checkpoint: model for model in models}
+    taken = Counter([ENSEMBLE, *(model.name for model in found.values())])
+    return [
+        replace(model, name=str(path)) if path.stem == model.name and taken[model.name] > 1 else model
+        for path, model in found.items()
+    ]
+
+
+def model_of_run(folder: Path) -> TrainedModel:
+    """The best checkpoint of a finished run."""
+    if not (checkpoint := checkpoint_of(folder)).is_file():
+        raise RetrievalError(f"{folder.name} has finished, but {checkpoint} is not there any more; train it again")
+    return TrainedModel(folder.name, checkpoint, folders.result_of(folder)["cosine_similarity"])
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Where the checkpoint of a finished run is, or should be; that of a run moved aside is in its folder."""
+    name = folders.result_of(folder)["checkpoint"]
+    beside = folder / Path(name).name
+    return beside if beside.is_file() else recipes.load_recipe(folder / "config.yaml").models_folder() / name
+
+
+def find_ensemble(path: Path | str = "") -> tuple[Path, Ensemble] | None:
+    """An ensemble's file and what it holds: the named one, else the newest in `working/models/`; None without one.
+
+    Raises: EnsembleError for a named file that holds no ensemble.
+    """
+    if path:
+        return Path(path), ensembles.load_ensemble(path)
+    files = (paths.working_dir() / "models").glob("*.json")
+    for file in sorted(filter(Path.is_file, files), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            return file, ensembles.load_ensemble(file)
+        except EnsembleError:  # another JSON file
+            continue
+    return None
+
+
+def embed_images(
+    models: Sequence[TrainedModel],
+    images: Sequence[Path],
+    *,
+    ensemble: Ensemble | None = None,
+    ensemble_path: Path | None = None,
+    device: str = "auto",
+) -> dict[str, np.ndarray]:
+    """What models predict for images, each as in its validation.
+
+    Args:
+        models: one in memory at a time, of different names.
+        images: files.
+        ensemble: its members, whose checkpoints lie below `working/models/`, are predicted with too: families averaged
+            and weighted as in a submission.
+        ensemble_path: its file, beside which its prompts, or checkpoints, may be instead.
+        device: auto, cpu or cuda.
+    Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
+    Raises: RetrievalError naming every image that cannot be read, the members that failed, or a name that two have;
+        CheckpointError or MountError for a checkpoint that cannot be used.
+    """
+    taken = Counter([ENSEMBLE, *(model.name for model in models)])
+    if twice := [name for name, count in taken.items() if count > 1]:
+        raise RetrievalError(f"several models, or a model and the ensemble, are called {', '.join(twice)}; rename one")
+    images, embeddings = [Path(image) for image in images], {}
+    for model in models:
+        network, recipe, _ = checkpoints.load_model(model.checkpoint)
+        pixels = PixelCache(images, recipe.input_size, num_workers=recipe.num_workers)
+        places = predict.local_devices(devices.pick_device(device), world_size=1)
+        embeddings[model.name] = predict.predict(network, recipe, pixels, places)
+        check_readable(list(pixels.bad.values()))
+    if ensemble is not None:
+        embeddings[ENSEMBLE] = embed_by_ensemble(ensemble, images, device, ensemble_path)
+    return embeddings
+
+
+def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, path: Path | None = None) -> np.ndarray:
+    """What an ensemble predicts for images, of which each is readable, by all of its members: float32 [n, 384]."""
+    ensemble = ensemble.with_weight()
+    found = mounts.find_checkpoints(ensemble.files(), mounts.weight_folders(), path)
+    files = {member: found[member.checkpoint] for member in ensemble.members()}
+    bank = ensembles.load_neighbours(ensemble, found)
+    *_, state = within_budget.predict_ensemble(ensemble, files, images, device=device, bank=bank)
+    check_readable(list(state.unreadable.values()))
+    if state.dropped:
+        raise RetrievalError("; ".join(f"{name}: {reason}" for name, reason in state.dropped.items()))
+    return state.embeddings
+
+
+def check_readable(reasons: Sequence[str]) -> None:
+    """Raise RetrievalError for the images that could not be read, by reason."""
+    if reasons:
+        raise RetrievalError("; ".join(reasons))
+
+
+def neighbours_table(embedding: np.ndarray, bank: PromptBank, k: int = 5) -> pd.DataFrame:
+    """The k nearest prompts to one embedding, float32 [384], best first: columns rank (from 1), cosine, prompt."""
+    (indices,), (cosines,) = bank.nearest(embedding[None], k)
+    return pd.DataFrame({"rank": np.arange(len(indices)) + 1, "cosine": cosines, "prompt": bank.texts(indices)})
+
+
+# ---------------------------------------------------------------- command
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print tables, and write them if asked; a ValueError or OSError naming what cannot be used, before any model."""
+    if args.csv and args.csv.exists():
+        raise RetrievalError(f"{args.csv} exists; remove it or give another --csv")
+    if args.k < 1:
+        raise RetrievalError(f"-k is {args.k}; ask for at least one prompt")
+    if missing := [str(path) for path in args.images if not path.is_file()]:
+        raise RetrievalError(f"no image at {', '.join(missing)}")
+    models, fitted = choose(args.model, args.ensemble)
+    names = dict.fromkeys(name for model in models for name in datasets_of(model))
+    if fitted:
+        names |= dict.fromkeys(sorted(json.loads(fitted[1].folds_hash)))
+    bank, told = prompt_bank.from_arguments(args, list(names))
+    path, ensemble = fitted or (None, None)
+    embeddings = embed_images(models, args.images, ensemble=ensemble, ensemble_path=path, device=args.device)
+    titles = {model.name: describe(model) for model in models}
+    if fitted:
+        titles[ENSEMBLE] = f"the ensemble {fitted[0].stem} of {len(fitted[1].with_weight().members())} models"
+    tables = []
+    print(f"nearest of {told}")
+    for number, image in enumerate(args.images):
+        for name, rows in embeddings.items():
+            table = neighbours_table(rows[number], bank, args.k)
+            print(f"\n{image}, by {titles[name]}\n{format_table(table)}")
+            tables.append(table.assign(image=str(image), model=fitted[0].stem if name == ENSEMBLE else name))
+    if args.csv:
+        with paths.atomic_path(args.csv) as temporary:
+            columns = ["image", "model", "rank", "cosine", "prompt"]
+            pd.concat(tables)[columns].to_csv(temporary, index=False, float_format="%.4f")
+
+
+def choose(names: Sequence[str], ensemble: str) -> tuple[list[TrainedModel], tuple[Path, Ensemble] | None]:
+    """The models and the ensemble that are named, else the ensemble fitted last, else the run finished last."""
+    fitted = find_ensemble(ensemble) if ensemble or not names else None
+    models = find_models(names) if names or not fitted else []
+    if not models and not fitted:
+        raise RetrievalError(f"nothing is trained yet in {paths.working_dir()}: make train MODEL=tiny_vit FOLD=0")
+    return (models if names else models[-1:]), fitted
+
+
+def datasets_of(model: TrainedModel) -> tuple[str, ...]:
+    return checkpoints.recipe_of(checkpoints.read(model.checkpoint), model.checkpoint).datasets
+
+
+def describe(model: TrainedModel) -> str:
+    return model.name if model.score is None else f"{model.name} (mean cosine {model.score:.4f} on its fold)"
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """Rank, cosine and prompt in lines for the terminal; long prompts go on below."""
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for rank, cosine, prompt in table[["rank", "cosine", "prompt"]].itertuples(index=False):
+        head = f"{rank:4d}  {cosine:7.4f}  "
+        lines.append(textwrap.fill(prompt, max(40, width), initial_indent=head, subsequent_indent=" " * len(head)))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.ensemble.trained_models",
+        description="Print, for each image, the prompts nearest to the embedding that a trained model predicts.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="RUN_OR_CHECKPOINT",
+        help="a finished run of working/runs/ (it may hold *) or a checkpoint file; once more for a table by each "
+        "(default: the ensemble fitted last, else the run finished last)",
+    )
+    parser.add_argument("--ensemble", default="", metavar="FILE", help="fitted weights, beside models or instead")
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument("--bank", type=Path, metavar="FILE.arrow", help="prompts by python -m kutils.data.prompt_bank")
+    sources.add_argument("--datasets", metavar="A,B", help="data sets of input/ (default: those of the models)")
+    sources.add_argument("--prompts", type=Path, metavar="FILE.tsv", help="prompts file with its .npy beside it")
+    parser.add_argument("-k", type=int, default=5, help="prompts per image (default: 5)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write image, model, rank, cosine, prompt there too")
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Images from prompts: a diffusion model, or the built-in renderer."""

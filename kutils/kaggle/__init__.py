@@ -1,0 +1,1 @@
+"""To Kaggle and back: packing, client, metadata, mounted inputs, submission file."""

@@ -1,0 +1,256 @@
+"""What a Kaggle notebook finds among its inputs: known by what it holds, never by one fixed path.
+
+Inputs are mounted as `/kaggle/input/{competitions,datasets,notebooks}/...` now and as `/kaggle/input/<slug>` before.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from kutils.runs import folders as runs_folders
+from kutils.runs import recipes
+from kutils.runs.launch import Run
+from kutils.system import paths
+
+ENSEMBLE_KIND = "kutils ensemble"  # in the first lines of a file of fitted weights
+LEVELS = 5  # below the inputs: owner, data set, framework, version, folder
+CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
+
+
+class MountError(ValueError):
+    """An input that is not there; the message shows the tree of what is."""
+
+
+def below(root: Path, pattern: str) -> Iterator[Path]:
+    """Paths that match a pattern in a folder or up to LEVELS below it, the upper ones first.
+
+    What is mounted in two places is given once.
+    """
+    seen = set()
+    for depth in range(LEVELS + 1):
+        for path in sorted(root.glob("*/" * depth + pattern)):
+            status = path.stat()
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                yield path
+
+
+# ---------------------------------------------------------------- for the submission
+
+
+def find_images_folder(root: Path) -> Path:
+    """The `images/` folder of the competition's data, known by the `sample_submission.csv` beside it.
+
+    Raises: MountError if there is none, or several.
+    """
+    found = []
+    for sample in below(root, "sample_submission.csv"):
+        with sample.open(encoding="utf-8", errors="replace") as stream:
+            header = stream.readline().strip()
+        if header == recipes.SUBMISSION_HEADER and (sample.parent / "images").is_dir():
+            found.append(sample.parent / "images")
+    if len(found) > 1:
+        raise MountError(f"several folders look like the competition's; name one of {', '.join(map(str, found))}")
+    if not found:
+        raise MountError(
+            f"nothing below {root} holds sample_submission.csv and images/; add the competition's data, or name a "
+            f"folder of images. There is:\n{tree(root)}"
+        )
+    return found[0]
+
+
+def weight_folders(given: str = "") -> list[Path]:
+    """Where weights are looked for: the folder given, else working/models and, on Kaggle, all inputs."""
+    if given:
+        return [Path(given)]
+    return [paths.working_dir() / "models"] + ([paths.input_dir()] if paths.on_kaggle() else [])
+
+
+def find_ensemble(folders: Sequence[Path]) -> Path:
+    """The file of fitted weights below the folders, known by its first lines.
+
+    Raises: MountError if there is none, or several that differ.
+    """
+    found = []
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.json")) if path.is_file()):
+        with path.open("rb") as stream:
+            if f'"kind": "{ENSEMBLE_KIND}"'.encode() in stream.read(200):
+                found.append(path)
+    if not found:
+        raise MountError(f"no ensemble is fitted (python -m kutils.ensemble.fit fit). There is:\n{trees(folders)}")
+    if len({path.read_bytes() for path in found}) > 1:
+        raise MountError(f"several ensembles are there; name one of {', '.join(map(str, found))}")
+    return found[0]
+
+
+def find_checkpoints(wanted: Mapping[str, str], folders: Sequence[Path], beside: Path | None = None) -> dict[str, Path]:
+    """Checkpoints (and prompts) of an ensemble below the folders, by file names and told apart by their SHA-256.
+
+    Args:
+        wanted: path as the ensemble names it -> SHA-256.
+        folders: that are searched with all that is below.
+        beside: the ensemble's own file, from whose folder the paths may lead too.
+    Returns: the same path -> where the file is.
+    Raises: MountError naming all that are missing or differ from what the weights were fitted with.
+    """
+    named: dict[str, list[Path]] = {}
+    suffixes = sorted({Path(name).suffix for name in wanted})
+    there = [path for folder in folders for suffix in suffixes for path in folder.rglob(f"*{suffix}")]
+    there += [beside.parent / name for name in wanted if (beside.parent / name).is_file()] if beside else []
+    for path in there:
+        named.setdefault(path.name, []).append(path)
+    found, missing = {}, []
+    for name, sha256 in wanted.items():
+        candidates = sorted({*named.get(Path(name).name, [])})
+        right = [path for path in candidates if paths.sha256_of(path) == sha256]
+        if right:
+            found[name] = right[0]
+        else:
+            differing = f" ({', '.join(map(str, candidates))}: not what was fitted)" if candidates else ""
+            missing.append(f"{name}{differing}")
+    if missing:
+        raise MountError(f"files of the ensemble are missing: {'; '.join(missing)}. There is:\n{trees(folders)}")
+    return found
+
+
+# ---------------------------------------------------------------- for training
+
+
+def prepare_training(run: Run) -> Run:
+    """On Kaggle, make the inputs look like `input/` and `working/` of a clone; elsewhere do nothing.
+
+    Data sets are linked into one folder, which KUTILS_INPUT then names; a former version's output is copied, so that
+    the run goes on from there, or starts from the stage before.
+
+    Returns: the run, with `pretrained=true` turned into the place of a weights file among the inputs, if there is one.
+    """
+    if not paths.on_kaggle():
+        return run
+    root = paths.input_dir()
+    bring_run(run, root)
+    os.environ["KUTILS_INPUT"] = str(link_datasets(run.recipe.datasets, root))
+    return with_pretrained(run, root)
+
+
+def with_pretrained(run: Run, root: Path) -> Run:
+    """The run with `pretrained=` the place of `<backbone>.<suffix>` below the inputs, which has no network to ask.
+
+    The place is the same however the input is mounted: a run that goes on must have the configuration that it had.
+    """
+    if run.recipe.pretrained is not True:
+        return run
+    folder = Path(tempfile.gettempdir()) / "kutils-pretrained"
+    for path in list(below(root, f"{run.recipe.backbone}.*"))[:1]:
+        folder.mkdir(exist_ok=True)
+        link = folder / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        overrides = (*run.overrides, f"pretrained={folder}")
+        return dataclasses.replace(run, recipe=recipes.load_recipe(run.config_path, overrides), overrides=overrides)
+    return run
+
+
+def link_datasets(names: Sequence[str], root: Path) -> Path:
+    """A folder with links to the tables, embeddings and images of data sets that lie in various inputs.
+
+    `<name>.tsv` is looked for below the inputs, and what lies beside it comes along; so do folders `<name>_images`.
+
+    Returns: the folder. What is not found is not in it; whoever reads it says so.
+    Raises: MountError if a table is there several times.
+    """
+    folder = Path(tempfile.gettempdir()) / "kutils-input"
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        tables = list(below(root, f"{name}.tsv"))
+        if len(tables) > 1:
+            raise MountError(f"{name}.tsv is there several times; leave one: {', '.join(map(str, tables))}")
+        entries = [entry for table in tables for entry in table.parent.iterdir()]
+        for entry in [*entries, *below(root, f"{name}_images")]:
+            link = folder / entry.name
+            if link.is_dir() and not link.samefile(entry):
+                raise MountError(f"{link.resolve()} and {entry} have the same name: rename one, in its table too")
+            if not link.exists():
+                link.unlink(missing_ok=True)  # of an input that is gone
+                link.symlink_to(entry)
+    return folder
+
+
+def bring_run(run: Run, root: Path) -> None:
+    """Copy a run's folder and checkpoints, and the checkpoint it starts from, out of a former notebook's output.
+
+    Of several former versions the one that came farthest is taken. What is in `working/` already stays as it is.
+    """
+    former = [path.parent for path in below(root, f"{run.folder.name}/config.yaml")]
+    if former and not run.folder.exists():
+        steps = {
+            folder: [line["step"] for line in runs_folders.read_metrics(folder / "metrics.jsonl")] for folder in former
+        }
+        farthest = max(former, key=lambda folder: max(steps[folder], default=0))
+        print(f"going on from {farthest}", flush=True)
+        copy(farthest, run.folder)
+        for path in below(farthest.parent.parent, f"{run.recipe.save_dir}/{run.recipe.prefix}_fold{run.fold}_*.pth"):
+            target = run.recipe.models_folder() / run.recipe.save_dir / path.name
+            if not target.exists():
+                copy(path, target)
+    initial = run.recipe.initial_checkpoint(run.fold)
+    if initial and not initial.exists():
+        for path in list(below(root, f"{initial.parent.name}/{initial.name}"))[:1]:
+            print(f"starting from {path}", flush=True)
+            copy(path, initial)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A file or folder, under its name when it is whole; inputs are read-only, the copy is not."""
+    if source.is_file():
+        with paths.atomic_path(target) as partial:
+            shutil.copyfile(source, partial)
+        return
+    with paths.atomic_folder(target) as partial:
+        shutil.copytree(source, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        for folder, _, _ in os.walk(partial):
+            Path(folder).chmod(0o755)
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def describe_machine() -> str:
+    """Versions, cores, memory and disk, in lines."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow")
+    versions = ", ".join(f"{name} {runs_folders.version_of(name) or 'absent'}" for name in packages)
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    disks = {folder: shutil.disk_usage(folder).free for folder in (str(paths.working_dir()), tempfile.gettempdir())}
+    free = ", ".join(f"{number / 1e9:.0f} GB free in {folder}" for folder, number in disks.items())
+    return (
+        f"Python {sys.version.split()[0]}, {versions}; commit {runs_folders.git_commit() or 'unknown'}\n"
+        f"{os.cpu_count()} cores, {pages * page / 1e9:.0f} GB of memory, {free}"
+    )
+
+
+def trees(folders: Sequence[Path]) -> str:
+    return "\n".join(tree(folder) for folder in folders)
+
+
+def tree(root: Path, levels: int = LEVELS, most: int = 8) -> str:
+    """What lies below a folder, folders first, as indented lines: the first `most` names of each folder."""
+    lines = [f"{root}/"]
+
+    def visit(folder: Path, level: int) -> None:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_file(), entry.name))
+        except OSError as error:
+            lines.append(f"{'  ' * level}({error.strerror})")
+            return
+        for entry in entries[:most]:
+            lines.append(f"{'  ' * level}{entry.name}{'' if entry.is_file() else '/'}")
+            if entry.is_dir() and level < levels:
+                visit(Path(entry.path), level + 1)
+        if len(entries) > most:
+            lines.append(f"{'  ' * level}... and {len(entries) - most:,} more")
+
+    visit(root, 1)
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""Files of a run: published checkpoints (weights and what made them), and the state from which a cut run goes on."""
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kutils.models import published
+from kutils.models.networks import PromptEmbedder, build_model
+from kutils.runs.recipes import HINTS, ConfigError, Recipe, convert
+from kutils.system import paths
+
+HEADER_KEY = "kutils"  # of a safetensors file's metadata, which holds texts
+# what the readers of damaged files raise
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError)
+UNREADABLE += (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what differs."""
+
+
+def save_checkpoint(path: Path, model: PromptEmbedder, recipe: Recipe, **facts) -> None:
+    """Write `{"model": weights, "recipe": ..., **facts}`, atomically, the weights in the published layout.
+
+    Args:
+        path: replaced if it is there; the caller decides whether it may be.
+        model: on any device; weights are saved in float32 on the CPU.
+        recipe: as resolved for the run.
+        facts: fold, folds_hashes, epoch, cosine_similarity: plain values, so that `weights_only` loading takes them.
+    """
+    save(path, {"model": published.to_published(model), "recipe": dataclasses.asdict(recipe), **facts})
+
+
+def save(path: Path, content: dict) -> None:
+    """torch.save to a temporary name, then rename; a full disk leaves the former file."""
+    try:
+        with paths.atomic_path(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        raise CheckpointError(
+            f"{path} could not be written ({error}); is the disk full? The former file is untouched"
+        ) from error
+
+
+def save_half(path: Path, content: dict) -> None:
+    """Write what `read` gave as float16 safetensors, half the size, with all beside the weights as JSON in its header.
+
+    Raises: CheckpointError for a weight beyond float16's 65,504, naming it, or a full disk.
+    """
+    weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in content["model"].items()
+    }
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} holds values that float16 cannot; the file is not written: {path}")
+    facts = {key: value for key, value in content.items() if key != "model"}
+    try:
+        with paths.atomic_path(path) as temporary:
+            save_file(weights, temporary, {HEADER_KEY: json.dumps(facts)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written ({error}); is the disk full?") from error
+
+
+def read_half(path: Path) -> dict:
+    """Read what `save_half` wrote; one of UNREADABLE if it is none."""
+    with safe_open(path, "pt") as stored:
+        facts = json.loads((stored.metadata() or {})[HEADER_KEY])
+        return {**facts, "model": {name: stored.get_tensor(name) for name in stored.keys()}}  # noqa: SIM118
+
+
+def read(path: Path) -> dict:
+    """Load a .pth or .safetensors checkpoint to the CPU, running no code in it; CheckpointError if it is none."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return read_half(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise CheckpointError(f"{path} holds no {{'model': weights}}")
+    return content
+
+
+def load_weights(model: PromptEmbedder, weights: dict, path: Path) -> None:
+    """Load weights of the published layout strictly; CheckpointError naming what is missing, left over or misshapen."""
+    if found := published.differences(model, weights):
+        more = f" and {len(found) - 5} more differences" if len(found) > 5 else ""
+        raise CheckpointError(f"{path} is of another network: it {'; '.join(found[:5])}{more}")
+    published.load_published(model, weights)
+
+
+def recipe_of(content: dict, path: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with; keys that this version does not know are left out."""
+    values = content.get("recipe")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} carries no recipe; give one with --config")
+    try:
+        return Recipe(**{key: convert(key, value, HINTS[key]) for key, value in values.items() if key in HINTS})
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path} carries a recipe that cannot be read: {error}") from error
+
+
+def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder, Recipe, dict]:
+    """A trained network, ready to predict, in float32 on the CPU.
+
+    Args:
+        path: a checkpoint written by `save_checkpoint`, or a published one, which carries no recipe.
+        recipe: None takes the checkpoint's own.
+    Returns: the model in evaluation mode, its recipe, and the facts beside the weights (fold, folds_hashes, epoch,
+        cosine_similarity).
+    Raises: CheckpointError for a file that is none, carries no recipe, or is of another network.
+    """
+    content = read(path)
+    recipe = recipe or recipe_of(content, path)
+    model = build_model(dataclasses.replace(recipe, gradient_checkpointing=False), pretrained=False)
+    load_weights(model, content["model"], path)
+    return model.eval(), recipe, {key: value for key, value in content.items() if key not in ("model", "recipe")}
+
+
+def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path) -> bool:
+    """Refuse a checkpoint that has seen other folds than the data's: its training rows would be validation rows now.
+
+    Returns: False for a checkpoint that names no fold, as the published ones: nobody knows what it has seen.
+    Raises: CheckpointError naming the data set whose folds differ, or the fold.
+    """
+    if "fold" not in facts:
+        return False
+    if facts.get("fold") != fold:
+        raise CheckpointError(f"{path} was validated on fold {facts.get('fold')}, this run is for fold {fold}")
+    saved = facts.get("folds_hashes", {})
+    changed = [name for name, value in folds_hashes.items() if name in saved and saved[name] != value]
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained on other folds of {', '.join(changed)} (folds hash {saved[changed[0]][:12]}, now "
+            f"{folds_hashes[changed[0]][:12]}): rows it has trained on would be validated. Train that stage again, or "
+            f"put the former input/{changed[0]}.tsv.bak back"
+        )
+    return True

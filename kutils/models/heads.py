@@ -1,0 +1,57 @@
+"""What of a backbone the head sees, and the head itself."""
+
+import torch
+from torch import Tensor, nn
+
+from kutils.runs.recipes import EMBEDDING_DIM
+
+
+def num_features(backbone: nn.Module, head: str) -> int:
+    """Length of the vector that `features` gives."""
+    return {
+        "pooled": backbone.num_features,
+        "clip_projection": backbone.num_classes,
+        "cls_only": backbone.num_features,
+        "cls_avg": 2 * backbone.num_features,
+    }[head]
+
+
+def keeps_projection(backbone_name: str, head: str) -> bool:
+    """True if the head sees CLIP's projection, the backbone's own last layer, and not what lies before it.
+
+    Raises: ValueError if the backbone has no such layer.
+    """
+    if head == "clip_projection" and not ("clip" in backbone_name and "." in backbone_name):
+        raise ValueError(f"head=clip_projection needs a CLIP backbone with a weights tag, not {backbone_name!r}")
+    return head == "clip_projection"
+
+
+def features(backbone: nn.Module, images: Tensor, head: str) -> Tensor:
+    """Run the backbone: float32 [B, 3, S, S] -> [B, num_features].
+
+    `pooled` and `clip_projection` are timm's own output. The other two take tokens of the last block, before any final
+    norm: the class token, alone or beside the mean patch token.
+    """
+    if head in ("pooled", "clip_projection"):
+        return backbone(images)
+    tokens = backbone.forward_features(images)  # [B, 1 + patches, C]
+    class_token = tokens[:, 0]
+    if head == "cls_only":
+        return class_token
+    return torch.cat([class_token, tokens[:, backbone.num_prefix_tokens :].mean(dim=1)], dim=-1)
+
+
+def strip_unused(backbone: nn.Module, head: str) -> None:
+    """Take out of the backbone what the head does not see: DDP would wait for it, checkpoints would hold it."""
+    if head == "clip_projection":  # timm gives the projection a bias of zeros; CLIP has none
+        backbone.get_classifier().register_parameter("bias", None)
+    elif head in ("cls_only", "cls_avg"):  # tokens are taken before any final norm
+        for name in ("norm", "fc_norm"):
+            setattr(backbone, name, nn.Identity())
+
+
+def linear_head(in_features: int) -> nn.Linear:
+    """Linear to 384 without bias, Xavier normal (Glorot and Bengio 2010, eq. 12)."""
+    layer = nn.Linear(in_features, EMBEDDING_DIM, bias=False)
+    nn.init.xavier_normal_(layer.weight)
+    return layer

@@ -1,0 +1,97 @@
+"""The network of a recipe: timm backbone -> linear head -> unit vector, the prompt's embedding."""
+
+from contextlib import nullcontext
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kutils.models import heads
+from kutils.models.pretrained import check_backbone, create_backbone
+from kutils.runs.recipes import Recipe
+
+
+class PromptEmbedder(nn.Module):
+    """Image -> predicted prompt embedding of unit length.
+
+    Attributes:
+        backbone: the timm model.
+        fc: Linear to 384 without bias. (Both names are those of the published checkpoints.)
+        head: what of the backbone `fc` sees.
+    """
+
+    def __init__(self, backbone: nn.Module, head: str):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.fc = heads.linear_head(heads.num_features(backbone, head))
+        self.unfreeze()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, S, S], normalised -> float32 [B, 384], unit rows (also under autocast)."""
+        with torch.no_grad() if self.frozen else nullcontext():
+            features = self.features(images)
+        return self.embed(features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, S, S], normalised -> [B, C]: what the linear head sees."""
+        return heads.features(self.backbone, images, self.head)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, C] features -> float32 [B, 384], unit rows."""
+        return F.normalize(self.fc(features).float(), dim=-1)
+
+    def freeze_backbone(self) -> None:
+        """Train the head alone: no gradients in the backbone, and evaluation mode there even after `train()`."""
+        self.frozen = True
+        self.backbone.requires_grad_(False).eval()
+
+    def unfreeze(self) -> None:
+        self.frozen = False
+        self.backbone.requires_grad_(True)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and self.frozen:
+            self.backbone.eval()
+        return self
+
+
+def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
+    """The network of a recipe, in float32 on the CPU.
+
+    Args:
+        recipe: backbone, head, input size, drop path, patch mode, pretrained.
+        pretrained: False leaves the recipe's pretrained weights out, for a checkpoint that is loaded next.
+    Raises: ValueError for a backbone that timm does not have; WeightsError where pretrained weights cannot be had.
+    """
+    check_backbone(recipe.backbone)
+    options, strided = {"drop_path_rate": recipe.drop_path_rate}, recipe.patch_mode == "strided"
+    if timm.get_pretrained_cfg(recipe.backbone).fixed_input_size and not strided:
+        options["img_size"] = recipe.input_size  # timm resamples the position embeddings of loaded weights
+    options["keep_projection"] = heads.keeps_projection(recipe.backbone, recipe.head)
+    backbone = create_backbone(recipe.backbone, recipe.pretrained if pretrained else False, **options)
+    heads.strip_unused(backbone, recipe.head)
+    if strided:
+        stride_patches(backbone, recipe.input_size)
+    if recipe.gradient_checkpointing:
+        backbone.set_grad_checkpointing(True)
+    return PromptEmbedder(backbone, recipe.head)
+
+
+def stride_patches(vit: nn.Module, input_size: int) -> None:
+    """Keep a ViT's token grid at a larger input by moving its patch window in larger steps, as published.
+
+    At 336 px a 14 px window moves by 21 px, so that 16 x 16 tokens see 44 % of the pixels. Needed to use weights
+    trained that way; `interpolated` sees all of them.
+
+    Raises: ValueError if the input is no multiple of the grid, or smaller than the ViT's own.
+    """
+    rows, columns = vit.patch_embed.grid_size
+    if input_size % rows or input_size % columns:
+        raise ValueError(f"patch_mode=strided: input_size={input_size} is no multiple of the {rows} x {columns} tokens")
+    own = vit.patch_embed.img_size[0]
+    if input_size < own:
+        raise ValueError(f"patch_mode=strided: input_size={input_size} is below the ViT's own {own}")
+    vit.patch_embed.proj.stride = (input_size // rows, input_size // columns)
+    vit.patch_embed.img_size = (input_size, input_size)

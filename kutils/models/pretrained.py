@@ -1,0 +1,174 @@
+"""Pretrained backbones from the model hub, a file or a folder: `python -m kutils.models.pretrained FOLDER [MODEL ...]`.
+
+The command downloads the weights of the recipes into a folder, for a machine without network: there
+`pretrained=FOLDER` takes each recipe's own file from it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import timm
+from timm.models import (
+    PretrainedCfg,
+    get_pretrained_cfg,
+    load_state_dict,
+    load_state_dict_from_hf,
+    split_model_name_tag,
+)
+from torch import Tensor, nn
+
+from kutils.runs import recipes as runs_recipes
+from kutils.system import paths
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+class WeightsError(ValueError):
+    """Pretrained weights that cannot be had; the message says how to point at a file or do without."""
+
+
+def check_backbone(name: str) -> None:
+    """Raise ValueError, naming what is near, for a backbone or weights tag that timm does not have."""
+    model, tag = split_model_name_tag(name)
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
+    if not timm.is_model(model):
+        close = timm.list_models(f"*{model.split('_')[0]}*")[:5]
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; it has {', '.join(close) or 'others'}")
+    if tag and tag not in tags:
+        raise ValueError(
+            f"timm {timm.__version__} has no weights {tag!r} of {model}; it has {', '.join(tags) or 'none'}"
+        )
+
+
+def create_backbone(name: str, weights: bool | str, keep_projection: bool, **options) -> nn.Module:
+    """A timm model with the given weights, in float32 on the CPU.
+
+    Args:
+        name: timm model name with its weights tag, such as `vit_large_patch14_clip_224.laion2b`.
+        weights: True from the hub, False random, else the path of a file or of a folder that holds `<name>.safetensors`
+            (.pth, .pt, .bin). A file may hold timm's names or a whole open_clip model; position embeddings of another
+            resolution are resampled, both by timm.
+        keep_projection: keep the weights' own last layer (CLIP's projection); else it is taken off.
+        options: of `timm.create_model`.
+    Raises: WeightsError for weights that cannot be had or are not wholly this network's.
+    """
+    source = get_pretrained_cfg(name)
+    if weights is False:
+        classes = source.num_classes if keep_projection else 0
+        return timm.create_model(name, pretrained=False, num_classes=classes, **options)
+    file = None if weights is True else find_weights(Path(weights), name)
+    try:
+        overlay = {}
+        if file is not None:
+            state = load_state_dict(str(file), weights_only=True)
+            overlay = {"state_dict": state, "num_classes": count_classes(state, source)}
+        # with the weights' own number of classes: with another, timm would not mind weights of a wholly other network
+        classes = overlay.get("num_classes", source.num_classes)
+        backbone = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
+        )
+    except TypeError:  # an option that this backbone does not have
+        raise
+    except Exception as error:  # the hub's client and the readers of weights files raise errors of many kinds
+        raise WeightsError(
+            f"the weights of {name} could not be loaded from {file or 'the model hub'}: {first_line(error)}\n"
+            "pretrained=PATH takes a weights file or a folder of them on this machine (a machine with network fills "
+            "one: python -m kutils.models.pretrained FOLDER), pretrained=false starts from random weights"
+        ) from error
+    backbone.pretrained_cfg.pop("state_dict", None)  # timm would keep the whole file in memory
+    if not keep_projection:
+        backbone.reset_classifier(0)
+    elif not classes:
+        raise WeightsError(f"{file} holds no projection, which head=clip_projection starts from")
+    return backbone
+
+
+def count_classes(weights: dict[str, Tensor], source: PretrainedCfg) -> int:
+    """Rows of the last layer in a weights file; 0 where it has none. open_clip's last layer is CLIP's projection."""
+    last = weights.get(f"{source.classifier}.weight")
+    if last is not None:
+        return len(last)
+    return source.num_classes if any(name.startswith("visual.") for name in weights) else 0
+
+
+def find_weights(path: Path, name: str) -> Path:
+    """The file itself, or `<name>.<suffix>` in the folder; WeightsError naming what was looked for."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise WeightsError(f"pretrained={path}: no such file or folder; give one that is there, true or false")
+    for suffix in SUFFIXES:
+        if (path / f"{name}{suffix}").is_file():
+            return path / f"{name}{suffix}"
+    there = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)) or "no weights file"
+    raise WeightsError(
+        f"pretrained={path}: the folder holds no {name}{SUFFIXES[0]} ({', '.join(SUFFIXES[1:])}) but {there}; "
+        f"python -m kutils.models.pretrained {path} downloads it"
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def download(folder: Path, name: str) -> Path:
+    """Fetch one backbone's weights from the hub as `<folder>/<name>.safetensors`; a file that is there is kept.
+
+    Raises: WeightsError if the backbone has no weights on the hub, or the hub cannot be reached.
+    """
+    check_backbone(name)
+    path, source = folder / f"{name}.safetensors", get_pretrained_cfg(name)
+    if path.is_file():
+        return path
+    if not source.hf_hub_id:
+        raise WeightsError(f"timm {timm.__version__} knows no weights of {name!r} on the model hub")
+    filename = {"filename": source.hf_hub_filename} if source.hf_hub_filename else {}
+    try:
+        weights = load_state_dict_from_hf(source.hf_hub_id, weights_only=True, **filename)
+    except Exception as error:
+        raise WeightsError(f"{name} could not be fetched from {source.hf_hub_id}: {first_line(error)}") from error
+    with paths.atomic_path(path) as temporary:
+        safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
+    return path
+
+
+def wanted_backbones(models: list[str]) -> dict[str, list[str]]:
+    """Backbone -> models: of the stage-1 recipes that start from the hub's weights, or of the named ones.
+
+    Raises: ConfigError for a model without a recipe.
+    """
+    files = [path for (_, stage), path in runs_recipes.recipe_files().items() if stage == 1]
+    recipes = [
+        runs_recipes.load_recipe(runs_recipes.find_recipe(model, 1) if models else model) for model in models or files
+    ]
+    wanted: dict[str, list[str]] = {}
+    for recipe in recipes:
+        if recipe.pretrained is True:
+            wanted.setdefault(recipe.backbone, []).append(recipe.model)
+    return wanted
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.models.pretrained",
+        description="Download the pretrained weights of the recipes into a folder, for training without network: "
+        "there, pretrained=FOLDER takes each recipe's own file from it. Files that are there are kept.",
+    )
+    parser.add_argument("folder", type=Path, help="made if it is not there")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models of conf/ (default: all that need weights)")
+    arguments = parser.parse_args(argv)
+    try:
+        for backbone, models in wanted_backbones(arguments.models).items():
+            print(f"{backbone} (for {', '.join(models)}) ...", flush=True)
+            path = download(arguments.folder, backbone)
+            print(f"  {path}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Prompts without images: lists, cleaning, grammar, text encoder, similar pairs, near-duplicates, folds."""

@@ -1,0 +1,167 @@
+"""Prompts from what there is (lists, tables, Parquet, JSON, collections of captions) into one clean prompts file."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+from kutils.prompts.cleaning import Cleaner, CleaningSettings, format_report, load_token_counter
+from kutils.prompts.formats import COLUMNS, FORMATS, SourceError, read_source
+from kutils.system import paths
+from kutils.system.progress import progress_bar
+from kutils.system.tables import holds, read_table, write_table
+
+BATCH_ENTRIES = 10_000  # cleaned, and their tokens counted, together
+
+
+def default_name(path: Path) -> str:
+    """The name of a file without its suffixes: `captions` for captions.txt.gz."""
+    return path.with_suffix("").stem if path.suffix.lower() == ".gz" else path.stem
+
+
+def gather(
+    sources: Sequence[Path],
+    cleaner: Cleaner,
+    *,
+    name: str | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+    **options,
+) -> list[dict]:
+    """Read sources one after the other into a cleaner.
+
+    Args:
+        name: for the column `source`; None: each file's own.
+        limit: end as soon as so many prompts are kept.
+        options: of `read_source`.
+    Returns: per source that was opened its file, name, and the numbers read and kept.
+    """
+    told = []
+    with progress_bar(0, "entry", "reading", disable=not progress) as bar:
+        for path in sources:
+            if limit is not None and len(cleaner.prompts) >= limit:
+                break
+            before = cleaner.num_read, len(cleaner.prompts)
+            entries = read_source(path, **options)
+            while batch := list(islice(entries, BATCH_ENTRIES)):
+                cleaner.add(batch, path.name, name or default_name(path), limit)
+                bar.update(len(batch))
+                if limit is not None and len(cleaner.prompts) >= limit:
+                    break
+            read, kept = cleaner.num_read - before[0], len(cleaner.prompts) - before[1]
+            told.append({"file": str(path), "source": name or default_name(path), "read": read, "kept": kept})
+    return told
+
+
+def write_prompts(output: Path, prompts: Sequence[str], sources: Sequence[str], *, overwrite: bool = False) -> None:
+    """Write a prompts file; one that is there with the same prompts and sources stays, with its folds if it has any.
+
+    Raises: ValueError if other content is there and `overwrite` is not given.
+    """
+    table = {"prompt": pa.array(prompts, pa.string()), "source": pa.array(sources, pa.string())}
+    if output.exists() and not overwrite:
+        if not holds(output, pa.table(table)):
+            raise ValueError(f"{output} is there already, with other content; choose another name, or give --overwrite")
+        print(f"{output} is up to date ({len(prompts):,} prompts)")
+        return
+    write_table(output, table)
+    print(f"{output}: {len(prompts):,} prompts")
+
+
+def make_prompts_file(
+    sources: Sequence[Path | str],
+    output: Path | str,
+    *,
+    settings: CleaningSettings | None = None,
+    tokenizer: Path | str | None = None,
+    exclude: Sequence[Path | str] = (),
+    overwrite: bool = False,
+    **options,
+) -> dict:
+    """Sources to `output` (header prompt source) and `<output>.report.json`: the same input gives the same bytes.
+
+    Args:
+        tokenizer: folder of CLIP's, which leaves out what Stable Diffusion would cut; None: no such limit.
+        exclude: prompts files whose prompts are left out.
+        overwrite: write over other content of `output`.
+        options: of `gather` and `read_source`.
+    Returns: the report.
+    Raises: SourceError, TableError or ValueError, before anything is written.
+    """
+    sources, output = [Path(path) for path in sources], Path(output)
+    if output.resolve() in {path.resolve() for path in [*sources, *map(Path, exclude)]}:
+        raise SourceError(f"{output} is both read and written; choose another output")
+    excluded = [prompt for path in exclude for prompt in read_table(path, ["prompt"])["prompt"].to_pylist()]
+    cleaner = Cleaner(settings, load_token_counter(tokenizer) if tokenizer else None, excluded)
+    told = gather(sources, cleaner, **options)
+    report = {"sources": told, **cleaner.report()}
+    if not cleaner.prompts:
+        raise SourceError(f"no prompt is left for {output}:\n{format_report(report)}")
+    write_prompts(output, cleaner.prompts, cleaner.sources, overwrite=overwrite)
+    paths.write_json(f"{output}.report.json", report)
+    return report
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    limits = CleaningSettings()
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.prompts.collection",
+        description="Collect prompts from files into one clean prompts file, and report what was left out or changed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    unset = {"default": argparse.SUPPRESS}
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="files, the most wanted first: of equal prompts the first stays",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="PROMPTS.tsv", **unset, help="to write")
+    parser.add_argument("--name", **unset, help="for the column `source` (default: the name of each file)")
+    parser.add_argument("--column", **unset, help=f"column or key (default: the first there of {', '.join(COLUMNS)})")
+    parser.add_argument(
+        "--format", default="auto", choices=("auto", *FORMATS), help="json: a list, or COCO's or VizWiz's captions"
+    )
+    parser.add_argument("--skip-bad-lines", action="store_true", help="count bad lines and leave them out, not stop")
+    parser.add_argument("--min-words", type=int, default=limits.min_words, help="shorter prompts are left out")
+    parser.add_argument("--max-words", type=int, default=limits.max_words, help="longer prompts are left out")
+    parser.add_argument("--min-latin", type=float, default=limits.min_latin, help="share of Latin among all letters")
+    parser.add_argument("--any-language", action="store_true", help="keep what looks like another language")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", **unset, help="of CLIP's tokenizer: leave out more than 77 tokens"
+    )
+    parser.add_argument("--limit", type=positive, **unset, help="end when so many prompts are kept (default: no end)")
+    parser.add_argument(
+        "--exclude", nargs="+", type=Path, default=[], metavar="OTHER.tsv", help="prompts files not to repeat"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over other content of PROMPTS.tsv")
+    args = parser.parse_args(argv)
+    given = {key: value for key, value in vars(args).items() if key in ("name", "column", "limit", "tokenizer")}
+    try:
+        settings = CleaningSettings(args.min_words, args.max_words, args.min_latin, not args.any_language)
+        report = make_prompts_file(
+            args.sources,
+            args.output,
+            settings=settings,
+            source_format=args.format,
+            skip_bad_lines=args.skip_bad_lines,
+            exclude=args.exclude,
+            overwrite=args.overwrite,
+            **given,
+        )
+        print(format_report(report))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

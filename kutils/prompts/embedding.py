@@ -1,0 +1,327 @@
+"""Prompts to unit embeddings: in memory, or of a whole table, by ranks and beyond a kill."""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kutils.data.index import make_again
+from kutils.prompts.encoder import DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
+from kutils.runs.recipes import EMBEDDING_DIM
+from kutils.system import devices, paths
+from kutils.system.chunks import ChunkFiles
+from kutils.system.progress import progress_bar
+from kutils.system.tables import hash_prompts, read_table
+
+CHUNK_PROMPTS = 4096  # distinct ones, sorted by length within; all that a kill costs, and what ranks are dealt
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be encoded; the message names its row."""
+
+
+def first_empty(prompts: pa.Array | pa.ChunkedArray) -> int:
+    """Row of the first prompt that is null or only white space; -1 if there is none."""
+    return pc.index(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(prompts), ""), True), True).as_py()
+
+
+def encode_prompts(
+    prompts: Sequence[str] | pa.Array | pa.ChunkedArray,
+    encoder: TextEncoder | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+    dtype: str = "float32",
+) -> np.ndarray:
+    """Embed prompts in the order given; each distinct one is encoded once.
+
+    Args:
+        prompts: n texts. Longer ones than the encoder's 256 tokens are cut by it, with one warning that counts them.
+        encoder: None: the packaged all-MiniLM-L6-v2.
+        batch_size: prompts of 32 tokens per forward pass.
+        progress: show a bar of distinct prompts.
+        dtype: float32 or bfloat16, of the computation.
+    Returns: float32 [n, 384], unit rows.
+    Raises: PromptError naming the row of an empty prompt; EncoderError for another dtype.
+    """
+    check_dtype(dtype)
+    values = prompts if isinstance(prompts, (pa.Array, pa.ChunkedArray)) else pa.array(prompts, pa.string())
+    if (row := first_empty(values)) >= 0:
+        raise PromptError(f"the prompt of row {row} is empty; remove the row or give it a prompt")
+    if not len(values):
+        return np.empty((0, EMBEDDING_DIM), np.float32)
+    encoder = encoder or load_encoder()
+    distinct, codes = distinct_prompts(values)
+    embeddings = np.empty((len(distinct), EMBEDDING_DIM), np.float32)
+    num_truncated = 0
+    with progress_bar(len(distinct), "prompt", "embedding", disable=not progress) as bar:
+        for start in range(0, len(distinct), CHUNK_PROMPTS):
+            chunk = distinct[start : start + CHUNK_PROMPTS].to_pylist()
+            num_truncated += encoder.count_truncated(chunk)
+            embeddings[start : start + len(chunk)] = encoder.encode(chunk, batch_size, dtype)
+            bar.update(len(chunk))
+    warn_of_truncated(num_truncated, len(distinct), encoder)
+    return embeddings[codes]
+
+
+def distinct_prompts(values: pa.Array | pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """The distinct prompts as they first come, and int32 [n]: which of them is each row's."""
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    encoded = values.dictionary_encode()
+    return encoded.dictionary, encoded.indices.to_numpy()
+
+
+def warn_of_truncated(num_truncated: int, num_prompts: int, encoder: TextEncoder) -> None:
+    if num_truncated:
+        warnings.warn(
+            f"{num_truncated:,} of {num_prompts:,} distinct prompts are longer than {encoder.max_tokens} tokens; "
+            "the encoder reads only their beginning, as the competition's did",
+            stacklevel=3,
+        )
+
+
+def embed_table(
+    tsv_path: Path | str,
+    encoder: TextEncoder | str | None = None,
+    *,
+    device: str = "auto",
+    batch_size: int = 64,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    progress: bool = True,
+    ranks: devices.Ranks | None = None,
+) -> Path:
+    """Write `<name>.npy` beside `<name>.tsv`: float32 [rows, 384], one row per row of the table, atomically.
+
+    What was embedded is recorded in `<name>.npy.json`; a file whose record fits the table's prompts and the encoder is
+    left as it is. (Row count and file times would not do: shuffled rows keep the count, and folds rewrite the table.)
+    A file without a record is someone else's work and is kept as `<name>.npy.bak`.
+
+    A run that was cut goes on with the next one of the same prompts, encoder and arguments, to the same bytes; until
+    then its finished chunks lie in a hidden folder beside the table, and take up to as much disk as the result.
+
+    Args:
+        tsv_path: a data set or a prompts file; only its `prompt` column matters.
+        encoder: a loaded one, or what `load_encoder` takes.
+        batch_size: prompts of 32 tokens per forward pass.
+        dtype: of the computation, float32 or bfloat16; a file in float32 is right for both.
+        overwrite: embed anew in any case, without a .bak.
+        ranks: among which the chunks are dealt, all of which call this; None: this process alone.
+    Raises: TableError, PromptError (naming the line), EncoderError; OSError on a full disk, mostly before the work.
+    """
+    check_dtype(dtype)
+    ranks = ranks or devices.Ranks(0, 1, devices.pick_device(device))
+    tsv_path = Path(tsv_path)
+    npy_path, record_path = tsv_path.with_suffix(".npy"), tsv_path.with_suffix(".npy.json")
+    prompts = read_table(tsv_path, ["prompt"])["prompt"]
+    if (row := first_empty(prompts)) >= 0:
+        raise PromptError(f"{tsv_path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
+    to_load = encoder is None or isinstance(encoder, (str, os.PathLike))
+    name = encoder_name(encoder) if to_load else encoder.name
+    in_float32 = {"encoder": name, "rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
+    record = in_float32 if dtype == "float32" else in_float32 | {"dtype": dtype}
+    former = read_record(record_path)
+    say = print if ranks.is_main else lambda _: None
+    if npy_path.is_file() and not overwrite:
+        if former in (record, in_float32):
+            say(f"{npy_path} is up to date ({len(prompts):,} rows)")
+            return npy_path
+        say(f"{npy_path} is of other prompts, another encoder or dtype, or that is not known: making it again")
+    encoder = load_encoder(encoder, device) if to_load else encoder
+    distinct, codes = distinct_prompts(prompts)
+    # all that decides the bytes: batches are formed within a chunk, and devices round differently
+    work = record | {"batch_size": batch_size, "chunk_prompts": CHUNK_PROMPTS, "device": ranks.device.type}
+    chunks = ChunkFiles(npy_path, work, -(-len(distinct) // CHUNK_PROMPTS))
+    ranks.barrier()  # all have looked at the files before one of them changes any
+    try:
+        if ranks.is_main:
+            chunks.open()
+            reserve_rows(chunks, len(prompts))
+        ranks.barrier()
+        encode_chunks(chunks, distinct, encoder, batch_size, dtype, ranks, progress)
+        if ranks.is_main:
+            num_truncated = assemble(chunks, codes)
+            if npy_path.is_file() and former is None and not overwrite:
+                npy_path.replace(npy_path.with_suffix(".npy.bak"))
+            record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+            rows_path(chunks).replace(npy_path)
+            paths.write_json(record_path, record)
+            chunks.remove()
+            warn_of_truncated(num_truncated, len(distinct), encoder)
+    except BaseException:
+        if ranks.is_main and chunks.folder.is_dir() and len(chunks.missing()) == chunks.count:
+            chunks.remove()
+        raise
+    ranks.barrier()
+    say(f"{npy_path}: {len(prompts):,} rows embedded by {name}")
+    return npy_path
+
+
+def encode_chunks(
+    chunks: ChunkFiles,
+    distinct: pa.Array,
+    encoder: TextEncoder,
+    batch_size: int,
+    dtype: str,
+    ranks: devices.Ranks,
+    progress: bool,
+) -> None:
+    """Encode the chunks that are missing, dealt over the ranks; returns on all ranks when all chunks are there."""
+    # as rank 0 sees it: nobody deals from what another has just saved
+    missing = ranks.gather_objects(chunks.missing() if ranks.is_main else None)[0]
+
+    def num_finished(missing: list[int]) -> int:
+        return min(len(distinct), CHUNK_PROMPTS * (chunks.count - len(missing)))
+
+    options = {"initial": num_finished(missing), "disable": not (progress and ranks.is_main)}
+    with progress_bar(len(distinct), "prompt", "embedding", **options) as bar:
+        for number in missing[ranks.rank :: ranks.world_size]:
+            chunk = distinct[number * CHUNK_PROMPTS : (number + 1) * CHUNK_PROMPTS].to_pylist()
+            embeddings = encoder.encode(chunk, batch_size, dtype)
+            chunks.save(number, embeddings=embeddings, num_truncated=encoder.count_truncated(chunk))
+            bar.update(num_finished(chunks.missing()) - bar.n)  # of all ranks
+        while left := chunks.missing():  # not the barrier, whose patience ends: another rank may need an hour longer
+            if not rows_path(chunks).is_file():
+                raise FileNotFoundError(f"{chunks.folder} was removed, maybe by another run; start again")
+            bar.update(num_finished(left) - bar.n)
+            time.sleep(0.2)
+        bar.update(len(distinct) - bar.n)
+    ranks.barrier()
+
+
+def rows_path(chunks: ChunkFiles) -> Path:
+    return chunks.folder / "rows.npy"
+
+
+def reserve_rows(chunks: ChunkFiles, num_rows: int) -> None:
+    """Make the file of all rows, float32 [num_rows, 384]; OSError if it or the missing chunks do not fit the disk."""
+    if not rows_path(chunks).is_file():  # else a second run would empty what a first one is just writing
+        with paths.atomic_path(rows_path(chunks)) as temporary:
+            np.lib.format.open_memmap(temporary, "w+", np.float32, (num_rows, EMBEDDING_DIM))
+            reserve(temporary)
+    needed = 4 * EMBEDDING_DIM * CHUNK_PROMPTS * len(chunks.missing())
+    free = shutil.disk_usage(chunks.folder).free
+    if needed > free:
+        text = f"No space left on device: distinct prompts need {needed / 1e9:.2f} GB more, {free / 1e9:.2f} are free"
+        raise OSError(errno.ENOSPC, text, str(chunks.path.parent))
+
+
+def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
+    """Write every row of the table, on the disk when this returns; says how many distinct prompts were cut.
+
+    Args:
+        codes: int [rows], the number of each row's distinct prompt.
+    """
+    out = np.load(rows_path(chunks), mmap_mode="r+")  # or 5 M rows (7.8 GB) would be in memory
+    order = np.argsort(codes, kind="stable")  # rows of one chunk side by side
+    bounds = np.searchsorted(codes[order], CHUNK_PROMPTS * np.arange(chunks.count + 1))
+    num_truncated = 0
+    for number, (begin, end) in enumerate(pairwise(bounds)):
+        rows, chunk = order[begin:end], chunks.load(number)
+        out[rows] = chunk["embeddings"][codes[rows] - number * CHUNK_PROMPTS]
+        num_truncated += int(chunk["num_truncated"])
+    out.flush()
+    return num_truncated
+
+
+def take_embeddings(tsv_path: Path | str, rows: np.ndarray, target_path: Path | str) -> None:
+    """Write `<name>.npy` beside a table whose rows are those rows of another, embedded one: nothing is encoded again.
+
+    Does nothing where it is not known what the other's embeddings are of, or whose those at the target are.
+
+    Args:
+        rows: int [n], at least one.
+    """
+    source_path, npy_path = Path(tsv_path).with_suffix(".npy"), Path(target_path).with_suffix(".npy")
+    record_path = npy_path.with_suffix(".npy.json")
+    record, former = read_record(source_path.with_suffix(".npy.json")), read_record(record_path)
+    if record is None or (npy_path.is_file() and former is None):
+        return
+    record |= {"rows": len(rows), "prompts_sha256": hash_prompts(read_table(target_path, ["prompt"])["prompt"])}
+    if npy_path.is_file() and former == record:
+        return
+    record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+    copy_rows(np.load(source_path, mmap_mode="r"), rows, npy_path)
+    paths.write_json(record_path, record)
+
+
+def copy_rows(embeddings: np.ndarray, rows: np.ndarray, npy_path: Path) -> None:
+    """Write some rows of mapped embeddings to a file of their own, block by block, whole or not at all."""
+    with paths.atomic_path(npy_path) as temporary:
+        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), EMBEDDING_DIM))
+        reserve(temporary)
+        for start in range(0, len(rows), CHUNK_PROMPTS):
+            out[start : start + CHUNK_PROMPTS] = embeddings[rows[start : start + CHUNK_PROMPTS]]
+        out.flush()
+
+
+def reserve(path: Path) -> None:
+    """Allocate a new file's disk space now: a memory map on a full disk would end the process with SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+
+
+def describe_mismatch(tsv_path: Path, prompts: pa.ChunkedArray) -> str:
+    """What to say where the record beside a table's .npy names other prompts than the table; empty if it fits.
+
+    Also empty where there is no record: then nobody knows.
+    """
+    npy_path, record = tsv_path.with_suffix(".npy"), read_record(tsv_path.with_suffix(".npy.json"))
+    if record is None or record.get("prompts_sha256") == hash_prompts(prompts):
+        return ""
+    return f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}"
+
+
+def read_record(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="gen_prompt_embedding.py",
+        description="Embed the prompts of TSV files: FILE.npy beside each FILE.tsv, float32 [rows, 384], in row order. "
+        "Started again after a kill, it goes on. torchrun starts it on several GPUs or nodes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.tsv", help="data sets or prompts files")
+    parser.add_argument(
+        "--encoder",
+        default=argparse.SUPPRESS,
+        metavar="FOLDER|ID",
+        help="sentence-transformers folder or hub id (default: all-MiniLM-L6-v2 as installed with this repository)",
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    parser.add_argument("--batch-size", default=64, type=int, help="prompts of 32 tokens per forward pass")
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of the computation; bfloat16 is faster, cosine > 0.9995"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="embed anew even where FILE.npy is up to date")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: give 1 or more")
+    options = {"device": args.device, "batch_size": args.batch_size, "dtype": args.dtype, "overwrite": args.overwrite}
+    try:
+        ranks = devices.join_workers(args.device)
+        for path in args.files:
+            embed_table(path, getattr(args, "encoder", None), ranks=ranks, **options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    finally:
+        devices.leave_ranks()
+
+
+if __name__ == "__main__":
+    main()

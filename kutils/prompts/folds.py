@@ -1,0 +1,302 @@
+"""Folds and de-duplication of files on disk: reads tables and embeddings, writes fold columns, lists and reports."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kutils.data.index import check_rows, open_embeddings
+from kutils.prompts.embedding import describe_mismatch
+from kutils.prompts.encoder import DTYPES
+from kutils.prompts.near_duplicates import deduplicate_table, format_dedup
+from kutils.prompts.partition import (
+    METHODS,
+    assign,
+    extend_folds,
+    format_report,
+    leakage_report,
+    leaked_prompts,
+    report_warnings,
+)
+from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
+from kutils.runs.recipes import EMBEDDING_DIM
+from kutils.system import paths
+from kutils.system.devices import Ranks, join_workers, leave_ranks, pick_device
+from kutils.system.tables import folds_hash, read_table, write_table
+
+MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints
+
+
+@dataclass(frozen=True)
+class DistinctPrompts:
+    """The prompts of several files, each once."""
+
+    tables: dict[Path, pa.Table]
+    codes: dict[Path, np.ndarray]  # int32 [rows of the set]: which distinct prompt a row has
+    num_rows: np.ndarray  # int64 [distinct], over all sets
+    embeddings: np.ndarray  # float32 [distinct, 384]
+
+
+def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
+    """Read data sets, or prompts files that have no images yet, with the embeddings beside them.
+
+    Raises: TableError, DataError (naming file and row), GroupingError if rows of one prompt differ in their embeddings.
+    """
+    tables, maps = {}, {}
+    for path in tsv_paths:
+        table = read_table(path, ["prompt"])
+        if "image" in table.column_names:
+            table = read_table(path, ["image", "prompt", "fold"])
+        elif "fold" not in table.column_names:
+            table = table.append_column("fold", pa.array(np.full(table.num_rows, -1, np.int8)))
+        check_rows(path, table)
+        if problem := describe_mismatch(path, table["prompt"]):
+            raise GroupingError(problem)
+        tables[path] = table
+        maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
+    prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])
+    encoded = prompts.combine_chunks().dictionary_encode()
+    all_codes = encoded.indices.to_numpy()
+    starts = np.cumsum([table.num_rows for table in tables.values()])[:-1]
+    codes = dict(zip(tables, np.split(all_codes, starts), strict=True))
+    embeddings = np.empty((len(encoded.dictionary), EMBEDDING_DIM), np.float32)
+    for path in tables:
+        embeddings[codes[path]] = maps[path]
+    for path in tables:
+        check_agreement(path, codes[path], maps[path], embeddings)
+    return DistinctPrompts(tables, codes, np.bincount(all_codes), embeddings)
+
+
+def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddings: np.ndarray) -> None:
+    """Raise GroupingError where a row's embedding is not its prompt's: the sign of an .npy file of other rows."""
+    for start in range(0, len(codes), 65536):
+        cosine = np.einsum("nd,nd->n", rows[start : start + 65536], embeddings[codes[start : start + 65536]])
+        if (cosine < 0.99).any():  # another device or precision stays far above
+            row = start + int(np.argmax(cosine < 0.99))
+            raise GroupingError(
+                f"{tsv_path.with_suffix('.npy')}, row {row} (line {row + 2} of the TSV): the same prompt has another "
+                f"embedding elsewhere (cosine {cosine[row - start]:.3f}), so that one of the files is not of its "
+                f"prompts; make them again: python input/gen_prompt_embedding.py {tsv_path} --overwrite"
+            )
+
+
+def former_folds(distinct: DistinctPrompts) -> np.ndarray:
+    """The fold that each prompt has by now, int8 [distinct], -1 for none.
+
+    Raises: GroupingError if a prompt is in two, or where no prompt has one.
+    """
+    folds = np.full(len(distinct.num_rows), -1, np.int8)
+    for path, table in distinct.tables.items():
+        np.maximum.at(folds, distinct.codes[path], table["fold"].to_numpy())
+    for path, table in distinct.tables.items():
+        own = table["fold"].to_numpy()
+        torn = np.flatnonzero((own >= 0) & (own != folds[distinct.codes[path]]))
+        if len(torn):
+            row = int(torn[0])
+            raise GroupingError(
+                f"{path}, line {row + 2}: the prompt {table['prompt'][row].as_py()!r} is in the folds {own[row]} and "
+                f"{folds[distinct.codes[path][row]]}; assign all folds anew, without --keep"
+            )
+    if folds.max() < 1:
+        raise GroupingError("there are no folds that could be kept; leave out --keep")
+    return folds
+
+
+def assign_folds(
+    tsv_paths: Sequence[Path | str],
+    threshold: float = 0.7,
+    num_folds: int | None = None,
+    method: str = "partition",
+    seed: int = 0,
+    *,
+    keep: bool = False,
+    device: str = "auto",
+    ranks: Ranks | None = None,
+    progress: bool = True,
+) -> dict | None:
+    """Give the prompts of all files folds together, and write the fold columns in place.
+
+    Per file, the former table is kept as `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar prompt
+    in another fold, and `<name>.folds.json` holds the report. The reports go first and come last: after a kill in
+    between there are none, `read_report` says so, and the same call again completes the work.
+
+    Args:
+        tsv_paths: data sets, or prompts files (which get a column `fold`), with their .npy beside them.
+        threshold: cosine from which prompts are similar, in (0, 1].
+        num_folds: 2 to 10; None: 10, or as many as there are where folds are kept.
+        method: partition, components, leader or kmeans.
+        seed: of partition and kmeans.
+        keep: only give folds to prompts that have none (-1); the others stay where they are.
+        device: auto, cpu or cuda; of no interest where ranks are given.
+        ranks: that search for similar pairs together; the main one does all else.
+    Returns: the report, with the folds hash of every file; None on ranks that are not the main one.
+    Raises: TableError, DataError or GroupingError, before anything is written.
+    """
+    tsv_paths = [Path(path) for path in tsv_paths]
+    check_threshold(threshold)
+    if num_folds is not None and not 2 <= num_folds <= MAX_FOLDS:
+        raise GroupingError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
+    if method not in METHODS:
+        raise GroupingError(f"method {method!r}: choose one of {', '.join(METHODS)}")
+    if keep and method != "partition":
+        raise GroupingError(f"method {method} cannot keep folds; new prompts are added by partition alone")
+    if len({path.stem for path in tsv_paths}) < len(tsv_paths):
+        raise GroupingError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
+    ranks = ranks or Ranks(0, 1, pick_device(device))
+    distinct = read_distinct(tsv_paths)
+    former = former_folds(distinct) if keep else None
+    if keep and num_folds not in (None, former.max() + 1):
+        raise GroupingError(f"there are {former.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
+    num_folds = int(former.max()) + 1 if keep else num_folds or MAX_FOLDS
+    num_prompts = len(distinct.num_rows)
+    if num_prompts < num_folds:
+        raise GroupingError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
+    with kept_strips(distinct.embeddings, threshold, ranks=ranks) as folder:
+        pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
+        if not ranks.is_main:
+            return None
+        if keep:
+            former, folds = extended_once(folder / f"extended-{seed}.npz", former, distinct.num_rows, pairs, seed)
+        else:
+            folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
+        report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
+        report |= {"added_prompts": int((former < 0).sum())} if keep else {}
+        report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
+        report["warnings"] = report_warnings(report)
+        write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
+    return report
+
+
+def extended_once(
+    path: Path, former: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The former folds of all prompts, int8, and `extend_folds` of them.
+
+    They are kept in a file before the first table is written: a call that was cut between two tables finds there what
+    it has to go on with, for by then some new prompts look like former ones.
+    """
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as saved:
+            planned, folds = saved["former"], saved["folds"]
+        if np.array_equal(np.where(former < 0, former, folds), former) and (former[planned >= 0] >= 0).all():
+            return planned, folds
+    folds = extend_folds(former, num_rows, pairs, int(former.max()) + 1, seed)
+    with paths.atomic_path(path) as temporary:
+        np.savez(temporary, former=former, folds=folds)
+    return former, folds
+
+
+def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray, report: dict) -> None:
+    """Write fold columns, clean marks and, last, the reports; adds `datasets` to the report."""
+    report["datasets"] = {}
+    for path, table in distinct.tables.items():
+        rows = {"rows": table.num_rows, "folds_hash": folds_hash(table["prompt"], folds[distinct.codes[path]])}
+        report["datasets"][path.stem] = rows
+        report_path(path).unlink(missing_ok=True)
+        path.with_suffix(".clean.npz").unlink(missing_ok=True)
+    for path, table in distinct.tables.items():
+        codes = distinct.codes[path]
+        if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # else the same again: keep the older .bak
+            with paths.atomic_path(path.with_name(path.name + ".bak")) as temporary:
+                shutil.copy2(path, temporary)
+            column = pa.array(folds[codes])
+            write_table(path, {name: column if name == "fold" else table[name] for name in table.column_names})
+        with paths.atomic_path(path.with_suffix(".clean.npz")) as temporary:
+            np.savez(temporary, clean=clean[codes], folds_hash=np.array(report["datasets"][path.stem]["folds_hash"]))
+    for path in distinct.tables:
+        own = {"folds_hash": report["datasets"][path.stem]["folds_hash"], **report}
+        paths.write_json(report_path(path), own)
+
+
+def report_path(tsv_path: Path | str) -> Path:
+    return Path(tsv_path).with_suffix(".folds.json")
+
+
+def read_report(tsv_path: Path | str) -> dict:
+    """The report written with a data set's folds.
+
+    Raises: GroupingError if there is none or the table has other folds by now.
+    """
+    path = report_path(tsv_path)
+    again = f"assign folds again: python -m kutils.prompts.folds folds {tsv_path}"
+    if not path.is_file():
+        raise GroupingError(f"{path} is not there (never made, or cut off while being made); {again}")
+    try:
+        report = json.loads(path.read_text())
+    except ValueError as error:
+        raise GroupingError(f"{path} cannot be read ({error}); {again}") from error
+    table = read_table(tsv_path, ["prompt", "fold"])
+    if report["folds_hash"] != folds_hash(table["prompt"], table["fold"].to_numpy()):
+        raise GroupingError(f"{path} describes other folds than those in {tsv_path}; {again}")
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kutils.prompts.folds", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    folds = commands.add_parser("folds", help="assign folds to the rows of data sets", **defaults)
+    folds.add_argument(
+        "files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets, each with NAME.npy beside it"
+    )
+    folds.add_argument("--threshold", type=float, default=0.7, help="cosine from which prompts are similar")
+    folds.add_argument(
+        "--folds",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="number of folds, 2 to 10 (default: 10, or as many as there are with --keep)",
+    )
+    folds.add_argument("--method", choices=METHODS, default="partition", help="how similar prompts are kept together")
+    folds.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
+    folds.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
+    dedup = commands.add_parser("dedup", help="leave out prompts that resemble an earlier one", **defaults)
+    dedup.add_argument("file", type=Path, metavar="PROMPTS.tsv", help="prompts file, the most wanted first")
+    dedup.add_argument("--threshold", type=float, default=0.9, help="cosine from which prompts are near-duplicates")
+    for name, text in (("--kept", "one of each neighbourhood"), ("--rest", "all others")):
+        dedup.add_argument(
+            name, type=Path, required=True, default=argparse.SUPPRESS, help=f"prompts file to write: {text}"
+        )
+    dedup.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="KEPT.tsv",
+        help="prompts files kept earlier: leave out what resembles one of theirs",
+    )
+    dedup.add_argument(
+        "--priority", nargs="+", default=[], metavar="SOURCE", help="sources whose prompts come before those of others"
+    )
+    dedup.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of the embedding, where it is still to be made"
+    )
+    dedup.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
+    for command in (folds, dedup):
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    args = parser.parse_args(argv)
+    try:
+        ranks = join_workers(args.device)
+        if args.command == "folds":
+            options = {"keep": args.keep, "ranks": ranks}
+            number = getattr(args, "folds", None)
+            report = assign_folds(args.files, args.threshold, number, args.method, args.seed, **options)
+            told = format_report(report) if ranks.is_main else ""
+        else:
+            options = {"against": args.against, "priority": args.priority, "dtype": args.dtype}
+            options |= {"ranks": ranks, "overwrite": args.overwrite}
+            report = deduplicate_table(args.file, args.kept, args.rest, args.threshold, **options)
+            told = format_dedup(report, args.kept, args.rest) if ranks.is_main else ""
+        print(told, end="\n" if told else "")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    finally:
+        leave_ranks()
+
+
+if __name__ == "__main__":
+    main()

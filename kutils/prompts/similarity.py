@@ -1,0 +1,297 @@
+"""Similar prompts: all pairs at or above a cosine, exactly, within one set of embeddings or between two."""
+
+import hashlib
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kutils.system import paths
+from kutils.system.devices import Ranks, autocast_dtype, pick_device
+from kutils.system.progress import progress_bar
+
+UNIT_TOLERANCE = 1e-3  # of an embedding's length
+BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # on the CPU a block's products stay in the cache
+GROUP = 64  # rows whose largest cosine is looked at first: most groups hold nothing, and one comparison says so
+DENSE = 1 / 50  # share of candidates in a block from which its products in float32 cost less than looking at each
+CROWDED, CROWDED_ROWS = (
+    1 / 16,
+    2048,
+)  # share of groups with a candidate from which larger blocks are quartered, to these
+VERIFIED = 32_768  # candidates verified at a time: 100 MB
+COPIED = 65_536  # embeddings copied at a time
+EXACTLY = 1e-12  # of float64: so that equal rows are found at 1.0
+
+
+class GroupingError(ValueError):
+    """Prompts that cannot be grouped as asked; the message says what to do."""
+
+
+class SimilarPairs(NamedTuple):
+    """Pairs of rows, sorted by first, then second."""
+
+    first: np.ndarray  # int32 [pairs]
+    second: np.ndarray  # int32 [pairs]; within one set: first < second
+    cosine: np.ndarray  # float32 [pairs]
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Embeddings on the device, padded with zeros to a multiple of GROUP, and a copy in which candidates are found."""
+
+    exact: Tensor  # float32 [padded, D], rows of length 1
+    rounded: Tensor  # [padded, D] in bfloat16, float16 or float32
+    num_rows: int
+    error: float  # the largest distance of a row to its rounded copy: 0.0017 to 0.002 in bfloat16
+
+
+def similar_pairs(
+    embeddings: np.ndarray,
+    threshold: float,
+    *,
+    others: np.ndarray | None = None,
+    block_rows: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    folder: Path | None = None,
+    ranks: Ranks | None = None,
+    progress: bool = False,
+) -> SimilarPairs:
+    """All pairs of rows with cosine >= threshold, exactly.
+
+    Candidates are pairs whose product in bfloat16 (float16, float32) is not below the threshold by more than that
+    precision can err; each is verified in float32, and in float64 where float32 could err. Rows are taken in strips of
+    `block_rows`, each a row of blocks, from the diagonal on. Memory, whatever the number of rows: the embeddings in
+    both precisions, the pairs, 4 bytes times block_rows ** 2, and 40 times 2,048 ** 2 where most rows are similar.
+
+    Args:
+        embeddings: float32 [n, D], unit rows (lengths within 0.001 of 1 are made exact here); a memory map will do.
+        threshold: in (0, 1].
+        others: float32 [m, D]; pairs of a row of `embeddings` and a row of these are looked for instead.
+        block_rows: rows and columns of a block; 0: 2,048 on the CPU, 16,384 on a GPU.
+        device: auto, cpu or cuda; of no interest where ranks are given.
+        dtype: of the candidates' products: auto (what the device multiplies fast), bfloat16, float16 or float32.
+        folder: where finished strips are kept, so that a call that was cut goes on. Ranks need it, and share it.
+        ranks: over which the strips are dealt.
+        progress: show a bar if it takes more than 5 s.
+    Returns: all pairs; with several ranks on the main one, and none on the others.
+    Raises: GroupingError for another threshold, or a row that is not finite or not of unit length.
+    """
+    check_threshold(threshold)
+    ranks = ranks or Ranks(0, 1, pick_device(device))
+    assert ranks.world_size == 1 or folder is not None
+    left = put_rows(embeddings, ranks.device, dtype)
+    right = left if others is None else put_rows(others, ranks.device, dtype)
+    if left.exact.shape[1] != right.exact.shape[1]:
+        raise GroupingError(f"rows of {left.exact.shape[1]} and of {right.exact.shape[1]} numbers cannot be compared")
+    block_rows = block_rows or BLOCK_ROWS[ranks.device.type]
+    block_rows += -block_rows % GROUP
+    tops = list(range(0, left.num_rows, block_rows))
+    blocks_of = {top: range(top if others is None else 0, right.num_rows, block_rows) for top in tops}
+    path_of = {top: None if folder is None else strip_path(folder, top, block_rows) for top in tops}
+    missing = [top for top in tops if path_of[top] is None or not path_of[top].is_file()]
+    own = deal(ranks.gather_objects(missing)[0], ranks)  # as the main rank sees it
+    total = sum(len(blocks_of[top]) for top in own)
+    with exact_products(), progress_bar(total, "block", "pairs", delay=5, disable=not progress) as bar:
+
+        def pairs_of_strip(top: int) -> SimilarPairs:
+            found = []
+            for start in blocks_of[top]:
+                found.append(pairs_of_block(left, right, top, start, block_rows, threshold))
+                bar.update()
+            pairs = join(found, sort=True)
+            write_strip(path_of[top], pairs)
+            return pairs
+
+        strips = {top: pairs_of_strip(top) for top in own}
+        ranks.barrier()
+        if not ranks.is_main:
+            return join([])
+        for top in set(tops) - set(own):  # of other ranks, and of a call that was cut
+            kept = read_strip(path_of[top])
+            strips[top] = pairs_of_strip(top) if kept is None else kept
+        return join([strips[top] for top in tops])
+
+
+def deal(tops: list[int], ranks: Ranks) -> list[int]:
+    """This rank's strips. Later ones are shorter: dealt to and fro, all ranks get about the same number of blocks."""
+    cycle = [*range(ranks.world_size), *reversed(range(ranks.world_size))]
+    return [top for number, top in enumerate(tops) if cycle[number % len(cycle)] == ranks.rank]
+
+
+def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRows:
+    """Copy embeddings to the device, block by block, in float32 (scaled to length 1) and in the faster precision."""
+    if embeddings.ndim != 2:
+        raise GroupingError(f"embeddings of shape {list(embeddings.shape)} are no rows of numbers")
+    num_rows, dimension = embeddings.shape
+    exact = torch.zeros(num_rows + -num_rows % GROUP, dimension, device=device)
+    for start in range(0, num_rows, COPIED):
+        block = unit_rows(embeddings[start : start + COPIED], start)
+        exact[start : start + len(block)] = block.to(device)
+    rounded = exact.to(autocast_dtype(dtype, device))
+    blocks = zip(exact.split(COPIED), rounded.split(COPIED), strict=True)
+    error = max(float((a - b.float()).norm(dim=1).amax()) if len(a) else 0.0 for a, b in blocks)
+    return UnitRows(exact, rounded, num_rows, error)
+
+
+def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
+    """A float32 copy with rows of length 1.
+
+    Raises: GroupingError for a row that is not finite or not of unit length; `first_row` is the number of the first.
+    """
+    rows = torch.from_numpy(np.array(embeddings, np.float32))
+    lengths = rows.norm(dim=1, keepdim=True)
+    bad = (~((lengths - 1).abs() < UNIT_TOLERANCE)).nonzero()  # NaN compares false
+    if len(bad):
+        row = int(bad[0, 0])
+        raise GroupingError(
+            f"row {first_row + row} of the embeddings has length {lengths[row].item()}, not 1; embed it again"
+        )
+    return rows.div_(lengths)
+
+
+def check_threshold(threshold: float) -> None:
+    if not 0 < threshold <= 1:
+        raise GroupingError(f"threshold {threshold} is not in (0, 1]; 0.7 groups similar prompts, 0.9 near-duplicates")
+
+
+def pairs_of_block(
+    left: UnitRows, right: UnitRows, top: int, start: int, block_rows: int, threshold: float
+) -> SimilarPairs:
+    """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right.
+
+    A large block of many candidates, whose lists would take more memory than its products, is quartered.
+    """
+    limit = candidate_limit(left, right, threshold)
+    half = block_rows // 2 if block_rows % (2 * GROUP) == 0 else 0
+    here, there = slice(top, top + block_rows), slice(start, start + block_rows)
+    found = candidates(left.rounded[here], right.rounded[there], limit, CROWDED if half >= CROWDED_ROWS else 1)
+    if found is None:
+        corners = [(i, j) for i in (top, top + half) for j in (start, start + half)]
+        corners = [(i, j) for i, j in corners if i < left.num_rows and j < right.num_rows]
+        return join([pairs_of_block(left, right, *corner, half, threshold) for corner in corners])
+    row, column = found
+    within = (row + top < left.num_rows) & (column + start < right.num_rows)  # not of the padding
+    if left is right:
+        within &= row + top < column + start  # on the diagonal: each pair once, and no row with itself
+    row, column = row[within], column[within]
+    a, b = left.exact[here], right.exact[there]
+    if len(row) > DENSE * len(a) * len(b):
+        cosine = (a @ b.T)[row, column]
+    else:
+        parts = zip(row.split(VERIFIED), column.split(VERIFIED), strict=True)
+        cosine = torch.cat([(a[i] * b[j]).sum(dim=1) for i, j in parts])
+    keep = cosine >= threshold
+    doubtful = ((cosine - threshold).abs() < float32_margin(a.shape[1])).nonzero().flatten()
+    for some in doubtful.split(VERIFIED):
+        u, v = a[row[some]].double(), b[column[some]].double()
+        exact = (u * v).sum(dim=1) / (u.norm(dim=1) * v.norm(dim=1))
+        keep[some] = exact >= threshold - EXACTLY
+        cosine[some] = exact.float()
+    row, column = (row[keep] + top).int(), (column[keep] + start).int()
+    return SimilarPairs(*(values.cpu().numpy() for values in (row, column, cosine[keep])))
+
+
+def float32_margin(dimension: int) -> float:
+    """Twice the bound D * u on the rounding error of a scalar product of unit rows in float32."""
+    return dimension * 2.0**-23
+
+
+def candidate_limit(left: UnitRows, right: UnitRows, threshold: float) -> Tensor:
+    """The product of rounded rows below which no pair can have the threshold's cosine, as a number of their precision.
+
+    With a' = a + d, |d| <= e, and likewise b': |a'b' - ab| <= e_a (1 + e_b) + e_b. Sums are made in float32; the result
+    is rounded once more to the precision of the rows, by at most its unit roundoff times 1.01.
+    """
+    dtype = left.rounded.dtype
+    error = left.error * (1 + right.error) + right.error
+    error += 1.01 * torch.finfo(dtype).eps / 2 + float32_margin(left.exact.shape[1])
+    limit = torch.tensor(threshold - error, dtype=torch.float64)
+    rounded = limit.to(dtype)
+    below = torch.nextafter(rounded, torch.tensor(-torch.inf, dtype=dtype))
+    return (below if rounded.double() > limit else rounded).to(left.rounded.device)
+
+
+def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> tuple[Tensor, Tensor] | None:
+    """Row and column, int64, of every product of a row of left and a row of right that is not below the limit.
+
+    Args:
+        left, right: [m, D] and [n, D] of one dtype; m is a multiple of GROUP.
+        most: share of the groups of products that may hold one.
+    Returns: None where more groups do.
+    """
+    groups = (left @ right.T).view(-1, GROUP, len(right))
+    group, column = (groups.amax(dim=1) >= limit).nonzero(as_tuple=True)
+    if len(group) > most * len(groups) * len(right):
+        return None
+    hit, member = (groups[group, :, column] >= limit).nonzero(as_tuple=True)
+    return group[hit] * GROUP + member, column[hit]
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """No TF32 in products of float32, and no sums in half precision, inside the block: the margins count on it."""
+    matmul, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    former = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = former
+
+
+def join(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
+    empty = SimilarPairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+    pairs = SimilarPairs(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
+    if sort:
+        order = np.lexsort((pairs.second, pairs.first))
+        pairs = SimilarPairs(*(column[order] for column in pairs))
+    return pairs
+
+
+@contextmanager
+def kept_strips(embeddings: np.ndarray, *settings, ranks: Ranks | None = None) -> Iterator[Path]:
+    """A folder for the strips of these embeddings: the same one after a kill, removed when the block ends well.
+
+    Args:
+        embeddings: float32 [n, D].
+        settings: what else the pairs depend on, such as the threshold.
+        ranks: that share it; the main one removes it.
+    """
+    digest = hashlib.sha256(repr((embeddings.shape, *settings)).encode())
+    for start in range(0, len(embeddings), COPIED):
+        digest.update(np.ascontiguousarray(embeddings[start : start + COPIED]))
+    folder = paths.working_dir() / "cache" / f"pairs-{digest.hexdigest()[:16]}"
+    yield folder
+    if ranks is None or ranks.is_main:  # others may be done while it still reads
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def strip_path(folder: Path, top: int, block_rows: int) -> Path:
+    return folder / f"{top:09d}-{block_rows}.npz"  # another device may have other blocks
+
+
+def read_strip(path: Path | None) -> SimilarPairs | None:
+    """The pairs of a finished strip, or None."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return SimilarPairs(*(saved[name] for name in SimilarPairs._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: it is worked out again
+        return None
+
+
+def write_strip(path: Path | None, pairs: SimilarPairs) -> None:
+    if path is not None:
+        with paths.atomic_path(path) as temporary:
+            np.savez(temporary, **pairs._asdict())

@@ -1,0 +1,1 @@
+"""Recipes, run folders and how runs are started; imports no torch."""

@@ -1,0 +1,111 @@
+"""What the folder of a finished run says: result, pace, configuration beside its recipe, commands to run it again."""
+
+import dataclasses
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kutils.runs import folders, recipes
+from kutils.runs.recipes import Recipe
+from kutils.system import paths
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a finished run's folder says of it."""
+
+    folder: Path
+    recipe: Recipe
+    result: dict
+    environment: dict  # empty where the file is gone
+    metrics: list[dict]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def fold(self) -> int:
+        return self.result["fold"]
+
+    @property
+    def gain(self) -> float:  # over the mean prompt
+        return self.result["cosine_similarity"] - self.result["mean_prompt_baseline"]
+
+    @property
+    def predictions_path(self) -> Path:
+        return self.folder / f"fold{self.fold}_predictions.npz"
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Images per second, and the share of the time spent waiting for data, over all updates; NaN if none is told.
+
+        A log interval counts by the time that its images took.
+        """
+        logged = [line for line in self.metrics if "images_per_second" in line]
+        images = np.diff([line["step"] for line in logged], prepend=0) * self.recipe.global_batch_size
+        seconds = images / np.array([line["images_per_second"] for line in logged])
+        if not seconds.sum() > 0:
+            return math.nan, math.nan
+        waiting = sum(seconds * [line["data_wait"] for line in logged])
+        return float(images.sum() / seconds.sum()), float(waiting / seconds.sum())
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a run folder; RunError for one without a result, ConfigError for a configuration of another kind."""
+    result = folders.result_of(folder)
+    if result is None:
+        raise folders.RunError(f"{folder} holds no finished run (no result.json)")
+    environment = folder / "environment.json"
+    return FinishedRun(
+        folder,
+        recipes.load_recipe(folder / "config.yaml"),
+        result,
+        folders.read_json(environment) if environment.is_file() else {},
+        folders.read_metrics(folder / "metrics.jsonl"),
+    )
+
+
+def recipe_of(run: FinishedRun) -> tuple[Path, Recipe] | None:
+    """The recipe file that the run was started with, or the one of its model and stage; None if there is none now."""
+    try:
+        if "config" in run.environment:
+            path = recipes.find_config(run.environment["config"])
+        else:  # a run of before they were told
+            path = recipes.find_recipe(run.recipe.model, run.recipe.stage)
+        return path, recipes.load_recipe(path)
+    except recipes.ConfigError:
+        return None
+
+
+def changed_keys(run: FinishedRun, recipe: Recipe) -> list[str]:
+    """Keys for which the run has another value than the recipe."""
+    return [
+        item.name for item in dataclasses.fields(Recipe) if getattr(run.recipe, item.name) != getattr(recipe, item.name)
+    ]
+
+
+def as_text(value) -> str:
+    """A value of a recipe as it is written after `key=`."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def shown_path(path: Path) -> Path:
+    """Relative to the repository where it lies in there."""
+    root = paths.repository_root()
+    return path.relative_to(root) if path.is_relative_to(root) else path
+
+
+def command(run: FinishedRun, processes: int) -> str:
+    """The command that trains the run again, from the repository root; its recipe file is as it is now."""
+    start = "python -m" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes} -m"
+    path, changes = run.folder / "config.yaml", []
+    if found := recipe_of(run):
+        path, recipe = shown_path(found[0]), found[1]
+        changes = [f"{key}={as_text(getattr(run.recipe, key))}" for key in changed_keys(run, recipe)]
+    return f"{start} kutils.training.train " + shlex.join(["--config", str(path), "--fold", str(run.fold), *changes])

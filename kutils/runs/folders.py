@@ -1,0 +1,203 @@
+"""The folder of a run: what it was started with, how far it came, and what must not be overwritten."""
+
+import dataclasses
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from kutils.runs import recipes
+from kutils.runs.recipes import Recipe
+from kutils.system import paths
+
+# keys that may differ between two starts of one run: they do not change what is computed
+OPERATIONAL = ("num_workers", "resume", "checkpoint_every_steps", "checkpoint_every_minutes", "profile_steps")
+OPERATIONAL += ("model_dir", "run_dir")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transformers")
+
+
+class RunError(ValueError):
+    """A run that must not start as asked; the message says what is in the way and how to go on."""
+
+
+def result_of(folder: Path) -> dict | None:
+    """The result of a finished run, None for one that is not finished; RunError for a damaged file."""
+    path = folder / "result.json"
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path) -> dict:
+    """What a file of a run folder holds; RunError naming one that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); put it back, or move the run's folder away") from error
+
+
+def find_finished(names: Sequence[str] = ()) -> list[Path]:
+    """Folders of finished runs, in the order of their results: all in `working/runs/`, or the named ones.
+
+    Args:
+        names: of folders in `working/runs/` (which may hold `*`), or paths of run folders.
+    Raises: RunError for a name that no finished run has, naming the nearest that one has.
+    """
+    root = paths.working_dir() / "runs"
+    all_finished = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, path))
+    known = [path.parent for path in all_finished if (path.parent / "config.yaml").is_file()]
+    if not names:
+        return known
+    found: list[Path] = []
+    for name in names:
+        matching = [folder for folder in known if fnmatch.fnmatch(folder.name, name)]
+        if not matching and (Path(name) / "result.json").is_file():
+            matching = [Path(name)]
+        if not matching:
+            close = recipes.nearest(name, [folder.name for folder in known])
+            raise RunError(f"no finished run {name!r} in {root}{close} ({len(known)} finished runs are there)")
+        found += [folder for folder in matching if folder not in found]
+    return found
+
+
+def check_same_configuration(folder: Path, recipe: Recipe) -> None:
+    """Raise RunError if the folder holds a run of another configuration; a folder that is not there is fine."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of keys that came later
+    saved = defaults | yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = yaml.safe_load(recipe.to_yaml())
+    differing = [key for key in now if key not in OPERATIONAL and saved[key] != now[key]]
+    if differing:
+        changes = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:5])
+        raise RunError(
+            f"{folder} holds a run of another configuration ({changes}); give this one a name with prefix=NAME, "
+            "or start over with resume=never, which moves the former run and its checkpoints aside"
+        )
+
+
+def check_no_foreign_checkpoint(folder: Path, checkpoint: Path) -> None:
+    """Raise RunError if a checkpoint of this name exists that is not this run's own."""
+    if checkpoint.is_file() and not (folder / "config.yaml").is_file():
+        raise RunError(
+            f"{checkpoint} exists and {folder}, the run that made it, does not; give this run a name of its own with "
+            "prefix=NAME, or start over with resume=never, which moves the checkpoint aside"
+        )
+
+
+def move_aside(folder: Path, checkpoints: list[Path]) -> Path | None:
+    """Move a former run's files and checkpoints to `<name>.<n>` beside it; None if there is nothing to move.
+
+    Logs and notebooks stay: the new run is already writing them.
+    """
+    files = [path for path in folder.glob("*") if path.name != "logs" and path.suffix != ".ipynb"]
+    files += [path for path in checkpoints if path.is_file()]
+    if not files:
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    aside.mkdir(parents=True)
+    for path in files:
+        path.rename(aside / path.name)
+    return aside
+
+
+def check_writable(folder: Path, needed_bytes: int) -> None:
+    """Raise RunError if `folder` cannot be written or its disk has less free space than needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"{folder} cannot be written; choose another with model_dir= or run_dir=")
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if free < needed_bytes:
+        raise RunError(
+            f"{folder} has {free / 1e9:.1f} GB free and checkpoints need {needed_bytes / 1e9:.1f} GB; make room"
+        )
+
+
+def start(folder: Path, recipe: Recipe, **facts) -> None:
+    """Save the resolved configuration and the environment, before the first step.
+
+    A run that goes on keeps the time when it was `started`, beside that of the last start, `resumed`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with paths.atomic_path(folder / "config.yaml") as temporary:
+        temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+    path, now = folder / "environment.json", time.strftime("%Y-%m-%d %H:%M:%S")
+    times = {"started": now}
+    if path.is_file() and (folder / "resume.pt").is_file():
+        times = {"started": read_json(path).get("started", now), "resumed": now}
+    environment = {
+        **times,
+        "command": " ".join(sys.orig_argv),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "machine": platform.node(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+        **facts,
+    }
+    paths.write_json(path, environment)
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The repository's commit, with `+changes` where the tree differs from it; None if nothing tells it.
+
+    The code data set on Kaggle is no repository: a file beside the package tells its commit.
+    """
+    told = paths.repository_root() / paths.COMMIT_FILE
+    if told.is_file():
+        return told.read_text(encoding="utf-8").strip()
+    command = ["git", "-C", str(paths.repository_root()), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class Metrics:
+    """`metrics.jsonl`: a line per log interval and per epoch, appended and flushed; cut back to a step on resume."""
+
+    def __init__(self, path: Path, last_step: int, epochs_done: int):
+        self.path = path
+        lines = (line for line in read_metrics(path) if line["step"] <= last_step)
+        kept = [line for line in lines if line["epoch"] <= epochs_done or "cosine_similarity" not in line]
+        with paths.atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def add(self, **values) -> None:
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All whole lines; an unfinished last line (a run that was cut) is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def describe(result: dict) -> str:
+    """One line for a person."""
+    clean = result.get("cosine_similarity_clean")
+    clean_text = f", {clean:.4f} on rows without a similar training prompt" if clean is not None else ""
+    return (
+        f"{result['prefix']} fold {result['fold']}: cosine {result['cosine_similarity']:.4f} (epoch "
+        f"{result['best_epoch']} of {result['epochs']}{clean_text}); "
+        f"mean-prompt baseline {result['mean_prompt_baseline']:.4f}"
+    )

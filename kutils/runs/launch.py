@@ -1,0 +1,339 @@
+"""Start training from a cell or the shell: one fold on the ranks of this machine or of several, or every fold.
+
+This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
+"""
+
+import argparse
+import ast
+import asyncio
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kutils.runs import folders, recipes
+from kutils.runs.nodes import Node, this_node
+from kutils.system import paths
+from kutils.system.children import SAVING_SECONDS, CommandFailed, LaunchError, end_with_parent, run_module
+
+# for notebooks and ranks, beside what is defined here
+__all__ = ["CommandFailed", "LaunchError", "end_with_parent", "run_module"]
+
+HELP = """\
+several nodes: start the same command on each, with NNODES, NODE_RANK (0 on the first, which keeps the notebook),
+  MASTER_ADDR (of the first) and MASTER_PORT (29500) set, or torchrun's own PET_NNODES, PET_NODE_RANK,
+  PET_MASTER_ADDR, PET_MASTER_PORT or PET_RDZV_ENDPOINT; all see the same input/ and working/
+stop: Ctrl-C or SIGTERM; the ranks save where they are, which may take minutes: leave them 10 before SIGKILL
+resume: the same command again; folds that are finished are passed over, one that was cut goes on"""
+
+
+def check_parameters(cells: Sequence[str]) -> None:
+    """Stop a notebook that was given a parameter it does not have; papermill itself only warns.
+
+    Args:
+        cells: IPython's `In`: the source of every cell that has run. Papermill's cell starts with `# Parameters`; names
+            assigned before it are those that the notebook has. Without such a cell nothing is checked.
+    Raises: LaunchError naming the parameter and the nearest that exists.
+    """
+    injected = [number for number, source in enumerate(cells) if source.startswith("# Parameters")]
+    if not injected:
+        return
+    known = {name for source in cells[: injected[0]] for name in assigned_names(source)}
+    for name in assigned_names(cells[injected[-1]]):
+        if name not in known:
+            close = recipes.nearest(name, known)
+            raise LaunchError(f"this notebook has no parameter {name!r}{close} (it has {', '.join(sorted(known))})")
+
+
+def assigned_names(source: str) -> list[str]:
+    """Names assigned at the top level of a cell; none for a cell that is no plain Python (magics)."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return []
+    names = []
+    for statement in statements:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            names.append(statement.target.id)
+        elif isinstance(statement, ast.Assign):
+            names += [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    return names
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fold of one recipe, as a notebook starts it."""
+
+    config_path: Path
+    recipe: recipes.Recipe
+    fold: int
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.run_folder(self.fold)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def predictions_path(self) -> Path:
+        return self.folder / f"fold{self.fold}_predictions.npz"
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--config", str(self.config_path), "--fold", str(self.fold), *self.overrides]
+
+
+def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str = "") -> Run:
+    """Resolve a notebook's parameters: the recipe of a model and stage, or a recipe file; overrides as one text.
+
+    Raises: ConfigError for an unknown model (naming the nearest), key or value.
+    """
+    path = recipes.find_config(recipe) if recipe else recipes.find_recipe(model, stage)
+    changes = tuple(shlex.split(overrides))
+    if not isinstance(fold, int) or not 0 <= fold <= 9:
+        raise LaunchError(f"fold is {fold!r}; it is 0 to 9")
+    return Run(path, recipes.load_recipe(path, changes), fold, changes)
+
+
+def ensure_datasets(recipe: recipes.Recipe) -> None:
+    """Stop if data sets of the recipe are missing; the built-in `shapes` is made on the spot instead.
+
+    Raises: LaunchError naming what is missing, and the commands that make it.
+    """
+    if missing := paths.missing_datasets(name for name in recipe.datasets if name != "shapes"):
+        raise LaunchError(missing)
+    if "shapes" in recipe.datasets and not (paths.input_dir() / "shapes.folds.json").is_file():
+        run_module("kutils.generation.generate", "--shapes-dataset", "shapes")
+
+
+def visible_gpus() -> int:
+    """Number of GPUs that a rank could use, found without touching one."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len(
+            [number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number.strip() not in ("", "-1")]
+        )
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def count_processes(wanted: int, device: str) -> int:
+    """Ranks on this machine: as many as wanted; 0 means one per visible GPU, or one on the CPU.
+
+    Raises: LaunchError if a recipe that trains on GPUs wants more ranks than there are, or none is there.
+    """
+    gpus = 0 if device == "cpu" else visible_gpus()
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        if wanted > 1:
+            print(f"no GPU is used: {wanted} ranks on the CPU (gloo)", flush=True)
+        return wanted or 1
+    if gpus < max(wanted, 1):
+        raise LaunchError(
+            f"{max(wanted, 1)} GPUs are asked for and {gpus} are visible; start fewer processes, or train on the CPU "
+            "with device=cpu (minutes become weeks for the large models)"
+        )
+    return wanted or gpus
+
+
+def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_dir: Path, hours: float = 0) -> None:
+    """Run `python -m <module> <arguments>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
+
+    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes, which meet under the name of the folder
+    that holds `log_dir`: late for one run, a node must not find itself in the next.
+
+    After so many hours (0: no limit) the ranks save where they are and end: a Kaggle session ends after 12, and keeps
+    nothing if it does not end by itself.
+
+    Raises: CommandFailed with the last lines and the log of the rank that failed first. An interrupt reaches the ranks
+        as SIGTERM and leaves them SAVING_SECONDS.
+    """
+    node = this_node()
+    # torchrun would take PET_ variables for arguments that it is not given here, and follow others than these
+    environment = dict.fromkeys(name for name in os.environ if name.startswith("PET_"))
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)  # of torch 2.12 and later; 30 s before
+    command = ["torch.distributed.run", "--standalone"]
+    if node.count > 1:
+        log_dir = log_dir / f"node{node.rank}"
+        environment["NODE_RANK"] = str(node.rank)
+        command = ["torch.distributed.run", *node.rendezvous, f"--rdzv-id={log_dir.parent.parent.name}"]
+        print(f"node {node.rank} of {node.count} meets the others at {node.endpoint}, within 30 minutes", flush=True)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    command += [f"--nproc-per-node={num_processes}", "--log-dir", str(log_dir), "--tee", "3"]
+    command += ["--local-ranks-filter", "0", "-m", "kutils.system.children", module, *arguments]
+    try:
+        if not run_module(*command, environment=environment, seconds=3600 * hours or None):
+            print(
+                f"stopped after {hours:g} hours; started again, it goes on from there (on Kaggle, with this version's "
+                "output as an input)",
+                flush=True,
+            )
+    except CommandFailed as failure:
+        told = failed_rank(failure.last_lines, log_dir)
+        if node.count > 1:
+            told += f"\nif it lost a connection only, another node knows why: {log_dir.parent}/node*"
+        raise CommandFailed(f"{failure}{told}", failure.last_lines) from None
+
+
+def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:
+    """Which rank failed first, as torchrun's last lines say, what it said last and its log; empty if none did."""
+    ranks = re.findall(r"rank +: \d+ \(local_rank: (\d+)\)\n.*exitcode +: (.*)", "\n".join(last_lines))
+    if not ranks:
+        return ""
+    local_rank, exit_code = ranks[-1]  # torchrun's root cause comes last
+    logs = log_dir.glob(f"*/attempt_0/{local_rank}/stderr.log")
+    log = max(logs, key=lambda path: path.stat().st_mtime, default=log_dir)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()] or [""]
+    return f"\nfirst to fail here: local rank {local_rank}, exit code {exit_code.strip()}: {said[-1]}\nits log: {log}"
+
+
+def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) -> None:
+    """Train every fold of a recipe, one after the other; each leaves an executed notebook in its run folder.
+
+    Folds that are finished are passed over, one that was cut goes on. On further nodes of a job the ranks start without
+    a notebook.
+    """
+    path = recipes.find_config(config_name)
+    overrides = with_absolute_paths(recipes.load_recipe(path, overrides), overrides)
+    recipe = recipes.load_recipe(path, overrides)
+    node = this_node()
+    num_processes = count_processes(num_processes, recipe.device)  # says now, not after a minute, that GPUs are missing
+    for number, fold in enumerate(recipe.train_folds, start=1):
+        run = Run(path, recipe, fold, tuple(overrides))
+        print(f"fold {fold} ({number} of {len(recipe.train_folds)}): {run.folder}", flush=True)
+        notebook = run.folder / ("train.ipynb" if recipe.stage == 1 else "refine.ipynb")
+        if is_finished(run, notebook, node):
+            print(f"already finished: {folders.describe(folders.result_of(run.folder))}", flush=True)
+        elif node.rank > 0:
+            torchrun("kutils.training.train", run.arguments, num_processes=num_processes, log_dir=run.folder / "logs")
+        else:
+            notebook.parent.mkdir(parents=True, exist_ok=True)
+            values = {"recipe": str(path), "fold": fold, "num_processes": num_processes}
+            execute(notebook, values | {"overrides": shlex.join(overrides)})
+
+
+def is_finished(run: Run, notebook: Path, node: Node) -> bool:
+    """True if there is nothing left to do for a fold; RunError if the folder holds a run of another configuration.
+
+    One node alone also draws the figures that a former start did not come to. Several nodes must decide alike: there
+    the result alone counts.
+    """
+    if run.recipe.resume == "never" or not folders.result_of(run.folder):
+        return False
+    folders.check_same_configuration(run.folder, run.recipe)
+    if node.count > 1:
+        return True
+    try:
+        record = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]
+        return record["end_time"] is not None and not record["exception"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def with_absolute_paths(recipe: recipes.Recipe, overrides: Sequence[str]) -> list[str]:
+    """The overrides, and every path of the recipe made absolute: notebook and ranks have other current folders."""
+    values = recipes.parse_overrides(overrides)
+    for key in ("run_dir", "model_dir", "pretrained"):
+        value = getattr(recipe, key)
+        if isinstance(value, str) and value:
+            values[key] = str(Path(value).absolute())
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def execute(notebook: Path, parameters: dict) -> None:
+    """Run the repository's notebook of this name and keep it executed; an interrupt stops its cell in order.
+
+    Raises: CommandFailed with the message of the cell that failed; KeyboardInterrupt once the notebook has stopped.
+    """
+    import jupyter_client  # these two take a second; only this command needs them
+    import papermill
+
+    manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
+    # in the main thread a signal would make papermill kill the kernel after 5 s; in another it leaves signals alone
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        done = thread.submit(
+            papermill.execute_notebook,
+            paths.repository_root() / "notebooks" / notebook.name,
+            notebook,
+            parameters=parameters,
+            cwd=str(paths.repository_root()),
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            km=manager,
+        )
+        try:
+            done.result()
+        except papermill.PapermillExecutionError as error:
+            raise CommandFailed(f"{error.evalue}\n(the notebook as far as it came: {notebook})") from None
+        except KeyboardInterrupt:
+            interrupt(manager, done)
+            raise
+        finally:
+            if manager.has_kernel:
+                asyncio.run(manager.shutdown_kernel())
+
+
+def interrupt(manager, done: concurrent.futures.Future) -> None:
+    """Interrupt a notebook's kernel until the notebook has stopped: between two cells an interrupt is lost."""
+    deadline = time.monotonic() + SAVING_SECONDS + 120  # longer than the cell itself waits for its ranks
+    while not done.done() and time.monotonic() < deadline:
+        if manager.has_kernel:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(manager.provisioner.pid, signal.SIGINT)
+        concurrent.futures.wait([done], timeout=10)
+
+
+def stop_once(number: int, frame) -> None:
+    """Handle the first SIGINT or SIGTERM as an interrupt, ignore more: they would cut what is being saved."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)
+    said = f"stopping: ranks that train save their state first, for up to {SAVING_SECONDS // 60} minutes\n"
+    os.write(2, said.encode())  # print() may have been interrupted itself
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="dist_train.sh",
+        description="Train every fold of a recipe on the GPUs of this machine, one fold after the other.",
+        epilog=f"{HELP}\n\nkeys of a recipe, for key=value:\n{recipes.describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("num_processes", type=int, help="ranks on this machine: its number of GPUs")
+    parser.add_argument("config", help="recipe file, as given or below the repository's conf/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change for these runs")
+    arguments = parser.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
+            signal.signal(number, stop_once)
+    try:
+        run_folds(arguments.num_processes, arguments.config, arguments.overrides)
+    except (ValueError, CommandFailed) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""Recipes: one complete YAML file each, read strictly into a frozen dataclass; overrides go through the same checks."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from kutils.system import paths
+
+EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
+SUBMISSION_HEADER = "imgId_eId,val"
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used as it is; the message names the key and says what to do."""
+
+
+def setting(text: str, default=dataclasses.MISSING, choices: tuple = ()):
+    """A recipe key: its help text, its default (none: every recipe must say it) and, where they are few, its values."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides a training run, apart from the fold. The YAML files in `conf/` hold one each."""
+
+    prefix: str = setting("stem of the names of the run folder and checkpoints")
+    save_dir: str = setting("folder of the checkpoints below model_dir")
+    model: str = setting("name for `-p model`: one recipe per model and stage")
+    stage: int = setting(
+        "1: from pretrained weights, 2: SAM from stage 1, 3: one more epoch from stage 2", choices=(1, 2, 3)
+    )
+    train_folds: tuple[int, ...] = setting("validation folds that dist_train.sh runs, one after the other")
+    datasets: tuple[str, ...] = setting("data sets: input/<name>.tsv and .npy, concatenated")
+    backbone: str = setting("timm model name")
+    pretrained: bool | str = setting("true: from the hub, false: random, or the path of a weights file", True)
+    initialize_from: str | None = setting("checkpoint to start from; {fold}: the fold; relative to model_dir", None)
+    head: str = setting(
+        "what of the backbone the linear head sees",
+        "pooled",
+        choices=("pooled", "clip_projection", "cls_avg", "cls_only"),
+    )
+    drop_path_rate: float = setting("stochastic depth, rising linearly over the blocks", 0.0)
+    patch_mode: str = setting(
+        "ViT above its own resolution: strided patches (as published) or interpolated position embeddings",
+        "interpolated",
+        choices=("strided", "interpolated"),
+    )
+    input_size: int = setting("side of the square input, px")
+    mean: tuple[float, float, float] = setting("channel means of the normalisation, for pixels in [0, 1]")
+    std: tuple[float, float, float] = setting("channel standard deviations of the normalisation")
+    augment: bool = setting("random resized crop and colour jitter; false: resize to the square")
+    epochs: int = setting("epochs; in each, one image per prompt")
+    warmup_epochs: int = setting("epochs in which the rate goes from warmup_lr to lr", 0)
+    freeze_epochs: int = setting("first epochs in which the head alone is trained", 0)
+    lr: float = setting("learning rate at the start of the cosine")
+    warmup_lr: float = setting("learning rate of the first update of the warm-up", 0.0)
+    min_lr: float = setting("learning rate at the end of the cosine")
+    weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
+    sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
+    sam_gradient: str = setting(
+        "SAM perturbs by each rank's and batch's own gradient, or by the average over the global batch (less memory)",
+        "local",
+        choices=("local", "averaged"),
+    )
+    global_batch_size: int = setting("images per optimiser update over all ranks")
+    max_local_batch_size: int = setting("most images per rank and forward pass; the rest is gradient accumulation")
+    gradient_checkpointing: bool = setting("less memory for about a third more time", False)
+    compile: bool = setting(
+        "torch.compile the network: minutes at the start, then faster steps on a GPU; falls back with a warning where "
+        "it cannot",
+        False,
+    )
+    amp_dtype: str = setting(
+        "autocast; auto: bfloat16 where the device has it, float16 on older GPUs, else float32",
+        "auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    seed: int = setting("seed of weights, sampling and augmentation", 71)
+    device: str = setting("auto: GPU if there is one, else CPU", "auto", choices=("auto", "cuda", "cpu"))
+    num_workers: int = setting("data loader processes per rank; 0: in the training process", 8)
+    resume: str = setting(
+        "auto: go on where this run was cut; never: start over, and move a former run of this name aside",
+        "auto",
+        choices=("auto", "never"),
+    )
+    checkpoint_every_steps: int = setting("save the resume state every so many updates; 0: by time and epoch alone", 0)
+    checkpoint_every_minutes: float = setting("save the resume state every so many minutes; 0: by epoch alone", 15.0)
+    profile_steps: int = setting("updates to profile with torch.profiler; 0: none", 0)
+    model_dir: str = setting("folder of published checkpoints; empty: working/models", "")
+    run_dir: str = setting("folder of run folders; empty: working/runs", "")
+
+    def __post_init__(self):
+        for item in dataclasses.fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{item.name} is {value!r}; it can be {', '.join(map(str, choices))}")
+        for name in ("prefix", "save_dir"):
+            value = getattr(self, name)
+            if not paths.is_safe_relative(value) or (name == "prefix" and "/" in value):
+                raise ConfigError(f"{name} is {value!r}; it names a file or folder below another and cannot leave it")
+        for name in ("epochs", "input_size", "global_batch_size", "max_local_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        numbers = ("lr", "min_lr", "warmup_lr", "weight_decay", "sam_rho", "drop_path_rate", "warmup_epochs")
+        for name in (
+            *numbers,
+            "freeze_epochs",
+            "num_workers",
+            "checkpoint_every_steps",
+            "checkpoint_every_minutes",
+            "profile_steps",
+            "seed",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number of at least 0")
+        if not self.datasets:
+            raise ConfigError("datasets is empty; name at least one data set of input/, as in datasets=cc3m,lexica")
+        if any(not paths.is_safe_relative(name) for name in self.datasets):
+            raise ConfigError(f"datasets is {', '.join(self.datasets)}; each is a name below input/, without ..")
+        if len(set(self.datasets)) < len(self.datasets):
+            raise ConfigError(f"datasets names one twice: {', '.join(self.datasets)}")
+        if any(not 0 <= fold <= 9 for fold in self.train_folds):
+            raise ConfigError(f"train_folds is {self.train_folds}; folds are 0 to 9")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+            raise ConfigError(
+                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; lower it or raise them"
+            )
+        if self.sam_rho == 0 and self.sam_gradient != "local":
+            raise ConfigError(f"sam_gradient={self.sam_gradient} is for SAM, and sam_rho=0 is none; leave it out")
+        if self.stage > 1 and self.initialize_from is None:
+            raise ConfigError(f"stage {self.stage} starts from a checkpoint; set initialize_from")
+
+    def checkpoint_path(self, fold: int, kind: str = "best_cossim") -> Path:
+        """`<model_dir>/<save_dir>/<prefix>_fold<k>_<kind>.pth`; kind is `best_cossim` or `epoch<n>`."""
+        return self.models_folder() / self.save_dir / f"{self.prefix}_fold{fold}_{kind}.pth"
+
+    def models_folder(self) -> Path:
+        return Path(self.model_dir).absolute() if self.model_dir else paths.working_dir() / "models"
+
+    def run_folder(self, fold: int) -> Path:
+        """`<run_dir>/<prefix>_fold<k>`: config, metrics, logs, resume state and predictions of one run."""
+        root = Path(self.run_dir).absolute() if self.run_dir else paths.working_dir() / "runs"
+        return root / f"{self.prefix}_fold{fold}"
+
+    def initial_checkpoint(self, fold: int) -> Path | None:
+        """The checkpoint that this run starts from, the fold filled in; None where there is none."""
+        if self.initialize_from is None:
+            return None
+        return self.models_folder() / self.initialize_from.replace("{fold}", str(fold))
+
+    def to_yaml(self) -> str:
+        values = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+        return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
+
+
+HINTS = typing.get_type_hints(Recipe)
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(f"line {node.start_mark.line + 1}: given twice: {', '.join(twice)}")
+        return super().construct_mapping(node, deep)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' where a known name is close, else ''."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def split_names(text: str) -> list[str]:
+    """Names with commas between, as parameters of notebooks give them; none in an empty text."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; ConfigError (naming the file) for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no `key: value` lines")
+    return values
+
+
+def convert(key: str, value, hint):
+    """`value`, from YAML or as text from the command line, as the type `hint`; ConfigError where it is none."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # bool | str, str | None
+        if value is None or (value in ("", "null", "none") and type(None) in arguments):
+            if type(None) in arguments:
+                return None
+        elif bool in arguments and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
+            return convert(key, value, bool)
+        elif isinstance(value, str):
+            return value
+    elif origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and (arguments[-1] is Ellipsis or len(items) == len(arguments)):
+            return tuple(convert(key, item.strip() if isinstance(item, str) else item, arguments[0]) for item in items)
+        if isinstance(items, int) and not isinstance(items, bool) and arguments[-1] is Ellipsis:
+            return (convert(key, items, arguments[0]),)
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-5 as text
+            if hint is float or number == int(number):
+                return hint(number) if hint is float else int(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    elif hint is str and isinstance(value, str):
+        return value
+    wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ConfigError(f"{key} is {value!r}; it takes {wanted}")
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
+    """`key=value` texts to a dict; ConfigError for a text without `=`, an unknown key or a key given twice."""
+    values: dict[str, str] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r} is no override; write key=value, for example epochs=1")
+        if key not in HINTS:
+            raise ConfigError(f"a recipe has no key {key!r}{nearest(key, HINTS)}")
+        if key in values:
+            raise ConfigError(f"{key} is given twice: {values[key]} and {value}")
+        values[key] = value
+    return values
+
+
+def find_config(name: str | Path) -> Path:
+    """The recipe file: the path as given, else the same path or file name in the repository's `conf/`."""
+    given = Path(name)
+    candidates = [given, paths.repository_root() / given, paths.conf_dir() / given.name]
+    for path in candidates:
+        if path.is_file():
+            return path.absolute()
+    known = [path.name for path in sorted(paths.conf_dir().glob("*.yaml"))]
+    places = ", ".join(map(str, dict.fromkeys(candidates)))
+    raise ConfigError(f"no recipe file {name}{nearest(given.name, known)} (looked at {places})")
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read one recipe file and apply `key=value` overrides.
+
+    Raises: ConfigError naming file, key and value: unknown key (with the nearest known one), wrong type, missing key,
+        or a combination that makes no sense.
+    """
+    path = find_config(path)
+    values = read_yaml(path)
+    for key in values:
+        if key not in HINTS:
+            raise ConfigError(f"{path}: a recipe has no key {key!r}{nearest(str(key), HINTS)}")
+    values |= parse_overrides(overrides)
+    missing = [
+        item.name
+        for item in dataclasses.fields(Recipe)
+        if item.default is dataclasses.MISSING and item.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}")
+    try:
+        return Recipe(**{key: convert(key, value, HINTS[key]) for key, value in values.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def recipe_files() -> dict[tuple[str, int], Path]:
+    """(model, stage) -> file, over all recipes in `conf/`."""
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(paths.conf_dir().glob("*.yaml")):
+        values = read_yaml(path)
+        if "backbone" not in values:  # an ensemble, not a recipe
+            continue
+        key = (str(values.get("model")), int(values.get("stage", 1)))
+        if key in found:
+            raise ConfigError(f"{path} and {found[key]} are both for model {key[0]}, stage {key[1]}")
+        found[key] = path
+    return found
+
+
+def find_recipe(model: str, stage: int) -> Path:
+    """The recipe file of a model and stage; ConfigError naming the nearest model or the stages there are."""
+    files = recipe_files()
+    if (model, stage) in files:
+        return files[model, stage]
+    stages = sorted(known_stage for known, known_stage in files if known == model)
+    if stages:
+        raise ConfigError(
+            f"model {model!r} has recipes for stages {', '.join(map(str, stages))}, none for stage {stage}"
+        )
+    known = sorted({known for known, _ in files})
+    raise ConfigError(f"no recipe for model {model!r}{nearest(model, known)} (there are {', '.join(known)})")
+
+
+def describe_keys() -> str:
+    """Every recipe key with its type, default and meaning: the text of `--help`."""
+    lines = []
+    for item in dataclasses.fields(Recipe):
+        hint = HINTS[item.name]
+        kind = hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint)
+        default = "required" if item.default is dataclasses.MISSING else f"default {item.default!r}"
+        choices = f" one of {', '.join(map(str, item.metadata['choices']))};" if item.metadata["choices"] else ""
+        lines.append(f"  {item.name}: {item.metadata['help']} ({kind};{choices} {default})")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Files written whole, tables, devices and ranks, child processes, progress: knows no prompt, model or run."""

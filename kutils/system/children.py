@@ -1,0 +1,166 @@
+"""Commands run as children of this process: output live, failures loud, an orderly end, nothing left running.
+
+`python -m kutils.system.children MODULE [ARGUMENT ...]` is how a child starts, and a rank: it ends when its parent does.
+This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
+"""
+
+import collections
+import contextlib
+import ctypes
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from kutils.system import paths
+
+LAST_LINES = 40  # of the output, repeated in the exception
+KEPT_LINES = 400  # torchrun's summary holds tracebacks; who failed stands above the last of them
+STOPPED = "stopped by a signal"  # how the error begins that a rank ends with once it has saved its state
+SAVING_SECONDS = 600  # from SIGTERM on: the state of the largest network is 13 GB, and it may go to a network disk
+
+
+class LaunchError(ValueError):
+    """What was to be started cannot be started as asked."""
+
+
+class CommandFailed(RuntimeError):
+    """A started command ended with an error; the message ends with what it said last.
+
+    Attributes:
+        last_lines: the last lines of its output, whatever the message repeats of them.
+    """
+
+    def __init__(self, message: str, last_lines: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.last_lines = last_lines
+
+
+def run_module(
+    module: str,
+    *arguments: str,
+    environment: dict[str, str | None] | None = None,
+    hide: str | None = None,
+    seconds: float | None = None,
+) -> bool:
+    """Run `python -m <module> <arguments>` as a child: output line by line as it comes, an exception when it fails.
+
+    The child ends when this process does, however that ends. An interrupt gives it SAVING_SECONDS to end in order; its
+    last lines are shown before the interrupt goes on.
+
+    Args:
+        module, arguments: what to run.
+        environment: variables to set for it; None takes one away.
+        hide: regular expression of whole lines that are not shown.
+        seconds: after which it is ended in order, as by an interrupt.
+    Returns: True if it came to its end, False if the time was over before and it said of no error but STOPPED.
+    Raises: CommandFailed with the command's last lines.
+    """
+    settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    search_path = os.pathsep.join(filter(None, [str(paths.repository_root()), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | settings | (environment or {}) | {"PYTHONPATH": search_path}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "kutils.system.children", module, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        env={name: value for name, value in environment.items() if value is not None},
+        start_new_session=True,  # an interrupt goes to this process, which ends the child in order
+    )
+    last, error = collections.deque(maxlen=KEPT_LINES), []
+    # a thread of its own, so that an interrupt of this one does not lose what the child says while it ends
+    reader = threading.Thread(target=follow, args=(child.stdout, last, error, hide), daemon=True)
+    reader.start()
+    try:
+        code = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end(child)
+        code = None
+    except BaseException:
+        end(child)
+        raise
+    finally:
+        reader.join(timeout=5)  # not for ever: a grandchild may hold the pipe open
+    saved = not error or error[0].startswith(f"error: {STOPPED}")
+    if code or (code is None and not saved):
+        told = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])
+        raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}", tuple(last))
+    return code is not None
+
+
+def follow(output, last: collections.deque, error: list[str], hide: str | None) -> None:
+    """Show lines as they come; keep the last ones, and those of the last `error: ` message."""
+    speaker = None
+    for line in output:
+        rank, line = re.fullmatch(r"(\[[a-z]+\d+\]:)?(.*)", line.rstrip("\n")).groups()
+        last.append(line)
+        if line.startswith("error: "):
+            error[:], speaker = [line], rank
+        elif error and rank == speaker:  # its further lines, not torchrun's own traceback without a rank's prefix
+            error.append(line)
+        if hide is None or not re.fullmatch(hide, line):
+            with contextlib.suppress(OSError):  # nobody may be left to read it; the child must not block on that
+                print(line, flush=True)
+
+
+def end(child: subprocess.Popen) -> None:
+    """SIGTERM to the child and its group, once; SIGKILL a minute after SAVING_SECONDS, when torchrun's own is due.
+
+    Further interrupts do not shorten the wait: they would cut a file that is being saved.
+    """
+    for number, seconds in ((signal.SIGTERM, SAVING_SECONDS + 60), (signal.SIGKILL, 30)):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            return
+        if ended_within(child, seconds):
+            return
+
+
+def ended_within(child: subprocess.Popen, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            child.wait(left)
+            return True
+        except KeyboardInterrupt:
+            continue
+        except subprocess.TimeoutExpired:
+            break
+    return False
+
+
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies, however it dies: ranks and a notebook's children need it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+
+
+def count_ranks_by_node() -> None:
+    """Give a rank of several nodes the number that NODE_RANK says; torchrun counts nodes in the order of their names.
+
+    Rank 0 is the one that speaks, so it has to be on the node with the notebook.
+    """
+    nodes, local = int(os.environ.get("GROUP_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if nodes == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else rank 0 must be torchrun's own
+        return
+    if nodes * local != int(os.environ["WORLD_SIZE"]):
+        sys.exit(
+            f"error: {local} ranks here of {os.environ['WORLD_SIZE']} on {nodes} nodes: start as many on each node"
+        )
+    os.environ["RANK"] = str(int(os.environ["NODE_RANK"]) * local + int(os.environ["LOCAL_RANK"]))
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank
+        count_ranks_by_node()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,0 +1,54 @@
+"""Results of a long work in files of a chunk each until all are there: ranks share the work, a killed run goes on."""
+
+import glob
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from kutils.system import paths
+
+
+class ChunkFiles:
+    """One .npz file per finished chunk, in a hidden folder beside the result.
+
+    A file appears whole by its renaming, so that a look at the folder says what is done, also from another machine.
+    (In one memory map for all, two machines that share a network disk would write back each other's pages.) The
+    folder's name holds a hash of the work: other work never finds these chunks.
+
+    Args:
+        path: the result that the chunks are for.
+        work: all that the chunks depend on, as JSON knows it.
+        count: number of chunks.
+    """
+
+    def __init__(self, path: Path, work: dict, count: int):
+        digest = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+        self.path, self.count = path, count
+        self.folder = path.with_name(f".{path.name}.{digest[:16]}.partial")
+
+    def open(self) -> None:
+        """Make the folder, or go on with the one that is there; what was begun of other work is removed."""
+        for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
+            if other != self.folder:
+                shutil.rmtree(other)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def missing(self) -> list[int]:
+        """Numbers of the chunks that are not finished."""
+        finished = {path.name for path in self.folder.iterdir()}
+        return [number for number in range(self.count) if f"{number:06d}.npz" not in finished]
+
+    def save(self, number: int, **arrays: np.ndarray | int) -> None:
+        """Finish a chunk; on the disk, not only in the system's memory, when this returns."""
+        with paths.atomic_path(self.folder / f"{number:06d}.npz") as temporary:
+            np.savez(temporary, **arrays)
+
+    def load(self, number: int) -> dict[str, np.ndarray]:
+        with np.load(self.folder / f"{number:06d}.npz") as arrays:
+            return dict(arrays)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

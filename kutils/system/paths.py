@@ -1,0 +1,117 @@
+"""Where the repository, `input/` and `working/` are, here and on Kaggle; files written whole or not at all."""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+COMMIT_FILE = "COMMIT"  # of the code data set: what it was made from
+
+
+def on_kaggle() -> bool:
+    """True inside a Kaggle notebook, interactive or batch."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def repository_root() -> Path:
+    """The folder that holds `kutils/` and `conf/`: the clone, or the unpacked code data set on Kaggle."""
+    return Path(__file__).resolve().parents[2]
+
+
+def conf_dir() -> Path:
+    return repository_root() / "conf"
+
+
+def input_dir() -> Path:
+    """The folder of data sets: `KUTILS_INPUT` if set, `/kaggle/input` on Kaggle, else the repository's `input/`."""
+    default = "/kaggle/input" if on_kaggle() else repository_root() / "input"
+    return Path(os.environ.get("KUTILS_INPUT", default)).absolute()
+
+
+def working_dir() -> Path:
+    """The folder of results: `KUTILS_WORKING` if set, `/kaggle/working` on Kaggle, else the repository's `working/`."""
+    default = "/kaggle/working" if on_kaggle() else repository_root() / "working"
+    return Path(os.environ.get("KUTILS_WORKING", default)).absolute()
+
+
+def missing_datasets(names: Iterable[str]) -> str:
+    """What data sets lack of their files in `input/`, and the commands that make it; empty if nothing is missing."""
+    root, names, lines, new_tables = input_dir(), list(names), [], False
+    for name in names:
+        tsv, npy = root / f"{name}.tsv", root / f"{name}.npy"
+        absent = [path.name for path in (tsv, npy) if not path.is_file()]
+        if absent:
+            lines.append(f"data set {name!r}: {' and '.join(absent)} not in {root}")
+        if not tsv.is_file():
+            new_tables = True
+            lines.append(
+                f"  python -m kutils.generation.generate PROMPTS.tsv --output input/{name}  (or a table of your own)"
+            )
+        if not npy.is_file():
+            lines.append(f"  python input/gen_prompt_embedding.py input/{name}.tsv")
+    if new_tables:  # all at once, or a prompt could be in two folds
+        lines.append(f"then  python -m kutils.prompts.folds folds {' '.join(f'input/{name}.tsv' for name in names)}")
+    if lines:
+        lines.append("or train on other data sets with datasets=NAME,NAME; datasets=shapes is made on the spot")
+    return "\n".join(lines)
+
+
+def is_safe_relative(path: str) -> bool:
+    """True if `path` is relative and cannot leave the folder it is joined to: no `..`, root, drive or backslash."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in parts[0]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Write a JSON file, atomically; replaced if it is there."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give an empty folder beside `path`; rename it to `path` when the block ends, delete it when the block raises.
+
+    A folder with content that is at `path` already is for the block to take away. Parent folders are made.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it to `path` when the block ends, delete it when the block raises.
+
+    A reader sees the former file or the whole new one, whatever happens in between (a kill, a full disk). The temporary
+    name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made. An OSError names the file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # the rename must not reach the disk before the content
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk: `write` does not know its file
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,217 @@
+"""One optimiser update, and one pass over the validation rows."""
+
+import functools
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+from torch.nn.parallel import DistributedDataParallel
+
+from kutils.data import transforms
+from kutils.models.networks import PromptEmbedder
+from kutils.runs.recipes import EMBEDDING_DIM, Recipe
+from kutils.system.devices import Ranks, is_out_of_memory
+from kutils.training.losses import cosine_embedding_loss, cosine_similarity
+from kutils.training.sam import frozen_batch_statistics, gradient_norm, perturbed
+
+
+def distribute(network: PromptEmbedder, ranks: Ranks) -> nn.Module:
+    """Wrap for gradient averaging over ranks; anew whenever the backbone was frozen or unfrozen."""
+    if ranks.world_size == 1:
+        return network
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: torch.dtype, ranks: Ranks) -> bool:
+    """Compile the network's forward and backward pass in place, if that works on every rank; else leave it as it was.
+
+    It is tried on a batch of training's shape, which leaves no trace in weights, statistics and random numbers; rank 0
+    says how long that took, or why it failed. To be called again when the backbone was unfrozen, which makes another
+    graph. The state dict stays as it is, and so does evaluation, which calls parts of the network.
+
+    Args:
+        model: the network, wrapped by `distribute`, in training mode.
+        batch_size: of the local batches.
+    Returns: whether the network is compiled now.
+    Raises: RuntimeError out of memory.
+    """
+    network = model.module if isinstance(model, DistributedDataParallel) else model
+    image = torch.zeros(batch_size, 3, recipe.input_size, recipe.input_size, dtype=torch.uint8)
+    batch = {"image": image, "target": torch.ones(batch_size, EMBEDDING_DIM)}
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=False)
+    gpus = [ranks.device] if ranks.device.type == "cuda" else []
+    started, failure = time.monotonic(), ""
+    # shapes never change; random numbers come from torch's own generators: drop path drops what it would in eager code
+    network.compile(dynamic=False, options={"fallback_random": True})
+    try:
+        with torch.random.fork_rng(gpus), frozen_batch_statistics(network):
+            # not averaged: the ranks would wait for one on which it fails
+            backward(model, scaler, recipe, dtype, batch, share=1.0, average=False)
+    except Exception as error:  # compilers, and what they call, raise many kinds
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    network.zero_grad(set_to_none=True)
+    failures = [text for text in ranks.gather_objects(failure) if text]
+    if failures:
+        network._compiled_call_impl = None
+        torch._dynamo.reset()
+    if ranks.is_main:
+        done = f"compiled the network in {time.monotonic() - started:.0f} s"
+        warning = "warning: the network could not be compiled, and trains as with compile=false"
+        print(f"{warning} ({failures[0]})" if failures else done, flush=True)
+    return not failures
+
+
+def to_network_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor:
+    """The batch's uint8 images, augmented and normalised on the device: float32 [B, 3, S, S], channels last."""
+    images = batch["image"].to(device, non_blocking=True)
+    jitter = batch["jitter"] if recipe.augment and "jitter" in batch else None
+    return transforms.normalize(images, recipe.mean, recipe.std, jitter)
+
+
+def update(
+    model: nn.Module,
+    batches: Sequence[dict],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    recipe: Recipe,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One optimiser update from the local batches of a global batch (more than one: gradient accumulation).
+
+    SAM with `sam_gradient: local` perturbs the weights by each local batch's own gradient (m-sharpness, Foret et al.
+    2021, section 4.1): 8 ranks of 16 images and one rank that accumulates 8 times 16 images do the same. `averaged`
+    perturbs by the gradient of the whole global batch, and holds one set of gradients less.
+
+    Args:
+        model: the network, wrapped by `distribute`.
+        batches: from the training loader.
+        scaler: enabled for float16 alone; skips the update when a gradient of either pass is not finite, and scales
+            less from then on.
+    Returns: scalar float32, the mean loss at the unperturbed weights, on the device (not synchronised); NaN if a
+        gradient was not finite and nobody skipped the update.
+    """
+    groups = optimizer.param_groups  # a list; going through the modules took a tenth of a small network's update
+    parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    add_gradient = functools.partial(backward, model, scaler, recipe, dtype, share=1 / len(batches))
+    total, last = torch.zeros((), device=parameters[0].device), len(batches) - 1
+    if recipe.sam_rho == 0:
+        for number, batch in enumerate(batches):
+            total += add_gradient(batch, average=number == last)
+    elif recipe.sam_gradient == "averaged":
+        for number, batch in enumerate(batches):
+            total += add_gradient(batch, average=number == last)
+        with perturbed(parameters, recipe.sam_rho) as finite, frozen_batch_statistics(model):
+            for number, batch in enumerate(batches):
+                add_gradient(batch, average=number == last, valid=finite)
+    else:
+        for number, batch in enumerate(batches):
+            earlier = [parameter.grad for parameter in parameters]
+            optimizer.zero_grad(set_to_none=True)
+            total += add_gradient(batch, average=False)
+            with perturbed(parameters, recipe.sam_rho) as finite, frozen_batch_statistics(model):
+                for parameter, gradient in zip(parameters, earlier, strict=True):
+                    parameter.grad = gradient
+                add_gradient(batch, average=number == last, valid=finite)
+    if not scaler.is_enabled():  # weights that are lost now must not be saved before the next loss shows it
+        total = torch.where(torch.isfinite(gradient_norm(parameters)), total, torch.nan)
+    with record_function("optimiser"):
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def backward(
+    model: nn.Module,
+    scaler: torch.amp.GradScaler,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    batch: dict,
+    *,
+    share: float,
+    average: bool,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Add one local batch's gradient to the parameters'; returns its share of the loss, detached.
+
+    Args:
+        share: of the batch in the update's loss.
+        average: average all gradients added so far over ranks.
+        valid: bool scalar; False makes every gradient NaN, on every rank that averages.
+    """
+    device = next(model.parameters()).device
+    with record_function("augmentation and copy"):
+        images = to_network_input(batch, recipe, device)
+        targets = batch["target"].to(device, non_blocking=True)
+    # forward and backward inside: with the forward outside of no_sync, DDP would average this gradient too
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not average else nullcontext():
+        with (
+            record_function("forward"),
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            loss = cosine_embedding_loss(model(images), targets) * share
+        if valid is not None:
+            loss = loss * torch.where(valid, 1.0, torch.nan)
+        with record_function("backward"):
+            scaler.scale(loss).backward()
+    return loss.detach()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass over the validation rows gives."""
+
+    cosines: np.ndarray  # float32 [n], of every row with its own prompt, in order, on every rank
+    embeddings: Tensor  # float32 [n of this rank, 384], on the device
+    features: Tensor | None  # [n of this rank, C], on the device: what the head saw
+
+
+@torch.inference_mode()
+def evaluate(
+    network: PromptEmbedder,
+    loader,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    *,
+    total: int,
+    keep_features: bool = False,
+) -> Evaluation:
+    """Predict this rank's share of the validation rows, and compare each with its target.
+
+    Args:
+        network: not wrapped.
+        loader: over rows rank, rank + world_size, ... of all.
+        total: rows over all ranks; every one is predicted exactly once, whatever the number of ranks.
+        keep_features: keep what the head saw, too.
+    """
+    network.eval()
+    empty = torch.zeros(0, network.fc.out_features, device=ranks.device)
+    embeddings, cosines = [empty], [empty[:, 0]]
+    features = [torch.zeros(0, network.fc.in_features, device=ranks.device)]
+    for batch in loader:
+        images = to_network_input(batch, recipe, ranks.device)
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            seen = network.features(images)
+            predicted = network.embed(seen)
+        embeddings.append(predicted)
+        cosines.append(cosine_similarity(predicted, batch["target"].to(ranks.device, non_blocking=True)))
+        if keep_features:
+            features.append(seen.float())
+    network.train()
+    ordered = ranks.gather_interleaved(torch.cat(cosines)[:, None], total)[:, 0]
+    return Evaluation(ordered, torch.cat(embeddings), torch.cat(features) if keep_features else None)
+
+
+def mean(cosines: np.ndarray, chosen: np.ndarray | None = None) -> float | None:
+    """Mean over rows, or over the chosen ones (bool [n]), in float64; None where there are none."""
+    kept = cosines if chosen is None else cosines[chosen]
+    return float(kept.mean(dtype=np.float64)) if len(kept) else None

@@ -1,0 +1,183 @@
+"""Score a checkpoint without training: `python -m kutils.training.evaluate --config conf/x.yaml --fold 0 [key=value ...]`.
+
+Any checkpoint on any rows: another validation fold, other data sets, published weights. What it predicted, and what the
+head saw, can be kept in files. Alone or as ranks of torchrun.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from kutils.data import datasets
+from kutils.models import checkpoints
+from kutils.runs import launch, recipes
+from kutils.runs.recipes import Recipe
+from kutils.system import devices, paths
+from kutils.system.devices import Ranks
+from kutils.training import engine, out_of_fold
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a checkpoint reaches on some rows; cosines are means over rows."""
+
+    rows: int
+    cosine_similarity: float
+    cosine_similarity_clean: float | None  # over rows without a similar prompt in another fold
+    mean_prompt_baseline: float | None  # None for rows of all folds
+    unseen: bool | None  # None: the checkpoint does not say what it has trained on
+
+
+def evaluate(
+    recipe: Recipe,
+    checkpoint: Path,
+    fold: int | None,
+    ranks: Ranks,
+    *,
+    predictions_path: Path | None = None,
+    features_path: Path | None = None,
+) -> Score:
+    """Predict every row of a fold of the recipe's data sets once, as validation during training does.
+
+    Args:
+        recipe: network, data sets, input size, precision, workers; `max_local_batch_size` images at a time.
+        checkpoint: in the published layout, with or without the facts that training here adds.
+        fold: whose rows; None: all rows, with or without a fold.
+        predictions_path: .npz in the format of out-of-fold predictions.
+        features_path: .npy, float32 [rows, C]: what the head saw.
+    Raises: CheckpointError, DataError, EvaluationError for what cannot be used.
+    """
+    data = datasets.load_datasets(recipe.datasets, need_folds=fold is not None)
+    rows = np.arange(len(data)) if fold is None else data.validation_rows(fold)
+    if not len(rows):
+        raise EvaluationError(f"no row of {', '.join(recipe.datasets)} is in fold {fold}")
+    network, _, facts = checkpoints.load_model(checkpoint, recipe)
+    network.to(ranks.device, memory_format=torch.channels_last)
+    loader = DataLoader(
+        datasets.ValidationImages(data, rows, recipe.input_size),
+        sampler=range(ranks.rank, len(rows), ranks.world_size),
+        batch_size=recipe.max_local_batch_size,
+        num_workers=recipe.num_workers,
+        collate_fn=datasets.collate,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
+    found = engine.evaluate(
+        network, loader, recipe, dtype, ranks, total=len(rows), keep_features=features_path is not None
+    )
+    if predictions_path is not None:
+        origin = {"fold": -1 if fold is None else fold, "prefix": recipe.prefix, "checkpoint": str(checkpoint)}
+        out_of_fold.save_predictions(predictions_path, data, rows, found.embeddings, ranks, **origin)
+    if features_path is not None:
+        save_features(features_path, found.features, len(rows), ranks)
+    clean = None if data.clean is None or fold is None else data.clean[rows]
+    return Score(
+        rows=len(rows),
+        cosine_similarity=engine.mean(found.cosines),
+        cosine_similarity_clean=None if clean is None else engine.mean(found.cosines, clean),
+        mean_prompt_baseline=None if fold is None else data.mean_prompt_baseline(fold),
+        unseen=is_unseen(facts, fold, data.folds_hashes),
+    )
+
+
+def is_unseen(facts: dict, fold: int | None, folds_hashes: dict[str, str]) -> bool | None:
+    """Whether the checkpoint has not trained on the rows of this fold; None if it does not say."""
+    trained = facts.get("folds_hashes", {})
+    if fold is None or "fold" not in facts or any(name not in trained for name in folds_hashes):
+        return None
+    return facts["fold"] == fold and all(trained[name] == value for name, value in folds_hashes.items())
+
+
+def save_features(path: Path, local: torch.Tensor, total: int, ranks: Ranks) -> None:
+    """Write float32 [total, C] as .npy on the main rank; called by all ranks."""
+    if ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with out_of_fold.gathered(ranks, local, total, path.parent) as features:
+        if ranks.is_main:
+            with paths.atomic_path(path) as temporary:
+                np.save(temporary, features)
+
+
+def describe(score: Score, checkpoint: Path) -> str:
+    """A few lines for a person."""
+    lines = [f"{checkpoint.name}: cosine {score.cosine_similarity:.4f} on {score.rows:,} images"]
+    if score.cosine_similarity_clean is not None:
+        lines.append(f"  {score.cosine_similarity_clean:.4f} on rows without a similar prompt in another fold")
+    if score.mean_prompt_baseline is not None:
+        lines.append(f"  {score.mean_prompt_baseline:.4f} for the mean training prompt")
+    if score.unseen is False:
+        lines.append("  warning: this checkpoint has trained on (some of) these rows; the score flatters it")
+    if score.unseen is None:
+        lines.append("  whether the checkpoint has trained on these rows is not known")
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kutils.training.evaluate",
+        description="Score a checkpoint on the rows of a fold, without training.",
+        epilog=f"keys of a recipe, for key=value (datasets=, amp_dtype=, num_workers=, max_local_batch_size=, ...):\n"
+        f"{recipes.describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    folds = [*map(str, range(10)), "all"]
+    parser.add_argument("--config", required=True, help="recipe file, as given or below the repository's conf/")
+    parser.add_argument("--fold", required=True, choices=folds, help="whose rows; all: every row, folded or not")
+    parser.add_argument("--checkpoint", type=Path, help="default: the recipe's best of this fold")
+    parser.add_argument("--predictions", type=Path, help=".npz to write: predicted embeddings with data set and row")
+    parser.add_argument("--features", type=Path, help=".npy to write: float32 [rows, C], what the linear head saw")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = recipes.load_recipe(arguments.config, arguments.overrides)
+    fold = None if arguments.fold == "all" else int(arguments.fold)
+    if arguments.checkpoint is None and fold is None:
+        raise EvaluationError("--fold all needs a --checkpoint")
+    checkpoint = arguments.checkpoint or recipe.checkpoint_path(fold)
+    for path, suffix in ((arguments.predictions, ".npz"), (arguments.features, ".npy")):
+        if path is not None and path.suffix != suffix:
+            raise EvaluationError(f"{path} is no {suffix} file")
+        if path is not None and path.exists():
+            raise EvaluationError(f"{path} exists; remove it or give another name")
+    ranks = devices.join_ranks(recipe.device)
+    ranks.barrier()  # all have looked at the files before one of them writes
+    score = evaluate(
+        recipe,
+        checkpoint,
+        fold,
+        ranks,
+        predictions_path=arguments.predictions,
+        features_path=arguments.features,
+    )
+    if ranks.is_main:
+        print(describe(score, checkpoint), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
+        launch.end_with_parent()
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:  # a full disk, a folder that cannot be written
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        devices.leave_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

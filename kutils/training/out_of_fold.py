@@ -1,0 +1,75 @@
+"""Predictions of a fold's rows, gathered from all ranks and written as the file that the ensemble is fitted on."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from kutils.data.datasets import PromptImages
+from kutils.system import paths
+from kutils.system.devices import Ranks
+
+BLOCK = 4096  # rows per rank that are gathered at a time
+
+
+@contextmanager
+def gathered(ranks: Ranks, local: Tensor, total: int, folder: Path) -> Iterator[np.ndarray | None]:
+    """Rows dealt as rank, rank + world_size, ... in order, on the main rank; None on the others.
+
+    They lie in a file in `folder` that is gone with the block: half a million rows would be 0.8 GB of memory.
+
+    Args:
+        local: [n, D] on the rank's device; n may differ by one between ranks. Every rank must call this.
+        total: rows over all ranks.
+        folder: on the main rank's machine, with room for them.
+    Yields: float32 [total, D], each row exactly once.
+    """
+    with tempfile.TemporaryFile(dir=folder) if ranks.is_main else nullcontext() as file:
+        rows = None
+        if ranks.is_main:
+            # a full disk is an OSError here; in a sparse file it would be a SIGBUS later
+            os.posix_fallocate(file.fileno(), 0, 4 * total * local.shape[1])
+            rows = np.memmap(file, np.float32, "r+", shape=(total, local.shape[1]))
+        stride = BLOCK * ranks.world_size
+        for number in range(-(-total // stride)):
+            first = number * stride
+            block = ranks.gather_interleaved(
+                local[number * BLOCK : (number + 1) * BLOCK].float(), min(stride, total - first)
+            )
+            if rows is not None:
+                rows[first : first + len(block)] = block
+        yield rows
+
+
+def save_predictions(
+    path: Path, data: PromptImages, rows: np.ndarray, local: Tensor, ranks: Ranks, **facts: str | int
+) -> None:
+    """Write an .npz of `dataset` and `row` [n], `embeddings` float32 [n, 384], `targets_hash`, `folds_hash` and facts.
+
+    Args:
+        path: replaced if it is there; written by the main rank, called by all.
+        rows: int [n], of the data set list; `local` holds this rank's share, as in `gathered`.
+        local: [n / world_size, 384] predictions.
+        facts: fold (the one whose rows they are), prefix, checkpoint.
+    """
+    if ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with gathered(ranks, local, len(rows), path.parent) as embeddings:
+        if not ranks.is_main:
+            return
+        number, row = data.origin(rows)
+        with paths.atomic_path(path) as temporary:
+            np.savez(
+                temporary,
+                dataset=np.array(data.names)[number],
+                row=row,
+                embeddings=embeddings,
+                targets_hash=data.hash_targets(rows),
+                folds_hash=json.dumps(data.folds_hashes, sort_keys=True),
+                **facts,
+            )

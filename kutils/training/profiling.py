@@ -1,0 +1,260 @@
+"""Where the time of training goes: a profile of some updates, whether a run waits for data, and what to do about it."""
+
+import atexit
+import gzip
+import json
+import os
+import shlex
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from kutils.data.shards import shards_folder
+from kutils.runs import finished
+from kutils.runs.recipes import Recipe
+from kutils.system import paths
+
+PARTS = ("waiting for data", "augmentation and copy", "forward", "backward", "optimiser")  # labels in the trace
+EVALUATION = "evaluation"  # the label of what is between updates and no part of any
+IDLE = "idle"
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace
+WARMUP = (3, 2)  # updates before a profile: that pass, and that are recorded and thrown away
+MOST_OPERATIONS = 10  # that the summary names
+MUCH_WAITING = 0.1  # share of the time
+JUDGED_SECONDS, JUDGED_UPDATES = 20.0, 20  # of a run's waiting, whichever comes first
+
+
+# ---------------------------------------------------------------- a profile of some updates
+
+
+class UpdateProfiler:
+    """Profile some updates of this process, then write `<run folder>/profile/trace.json.gz` and say what it shows.
+
+    A trace that is there already is kept: the next one is `trace.2.json.gz`. Opens in https://ui.perfetto.dev.
+    """
+
+    def __init__(self, folder: Path, num_updates: int, left: int, device: torch.device, say: Callable[[str], None]):
+        """Begin, before the first update.
+
+        Args:
+            folder: of the run.
+            num_updates: to profile, after WARMUP.
+            left: updates that the run has left; of fewer than needed, the warm-up is cut first.
+            say: shows a text to the user.
+        """
+        self.folder, self.device, self.say, self.done = folder, device, say, 0
+        self.num_updates = min(num_updates, left)
+        spare = left - self.num_updates
+        recorded = min(WARMUP[1], spare)
+        passed = min(WARMUP[0], spare - recorded)
+        self.first = passed + recorded
+        if left < num_updates + sum(WARMUP):
+            say(f"updates left: {left}; profiled: {self.num_updates}, after a warm-up of {self.first}")
+        if not self.num_updates:
+            self.profile = None
+            return
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # said above
+            plan = schedule(wait=passed, warmup=recorded, active=self.num_updates, repeat=1)
+        if device.type == "cpu":
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library says that it misses a GPU
+        self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self.finish)
+        self.profile.start()
+        atexit.register(self.stop)
+
+    def step(self) -> None:
+        """An update is done; after the last one, write the trace and say what it shows."""
+        if self.profile is None:
+            return
+        self.done += 1
+        # what a GPU still has to do must not count as work of the wrong update
+        if self.device.type == "cuda" and self.done in (self.first, self.first + self.num_updates):
+            torch.cuda.synchronize(self.device)
+        self.profile.step()
+        if self.done == self.first + self.num_updates:
+            self.stop()
+
+    def stop(self) -> None:
+        """End, without a trace where the run ends first: the process would crash with a profile still open."""
+        if self.profile is not None:
+            self.profile.on_trace_ready = None
+            self.profile.stop()
+            self.profile = None
+
+    def finish(self, found: profile) -> None:
+        """Write the trace of what was found, and say what it shows."""
+        path, number = self.folder / "profile" / "trace.json.gz", 1
+        while path.exists():
+            number += 1
+            path = path.with_name(f"trace.{number}.json.gz")
+        with paths.atomic_path(path) as temporary:
+            found.export_chrome_trace(str(temporary))
+        events = read_trace(path)
+        measured = shares(events)
+        told = [describe_shares(measured, self.num_updates), costly_operations(events)]
+        if self.device.type == "cuda" and IDLE not in measured:
+            told.append("nothing of the GPU was recorded (is CUPTI allowed here?): times are the host's")
+        told.append(f"{path} opens in https://ui.perfetto.dev and chrome://tracing")
+        self.say("\n".join(told))
+
+
+def read_trace(path: Path) -> list[dict]:
+    """Events of a trace, as the profiler has written it."""
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        return json.load(stream)["traceEvents"]
+
+
+def shares(events: list[dict]) -> dict[str, float]:
+    """What the time of the profiled updates went by in, evaluations between them left out: shares of it, in [0, 1].
+
+    Args:
+        events: of a trace.
+    Returns: each of PARTS. On a CPU they exclude each other. With a GPU, waiting is the host's; the other parts are the
+        time in which the GPU did what was launched in them, and IDLE that in which it did nothing.
+    """
+    marks = {}
+    for event in events:
+        if event.get("cat") == "user_annotation":
+            marks.setdefault(event["name"].partition("#")[0], []).append(span(event))
+    evaluations = marks.get(EVALUATION, [])
+    total = covered(marks["ProfilerStep"]) - covered(evaluations)
+    found = {part: covered(marks.get(part, [])) / total for part in PARTS}
+    work = [event for event in events if event.get("cat") in GPU_WORK]
+    if not work:
+        return found
+    # when something was launched tells its part: autograd launches from a thread that holds no label
+    launches = (event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver"))
+    launched = {argument(event, "correlation"): event["ts"] for event in launches}
+    times = np.array([launched.get(argument(event, "correlation"), -np.inf) for event in work])
+    spans = np.array([span(event) for event in work])
+    for part in PARTS[1:]:
+        found[part] = covered(spans[inside(times, marks.get(part, []))]) / total
+    return found | {IDLE: 1 - covered(spans[~inside(times, evaluations)]) / total}
+
+
+def span(event: dict) -> tuple[float, float]:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def argument(event: dict, name: str) -> int | None:
+    return event.get("args", {}).get(name)
+
+
+def covered(spans: Sequence[tuple[float, float]] | np.ndarray) -> float:
+    """Length of what spans (begin, end) cover together, however they overlap."""
+    length, reached = 0.0, -np.inf
+    for begin, end in sorted(map(tuple, spans)):
+        length += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return length
+
+
+def inside(times: np.ndarray, spans: list[tuple[float, float]]) -> np.ndarray:
+    """bool [n]: whether each time lies in one of the spans, which exclude each other."""
+    if not spans:
+        return np.zeros(len(times), bool)
+    begins, ends = np.array(sorted(spans)).T
+    number = np.searchsorted(begins, times, side="right") - 1
+    return (number >= 0) & (times <= ends[number])
+
+
+def describe_shares(found: dict[str, float], num_updates: int) -> str:
+    """The shares as a line for a person."""
+    if IDLE in found:
+        parts = ", ".join(f"{name} {found[name]:.0%}" for name in (*PARTS[1:], IDLE))
+        return f"{num_updates} updates profiled: {PARTS[0]} {found[PARTS[0]]:.0%} of the time; of the GPU's, {parts}"
+    parts = ", ".join(f"{name} {found[name]:.0%}" for name in PARTS)
+    return f"{num_updates} updates profiled: {parts}, the rest {max(0.0, 1 - sum(found.values())):.0%}"
+
+
+def costly_operations(events: list[dict]) -> str:
+    """A table of the operations that took most time of their own: on the GPU where there is one, else on the CPU."""
+    operations = [event for event in events if event.get("cat") == "cpu_op"]
+    work = [event for event in events if event.get("cat") in GPU_WORK]
+    if work:  # by the operation that launched it
+        names = {argument(event, "External id"): event["name"] for event in operations}
+        spent = ((names.get(argument(event, "External id"), event["name"]), event["dur"]) for event in work)
+    else:
+        spent = own_times(operations)
+    times, calls = Counter(), Counter()
+    for name, own in spent:
+        times[name] += own
+        calls[name] += 1
+    lines = [f"{'share of ' + ('GPU' if work else 'CPU') + ' time':>18} {'ms':>10} {'calls':>9}  operation"]
+    for name, own in times.most_common(MOST_OPERATIONS):
+        lines.append(f"{own / times.total():>18.1%} {own / 1000:>10.1f} {calls[name]:>9,}  {name[:80]}")
+    return "\n".join(lines)
+
+
+def own_times(operations: list[dict]) -> Iterator[tuple[str, float]]:
+    """Name of every operation, and its time without that of the operations within it."""
+    own, within = [], []  # `within`: thread, end and number of those that the next may lie in
+    for event in sorted(operations, key=lambda event: (event["tid"], event["ts"], -event["dur"])):
+        while within and (within[-1][0] != event["tid"] or within[-1][1] <= event["ts"]):
+            within.pop()
+        if within:
+            own[within[-1][2]][1] -= event["dur"]
+        within.append((event["tid"], event["ts"] + event["dur"], len(own)))
+        own.append([event["name"], event["dur"]])
+    yield from map(tuple, own)
+
+
+# ---------------------------------------------------------------- waiting for data
+
+
+class DataWait:
+    """Judges whether a run waits for data, over some time, so that a hiccup is none; says so once."""
+
+    def __init__(self):
+        self.waited = self.seconds = 0.0
+        self.updates, self.told = 0, False
+
+    def add(self, report: dict) -> float | None:
+        """Count a log interval, as `Interval.close` reports it; the share of time, once, the first time it is much."""
+        self.waited += report["data_wait"] * report["seconds"]
+        self.seconds += report["seconds"]
+        self.updates += report["updates"]
+        if self.told or (self.seconds < JUDGED_SECONDS and self.updates < JUDGED_UPDATES):
+            return None
+        share = self.waited / self.seconds
+        self.waited, self.seconds, self.updates = 0.0, 0.0, 0
+        self.told = share > MUCH_WAITING
+        return share if self.told else None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -> str:
+    """What to change where a run waits for data.
+
+    Args:
+        recipe: of the run.
+        share: of the time, spent waiting.
+        cores, ranks: of one machine; None where they are not known.
+    """
+    workers, told = recipe.num_workers, [f"{share:.0%} of the time went by in waiting for images."]
+    if cores is None or ranks is None:
+        told.append(f"More num_workers than {workers} help where there are cores for them.")
+    else:
+        shared = f"{cores} core{'s' * (cores > 1)} for {ranks} rank{'s' * (ranks > 1)}"
+        wanted = min(cores // ranks, max(1, 2 * workers))
+        more = f"num_workers={wanted} instead of {workers} would help"
+        told.append(f"{shared}: {more if wanted > workers else f'none is left for more than num_workers={workers}'}.")
+    tables = [paths.input_dir() / f"{name}.tsv" for name in recipe.datasets]
+    files = [str(finished.shown_path(path)) for path in tables if not shards_folder(path).is_dir()]
+    if files:
+        size = recipe.input_size * 7 // 6  # larger than the input, so that crops stay sharp
+        packing = shlex.join(["python", "-m", "kutils.data.shards", *files, "--size", str(size)])
+        told.append(f"Images packed at the size of training load faster: {packing}")
+    else:
+        told.append("The images are packed already: a faster disk or more cores would help.")
+    return " ".join(told)

@@ -1,0 +1,1 @@
+"""Figures, tables, reports and widgets; shows what the other rooms compute."""

@@ -1,0 +1,341 @@
+"""Figures of the data: prompts, their neighbours, folds, images; and what models say about one image or prompt."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from PIL import Image
+
+from kutils.views.figures import (
+    BLUE,
+    COLORS,
+    GREY,
+    ORANGE,
+    SMALL_FONT,
+    PlotError,
+    bars,
+    check_same_length,
+    despine,
+    finite,
+    legend_below,
+    model_color,
+    new_axes,
+    new_figure,
+    styled,
+    thousands,
+    wrap,
+)
+from kutils.views.tiles import LINE_INCHES, count_lines, new_tiles, show_image, show_tile
+
+MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
+MOST_LABELS = 10  # of a map that are told apart
+LINE_POINTS = 11.5  # from line to line of SMALL_FONT
+
+# ---------------------------------------------------------------- prompts and folds
+
+
+@styled()
+def prompt_lengths(prompts: Sequence[str]) -> Figure:
+    """Histogram of words per prompt. Raises: PlotError for no prompt."""
+    words = finite([len(prompt.split()) for prompt in prompts], "prompts")
+    width = -(-int(words.max()) // 60) or 1
+    figure, (axes,) = new_axes()
+    axes.hist(words, bins=np.arange(0.5, words.max() + 1.5 + width, width), color=BLUE)
+    median, most = np.median(words), np.percentile(words, 95, method="higher")
+    axes.axvline(median, color=ORANGE, label=f"median: {median:g}")
+    axes.axvline(most, color=ORANGE, linestyle="--", label=f"95% have at most {most:g}")
+    title = f"{len(words):,} prompts, the longest of {words.max():g} words"
+    axes.set(title=title, xlabel="words per prompt", ylabel="prompts")
+    thousands(axes.xaxis, axes.yaxis)
+    legend_below(axes)
+    despine(axes, grid="y")
+    return figure
+
+
+@styled()
+def fold_report(report: dict) -> Figure:
+    """Rows of every fold, and the share of its prompts that have a similar prompt in another fold.
+
+    Args:
+        report: of `grouping.assign_folds` or `grouping.read_report`.
+    Raises: PlotError for a report without folds.
+    """
+    folds = report.get("folds") or []
+    check_same_length(folds=folds)
+    figure, (size_axes, leak_axes) = new_axes(2, width=11)
+    numbers = [fold["fold"] for fold in folds]
+    rows = [fold["rows"] for fold in folds]
+    size_axes.bar(numbers, rows, color=BLUE)
+    size_axes.axhline(np.mean(rows), color=ORANGE, linestyle="--", label=f"mean: {np.mean(rows):,.0f}")
+    size_axes.set(title=f"Fold sizes: {report['rows']:,} rows", ylabel="rows")
+    leak_axes.bar(numbers, [fold["leaked_share"] for fold in folds], color=ORANGE)
+    leaked = report["leaked_share"]
+    leak_axes.axhline(leaked, color=BLUE, linestyle="--", label=f"all folds: {leaked:.1%}")
+    told = f"prompts with a similar one\nin another fold (cosine >= {report['threshold']:g})"
+    leak_axes.set(title="Leakage between folds", ylabel=told, ylim=(0, None))
+    thousands(size_axes.yaxis)
+    leak_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    for axes in (size_axes, leak_axes):
+        axes.set(xlabel="fold", xticks=numbers)
+        legend_below(axes)
+        despine(axes, grid="y")
+    return figure
+
+
+@styled()
+def prompt_map(points: np.ndarray, labels: Sequence[str] | Mapping[str, Sequence[str]], title: str) -> Figure:
+    """Prompts as points of a plane, coloured by label: folds, sources, ...
+
+    Args:
+        points: float [n, 2], of a projection of the prompts' embeddings.
+        labels: one per point; or several sets of them side by side: title of the panel -> labels. The ten that most
+            points have are told apart, the others are grey.
+        title: of the figure.
+    Raises: PlotError for no point, another number of labels, or a point that is not finite.
+    """
+    panels = labels if isinstance(labels, Mapping) else {"": labels}
+    points = np.asarray(points, np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise PlotError(f"points are [n, 2], not {list(points.shape)}")
+    if not panels:
+        raise PlotError("nothing to draw: no labels")
+    for name, values in panels.items():
+        check_same_length(**{"points": points, f"labels {name}".strip(): values})
+    finite(points, "coordinates")
+    figure, all_axes = new_axes(len(panels), width=7.5 * len(panels), height=5.6)
+    for axes, (name, values) in zip(all_axes, panels.items(), strict=True):
+        draw_labels(axes, points, np.array([str(value) for value in values]))
+        axes.set_title(name or title, parse_math=False)
+    if "" not in panels:
+        figure.suptitle(title, parse_math=False)
+    figure.supxlabel(
+        "Points close together are mostly similar prompts; how far apart others lie says little, and the axes have no\n"
+        "unit: many dimensions are pressed into two.",
+        fontsize=SMALL_FONT,
+    )
+    return figure
+
+
+def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
+    """Scatter of [n, 2] points, a colour and a marker per label; the rarest lie on top."""
+    common = [label for label, _ in Counter(labels.tolist()).most_common(MOST_LABELS)]
+    size = float(np.clip(40_000 / len(points), 4, 40))
+    style = {"s": size, "linewidths": 0}
+    numbers = all(label.removeprefix("-").isdigit() for label in common)
+    for number, label in enumerate(sorted(common, key=int) if numbers else common):
+        chosen = labels == label
+        style |= {"color": COLORS[number % len(COLORS)], "marker": "o^"[number // len(COLORS)]}
+        axes.scatter(
+            *points[chosen].T, zorder=2 + common.index(label) / 100, label=f"{label} ({chosen.sum():,})", **style
+        )
+    rest = ~np.isin(labels, common)
+    if rest.any():
+        style |= {"color": GREY, "marker": "o"}
+        axes.scatter(*points[rest].T, zorder=1.9, label=f"other ({rest.sum():,})", **style)
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "markerscale": (60 / size) ** 0.5}
+    # the labels are given, since of those that Matplotlib finds by itself it leaves out what begins with "_"
+    legend = axes.legend(axes.collections, [each.get_label() for each in axes.collections], **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+@styled()
+def pairs(images: Sequence[tuple], prompts: Sequence[tuple[str, str]], cosines: Sequence[float]) -> Figure:
+    """Pairs of similar prompts: their two images side by side, the prompts below, the cosine above.
+
+    Args:
+        images: of each pair, as the images of `plots.image_grid`.
+        prompts: of each pair.
+        cosines: of the two prompts' embeddings.
+    Raises: PlotError for no pair, lists of different lengths, or a cosine that is not finite.
+    """
+    check_same_length(images=images, prompts=prompts, cosines=cosines)
+    cosines = finite(cosines, "cosines")
+    texts = [wrap(prompt) for pair in prompts for prompt in pair]
+    figure, all_axes = new_tiles(len(texts), 4 if len(prompts) > 1 else 2, count_lines(texts))
+    shown = [image for pair in images for image in pair]
+    for number, (axes, image, text) in enumerate(zip(all_axes, shown, texts, strict=False)):
+        pair, second = divmod(number, 2)
+        title = f"pair {pair + 1}" if second else f"pair {pair + 1}: cosine {cosines[pair]:.3f}"
+        show_tile(axes, image, title, text)
+    return figure
+
+
+@styled()
+def ranked_images(
+    images: Sequence, prompts: Sequence[str], cosines: Sequence[float], columns: int = 5, title: str = ""
+) -> Figure:
+    """The results of a search, best first: rank and cosine above each image, its prompt below.
+
+    Args:
+        images: as the images of `plots.image_grid`, in any order.
+        prompts: of the images.
+        cosines: of the images, or their prompts, and what was looked for.
+        columns: images side by side.
+        title: what was looked for.
+    Raises: PlotError for no image, lists of different lengths, or a cosine that is not finite.
+    """
+    check_same_length(images=images, prompts=prompts, cosines=cosines)
+    cosines = finite(cosines, "cosines")
+    images, texts = list(images), [wrap(prompt, 32) for prompt in prompts]
+    figure, all_axes = new_tiles(len(images), columns, count_lines(texts), width=2.6, title=title)
+    for rank, (axes, index) in enumerate(zip(all_axes, np.argsort(-cosines, kind="stable"), strict=False), start=1):
+        show_tile(axes, images[index], f"{rank}: cosine {cosines[index]:.3f}", texts[index])
+    return figure
+
+
+# ---------------------------------------------------------------- images
+
+
+@styled()
+def image_statistics(image_paths: Sequence) -> Figure:
+    """Histograms of images' brightness and contrast: mean and standard deviation of the gray levels of each.
+
+    Raises: PlotError for no image; OSError for one that cannot be read.
+    """
+    grays = (np.asarray(Image.open(path).convert("L"), np.float32) for path in image_paths)
+    values = np.array([(gray.mean(), gray.std()) for gray in grays]).reshape(-1, 2)
+    finite(values, "images")
+    figure, all_axes = new_axes(2, width=11, height=3.8)
+    titles = (
+        ("Brightness", "Contrast"),
+        ("mean gray level of an image, 0 to 255", "standard deviation of an image's gray levels"),
+    )
+    for axes, column, title, label, last in zip(all_axes, values.T, *titles, (255, 128), strict=True):
+        axes.hist(column, bins=32, range=(0, last), color=BLUE)
+        axes.axvline(column.mean(), color=ORANGE, label=f"mean: {column.mean():.0f}")
+        thousands(axes.yaxis)
+        axes.set(title=title, xlabel=label, ylabel="images")
+        legend_below(axes)
+        despine(axes, grid="y")
+    return figure
+
+
+@styled()
+def image_counts(reports: Sequence[dict]) -> Figure:
+    """Prompts by their number of images, and images by their size, of several data sets together.
+
+    Args:
+        reports: of `check.check_datasets`.
+    Raises: PlotError for no report, or none with an image that decodes.
+    """
+    check_same_length(reports=reports)
+    prompts, sizes = Counter(), Counter()
+    for report in reports:
+        for number, count in report["images_per_prompt"].items():
+            prompts[min(int(number), MOST_BARS)] += count
+        sizes.update(report["images"]["sizes"])
+    check_same_length(images=list(sizes))
+    figure, (prompt_axes, size_axes) = new_axes(2, width=11)
+    numbers = sorted(prompts)
+    labels = [f"{number}" if number < MOST_BARS else f"{number} or more" for number in numbers]
+    drawn = prompt_axes.bar(labels, [prompts[number] for number in numbers], color=BLUE, label=labels)
+    prompt_axes.set(title=f"{prompts.total():,} prompts", xlabel="images per prompt", ylabel="prompts")
+    prompt_axes.bar_label(drawn, fmt="{:,.0f}")
+    thousands(prompt_axes.yaxis)
+    shown = dict(sizes.most_common(MOST_BARS))
+    drawn = size_axes.barh(list(shown), list(shown.values()), color=BLUE, label=list(shown))
+    size_axes.bar_label(drawn, fmt="{:,.0f}", padding=4)
+    size_axes.margins(x=0.2)  # room for the numbers
+    thousands(size_axes.xaxis)
+    size_axes.set(title=f"{sizes.total():,} images", xlabel="images", ylabel="width x height, px")
+    size_axes.invert_yaxis()
+    despine(prompt_axes, grid="y")
+    despine(size_axes, grid="x")
+    return figure
+
+
+# ---------------------------------------------------------------- what models say
+
+
+@styled()
+def disagreement(images: Sequence, texts: Sequence[Mapping[str, str]], agreement: Sequence[float]) -> Figure:
+    """Images that models read differently, least agreement first: what each model takes one for, in its colour.
+
+    Args:
+        images: as the images of `plots.image_grid`.
+        texts: of each image: model -> the prompt nearest to its prediction.
+        agreement: of each image: mean cosine between the models' predictions.
+    Raises: PlotError for no image, lists of different lengths, or an agreement that is not finite.
+    """
+    check_same_length(images=images, texts=texts, agreement=agreement)
+    agreement, images = finite(agreement, "agreements"), list(images)
+    for number, each in enumerate(texts):
+        if not each:
+            raise PlotError(f"image number {number} has no model's text")
+    said = [{model: wrap(prompt, lines=3) for model, prompt in each.items()} for each in texts]
+    points = max(sum(LINE_POINTS * (count_lines([prompt]) + 1.8) for prompt in each.values()) for each in said)
+    figure, all_axes = new_tiles(len(images), 4, math.ceil(points / 72 / LINE_INCHES))
+    for axes, index in zip(all_axes, np.argsort(agreement, kind="stable"), strict=False):
+        show_tile(axes, images[index], f"agreement {agreement[index]:.3f}", "")
+        below = 5.0  # points under the image
+        for model, prompt in said[index].items():
+            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": SMALL_FONT}
+            axes.annotate(
+                model, (0, 0), (0, -below), color=model_color(model), fontweight="bold", parse_math=False, **place
+            )
+            axes.annotate(prompt, (0, 0), (0, -below - 1.2 * LINE_POINTS), parse_math=False, **place)
+            below += LINE_POINTS * (count_lines([prompt]) + 1.8)
+    return figure
+
+
+@styled()
+def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """One image, and the prompts nearest to what each model predicts for it, as bars of their cosines.
+
+    Args:
+        image: as the images of `plots.image_grid`.
+        tables: model -> columns `rank`, `cosine`, `prompt`, nearest first.
+    Raises: PlotError for no model, an empty table, or a cosine that is not finite.
+    """
+    check_same_length(models=list(tables))
+    named = {model: finite(table["cosine"], f"cosines of {model}") for model, table in tables.items()}
+    names = {model: [wrap(prompt, 56, 2) for prompt in table["prompt"]] for model, table in tables.items()}
+    heights = [1.1 + 0.32 * len(rows) for rows in names.values()]
+    figure = new_figure(13, max(sum(heights), 4))
+    grid = figure.add_gridspec(len(tables), 2, width_ratios=(1, 2), height_ratios=heights)
+    image_axes = figure.add_subplot(grid[:, 0])
+    show_image(image_axes, image)
+    image_axes.set_anchor("N")
+    end = max(float(cosines.max()) for cosines in named.values())
+    low = min(0.0, *(float(cosines.min()) for cosines in named.values()))
+    for row, (model, cosines) in enumerate(named.items()):
+        axes = figure.add_subplot(grid[row, 1])
+        drawn = axes.barh(range(len(cosines)), cosines, color=model_color(model), height=0.65, label=names[model])
+        axes.bar_label(drawn, fmt="{:.3f}", padding=4)
+        axes.set_yticks(range(len(cosines)), names[model], fontsize=SMALL_FONT, parse_math=False)
+        axes.invert_yaxis()
+        axes.set_title(model, parse_math=False)
+        axes.set_xlim(low, end + 0.15 * (end - low))
+        axes.tick_params(axis="y", length=0)
+        despine(axes, grid="x")
+    axes.set_xlabel("cosine similarity of the prediction and the prompt")
+    return figure
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+@styled()
+def benchmark_ratios(entries: Sequence[dict]) -> Figure:
+    """How many times better than the published or plain way, on a logarithmic scale: entries of the benchmark.
+
+    Args:
+        entries: `kutils.benchmarks.measuring.read_results`; those without a ratio are left out.
+    Raises: PlotError where none has one.
+    """
+    compared = [item for item in entries if item["ratio"]]
+    check_same_length(entries=compared)
+    ratios = {item["name"]: math.log10(item["ratio"]) for item in compared}
+    told = [f"{item['ratio']:.3g} ({item['ours']:,.3g}, {item['reference']:,.3g} {item['unit']})" for item in compared]
+    figure, axes = bars(ratios, told, color=[BLUE if ratio >= 0 else ORANGE for ratio in ratios.values()])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
+    axes.set(title="Beside the published or plain way", xlabel="times better (ours and theirs in brackets)")
+    return figure

@@ -1,0 +1,138 @@
+"""What several models predicted for the same validation rows, side by side, and what their ensemble makes of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kutils.data.datasets import PromptImages
+from kutils.data.prompt_bank import PromptBank
+from kutils.ensemble import blending, trained_models
+from kutils.ensemble.members import FIT_FOLD, EnsembleError, Member, load_predictions, read_predictions
+from kutils.runs import folders as runs_folders
+
+MEAN = "ensemble of equal weights"  # where none was fitted
+
+
+class ExplorationError(ValueError):
+    """Something to look at that is not there; the message says how to make it."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Rows that were validated on by several models, and what each predicted for them."""
+
+    fold: int
+    rows: np.ndarray  # int64 [n] of the data sets
+    predictions: dict[str, np.ndarray]  # model -> float32 [n, 384], unit rows
+    cosines: pd.DataFrame  # [n, models]: of prediction and prompt
+    baseline: float  # mean cosine of the mean training prompt with these rows' prompts
+    folders: dict[str, Path]  # model -> its run; not of ensembles
+    notes: list[str]  # what a reader of the scores should know
+
+    @property
+    def best(self) -> str:
+        return str(self.cosines.mean().idxmax())
+
+    @property
+    def single_models(self) -> list[str]:
+        return list(self.folders)
+
+    def agreement(self) -> np.ndarray:
+        """Mean cosine between the single models' predictions of each row, [n]; NaN where there is one model."""
+        return blending.agreement({name: self.predictions[name] for name in self.folders})
+
+    def mean_scores(self) -> pd.Series:
+        """Model -> mean cosine, the best first."""
+        return self.cosines.mean().sort_values(ascending=False)
+
+
+def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Validated:
+    """The predictions of a fold that finished runs left behind, as far as they are of these data sets."""
+    rows, found, notes = None, {}, []
+    for folder in folders:
+        if runs_folders.result_of(folder)["fold"] != fold:
+            continue
+        try:
+            found[folder] = predictions_of(data, folder, fold)
+        except (EnsembleError, ExplorationError) as error:
+            notes.append(f"{folder.name} is left out: {error}")
+            continue
+        own = found[folder][0]
+        rows = own if rows is None else np.intersect1d(rows, own)
+    names = ", ".join(folder.name for folder in found)
+    if not found:
+        raise ExplorationError(
+            f"no finished run was validated on fold {fold} of {', '.join(data.names)}; train one: papermill "
+            f"notebooks/train.ipynb working/runs/train_tiny_convnext_fold{fold}.ipynb -p model tiny_convnext "
+            f"-p fold {fold}" + "".join(f"\n  {note}" for note in notes)
+        )
+    if not len(rows):
+        raise ExplorationError(f"{names} were validated on different images; choose some of them by models=")
+    most = max(len(own) for own, _ in found.values())
+    if len(rows) < most:
+        notes.append(f"{names} are compared on the {len(rows):,} images of fold {fold} that all were validated on")
+    predictions = {folder.name: take_rows(rows, *values) for folder, values in found.items()}
+    if len(predictions) > 1:
+        try:
+            together, score = read_ensemble(data, fold, rows)
+        except ValueError as error:  # none was fitted, a member is gone, other folds now, ...
+            predictions[MEAN] = blending.average(list(predictions.values()))
+            notes.append(f"instead of a fitted ensemble, predictions are averaged: {error}")
+        else:
+            predictions["ensemble"] = together
+            notes.append(
+                f"the weights of the ensemble were fitted on half of these images; on the others it has {score:.4f}"
+            )
+    targets = data.targets(rows)
+    cosines = pd.DataFrame({name: np.einsum("nd,nd->n", values, targets) for name, values in predictions.items()})
+    baseline = float((targets @ data.training_mean(fold)).mean(dtype=np.float64))
+    return Validated(fold, rows, predictions, cosines, baseline, {folder.name: folder for folder in found}, notes)
+
+
+def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int64 [n] of the data sets and a run's predictions of them, float32 [n, 384].
+
+    Raises: EnsembleError if they are not there or damaged; ExplorationError if they are of other data.
+    """
+    saved = read_predictions(folder / f"fold{fold}_predictions.npz", Member(str(folder / "config.yaml"), fold))
+    hashes = json.loads(saved["folds_hash"])
+    if missing := sorted(set(hashes) - set(data.names)):
+        raise ExplorationError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
+    if any(data.folds_hashes[name] != value for name, value in hashes.items()):
+        raise ExplorationError("prompts were assigned to other folds since; train it again")
+    rows = data.rows_of(saved["dataset"], saved["row"])
+    if rows.max() >= len(data) or data.hash_targets(rows) != saved["targets_hash"]:
+        raise ExplorationError("its data sets have other rows or prompts now; train it again")
+    return rows, saved["embeddings"]
+
+
+def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values [n, D] of the wanted rows, in their order."""
+    order = np.argsort(rows)
+    return values[order[np.searchsorted(rows[order], wanted)]]
+
+
+def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """What the ensemble fitted last predicts for rows, float32 [n, 384], and its score on those its fit has not seen.
+
+    Raises: ExplorationError where none was fitted on these rows; an error of `ensemble` where a member is gone.
+    """
+    found = trained_models.find_ensemble()
+    if found is None or fold != FIT_FOLD:
+        raise ExplorationError(f"none was fitted on fold {fold}")
+    path, fitted = found
+    families, common = load_predictions(fitted.families)
+    if not set(common["dataset"]) <= set(data.names):
+        raise ExplorationError(f"{path.name} was fitted on other data sets")
+    own_rows = data.rows_of(common["dataset"], common["row"])
+    if not np.isin(rows, own_rows).all():
+        raise ExplorationError(f"{path.name} was fitted on other images")
+    bank = PromptBank.load(path.with_name(fitted.neighbours_bank)) if fitted.neighbours_bank else None
+    for family, members in fitted.families.items():
+        member = next(member for member in members if member.fold == FIT_FOLD)
+        families[family] = member.pull(families[family], bank, "auto")
+    return take_rows(rows, own_rows, blending.combine(families, fitted.weights)), fitted.scores["chosen"]
