@@ -19,10 +19,11 @@ import numpy as np
 from kutils.ensemble.blending import mean_cosine
 from kutils.ensemble.fit import load_ensemble
 from kutils.generation import generate, shapes
+from kutils.kaggle.submission import SUBMISSION_HEADER
 from kutils.prompts import embedding
 from kutils.runs import folders, launch
-from kutils.runs.recipes import EMBEDDING_DIM, SUBMISSION_HEADER
 from kutils.system import paths
+from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.tables import read_table
 
 FAMILIES = ("tiny_convnext", "tiny_vit")

@@ -58,6 +58,7 @@ import time
 import torch
 from kutils.data import prompt_bank
 from kutils.ensemble import blending, within_budget, image_cache
+from kutils.ensemble import weight_files
 from kutils.kaggle import mounts, submission
 from kutils.system import devices, paths
 from kutils.views import training_plots
@@ -67,8 +68,8 @@ began = time.monotonic()
 print(f"{mounts.describe_machine()}\n{devices.describe_gpus()}")
 image_files = image_cache.find_images(images or mounts.find_images_folder(paths.input_dir()), same_name_is_error=False)
 ids = [path.stem for path in image_files]
-folders = mounts.weight_folders(models)
-ensemble_path = Path(ensemble) if ensemble else mounts.find_ensemble(folders)
+folders = weight_files.weight_folders(models)
+ensemble_path = Path(ensemble) if ensemble else weight_files.find_ensemble(folders)
 fitted = load_ensemble(ensemble_path)
 print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(fitted)}")
 
@@ -81,7 +82,7 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(f
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
 submission.keep_former(output_path)
 submission.write_submission(output_path, ids, within_budget.mean_embeddings(fitted, len(ids)))
-files = mounts.find_checkpoints(fitted.files(), folders, beside=ensemble_path)
+files = weight_files.find_checkpoints(fitted.files(), folders, beside=ensemble_path)
 checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
 neighbours = load_neighbours(fitted, files)
 

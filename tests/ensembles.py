@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from kutils.data import transforms
-from kutils.ensemble import fit
-from kutils.kaggle import mounts
+from kutils.ensemble import fit, weight_files
 
 
 def save_images(folder):
@@ -59,5 +58,5 @@ def write_ensemble(folder, families, weights, mean, scores=None, rows=None, leav
         folds_hash="{}",
         targets_hash="",
     )
-    (folder / "weights.json").write_text(json.dumps({"kind": mounts.ENSEMBLE_KIND, **asdict(fitted)}))
+    (folder / "weights.json").write_text(json.dumps({"kind": weight_files.ENSEMBLE_KIND, **asdict(fitted)}))
     return folder / "weights.json"

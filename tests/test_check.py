@@ -10,7 +10,7 @@ import torch
 from conftest import make_dataset, unit_rows
 from PIL import Image
 
-from kutils.data import bad_rows, checking, image_files
+from kutils.data import bad_rows, checking, image_files, validation_check
 from kutils.data.checking import check_datasets
 from kutils.data.datasets import DataError, load_datasets
 from kutils.data.shards import Encoding, pack
@@ -181,13 +181,13 @@ def test_unreadable_images_are_named_with_their_reason(inputs, num_workers):
 def test_training_asks_for_validation_images(inputs):
     alone = Ranks(0, 1, torch.device("cpu"))
     data = load_datasets(["toy"])
-    checking.check_images(data, np.arange(80), 0, alone)
+    validation_check.check_images(data, np.arange(80), 0, alone)
     break_images(inputs / "toy_images")
     with pytest.raises(
         DataError, match=r"(?s)5 of 80 validation .*kutils.data.checking input/toy.tsv\n.*0000_1.png is empty"
     ):
-        checking.check_images(data, np.arange(80), 0, alone)
-    checking.check_images(data, np.arange(5, 80), 0, alone)
+        validation_check.check_images(data, np.arange(80), 0, alone)
+    validation_check.check_images(data, np.arange(5, 80), 0, alone)
 
 
 def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_change(inputs, monkeypatch):
@@ -198,11 +198,11 @@ def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_c
         return scan(read, rows, num_workers)
 
     def look(rows=range(40)):
-        checking.check_images(load_datasets(["toy"]), np.array(rows, np.int32), 0, alone)
+        validation_check.check_images(load_datasets(["toy"]), np.array(rows, np.int32), 0, alone)
         return looked_at[-1]
 
     monkeypatch.setattr(image_files, "scan", spy)
-    monkeypatch.setattr(checking, "SAMPLE", 10)
+    monkeypatch.setattr(validation_check, "SAMPLE", 10)
     broken = load_datasets(["toy"]).image_path(3)
     content = broken.read_bytes()
     broken.write_bytes(b"")
@@ -220,7 +220,7 @@ def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_c
         assert len(look()) == 40 and len(look()) == 10
     pack(inputs / "toy.tsv", Encoding(32, "png", None), num_workers=1, progress=False)
     assert len(look()) == 40 and len(look()) == 10
-    record, _ = checking.checked_record(load_datasets(["toy"]), np.arange(40))
+    record, _ = validation_check.checked_record(load_datasets(["toy"]), np.arange(40))
     record.write_text("{")
     assert len(look()) == 40 and len(look()) == 10
     shutil.rmtree(inputs / "toy.shards")
@@ -236,11 +236,11 @@ def test_ranks_share_the_sample(inputs, monkeypatch):
     """Two ranks after each other; what one gathers is its own."""
     data, scan, looked_at = load_datasets(["toy"]), image_files.scan, []
     monkeypatch.setattr(image_files, "scan", lambda read, rows, workers: looked_at.append(rows) or scan(read, rows))
-    monkeypatch.setattr(checking, "SAMPLE", 9)
+    monkeypatch.setattr(validation_check, "SAMPLE", 9)
     monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value, value])  # as if both had said it
     for _ in range(2):
         for rank in (1, 0):
-            checking.check_images(data, np.arange(41), 0, Ranks(rank, 2, torch.device("cpu")))
+            validation_check.check_images(data, np.arange(41), 0, Ranks(rank, 2, torch.device("cpu")))
     assert [len(rows) for rows in looked_at] == [20, 21, 5, 5]
     assert all((rows % 2 == rank).all() for rows, rank in zip(looked_at, (1, 0, 1, 0), strict=True))
 
@@ -254,9 +254,9 @@ def test_where_nothing_can_be_written_every_run_looks_at_all(inputs, monkeypatch
         image_files, "scan", lambda read, rows, workers: looked_at.append(len(rows)) or scan(read, rows)
     )
     monkeypatch.setattr(paths, "write_json", refuse)
-    monkeypatch.setattr(checking, "SAMPLE", 3)
+    monkeypatch.setattr(validation_check, "SAMPLE", 3)
     for _ in range(2):
-        checking.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
+        validation_check.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
     assert looked_at == [8, 8]
 
 

@@ -14,8 +14,7 @@ from conftest import make_dataset
 
 from kutils.data import index
 from kutils.data.datasets import load_datasets
-from kutils.data.index import DataError
-from kutils.system.tables import read_table, write_table
+from kutils.system.tables import DataError, read_table, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ import pytest
 from matplotlib import colors
 from PIL import Image
 
-from kutils.views import data_plots, figures, training_plots
+from kutils.views import data_plots, figures, model_style, training_plots
 
 ALL = [*figures.COLORS, figures.GREY]
 # Machado, Oliveira, Fernandes 2009, for the whole loss of one kind of cones, on linear RGB
@@ -79,13 +79,15 @@ def test_a_model_keeps_its_color_from_recipe_to_run():
         "ensemble": ("ensemble_tiny", "family weights"),
         "mine": ("mine_stage2_fold1", "mine_24gb_stage1"),
     }.items():
-        assert {figures.model_color(name) for name in names} == {figures.model_color(family)}
-        assert {figures.model_style(name).marker for name in names} == {figures.model_style(family).marker}
+        assert {model_style.model_color(name) for name in names} == {model_style.model_color(family)}
+        assert {model_style.model_style(name).marker for name in names} == {model_style.model_style(family).marker}
     together = ("convnext_large", "convnext_xxlarge", "vit_large", "eva02_large_clsavg", "eva02_large_clsonly")
-    looks = [figures.model_style(name) for name in (*together, "ensemble", "mean prompt")]
+    looks = [model_style.model_style(name) for name in (*together, "ensemble", "mean prompt")]
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == 7
-    assert figures.model_color("tiny_vit") != figures.model_color("tiny_convnext")
-    assert figures.model_style("vit_larger").marker != figures.model_style("vit_large").marker  # not of that family
+    assert model_style.model_color("tiny_vit") != model_style.model_color("tiny_convnext")
+    assert (
+        model_style.model_style("vit_larger").marker != model_style.model_style("vit_large").marker
+    )  # not of that family
 
 
 def test_models_of_one_figure_look_different():
@@ -93,22 +95,22 @@ def test_models_of_one_figure_look_different():
         "tiny_vit_stage2_fold0",
         "tiny_convnext_stage1_fold0",
     ]
-    styles = figures.model_styles(names)
+    styles = model_style.model_styles(names)
     assert list(styles) == names and len(set(styles.values())) == len(names)
-    assert styles["tiny_vit_stage1_fold0"] == figures.model_style("tiny_vit_stage1_fold0")
-    assert {styles[name].color for name in names[:-1]} == {figures.model_color("tiny_vit")}
+    assert styles["tiny_vit_stage1_fold0"] == model_style.model_style("tiny_vit_stage1_fold0")
+    assert {styles[name].color for name in names[:-1]} == {model_style.model_color("tiny_vit")}
 
 
 def test_a_stage_is_a_line_style():
     names = ("tiny_vit", "tiny_vit_stage1_fold0", "vit_large_8data_noaug_5epoch_fold1", "x_8data_noaug_1epoch_fold6")
-    assert [figures.model_style(name).linestyle for name in names] == ["-", "-", "--", "-."]
-    assert [figures.model_style(f"m_stage{stage}").linestyle for stage in (1, 2, 3, 4)] == ["-", "--", "-.", "-"]
+    assert [model_style.model_style(name).linestyle for name in names] == ["-", "-", "--", "-."]
+    assert [model_style.model_style(f"m_stage{stage}").linestyle for stage in (1, 2, 3, 4)] == ["-", "--", "-.", "-"]
 
 
 def test_an_unknown_model_has_the_same_color_in_another_session():
     code = "from kutils import figures; print(figures.model_color('swin_base'), figures.model_color('beit'))"
     told = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
-    assert told == {f"{figures.model_color('swin_base')} {figures.model_color('beit')}\n"}
+    assert told == {f"{model_style.model_color('swin_base')} {model_style.model_color('beit')}\n"}
 
 
 def test_importing_and_drawing_change_no_setting():

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from kutils.views import data_plots, figures, tiles, training_plots
+from kutils.views import data_plots, figures, model_style, tiles, training_plots
 from kutils.views.training_plots import PlotError
 
 
@@ -341,8 +341,8 @@ def test_models_disagree_in_their_colors(prompt):
     assert [axes.get_title() for axes in figure.axes[:2]] == ["agreement 0.100", "agreement 0.500"]
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes[:2]] == [1, 2]
     drawn = [(text.get_text(), text.get_color()) for text in figure.axes[0].texts if text.get_text()]
-    assert drawn[0] == ("tiny_vit", figures.model_color("tiny_vit")) and drawn[1][0].startswith(f"1 {prompt[:5]}")
-    assert drawn[2:] == [("ensemble", figures.model_color("ensemble")), ("a cat for $5", figures.TEXT)]
+    assert drawn[0] == ("tiny_vit", model_style.model_color("tiny_vit")) and drawn[1][0].startswith(f"1 {prompt[:5]}")
+    assert drawn[2:] == [("ensemble", model_style.model_color("ensemble")), ("a cat for $5", figures.TEXT)]
     figure.canvas.draw()
     extents = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
     assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(extents))
@@ -357,7 +357,7 @@ def test_neighbours_are_bars_in_the_colors_of_the_models():
     image, first, second = data_plots.neighbours(np.zeros((4, 4, 3), np.uint8), tables).axes
     assert len(image.images) == 1 and (first.get_title(), second.get_title()) == ("tiny_vit", "tiny_convnext")
     assert [bar.get_width() for bar in (*first.patches, *second.patches)] == [0.8, 0.5, 0.7, -0.1]
-    assert {to_hex(bar.get_facecolor()) for bar in second.patches} == {figures.model_color("tiny_convnext")}
+    assert {to_hex(bar.get_facecolor()) for bar in second.patches} == {model_style.model_color("tiny_convnext")}
     assert first.get_xlim() == second.get_xlim() and first.get_xlim()[0] == -0.1
     assert {"a cat for $5", "a dog for $6", "0.800", "-0.100"} <= set(texts(first.figure))
 
@@ -374,10 +374,12 @@ def test_bars_and_sets_that_are_models_have_their_colors():
         training_plots.weights(dict.fromkeys(names, 0.5)),
         training_plots.timing(dict.fromkeys(names, 1234.5)),
     ):
-        assert [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches] == list(map(figures.model_color, names))
+        assert [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches] == list(
+            map(model_style.model_color, names)
+        )
     assert "1,234" in texts(figure)
     lines = training_plots.similarity_histogram({name: [0.1, 0.2] for name in names}, threshold=0.15).axes[0].lines
-    assert [line.get_color() for line in lines[:3]] == list(map(figures.model_color, names))
+    assert [line.get_color() for line in lines[:3]] == list(map(model_style.model_color, names))
 
 
 def test_predictions_stay_in_the_order_given(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from kutils.data import datasets
 from kutils.runs import folders
 from kutils.system import devices
+from kutils.system import devices as system_devices
 from kutils.training import engine, profiling, train
 from kutils.training.log_interval import Interval
 
@@ -240,7 +241,7 @@ def test_a_run_that_waits_says_once_what_to_change(workspace, tiny_recipe, monke
     told = [line for line in capsys.readouterr().out.splitlines() if "waiting for images" in line]
     assert len(told) == (slow == "images")
     if told:
-        cores = profiling.usable_cores()
+        cores = system_devices.usable_cores()
         assert f"{cores} core" in told[0] and "for 1 rank: num_workers=1 instead of 0" in told[0]
         assert f"python -m kutils.data.shards {workspace}/input/toy.tsv --size 37" in told[0]
 

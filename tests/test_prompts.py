@@ -15,6 +15,7 @@ import pytest
 from kutils.generation import shapes
 from kutils.prompts import embedding
 from kutils.prompts import encoder as prompt_encoder
+from kutils.system import embedding_files
 from kutils.system.tables import TableError, write_table
 
 COMPETITION = json.loads((Path(__file__).parent / "data" / "competition_embeddings.json").read_text())
@@ -438,17 +439,17 @@ def test_embeddings_of_chosen_rows_come_along(tmp_path, minilm):
     embedding.embed_table(tmp_path / "all.tsv", minilm, progress=False)
     rows = np.array([3, 0, 4])
     write_table(tmp_path / "some.tsv", {"prompt": [texts[row] for row in rows]})
-    embedding.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    embedding_files.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
     np.testing.assert_array_equal(np.load(tmp_path / "some.npy"), np.load(tmp_path / "all.npy")[rows])
     before = (tmp_path / "some.npy").stat().st_mtime_ns
     embedding.embed_table(tmp_path / "some.tsv", minilm, progress=False)
-    embedding.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    embedding_files.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
     assert (tmp_path / "some.npy").stat().st_mtime_ns == before  # known to be of these prompts
 
     (tmp_path / "some.npy.json").unlink()  # someone else's by now
-    embedding.take_embeddings(tmp_path / "all.tsv", rows[::-1], tmp_path / "some.tsv")
+    embedding_files.take_embeddings(tmp_path / "all.tsv", rows[::-1], tmp_path / "some.tsv")
     assert (tmp_path / "some.npy").stat().st_mtime_ns == before
     (tmp_path / "all.npy.json").unlink()
     (tmp_path / "some.npy").unlink()
-    embedding.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    embedding_files.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
     assert not (tmp_path / "some.npy").exists()

@@ -15,7 +15,7 @@ from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import fit, trained_models
 from kutils.ensemble.members import EnsembleError, Member
 from kutils.ensemble.trained_models import RetrievalError
-from kutils.kaggle.mounts import MountError
+from kutils.ensemble.weight_files import MountError
 from kutils.models import checkpoints, networks
 from kutils.runs.folders import RunError
 from kutils.system import paths

@@ -15,13 +15,13 @@ from conftest import make_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kutils.data import checking, datasets, shards, transforms
+from kutils.data import datasets, shards, transforms, validation_check
 from kutils.data.datasets import EpochSampler, TrainingImages, ValidationImages, load_datasets
 from kutils.data.shards import Encoding, ShardError, pack
 from kutils.runs import folders
 from kutils.system.devices import Ranks
 from kutils.system.tables import read_table, write_table
-from kutils.training import train
+from kutils.training import resume, train
 
 LOSSLESS = Encoding(10_000, "png", None)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -137,7 +137,7 @@ def test_shards_replace_the_files(packed, inputs, tiny_recipe):
     data = load_datasets(["toy"])
     assert ValidationImages(data, np.array([5]), 16)[0]["image"].shape == (3, 16, 16)
     assert data.decode_image(5).shape == (3, 20, 20)
-    checking.check_images(data, np.arange(80), 0, ALONE)  # of training
+    validation_check.check_images(data, np.arange(80), 0, ALONE)  # of training
 
 
 def test_sizes_by_hand():
@@ -365,8 +365,8 @@ def test_a_killed_pack_goes_on(packed, inputs):
 def test_packing_between_a_cut_and_going_on_is_said(packed, workspace, tiny_recipe, capsys):
     data = load_datasets(["toy"])
     state = {"block_rows": data.block_rows}
-    train.check_order(state, data, ALONE)
+    resume.check_order(state, data, ALONE)
     assert not capsys.readouterr().out
     packed()
-    train.check_order(state, load_datasets(["toy"]), ALONE)
+    resume.check_order(state, load_datasets(["toy"]), ALONE)
     assert "packed or unpacked since the run was cut" in capsys.readouterr().out and state == {"block_rows": 16}

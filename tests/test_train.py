@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from kutils.data import checking, datasets, transforms
+from kutils.data import datasets, transforms, validation_check
 from kutils.models import checkpoints
 from kutils.runs.folders import read_metrics
 from kutils.runs.recipes import load_recipe
@@ -177,12 +177,12 @@ def test_a_validation_image_that_broke_after_it_was_checked_is_named(workspace, 
     path = recipe_file(epochs=1, num_workers=1)
     data = datasets.load_datasets(["toy"])
     rows = data.validation_rows(0)
-    checking.check_images(data, rows, 0, devices.Ranks(0, 1, torch.device("cpu")))
-    record, _ = checking.checked_record(data, rows)
+    validation_check.check_images(data, rows, 0, devices.Ranks(0, 1, torch.device("cpu")))
+    record, _ = validation_check.checked_record(data, rows)
     broken = data.image_path(int(rows[3]))
     content = broken.read_bytes()
     broken.write_bytes(b"")
-    monkeypatch.setattr(checking, "SAMPLE", 0)
+    monkeypatch.setattr(validation_check, "SAMPLE", 0)
     assert record.is_file() and start(path, "checkpoint_every_steps=1") == 1
     said = capsys.readouterr().err.splitlines()
     assert said == [

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from kutils.benchmarks import measuring
 from kutils.data import datasets, image_files, shards
-from kutils.data.index import map_embeddings, open_index
+from kutils.data.index import open_index
 from kutils.generation import shapes
 from kutils.runs import launch, recipes
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system import paths
+from kutils.system.embedding_files import EMBEDDING_DIM, map_embeddings
 from kutils.system.tables import write_table
 
 IMAGE_SIZE = 512  # px, of images that are checked

@@ -13,8 +13,9 @@ from kutils.ensemble import image_cache, within_budget
 from kutils.ensemble.fit import Ensemble
 from kutils.ensemble.members import Member
 from kutils.models import checkpoints, networks
-from kutils.runs.recipes import EMBEDDING_DIM, Recipe
+from kutils.runs.recipes import Recipe
 from kutils.system import paths
+from kutils.system.embedding_files import EMBEDDING_DIM
 
 BACKBONES = ("test_convnext", "test_vit", "test_efficientnet")
 INPUT_SIZE, IMAGE_SIZE = 96, 512  # px; the competition's images have 512

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 
 from kutils.benchmarks import measuring
 from kutils.benchmarks.measuring import BenchmarkError, entry, peak_megabytes, private_megabytes
-from kutils.data import checking, datasets, transforms
+from kutils.data import datasets, transforms, validation_check
 from kutils.models import networks
 from kutils.runs import launch, recipes
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system import devices, paths, tables
+from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.training import losses, optimizers
 
@@ -144,8 +144,12 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
         batches = sampler.batches(epoch=0)
         next(batches)
         result["epoch"] = private_megabytes() - before
-    paths.write_json(*checking.checked_record(data, data.validation_rows(0)))  # a former run has seen all: 16 minutes
-    checking.check_images(pictures, data.validation_rows(0), NUM_WORKERS, devices.Ranks(0, 1, torch.device("cpu")))
+    paths.write_json(
+        *validation_check.checked_record(data, data.validation_rows(0))
+    )  # a former run has seen all: 16 minutes
+    validation_check.check_images(
+        pictures, data.validation_rows(0), NUM_WORKERS, devices.Ranks(0, 1, torch.device("cpu"))
+    )
     loader = DataLoader(
         training_images,
         batch_sampler=itertools.islice(batches, NUM_BATCHES),

@@ -9,9 +9,8 @@ import pyarrow as pa
 
 from kutils.data import image_files
 from kutils.data.datasets import last_values
-from kutils.data.index import DataError, unusable
 from kutils.data.quarantine import ADDED_COLUMNS
-from kutils.system.tables import read_table
+from kutils.system.tables import DataError, read_table, unusable
 
 
 class Rows:

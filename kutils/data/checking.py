@@ -5,9 +5,6 @@ before its first step, since every validation row must be scored.
 """
 
 import argparse
-import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,72 +16,15 @@ import pyarrow.compute as pc
 
 from kutils.data import image_files
 from kutils.data.bad_rows import Rows, find_bad_rows, split, torn_prompts
-from kutils.data.datasets import PromptImages
-from kutils.data.index import DataError, cache_path, fingerprint, make_again, open_embeddings
 from kutils.data.quarantine import set_apart
-from kutils.data.shards import record_path, shards_folder
+from kutils.data.validation_check import MOST_LISTED
 from kutils.prompts import embedding
-from kutils.system import paths
-from kutils.system.devices import Ranks
+from kutils.system import embedding_files, paths
+from kutils.system.embedding_files import make_again, open_embeddings
+from kutils.system.tables import DataError
 
 SAME_COSINE = 0.999  # of a prompt embedded again; another device or precision stays above it
 ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
-SAMPLE = 256  # images of those that have been checked before: a second
-MOST_LISTED = 10  # bad rows, or images that cannot be read
-
-
-def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: Ranks) -> None:
-    """Decode the images of all rows, shared among ranks and workers; of rows that a run has found in order, a sample.
-
-    What was found in order is kept below `working/cache/`, and forgotten when a table, embeddings or shards of the data
-    change. (505,015 rows of 768 px take two processes 16 minutes.)
-
-    Raises: DataError on every rank, listing the first ten that cannot be read.
-    """
-    path, facts = checked_record(data, rows)
-    known = ranks.gather_objects(read_record(path) == facts)[0]
-    own_rows = rows[ranks.rank :: ranks.world_size]
-    if known:  # images that have gone as a whole, or a disk that is not mounted, are noticed still
-        count = min(len(own_rows), -(-SAMPLE // ranks.world_size))
-        own_rows = np.random.default_rng().choice(own_rows, count, replace=False)
-    scan = image_files.scan(data.read_image, own_rows, num_workers)
-    own = [f"{data.image_path(row)}{reason.removeprefix('image')}" for row, reason in scan.unreadable()]
-    gathered = ranks.gather_objects((own, len(own_rows)))
-    found = [message for messages, _ in gathered for message in messages]
-    if found:
-        forget_checked(data, rows)
-        looked_at = sum(count for _, count in gathered)
-        listed, files = "\n  ".join(found[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
-        raise DataError(
-            f"{len(found)} of {looked_at} validation images cannot be read, and every row must be scored; make them "
-            f"anew, or set their rows apart: python -m kutils.data.checking {files}\n  {listed}"
-        )
-    if ranks.is_main and not known:
-        with contextlib.suppress(OSError):  # where nothing can be written, the next run looks at all
-            paths.write_json(path, facts)
-
-
-def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
-    """Where it is kept that all images of some rows could be read, and the facts for which it holds."""
-    digest = hashlib.sha256(np.ascontiguousarray(rows, np.int64)).hexdigest()
-    packed = [record_path(shards_folder(data.root / f"{name}.tsv")) for name in data.names]
-    status = [[item.st_size, item.st_mtime_ns] for path in packed if path.is_file() for item in [path.stat()]]
-    facts = fingerprint(data.root, data.names) | {"shards": status, "rows_sha256": digest}
-    return cache_path(data.root, data.names, f".{digest[:8]}.checked.json"), facts
-
-
-def forget_checked(data: PromptImages, rows: np.ndarray) -> None:
-    """Let the next run look at the images of all rows again."""
-    with contextlib.suppress(OSError):
-        checked_record(data, rows)[0].unlink(missing_ok=True)
-
-
-def read_record(path: Path) -> dict | None:
-    """What a former check has written; None where there is nothing, or it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -185,7 +125,7 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int,
         good: int64, rows that may be embedded again; verify: how many of them are.
         report: gets `embeddings` (fit, missing or wrong), and what is to be said about them.
     """
-    npy_path, record = path.with_suffix(".npy"), embedding.read_record(path.with_suffix(".npy.json"))
+    npy_path, record = path.with_suffix(".npy"), embedding_files.read_record(path.with_suffix(".npy.json"))
     if not npy_path.is_file():
         report["embeddings"] = "missing"
         report["warnings"].append(f"{npy_path} is not there yet: python input/gen_prompt_embedding.py {path}")
@@ -195,7 +135,7 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int,
     except DataError as error:
         problem = str(error)
     else:
-        problem = embedding.describe_mismatch(path, table["prompt"])
+        problem = embedding_files.describe_mismatch(path, table["prompt"])
         if not problem and verify and len(good):
             rows = np.sort(np.random.default_rng(0).permutation(good)[:verify])
             problem = embed_again(npy_path, table["prompt"].take(pa.array(rows)), embeddings[rows], rows, record)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from kutils.data import transforms
-from kutils.data.index import DataError, DatasetIndex, map_embeddings, open_index
+from kutils.data.index import DatasetIndex, open_index
 from kutils.data.shards import ROWS_PER_SHARD, Shards, open_shards
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system import paths
+from kutils.system.embedding_files import EMBEDDING_DIM, map_embeddings
+from kutils.system.tables import DataError
 
 BLOCK = 65_536  # rows of embeddings that are copied at a time
 WINDOW_BLOCKS = 32  # shards that an epoch mixes: 65,536 rows, 3 GB of images in the system's memory at 448 px

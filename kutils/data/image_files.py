@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kutils.data import transforms
-from kutils.data.index import DataError
 from kutils.system.progress import progress_bar
+from kutils.system.tables import DataError
 
 CHUNK = 64  # images that a worker looks at before it reports
 BLANK_DEVIATION = 2.0  # of 255: a picture whose every channel has a smaller standard deviation is blank

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from kutils.data.datasets import PromptImages, load_datasets
-from kutils.data.index import cache_path, fingerprint, map_once, open_embeddings
+from kutils.data.index import cache_path, fingerprint
 from kutils.prompts.similarity import exact_products, unit_rows
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system import paths
+from kutils.system.arrow import map_once
 from kutils.system.devices import pick_device
+from kutils.system.embedding_files import EMBEDDING_DIM, open_embeddings
 from kutils.system.progress import progress_bar
 from kutils.system.tables import read_table
 

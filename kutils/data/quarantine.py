@@ -6,9 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.data.datasets import read_clean_mark
-from kutils.data.index import map_embeddings
-from kutils.prompts import embedding
-from kutils.system import paths
+from kutils.system import embedding_files, paths
+from kutils.system.embedding_files import map_embeddings
 from kutils.system.tables import folds_hash, hash_prompts, holds, write_table
 
 ADDED_COLUMNS = ("line", "reason")
@@ -49,8 +48,8 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     for suffix in (".tsv", ".npy", ".npy.json", ".clean.npz", ".folds.json"):
         checked.with_suffix(suffix).unlink(missing_ok=True)
     if with_embeddings:
-        embedding.copy_rows(map_embeddings(path.with_suffix(".npy"), len(bad)), good, checked.with_suffix(".npy"))
-        record = embedding.read_record(path.with_suffix(".npy.json"))
+        embedding_files.copy_rows(map_embeddings(path.with_suffix(".npy"), len(bad)), good, checked.with_suffix(".npy"))
+        record = embedding_files.read_record(path.with_suffix(".npy.json"))
         if record is not None:
             facts = {"rows": len(good), "prompts_sha256": hash_prompts(kept["prompt"])}
             paths.write_json(checked.with_suffix(".npy.json"), record | facts)

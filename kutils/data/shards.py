@@ -25,10 +25,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kutils.data import transforms
-from kutils.data.index import DataError, check_rows
 from kutils.system import children, paths
 from kutils.system.progress import progress_bar
-from kutils.system.tables import hash_prompts, read_table
+from kutils.system.tables import DataError, check_rows, hash_prompts, read_table
 
 VERSION = 1  # of the files; others are packed anew
 ROWS_PER_SHARD = 2048  # 90 MB of WebP at 448 px

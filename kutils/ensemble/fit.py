@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from kutils.data.prompt_bank import PromptBank, in_fold
-from kutils.ensemble import blending
+from kutils.ensemble import blending, weight_files
 from kutils.ensemble.members import (
     FIT_FOLD,
     EnsembleError,
@@ -30,9 +30,8 @@ from kutils.ensemble.members import (
     load_targets,
     read_config,
 )
-from kutils.kaggle import mounts
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system import paths
+from kutils.system.embedding_files import EMBEDDING_DIM
 
 BANK_PROMPTS = 4096  # that travel with the weights: they say in words what a prediction means
 
@@ -160,7 +159,7 @@ def remove_neighbours(weights: Path) -> None:
 
 
 def to_json(fitted: Ensemble) -> str:
-    return json.dumps({"kind": mounts.ENSEMBLE_KIND, **asdict(fitted)}, indent=2) + "\n"
+    return json.dumps({"kind": weight_files.ENSEMBLE_KIND, **asdict(fitted)}, indent=2) + "\n"
 
 
 def write_ensemble(fitted: Ensemble, path: Path) -> None:

@@ -14,6 +14,7 @@ from kutils.ensemble import blending
 from kutils.models import checkpoints
 from kutils.runs import recipes
 from kutils.system import paths
+from kutils.training.out_of_fold import read_predictions
 
 FIT_FOLD = 0  # on which weights are fitted, with the one member of each family that was validated there
 
@@ -159,7 +160,7 @@ def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str
         member = next(member for member in members if member.fold == FIT_FOLD)
         recipe = recipes.load_recipe(member.recipe)
         path = recipe.run_folder(FIT_FOLD) / f"fold{FIT_FOLD}_predictions.npz"
-        saved = read_predictions(path, member)
+        saved = read_predictions(path, how_to_train(member))
         if saved["fold"] != FIT_FOLD:
             raise EnsembleError(f"{path} was validated on fold {saved['fold']}; the fit needs fold {FIT_FOLD}")
         common = common or {**saved, "path": path}
@@ -173,18 +174,6 @@ def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str
         checkpoints.check_folds(checkpoints.read(checkpoint), FIT_FOLD, json.loads(saved["folds_hash"]), checkpoint)
         predictions[family] = saved["embeddings"]
     return predictions, common
-
-
-def read_predictions(path: Path, member: Member) -> dict:
-    """The arrays and texts of a run's out-of-fold predictions; EnsembleError if they are not there or damaged."""
-    if not path.is_file():
-        raise EnsembleError(f"{path} is not there; {how_to_train(member)}")
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {key: saved[key] for key in ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")}
-    except Exception as error:  # NumPy and zipfile raise errors of many kinds
-        raise EnsembleError(f"{path} cannot be read ({error}); {how_to_train(member)}") from error
-    return {key: value if value.ndim else value.item() for key, value in arrays.items()}
 
 
 def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from kutils.data.prompt_bank import PromptBank, in_fold
 from kutils.ensemble import blending
-from kutils.ensemble.members import EnsembleError, Member, load_targets, read_predictions
+from kutils.ensemble.members import EnsembleError, Member, how_to_train, load_targets
 from kutils.runs import folders
+from kutils.training.out_of_fold import read_predictions
 
 NEIGHBOURS, TEMPERATURES = (5, 20, 50), (0.02, 0.05, 0.1)
 MOST_ROWS = 20_000  # of a fold that are looked at
@@ -66,7 +67,7 @@ def measure(
     """
     fold = folders.result_of(folder)["fold"]
     path = folder / f"fold{fold}_predictions.npz"
-    saved = read_predictions(path, Member(str(folder / "config.yaml"), fold))
+    saved = read_predictions(path, how_to_train(Member(str(folder / "config.yaml"), fold)))
     targets, prompts, _ = load_targets(saved)
     rows = np.flatnonzero(np.isfinite(saved["embeddings"]).all(axis=1))
     if len(rows) > MOST_ROWS:

@@ -26,8 +26,9 @@ from kutils.ensemble import fit
 from kutils.ensemble.image_cache import PixelCache, find_images
 from kutils.models import checkpoints
 from kutils.runs import recipes
-from kutils.runs.recipes import EMBEDDING_DIM, Recipe
+from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
+from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 
 BATCH_SIZE = 64

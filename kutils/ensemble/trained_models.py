@@ -15,11 +15,10 @@ import pandas as pd
 from kutils.data import prompt_bank
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import fit as ensembles
-from kutils.ensemble import predict, within_budget
+from kutils.ensemble import predict, weight_files, within_budget
 from kutils.ensemble.fit import Ensemble
 from kutils.ensemble.image_cache import PixelCache
 from kutils.ensemble.members import EnsembleError
-from kutils.kaggle import mounts
 from kutils.models import checkpoints
 from kutils.runs import folders, recipes
 from kutils.system import devices, paths
@@ -55,7 +54,7 @@ def find_models(names: Sequence[str] = ()) -> list[TrainedModel]:
         return [model_of_run(folder) for folder in folders.find_finished() if checkpoint_of(folder).is_file()]
     found: dict[Path, TrainedModel] = {}
     for name in names:
-        if (path := Path(name)).suffix in mounts.CHECKPOINT_SUFFIXES:
+        if (path := Path(name)).suffix in weight_files.CHECKPOINT_SUFFIXES:
             models = [TrainedModel(path.stem, path, checkpoints.read(path).get("cosine_similarity"))]
         else:
             models = [model_of_run(folder) for folder in folders.find_finished([name])]
@@ -136,7 +135,7 @@ def embed_images(
 def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, path: Path | None = None) -> np.ndarray:
     """What an ensemble predicts for images, of which each is readable, by all of its members: float32 [n, 384]."""
     ensemble = ensemble.with_weight()
-    found = mounts.find_checkpoints(ensemble.files(), mounts.weight_folders(), path)
+    found = weight_files.find_checkpoints(ensemble.files(), weight_files.weight_folders(), path)
     files = {member: found[member.checkpoint] for member in ensemble.members()}
     bank = ensembles.load_neighbours(ensemble, found)
     *_, state = within_budget.predict_ensemble(ensemble, files, images, device=device, bank=bank)

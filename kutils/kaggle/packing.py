@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kutils.ensemble import fit
-from kutils.kaggle import client, mounts, submission
+from kutils.ensemble import fit, weight_files
+from kutils.kaggle import client, submission
 from kutils.kaggle.client import Pushed
 from kutils.kaggle.metadata import KaggleError
 from kutils.models import checkpoints
@@ -127,7 +127,7 @@ def stage_weights(settings: Settings) -> Path:
     if not source.is_file():
         raise KaggleError(f"{source} is not there: python -m kutils.ensemble.fit fit --config {settings.ensemble}")
     fitted = fit.load_ensemble(source).with_weight()
-    found = mounts.find_checkpoints(fitted.files(), [source.parent])
+    found = weight_files.find_checkpoints(fitted.files(), [source.parent])
     with staged("weights") as folder:
         packed, manifest = {}, {}
         for family, members in fitted.families.items():

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from kutils.runs.recipes import EMBEDDING_DIM, SUBMISSION_HEADER
 from kutils.system import paths
+from kutils.system.embedding_files import EMBEDDING_DIM
 
+SUBMISSION_HEADER = "imgId_eId,val"
 COLUMNS = SUBMISSION_HEADER.split(",")
 CHUNK_IMAGES = 256  # written and compared at once: 98,304 rows
 BLOCK_BYTES = 1 << 20  # read at once

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 import shutil
 import time
@@ -15,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kutils.data.index import make_again
 from kutils.prompts.encoder import DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system import devices, paths
 from kutils.system.chunks import ChunkFiles
+from kutils.system.embedding_files import EMBEDDING_DIM, read_record, reserve
 from kutils.system.progress import progress_bar
 from kutils.system.tables import hash_prompts, read_table
 
@@ -231,62 +229,6 @@ def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
         num_truncated += int(chunk["num_truncated"])
     out.flush()
     return num_truncated
-
-
-def take_embeddings(tsv_path: Path | str, rows: np.ndarray, target_path: Path | str) -> None:
-    """Write `<name>.npy` beside a table whose rows are those rows of another, embedded one: nothing is encoded again.
-
-    Does nothing where it is not known what the other's embeddings are of, or whose those at the target are.
-
-    Args:
-        rows: int [n], at least one.
-    """
-    source_path, npy_path = Path(tsv_path).with_suffix(".npy"), Path(target_path).with_suffix(".npy")
-    record_path = npy_path.with_suffix(".npy.json")
-    record, former = read_record(source_path.with_suffix(".npy.json")), read_record(record_path)
-    if record is None or (npy_path.is_file() and former is None):
-        return
-    record |= {"rows": len(rows), "prompts_sha256": hash_prompts(read_table(target_path, ["prompt"])["prompt"])}
-    if npy_path.is_file() and former == record:
-        return
-    record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
-    copy_rows(np.load(source_path, mmap_mode="r"), rows, npy_path)
-    paths.write_json(record_path, record)
-
-
-def copy_rows(embeddings: np.ndarray, rows: np.ndarray, npy_path: Path) -> None:
-    """Write some rows of mapped embeddings to a file of their own, block by block, whole or not at all."""
-    with paths.atomic_path(npy_path) as temporary:
-        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), EMBEDDING_DIM))
-        reserve(temporary)
-        for start in range(0, len(rows), CHUNK_PROMPTS):
-            out[start : start + CHUNK_PROMPTS] = embeddings[rows[start : start + CHUNK_PROMPTS]]
-        out.flush()
-
-
-def reserve(path: Path) -> None:
-    """Allocate a new file's disk space now: a memory map on a full disk would end the process with SIGBUS."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
-
-
-def describe_mismatch(tsv_path: Path, prompts: pa.ChunkedArray) -> str:
-    """What to say where the record beside a table's .npy names other prompts than the table; empty if it fits.
-
-    Also empty where there is no record: then nobody knows.
-    """
-    npy_path, record = tsv_path.with_suffix(".npy"), read_record(tsv_path.with_suffix(".npy.json"))
-    if record is None or record.get("prompts_sha256") == hash_prompts(prompts):
-        return ""
-    return f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}"
-
-
-def read_record(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

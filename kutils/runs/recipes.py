@@ -13,9 +13,6 @@ import yaml
 
 from kutils.system import paths
 
-EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
-SUBMISSION_HEADER = "imgId_eId,val"
-
 
 class ConfigError(ValueError):
     """A recipe or an override that cannot be used as it is; the message names the key and says what to do."""

@@ -146,3 +146,20 @@ def join_workers(device_name: str) -> Ranks:
 def leave_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def device_name(ranks: Ranks) -> str:
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+
+
+def machine_facts(ranks: Ranks) -> dict:
+    """What loading can be judged by: cores, ranks_per_machine, and gpu_gb (10**9 bytes) where there is a GPU."""
+    facts = {"cores": usable_cores(), "ranks_per_machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+    if ranks.device.type == "cuda":
+        facts["gpu_gb"] = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
+    return facts
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +136,26 @@ def folds_hash(prompts: pa.Array | Sequence[str], folds: np.ndarray) -> str:
         for prompt, fold in zip(batch["prompt"].to_pylist(), batch["fold"].to_pylist(), strict=True):
             digest.update(f"{prompt}\t{fold}\n".encode())
     return digest.hexdigest()
+
+
+class DataError(ValueError):
+    """A data set that cannot be trained on; the message names file and row and says what to do."""
+
+
+def check_rows(path: Path, table: pa.Table) -> None:
+    """Raise DataError for the first row that training could not use, apart from its fold."""
+    if table.num_rows == 0:
+        raise DataError(f"{path} has a header and no rows")
+    for column, bad, advice in unusable(table):
+        row = pc.index(bad, True).as_py()
+        if row >= 0:
+            raise DataError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")
+
+
+def unusable(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray, str]]:
+    """What training cannot use in a table: column, which rows (bool), and what to do about them."""
+    unsafe = r"^[/~]|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|^\s*$"
+    yield "prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt"
+    if "image" in table.column_names:  # a list of prompts has none yet
+        advice = "image paths are relative to input/, without .."
+        yield "image", pc.match_substring_regex(table["image"], unsafe), advice

@@ -73,3 +73,24 @@ def save_predictions(
                 folds_hash=json.dumps(data.folds_hashes, sort_keys=True),
                 **facts,
             )
+
+
+class PredictionsError(ValueError):
+    """Out-of-fold predictions that are missing or damaged; the message names the file and says what to do."""
+
+
+def read_predictions(path: Path, advice: str) -> dict:
+    """The arrays and texts of a run's out-of-fold predictions.
+
+    Args:
+        advice: how to make them, for the error's message.
+    Raises: PredictionsError if they are not there or damaged.
+    """
+    if not path.is_file():
+        raise PredictionsError(f"{path} is not there; {advice}")
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = {key: saved[key] for key in ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")}
+    except Exception as error:  # NumPy and zipfile raise errors of many kinds
+        raise PredictionsError(f"{path} cannot be read ({error}); {advice}") from error
+    return {key: value if value.ndim else value.item() for key, value in arrays.items()}

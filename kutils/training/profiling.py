@@ -228,11 +228,6 @@ class DataWait:
         return share if self.told else None
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -> str:
     """What to change where a run waits for data.
 

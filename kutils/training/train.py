@@ -21,25 +21,19 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from kutils.data import checking, datasets, transforms
+from kutils.data import datasets, transforms, validation_check
 from kutils.models import checkpoints, networks
 from kutils.runs import finished, folders, launch, recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import children, devices, paths, progress
-from kutils.system.devices import Ranks
+from kutils.system.devices import Ranks, device_name, machine_facts
 from kutils.training import engine, optimizers, out_of_fold, profiling
+from kutils.training.loading import batch_split, check_bad_images, loader_options
 from kutils.training.log_interval import Interval
+from kutils.training.resume import TrainingError, check_order, check_same_folder, load_resume, random_state
 
-# batches that a worker is ahead: of 32 images of 384 px, 8 workers hold 227 MB. A device as fast as the loader that
-# pauses now and then waits 7.7 % of the time; 7.4 % with 4, 5.5 % with 8
-PREFETCHED = 2
 POLL_SECONDS = 5.0  # between two looks for a signal: most of a cluster's grace period is left for saving
 LOGGED = ("images_per_second", "data_wait", "gpu_memory_gb")  # of an interval; the last where there is a GPU
-MOST_BAD_IMAGES = 0.001  # share of unreadable training images that stops a run, once 1,000 images have been seen
-
-
-class TrainingError(ValueError):
-    """Training that cannot go on; the message says why and how to go on."""
 
 
 def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
@@ -126,7 +120,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
     )  # resume state: weights and three of MADGRAD's, twice for a moment
     resume_path = folder / "resume.pt"
     if not resume_path.is_file():
-        checking.check_images(data, validation_rows, recipe.num_workers, ranks)
+        validation_check.check_images(data, validation_rows, recipe.num_workers, ranks)
     ranks.barrier()
     state = {
         "epoch": 0,
@@ -238,7 +232,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
             with record_function(profiling.EVALUATION):
                 found = engine.evaluate(network, validation_loader, recipe, dtype, ranks, total=len(validation_rows))
         except transforms.ImageError as error:
-            checking.forget_checked(data, validation_rows)
+            validation_check.forget_checked(data, validation_rows)
             reason = (
                 str(error).splitlines()[-1].removeprefix("kutils.data.transforms.ImageError: ")
             )  # of a worker's traceback
@@ -294,118 +288,6 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
         print(f"finished: {folders.describe(result)}\nsaved {best_path}", flush=True)
     ranks.barrier()
     return result
-
-
-def check_same_folder(folder: Path, ranks: Ranks) -> None:
-    """Raise TrainingError on every rank if nodes do not share the run folder: only one of them could resume."""
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # torchrun's number of nodes
-        return
-    mark = folder / ranks.gather_objects(f".shared-{os.getpid()}-{time.time_ns()}")[0]
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    ranks.barrier()
-    blind = [rank for rank, sees in enumerate(ranks.gather_objects(mark.is_file())) if not sees]
-    if ranks.is_main:
-        mark.unlink()
-    if blind:
-        raise TrainingError(
-            f"ranks {', '.join(map(str, blind))} do not see what rank 0 writes to {folder}: the nodes must share "
-            "working/runs and working/models, or be given such places by run_dir= and model_dir="
-        )
-
-
-def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
-    """Local batch size and number of accumulated batches; ValueError if they do not make up the global batch."""
-    local = min(recipe.max_local_batch_size, recipe.global_batch_size // world_size)
-    if local == 0 or recipe.global_batch_size % (world_size * local):
-        raise TrainingError(
-            f"global_batch_size={recipe.global_batch_size} is no multiple of {world_size} ranks x "
-            f"max_local_batch_size={recipe.max_local_batch_size}; change one of them"
-        )
-    return local, recipe.global_batch_size // (world_size * local)
-
-
-def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
-    return {
-        "num_workers": recipe.num_workers,
-        "collate_fn": datasets.collate,
-        "pin_memory": ranks.device.type == "cuda",
-        "prefetch_factor": PREFETCHED if recipe.num_workers else None,
-        "worker_init_fn": start_worker,
-        "generator": torch.Generator(),  # a loader draws a seed when it starts; drop path's generator must not notice
-    }
-
-
-def start_worker(number: int) -> None:
-    """Let a data loader's process end with its rank, however that ends; it would notice after five seconds itself."""
-    children.end_with_parent()
-
-
-def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, ranks: Ranks) -> None:
-    """List unreadable training images in the run folder; TrainingError above 0.1 % of at least 1,000 images."""
-    if not bad:
-        return
-    path = folder / "unreadable_images.tsv"
-    if ranks.is_main:
-        lines = [f"{row}\t{data.images[row].as_py()}\t{reason}\n" for row, reason in sorted(set(bad))]
-        with paths.atomic_path(path) as temporary:
-            temporary.write_text("row\timage\treason\n" + "".join(lines), encoding="utf-8")
-    if seen >= 1000 and len(bad) > MOST_BAD_IMAGES * seen:
-        raise TrainingError(
-            f"{len(bad)} of {seen} training images could not be read, more than {MOST_BAD_IMAGES:.1%}; they are listed "
-            f"in {path}. Make them anew or remove their rows, and start again"
-        )
-
-
-def random_state(ranks: Ranks) -> dict:
-    """torch's generators of this rank; augmentation and sampling need none, they are keyed by seed, epoch and row."""
-    state = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return state
-
-
-def load_resume(path: Path, network, optimizer, scaler, ranks: Ranks) -> dict:
-    """Put a cut run's state back; returns epoch, step, best score and counts."""
-    content = checkpoints.read(path)
-    network.load_state_dict(content.pop("model"))
-    optimizer.load_state_dict(content.pop("optimizer"))
-    scaler.load_state_dict(content.pop("scaler"))
-    random, world_size = content.pop("random"), content.pop("world_size")
-    if world_size == ranks.world_size:
-        torch.set_rng_state(random[ranks.rank]["cpu"])
-        if ranks.device.type == "cuda" and "cuda" in random[ranks.rank]:
-            torch.cuda.set_rng_state(random[ranks.rank]["cuda"], ranks.device)
-    elif ranks.is_main:
-        print(
-            f"warning: cut with {world_size} ranks, going on with {ranks.world_size}: drop path is drawn anew",
-            flush=True,
-        )
-    return content
-
-
-def check_order(state: dict, data: datasets.PromptImages, ranks: Ranks) -> None:
-    """Say so where images were packed, or unpacked, since a run was cut: the rest of its epoch has another order."""
-    if state["block_rows"] != data.block_rows and ranks.is_main:
-        print(
-            "warning: images were packed or unpacked since the run was cut: in the epoch it goes on with, some prompts "
-            "come twice and others not",
-            flush=True,
-        )
-    state["block_rows"] = data.block_rows
-
-
-def device_name(ranks: Ranks) -> str:
-    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-
-
-def machine_facts(ranks: Ranks) -> dict:
-    """What loading can be judged by: cores, ranks_per_machine, and gpu_gb (10**9 bytes) where there is a GPU."""
-    facts = {"cores": profiling.usable_cores(), "ranks_per_machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
-    if ranks.device.type == "cuda":
-        facts["gpu_gb"] = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
-    return facts
 
 
 def watch_for_sigterm():

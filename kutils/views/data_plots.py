@@ -23,13 +23,13 @@ from kutils.views.figures import (
     despine,
     finite,
     legend_below,
-    model_color,
     new_axes,
     new_figure,
     styled,
     thousands,
     wrap,
 )
+from kutils.views.model_style import model_color
 from kutils.views.tiles import LINE_INCHES, count_lines, new_tiles, show_image, show_tile
 
 MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart

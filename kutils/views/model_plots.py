@@ -16,11 +16,11 @@ from kutils.views.figures import (
     check_same_length,
     despine,
     legend_below,
-    model_styles,
     new_axes,
     styled,
     thousands,
 )
+from kutils.views.model_style import model_styles
 
 FILLS = {"-": "full", "--": "none", "-.": "left", ":": "bottom"}  # of dots, which have no line that tells a stage
 

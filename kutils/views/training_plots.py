@@ -19,7 +19,6 @@ from kutils.views.figures import (
     COLORS,
     GREEN,
     GREY,
-    LINES,
     ORANGE,
     SMALL_FONT,
     TEXT,
@@ -27,15 +26,14 @@ from kutils.views.figures import (
     bars,
     check_same_length,
     despine,
-    family_of,
     finite,
     legend_below,
-    model_color,
     new_axes,
     styled,
     thousands,
     wrap,
 )
+from kutils.views.model_style import LINES, family_of, model_color
 from kutils.views.tiles import count_lines, new_tiles, show_image, show_tile
 
 save, errors_shown = figures.save, figures.errors_shown  # `plots` is what a notebook imports

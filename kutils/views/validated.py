@@ -11,8 +11,9 @@ import pandas as pd
 from kutils.data.datasets import PromptImages
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending, trained_models
-from kutils.ensemble.members import FIT_FOLD, EnsembleError, Member, load_predictions, read_predictions
+from kutils.ensemble.members import FIT_FOLD, EnsembleError, Member, how_to_train, load_predictions
 from kutils.runs import folders as runs_folders
+from kutils.training.out_of_fold import PredictionsError, read_predictions
 
 MEAN = "ensemble of equal weights"  # where none was fitted
 
@@ -58,7 +59,7 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
             continue
         try:
             found[folder] = predictions_of(data, folder, fold)
-        except (EnsembleError, ExplorationError) as error:
+        except (EnsembleError, PredictionsError, ExplorationError) as error:
             notes.append(f"{folder.name} is left out: {error}")
             continue
         own = found[folder][0]
@@ -96,9 +97,11 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
 def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows int64 [n] of the data sets and a run's predictions of them, float32 [n, 384].
 
-    Raises: EnsembleError if they are not there or damaged; ExplorationError if they are of other data.
+    Raises: PredictionsError if they are not there or damaged; ExplorationError if they are of other data.
     """
-    saved = read_predictions(folder / f"fold{fold}_predictions.npz", Member(str(folder / "config.yaml"), fold))
+    saved = read_predictions(
+        folder / f"fold{fold}_predictions.npz", how_to_train(Member(str(folder / "config.yaml"), fold))
+    )
     hashes = json.loads(saved["folds_hash"])
     if missing := sorted(set(hashes) - set(data.names)):
         raise ExplorationError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")

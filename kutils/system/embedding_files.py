@@ -1,0 +1,117 @@
+"""Embeddings on disk: float32 `.npy` files of unit rows beside their tables, mapped, checked and copied."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kutils.system import paths
+from kutils.system.progress import progress_bar
+from kutils.system.tables import DataError, hash_prompts, read_table
+
+EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
+UNIT_TOLERANCE = 1e-3  # of an embedding's length; float16 storage would still pass
+BLOCK = 16_384  # rows of embeddings that are looked at together: 25 MB
+
+
+def map_embeddings(path: Path, num_rows: int) -> np.ndarray:
+    """Memory-map float32 [num_rows, 384]; DataError (naming the file) for anything else."""
+    try:
+        embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {make_again(path)}") from error
+    if embeddings.shape != (num_rows, EMBEDDING_DIM) or embeddings.dtype != np.float32:
+        found = f"{embeddings.dtype} {list(embeddings.shape)}"
+        raise DataError(f"{path} is {found}, its TSV needs float32 [{num_rows}, {EMBEDDING_DIM}]; {make_again(path)}")
+    return embeddings
+
+
+def make_again(path: Path) -> str:
+    return f"make it again: python input/gen_prompt_embedding.py {path.with_suffix('.tsv')} --overwrite"
+
+
+def checked_blocks(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Read all embeddings of an .npy file, and check that each has length 1.
+
+    Yields: first row, rows float32 [n, 384], and their lengths [n].
+    Raises: DataError naming file and row.
+    """
+    embeddings = map_embeddings(path, num_rows)
+    with progress_bar(num_rows, "row", f"checking {path.name}", delay=5, leave=False) as bar:
+        for start in range(0, num_rows, BLOCK):
+            block = np.asarray(embeddings[start : start + BLOCK])
+            lengths = np.sqrt(np.einsum("nd,nd->n", block, block))
+            bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT_TOLERANCE))  # NaN compares false
+            if len(bad):
+                raise DataError(
+                    f"{path}, row {start + bad[0]} (line {start + bad[0] + 2} of the TSV) has length "
+                    f"{lengths[bad[0]]}, not 1; {make_again(path)}"
+                )
+            yield start, block, lengths
+            bar.update(len(block))
+
+
+def open_embeddings(path: Path, num_rows: int) -> np.ndarray:
+    """Memory-map float32 [num_rows, 384] and check every row; DataError (naming file and row) for anything else."""
+    for _ in checked_blocks(path, num_rows):
+        pass
+    return map_embeddings(path, num_rows)
+
+
+def take_embeddings(tsv_path: Path | str, rows: np.ndarray, target_path: Path | str) -> None:
+    """Write `<name>.npy` beside a table whose rows are those rows of another, embedded one: nothing is encoded again.
+
+    Does nothing where it is not known what the other's embeddings are of, or whose those at the target are.
+
+    Args:
+        rows: int [n], at least one.
+    """
+    source_path, npy_path = Path(tsv_path).with_suffix(".npy"), Path(target_path).with_suffix(".npy")
+    record_path = npy_path.with_suffix(".npy.json")
+    record, former = read_record(source_path.with_suffix(".npy.json")), read_record(record_path)
+    if record is None or (npy_path.is_file() and former is None):
+        return
+    record |= {"rows": len(rows), "prompts_sha256": hash_prompts(read_table(target_path, ["prompt"])["prompt"])}
+    if npy_path.is_file() and former == record:
+        return
+    record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+    copy_rows(np.load(source_path, mmap_mode="r"), rows, npy_path)
+    paths.write_json(record_path, record)
+
+
+def copy_rows(embeddings: np.ndarray, rows: np.ndarray, npy_path: Path) -> None:
+    """Write some rows of mapped embeddings to a file of their own, block by block, whole or not at all."""
+    with paths.atomic_path(npy_path) as temporary:
+        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), EMBEDDING_DIM))
+        reserve(temporary)
+        for start in range(0, len(rows), BLOCK):
+            out[start : start + BLOCK] = embeddings[rows[start : start + BLOCK]]
+        out.flush()
+
+
+def reserve(path: Path) -> None:
+    """Allocate a new file's disk space now: a memory map on a full disk would end the process with SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+
+
+def describe_mismatch(tsv_path: Path, prompts: pa.ChunkedArray) -> str:
+    """What to say where the record beside a table's .npy names other prompts than the table; empty if it fits.
+
+    Also empty where there is no record: then nobody knows.
+    """
+    npy_path, record = tsv_path.with_suffix(".npy"), read_record(tsv_path.with_suffix(".npy.json"))
+    if record is None or record.get("prompts_sha256") == hash_prompts(prompts):
+        return ""
+    return f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}"
+
+
+def read_record(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
