@@ -28,7 +28,7 @@ parameters = -p model $(MODEL) -p fold $(FOLD) $(if $(OVERRIDES),-r overrides "$
 build_notebooks = $(bin)/jupytext --quiet --to ipynb --update $(1)/*.py && \
 	$(bin)/nbstripout --extra-keys "metadata.language_info cell.metadata.papermill metadata.papermill" $(1)/*.ipynb
 
-kaggle = $(bin)/python -m kutils.kaggle.packing
+kaggle = $(bin)/kutils kaggle
 dry = $(if $(DRY_RUN),--dry-run)
 
 help: ## this list
@@ -45,7 +45,7 @@ $(stamp): requirements.txt constraints.txt pyproject.toml
 	@touch $@
 
 demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 10 minutes (SCALE=full: 40)
-	$(bin)/python -m kutils.demo --scale $(SCALE)
+	$(bin)/kutils demo --scale $(SCALE)
 
 test: env ## all quick tests
 	$(bin)/python -m pytest

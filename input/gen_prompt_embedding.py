@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the clone's kutils, from any current folder
 
-from kutils.prompts.embedding import main
+from kutils.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["embed", *sys.argv[1:]]))

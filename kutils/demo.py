@@ -8,7 +8,6 @@ import argparse
 import base64
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,19 +197,11 @@ def check(scores: dict, scale: Scale) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.demo",
+        prog="kutils demo",
         description="The whole pipeline at small scale on the CPU: data, training, ensemble, submission, scores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     times = ", ".join(f"{name}: at most {scale.minutes} minutes on two cores" for name, scale in SCALES.items())
     parser.add_argument("--scale", choices=tuple(SCALES), default="quick", help=times)
-    try:
-        run(parser.parse_args(argv).scale)
-    except (ValueError, OSError, launch.CommandFailed) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    run(parser.parse_args(argv).scale)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

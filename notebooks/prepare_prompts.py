@@ -53,7 +53,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # %% [markdown]
 # ## What do the sources hold?
 # Of equal prompts the first stays. What is changed is the notation of image generators; what is dropped cannot be a
-# prompt. Where the examples below show the wrong ones, give other limits: `python -m kutils.prompts.collection --help`.
+# prompt. Where the examples below show the wrong ones, give other limits: `kutils sources --help`.
 
 # %%
 from kutils.data import preparation
@@ -122,4 +122,4 @@ training_plots.similarity_histogram(preparation.cosines_between(bank), threshold
 # Images of the prompts that were kept, in their folds.
 
 # %%
-print(f"python -m kutils.generation.generate {lists.kept} --backend diffusers --images-per-prompt 3 --output input/{name}")
+print(f"kutils generate {lists.kept} --backend diffusers --images-per-prompt 3 --output input/{name}")

@@ -71,7 +71,7 @@ from kutils.kaggle import mounts
 run = mounts.prepare_training(run)
 launch.ensure_datasets(run.recipe)
 processes = launch.count_processes(num_processes, run.recipe.device)
-launch.torchrun("kutils.training.train", run.arguments, num_processes=processes, log_dir=run.folder / "logs", hours=hours)
+launch.torchrun(["kutils", "train", *run.arguments], num_processes=processes, log_dir=run.folder / "logs", hours=hours)
 result = folders.result_of(run.folder)  # None if the hours were over before
 
 # %% [markdown]

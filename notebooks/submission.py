@@ -139,4 +139,5 @@ with training_plots.errors_shown():
     if len(state.families) > 1 and image_files:
         agreement = blending.agreement(state.families)
         least = agreement.argsort()[:8]
-        training_plots.image_grid([image_files[i] for i in least], [f"{ids[i]}: {agreement[i]:.3f}" for i in least], columns=4)
+        titles = [f"{ids[i]}: {agreement[i]:.3f}" for i in least]
+        training_plots.image_grid([image_files[i] for i in least], titles, columns=4)

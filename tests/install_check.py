@@ -123,27 +123,21 @@ def check(copy: Copy) -> None:
         copy.run(f"python -c 'import {tool}'", fails_with="ModuleNotFoundError")
 
     # data: generate, embed, de-duplicate, fold
-    copy.run(
-        "python -m kutils.generation.generate --shapes-dataset shapes --num-prompts 200 --images-per-prompt 2 --size 48"
-    )
+    copy.run("kutils generate --shapes-dataset shapes --num-prompts 200 --images-per-prompt 2 --size 48")
     copy.run("python gen_prompt_embedding.py shapes.tsv --overwrite", folder="input")
     copy.run("python input/gen_prompt_embedding.py input/shapes.tsv")
-    copy.run("python -m kutils.prompts.folds folds input/shapes.tsv --threshold 0.7 --folds 10 --method partition")
-    copy.run(
-        "python -m kutils.prompts.folds dedup input/shapes.tsv --threshold 0.9 --kept input/k.tsv --rest input/r.tsv"
-    )
+    copy.run("kutils folds input/shapes.tsv --threshold 0.7 --folds 10 --method partition")
+    copy.run("kutils dedup input/shapes.tsv --threshold 0.9 --kept input/k.tsv --rest input/r.tsv")
     copy.run("papermill notebooks/prepare_data.ipynb working/prepare_data.ipynb -p dataset shapes")
     copy.run("papermill notebooks/generate_images.ipynb working/generate_images.ipynb")
-    copy.run("python -m kutils.prompts.grammar --count 60 --output input/grammar.tsv")
-    copy.run(
-        "python -m kutils.prompts.grammar --join input/grammar.tsv --clusters 5 --count 20 --output input/joined.tsv"
-    )
-    copy.run("python -m kutils.prompts.collection input/grammar.tsv input/joined.tsv --output input/collected.tsv")
-    copy.run("python -m kutils.data.checking input/shapes.tsv")
-    copy.run("python -m kutils.data.shards input/drawn.tsv --size 32")
+    copy.run("kutils templates --count 60 --output input/grammar.tsv")
+    copy.run("kutils templates --join input/grammar.tsv --clusters 5 --count 20 --output input/joined.tsv")
+    copy.run("kutils sources input/grammar.tsv input/joined.tsv --output input/collected.tsv")
+    copy.run("kutils check input/shapes.tsv")
+    copy.run("kutils shards input/drawn.tsv --size 32")
     copy.run("papermill notebooks/prepare_prompts.ipynb working/prepare_prompts.ipynb -p num_prompts 200")
     copy.expect("input/grammar.npy", "input/joined.tsv", "input/collected.tsv", "working/prepare_prompts.ipynb")
-    diffusion = "python -m kutils.generation.generate input/shapes.tsv --backend diffusers --output input/diffusion"
+    diffusion = "kutils generate input/shapes.tsv --backend diffusers --output input/diffusion"
     copy.run(diffusion, fails_with="pip install -e '.[generate]'")
     copy.expect("input/drawn.tsv", "working/generate_images.ipynb")
     copy.expect("input/shapes.npy", "input/shapes.folds.json", "input/k.tsv", "working/prepare_data.ipynb")
@@ -169,8 +163,8 @@ def check(copy: Copy) -> None:
     # what came out: several runs, the data, an image of one's own, a report
     copy.run("papermill notebooks/compare.ipynb working/compare.ipynb")
     copy.run("papermill notebooks/explore.ipynb working/explore.ipynb -p map_prompts 200")
-    copy.run("python -m kutils.views.report")
-    copy.run("python -m kutils.ensemble.trained_models $(find input/drawn_images -name '*_0.*' | sort | head -2)")
+    copy.run("kutils report")
+    copy.run("kutils ask $(find input/drawn_images -name '*_0.*' | sort | head -2)")
     copy.expect("working/compare.ipynb", "working/explore.ipynb")
 
     data = ["sources", "templates", "grouping", "generate", "check", "shards", "prompt_bank"]

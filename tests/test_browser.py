@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
         ]
         subprocess.run([*command, "--images-per-prompt", "1"], check=True, capture_output=True, timeout=300)
         for model, fold in (("tiny_convnext", 0), ("tiny_vit", 0), ("tiny_vit", 1)):
-            command = [sys.executable, "-m", "kutils.training.train", "--config", f"conf/{model}_stage1.yaml"]
+            command = [sys.executable, "-m", "kutils", "train", "--config", f"conf/{model}_stage1.yaml"]
             command += ["--fold", str(fold), *SMALL]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
     return folder

@@ -381,7 +381,7 @@ def test_a_prompt_in_two_folds_over_two_sets(inputs):
     for checked in check_datasets([inputs / "toy.tsv", inputs / "more.tsv"], num_workers=1, progress=False):
         (problem,) = checked.report["problems"]
         assert problem.startswith("1 prompts are in two folds") and repr(shared) in problem
-        assert "kutils.prompts.folds folds" in problem and not checked.bad.any() and not checked.is_in_order
+        assert "kutils folds" in problem and not checked.bad.any() and not checked.is_in_order
     assert examine(inputs / "toy.tsv").is_in_order and examine(inputs / "more.tsv").is_in_order
     change(inputs / "more.tsv", fold=lambda values: values.__setitem__(slice(8, 10), [-1] * 2))
     assert all(item.is_in_order for item in check_datasets([inputs / "toy.tsv", inputs / "more.tsv"], progress=False))
@@ -531,7 +531,7 @@ def test_a_problem_alone_is_exit_status_1_and_errors_are_one_line(inputs, capsys
     out = capsys.readouterr().out
     assert "problem: 1 prompts are in two folds" in out and "0 bad rows, 1 problems" in out
     assert not (inputs / "toy.quarantine.tsv").exists()
-    with pytest.raises(SystemExit, match=r"^python -m kutils.data.checking: .*none.tsv is not there$"):
+    with pytest.raises(SystemExit, match=r"^kutils check: .*none.tsv is not there$"):
         checking.main([str(inputs / "none.tsv")])
     write_table(inputs / "odd.tsv", {"image": ["a"], "prompt": ["b"], "fold": [0], "reason": ["c"]})
     with pytest.raises(SystemExit, match="has a column 'reason', which the quarantine adds"):

@@ -66,7 +66,7 @@ def spoil(workspace, what):
         ("image", ["toy.tsv, line 7", "'../secret.png'", "relative to input/"]),
         ("absolute", ["toy.tsv, line 7", "'/etc/passwd'"]),
         ("prompt", ["toy.tsv, line 7", "prompt is '  '"]),
-        ("fold", ["toy.tsv, line 7", "fold is -1", "kutils.prompts.folds folds"]),
+        ("fold", ["toy.tsv, line 7", "fold is -1", "kutils folds"]),
         ("nan", ["toy.npy, row 7 (line 9 of the TSV)", "length nan", "gen_prompt_embedding.py"]),
         ("length", ["toy.npy, row 7", "length 2.0"]),
         ("rows", ["float32 [79, 384]", "needs float32 [80, 384]"]),

@@ -133,7 +133,7 @@ def test_two_ranks_keep_every_row_in_order(trained, workspace):
     make_dataset(workspace / "input", "odd", num_prompts=37, images_per_prompt=1)
     arguments += ["datasets=toy,odd"]
     for name, launcher in (
-        ("one", [sys.executable, "-m", "kutils.training.evaluate"]),
+        ("one", [sys.executable, "-m", "kutils", "evaluate"]),
         ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
     ):
         script = [str(workspace / "small_blocks.py")] if name == "two" else []

@@ -278,7 +278,7 @@ def test_embedded_data_set_is_ready_for_training(workspace):
 
 def test_command(tmp_path):
     write_table(tmp_path / "p.tsv", {"prompt": [*PROMPTS, PROMPTS[0]], "source": ["me"] * 4})
-    command = [sys.executable, "-m", "kutils.generation.generate"]
+    command = [sys.executable, "-m", "kutils", "generate"]
     options = ["p.tsv", "--output", "set", "--images-per-prompt", "1", "--size", "32"]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

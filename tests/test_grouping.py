@@ -242,9 +242,7 @@ def test_another_assignment_makes_the_mark_and_the_report_void(tables):
     folds = (table["fold"].to_numpy() + 1) % 10
     write_table(tables[0], {"image": table["image"], "prompt": table["prompt"], "fold": folds})
     assert datasets.load_datasets(["one"]).clean is None
-    with pytest.raises(
-        GroupingError, match=r"one.folds.json describes other folds .* python -m kutils.prompts.folds folds"
-    ):
+    with pytest.raises(GroupingError, match=r"one.folds.json describes other folds .* kutils folds"):
         read_report(tables[0])
     tables[1].with_suffix(".folds.json").write_text('{"folds_hash": ')
     with pytest.raises(GroupingError, match=r"two.folds.json cannot be read .*; assign folds again"):
@@ -550,7 +548,7 @@ def test_help_shows_every_default(command, capsys):
 
 def run(folder: Path, *arguments: str, launcher: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "kutils.prompts.folds", *arguments]
+    command = [sys.executable, *launcher, "-m", "kutils", "folds", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -573,7 +571,7 @@ def test_commands_from_a_shell(tables):
     assert [path.read_bytes() for path in tables] == together != alone
 
     tables[1].with_suffix(".npy").unlink()
-    with pytest.raises(SystemExit, match=r"python -m kutils.prompts.folds: .*two.npy cannot be read"):
+    with pytest.raises(SystemExit, match=r"kutils folds: .*two.npy cannot be read"):
         prompt_folds.main(["folds", *map(str, tables)])
 
     prompts = ["a red apple on a table", "a castle on a hill", "a red apple on the table", "a castle on a hill"]

@@ -218,14 +218,14 @@ def test_torchrun_shows_rank_0_keeps_every_log_and_fails_loudly(module, tmp_path
         "print('grace', os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\n"
         "if 'fail' in sys.argv and os.environ['RANK'] == '1':\n    print('I broke', file=sys.stderr)\n    sys.exit(5)"
     )
-    launch.torchrun(name, ["go"], num_processes=2, log_dir=tmp_path / "logs")
+    launch.torchrun([name, "go"], num_processes=2, log_dir=tmp_path / "logs")
     shown = capsys.readouterr().out
     assert "I am rank 0 ['go']" in shown.splitlines() and "rank 1" not in shown
     assert "left []" in shown and "grace 600" in shown
     logs = [path.read_text().splitlines()[0] for path in (tmp_path / "logs").rglob("stdout.log")]
     assert sorted(logs) == ["I am rank 0 ['go']", "I am rank 1 ['go']"]
     with pytest.raises(CommandFailed, match="exitcode  : 5") as caught:
-        launch.torchrun(name, ["fail"], num_processes=2, log_dir=tmp_path / "logs")
+        launch.torchrun([name, "fail"], num_processes=2, log_dir=tmp_path / "logs")
     said, log = str(caught.value).splitlines()[-2:]
     assert said.startswith("first to fail here: local rank 1, exit code 5") and said.endswith(": I broke")
     assert Path(log.removeprefix("its log: ")).read_text() == "I broke\n"
@@ -237,7 +237,7 @@ def test_killing_the_launcher_ends_every_rank(module, tmp_path):
         "import os, time\nfrom kutils import launch\nlaunch.end_with_parent()\n"
         "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
-    call = f"launch.torchrun({name!r}, [], num_processes=2, log_dir=Path('l'))"
+    call = f"launch.torchrun([{name!r}], num_processes=2, log_dir=Path('l'))"
     code = f"from pathlib import Path\nfrom kutils import launch\n{call}"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
     ranks = [wait_for_pid(tmp_path / f"pid{rank}") for rank in (0, 1)]

@@ -256,7 +256,7 @@ def test_missing_data_sets_of_a_large_recipe_are_named_in_seconds(workspace):
     with pytest.raises(PapermillExecutionError) as failure:
         execute("train", workspace / "out.ipynb", model="convnext_large", fold=0)
     assert time.monotonic() - began < 60
-    for said in ("cc3m.tsv", "lexica.tsv", "diffusiondb.tsv", "python -m kutils.generation.generate", "datasets="):
+    for said in ("cc3m.tsv", "lexica.tsv", "diffusiondb.tsv", "kutils generate", "datasets="):
         assert said in str(failure.value)
 
 
@@ -292,7 +292,7 @@ def test_prepare_prompts_collects_cleans_chooses_and_folds(workspace):
     assert_readable(figures(executed), 4)  # what was dropped, folds, lengths, similarities
     said = printed(executed)
     assert "14 read, 10 kept" in said and "another language" in said and "10 prompts kept in" in said
-    assert "python -m kutils.generation.generate" in said and "one.prompts.tsv --backend diffusers" in said
+    assert "kutils generate" in said and "one.prompts.tsv --backend diffusers" in said
     kept = read_table(inputs / "one.prompts.tsv", ["prompt", "source", "fold"])
     assert kept["prompt"].to_pylist() == first and sorted(kept["fold"].to_pylist()) == [0] * 5 + [1] * 5
     before = (inputs / "one.prompts.tsv").read_bytes()

@@ -49,7 +49,7 @@ def test_missing_data_sets_are_told_with_the_commands_that_make_them(workspace):
     told = paths.missing_datasets(["toy", "other"])
     assert "'toy': toy.npy not in" in told and "gen_prompt_embedding.py input/toy.tsv" in told
     assert "'other': other.tsv and other.npy not in" in told and "--output input/other" in told
-    assert told.count("kutils.prompts.folds folds input/toy.tsv input/other.tsv") == 1
+    assert told.count("kutils folds input/toy.tsv input/other.tsv") == 1
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):

@@ -145,7 +145,8 @@ def hub(source):
 def test_download_from_a_hub_for_a_machine_without_network(hub, source, tmp_path):
     """The hub's own client fetches; the second time nothing is asked for; the folder then serves offline."""
     folder = tmp_path / "weights"
-    code = "import sys, pathlib\nfrom kutils.models.pretrained import download\ndownload(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    code = "import sys, pathlib\nfrom kutils.models import pretrained\n"
+    code += "pretrained.download(pathlib.Path(sys.argv[1]), sys.argv[2])"
     environment = os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
     environment |= {
         "HF_HUB_DISABLE_XET": "1",

@@ -206,14 +206,14 @@ def test_waiting_is_judged_over_20_seconds_or_updates_and_told_once():
 )
 def test_advice_fits_the_machine(workspace, tiny_recipe, cores, ranks, workers, said):
     recipe = tiny_recipe(num_workers=workers, datasets=("toy", "more toys"), input_size=384)
-    packing = f"python -m kutils.data.shards {workspace}/input/toy.tsv '{workspace}/input/more toys.tsv' --size 448"
+    packing = f"kutils shards {workspace}/input/toy.tsv '{workspace}/input/more toys.tsv' --size 448"
     assert profiling.advice(recipe, 0.347, cores, ranks) == (
         f"35% of the time went by in waiting for images. {said} Images packed at the size of training load faster: "
         f"{packing}"
     )
     (workspace / "input" / "toy.shards").mkdir()
     left = profiling.advice(recipe, 0.347, cores, ranks)
-    assert left.endswith(f"load faster: python -m kutils.data.shards '{workspace}/input/more toys.tsv' --size 448")
+    assert left.endswith(f"load faster: kutils shards '{workspace}/input/more toys.tsv' --size 448")
     (workspace / "input" / "more toys.shards").mkdir()
     assert profiling.advice(recipe, 0.347, cores, ranks).endswith(
         f"{said} The images are packed already: a faster disk or more cores would help."
@@ -243,7 +243,7 @@ def test_a_run_that_waits_says_once_what_to_change(workspace, tiny_recipe, monke
     if told:
         cores = system_devices.usable_cores()
         assert f"{cores} core" in told[0] and "for 1 rank: num_workers=1 instead of 0" in told[0]
-        assert f"python -m kutils.data.shards {workspace}/input/toy.tsv --size 37" in told[0]
+        assert f"kutils shards {workspace}/input/toy.tsv --size 37" in told[0]
 
 
 class Event:

@@ -115,7 +115,7 @@ def test_the_configuration_is_held_against_the_recipe_and_the_command_makes_it_a
     assert "differ from conf/tiny_convnext_stage1.yaml: " in told[0] and "lr" in told[0].split(": ")[1].split(", ")
     position = told.index("lr")
     assert told[position : position + 3] == ["lr", "0.0001", "0.005"]
-    (command,) = [text for text in page.sections["Run it again"] if "python -m kutils.training.train" in text]
+    (command,) = [text for text in page.sections["Run it again"] if "kutils train" in text]
     command = command.splitlines()[-1]
     arguments = shlex.split(command)[3:]
     assert arguments[:4] == ["--config", "conf/tiny_convnext_stage1.yaml", "--fold", "0"]
@@ -166,7 +166,7 @@ def test_waiting_and_unreadable_images_are_told(finished):
     speed = " ".join(page.sections["Speed"])
     cores = json.loads((folder / "environment.json").read_text())["cores"]
     assert "25% of the time" in speed and f"{cores} core" in speed and "num_workers=1 instead of 0" in speed
-    assert f"python -m kutils.data.shards {finished}/input/toy.tsv --size 37" in speed and "GPU memory" not in speed
+    assert f"kutils shards {finished}/input/toy.tsv --size 37" in speed and "GPU memory" not in speed
     assert 'toy_images/"x.png' in page.sections["Unreadable images"]
 
 
@@ -213,10 +213,7 @@ def test_a_second_start_writes_what_is_missing_and_an_error_costs_no_run(finishe
     monkeypatch.setattr(html_page, "page", broken)
     capsys.readouterr()
     assert train.main(arguments) == 0 and not (folder / "report.html").exists()
-    assert (
-        f"no report (RuntimeError: no room); make it with: python -m kutils.views.report {folder}"
-        in capsys.readouterr().out
-    )
+    assert f"no report (RuntimeError: no room); make it with: kutils report {folder}" in capsys.readouterr().out
 
 
 def test_command(finished, capsys):

@@ -321,7 +321,7 @@ def test_a_run_that_was_cut_goes_on(arguments, make, tmp_path, number):
     command = arguments(prompts)
     folder = tmp_path / "input" / "set_images"
     child = subprocess.Popen(
-        [sys.executable, "-m", "kutils.generation.generate", *command],
+        [sys.executable, "-m", "kutils", "generate", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -380,7 +380,7 @@ def test_ranks_share_the_work_and_one_that_fails_loses_nothing(arguments, make, 
     assert not (tmp_path / "input" / "set.tsv").exists()
     kept = files_of(folder)
 
-    done = run(*ranks, "-m", "kutils.generation.generate", *arguments(prompts))
+    done = run(*ranks, "-m", "kutils", "generate", *arguments(prompts))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("18 images of 9 prompts, 6 of them new") == 1  # rank 0 alone speaks
     assert kept.items() <= files_of(folder).items()

@@ -280,9 +280,7 @@ def test_what_is_not_whole_is_refused(packed, inputs):
     shard = folder / "00002.arrow"
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
-    with pytest.raises(
-        ShardError, match=r"00002.arrow is not there or not whole: python -m kutils.data.shards .*toy.tsv"
-    ):
+    with pytest.raises(ShardError, match=r"00002.arrow is not there or not whole: kutils shards .*toy.tsv"):
         load_datasets(["toy"])
     shard.unlink()
     with pytest.raises(ShardError, match="not there"):
@@ -311,14 +309,14 @@ def test_another_spelling_of_the_path_packs_nothing_anew(packed, inputs, monkeyp
 
 def test_an_unreadable_image_ends_packing_with_advice(packed, inputs):
     (inputs / "toy_images" / "0030_1.png").write_bytes(b"broken")
-    with pytest.raises(ShardError, match=r"0030_1.png is no image .*python -m kutils.data.checking .*toy.tsv finds"):
+    with pytest.raises(ShardError, match=r"0030_1.png is no image .*kutils check .*toy.tsv finds"):
         packed()
     assert not (inputs / "toy.shards" / "record.json").exists()
     assert not [path for path in (inputs / "toy.shards").iterdir() if "partial" in path.name]
     (inputs / "toy_images" / "0030_1.png").unlink()
-    with pytest.raises(ShardError, match=r"0030_1.png.*python -m kutils.data.checking"):
+    with pytest.raises(ShardError, match=r"0030_1.png.*kutils check"):
         packed()
-    with pytest.raises(SystemExit, match=r"^python -m kutils.data.shards: .*none.tsv is not there$"):
+    with pytest.raises(SystemExit, match=r"^kutils shards: .*none.tsv is not there$"):
         shards.main([str(inputs / "none.tsv")])
     with pytest.raises(SystemExit, match="leave --quality out, png loses nothing"):
         shards.main([str(inputs / "toy.tsv"), "--format", "png", "--quality", "90"])

@@ -5,4 +5,4 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=python
 [ -x "$here/../.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}" ] && python="$here/../.venv/bin/python"
-exec "$python" -m kutils.runs.launch "$@"  # exec: a signal reaches the launcher, which stops the ranks in order
+exec "$python" -m kutils train-folds "$@"  # exec: a signal reaches the launcher, which stops the ranks in order

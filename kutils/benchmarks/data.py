@@ -60,7 +60,7 @@ def packed_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]
         write_table(folder / f"{name}.tsv", {"image": names, "prompt": names, "fold": np.ones(images, np.int8)})
         np.save(folder / f"{name}.npy", np.eye(1, EMBEDDING_DIM, dtype=np.float32).repeat(images, axis=0))
     # as a command: processes that are not forked would run a script, which the notebook can be, once more
-    launch.run_module("kutils.data.shards", str(folder / "packed.tsv"), "--size", str(PACKED_SIZE))
+    launch.run_module("kutils", "shards", str(folder / "packed.tsv"), "--size", str(PACKED_SIZE))
     os.sync()  # what is not on the disk yet cannot be forgotten
     times = {"packed": [], "files": []}
     for _ in range(repeats):

@@ -32,8 +32,8 @@ def embedded_prompts(prompts_path: str, count: int) -> tuple[list[str], np.ndarr
     """Prompts to measure with and their embeddings: float32 [n, 384], n up to `count`, in random order.
 
     Args:
-        prompts_path: a prompts file; "" takes `count` prompts from the grammar of `kutils.prompts.grammar`. They are embedded
-            in bfloat16 where that has not been done.
+        prompts_path: a prompts file; "" takes `count` prompts from the grammar. They are embedded in bfloat16 where
+            that has not been done.
     """
     path = Path(prompts_path)
     if not prompts_path:

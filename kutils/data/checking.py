@@ -1,6 +1,6 @@
 """Is a data set fit for training? Images, duplicates, embeddings, prompts and folds.
 
-`python -m kutils.data.checking input/<name>.tsv ...` looks at every image. Training itself asks for the validation images alone
+`kutils check input/<name>.tsv ...` looks at every image. Training itself asks for the validation images alone
 before its first step, since every validation row must be scored.
 """
 
@@ -114,7 +114,7 @@ def fold_problems(table: pa.Table, torn: np.ndarray, tsv_paths: Sequence[Path]) 
     return [
         f"{count:,} prompts are in two folds, here or in another of the data sets; the first is "
         f"{table['prompt'][first].as_py()!r} (line {first + 2}). Assign folds to all data sets in one call: "
-        f"python -m kutils.prompts.folds folds {' '.join(map(str, tsv_paths))}"
+        f"kutils folds {' '.join(map(str, tsv_paths))}"
     ]
 
 
@@ -174,7 +174,7 @@ def find_warnings(report: dict) -> list[str]:
         "rows have the image path of another row, and its prompt": report["same_image_path"],
         "rows have an image of the same content as another row, and its prompt": report["same_image_content"],
         "rows have control characters in their prompt": report["control_characters"],
-        "rows have no fold yet (-1): python -m kutils.prompts.folds folds assigns them": report["folds"].get("-1", 0),
+        "rows have no fold yet (-1): kutils folds assigns them": report["folds"].get("-1", 0),
     }
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 
@@ -212,9 +212,9 @@ def counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "none"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.data.checking",
+        prog="kutils check",
         description="Look at data sets that are to be trained on together: does every image decode, is one under two "
         "prompts, do embeddings and folds fit?",
         epilog="Writes NAME.check.json beside each NAME.tsv. Bad rows go to NAME.quarantine.tsv with their line and a "
@@ -232,23 +232,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.images, args.verify_embeddings) < 0 or min(args.input_size, args.workers) < 1:
         parser.error("--images and --verify-embeddings are 0 or more, --input-size and --workers 1 or more")
-    try:
-        checked = check_datasets(
-            args.files,
-            images=args.images,
-            input_size=args.input_size,
-            verify_embeddings=args.verify_embeddings,
-            num_workers=args.workers,
-        )
-        print(format_report(checked))
-        for item in checked:
-            paths.write_json(item.path.with_suffix(".check.json"), item.report)
-            print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-    if not all(item.is_in_order for item in checked):
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()
+    checked = check_datasets(
+        args.files,
+        images=args.images,
+        input_size=args.input_size,
+        verify_embeddings=args.verify_embeddings,
+        num_workers=args.workers,
+    )
+    print(format_report(checked))
+    for item in checked:
+        paths.write_json(item.path.with_suffix(".check.json"), item.report)
+        print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))
+    return int(not all(item.is_in_order for item in checked))

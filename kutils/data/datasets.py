@@ -178,7 +178,7 @@ def check_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: n
         path = root / f"{names[number]}.tsv"
         raise DataError(
             f"{path}, line {without[0] - starts[number] + 2}: fold is -1; assign folds first: python -m "
-            f"kutils.prompts.folds folds {path}"
+            f"kutils folds {path}"
         )
     last = last_values(index.prompt_codes, index.folds)
     torn = np.flatnonzero(last != index.folds)
@@ -188,7 +188,7 @@ def check_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: n
         raise DataError(
             f"{len(np.unique(index.prompt_codes[torn])):,} prompts are in two folds, the first is {prompt!r} (folds "
             f"{folds[0]} and {folds[1]}): validation would know them from training. Assign folds to all data sets in "
-            f"one call: python -m kutils.prompts.folds folds {files}"
+            f"one call: kutils folds {files}"
         )
 
 

@@ -42,7 +42,7 @@ def collect_prompts(
     """Write the list of all clean prompts, from files or from the grammar.
 
     Args:
-        files: of any kind that `python -m kutils.prompts.collection` reads, separated by commas; "": prompts of the grammar.
+        files: of any kind that `kutils sources` reads, separated by commas; "": prompts of the grammar.
         column: of the prompts, where there are several that may be meant.
         num_prompts: of the grammar.
         overwrite: write over another list of this name.
@@ -88,7 +88,7 @@ def prepare(
     for path in tsv_paths:
         if not path.is_file():
             close = nearest(path.stem, [found.stem for found in path.parent.glob("*.tsv")])
-            made = f"python -m kutils.generation.generate PROMPTS.tsv --images-per-prompt 3 --output input/{path.stem}"
+            made = f"kutils generate PROMPTS.tsv --images-per-prompt 3 --output input/{path.stem}"
             raise DataError(f"{path} is not there{close}; from a list of prompts it is made by: {made}")
     folds = np.concatenate([read_table(path, ["image", "prompt", "fold"])["fold"].to_numpy() for path in tsv_paths])
     for path in tsv_paths:
@@ -106,7 +106,7 @@ def prepare(
         files = " ".join(map(str, tsv_paths))
         print("no report came with these folds; they are kept as they are. To report on them, and to mark the rows")
         print(
-            f"without a similar prompt in another fold:  python -m kutils.prompts.folds folds {files} --keep",
+            f"without a similar prompt in another fold:  kutils folds {files} --keep",
             flush=True,
         )
         return measure_folds(tsv_paths, threshold)

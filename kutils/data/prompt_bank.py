@@ -1,4 +1,4 @@
-"""Prompts to be looked up by embedding: `python -m kutils.data.prompt_bank --datasets A,B --output FILE.arrow`.
+"""Prompts to be looked up by embedding: `kutils bank --datasets A,B --output FILE.arrow`.
 
 A bank is one Arrow IPC file, mapped: a million prompts are there in a millisecond, and processes share their pages.
 """
@@ -305,11 +305,11 @@ def from_arguments(args: argparse.Namespace, datasets: Sequence[str] = ()) -> tu
     return bank, f"{len(bank):,} prompts of {told}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.data.prompt_bank",
+        prog="kutils bank",
         description="Write the distinct prompts of data sets, or the rows of a prompts file, with their embeddings "
-        "into one file in which python -m kutils.ensemble.trained_models looks up what is nearest.",
+        "into one file in which kutils ask looks up what is nearest.",
     )
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--datasets", metavar="A,B", help="data sets of input/")
@@ -321,15 +321,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dtype", default="float32", choices=("float32", "float16"), help="of the embeddings (default: float32)"
     )
     args = parser.parse_args(argv)
-    try:
-        if args.output.exists():
-            raise ValueError(f"{args.output} exists; remove it or give another --output")
-        bank, told = from_arguments(args)
-        bank.save(args.output, np.dtype(args.dtype).type)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
+    if args.output.exists():
+        raise ValueError(f"{args.output} exists; remove it or give another --output")
+    bank, told = from_arguments(args)
+    bank.save(args.output, np.dtype(args.dtype).type)
     print(f"{args.output}: {told}, {args.output.stat().st_size / 1e6:,.1f} MB")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """Images of a data set encoded anew at the size of training, in few large files: `input/<name>.shards/`.
 
-`python -m kutils.data.shards input/<name>.tsv --size 448` writes them; training on `<name>` then reads them in place of the
+`kutils shards input/<name>.tsv --size 448` writes them; training on `<name>` then reads them in place of the
 image files. Table, embeddings and folds stay what they are. Row i is in shard i // ROWS_PER_SHARD, an Arrow file that
 is memory-mapped.
 """
@@ -107,7 +107,7 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
     folder = shards_folder(tsv_path)
     if not folder.is_dir():
         return None
-    advice = f"python -m kutils.data.shards {tsv_path} makes what is missing; delete the folder to read image files"
+    advice = f"kutils shards {tsv_path} makes what is missing; delete the folder to read image files"
     try:
         record = json.loads(record_path(folder).read_text())
     except (OSError, ValueError) as error:
@@ -208,7 +208,7 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
         encoded = [encoding.encode(transforms.decode_rgb(root / name)) for name in names]
     except (transforms.ImageError, FileNotFoundError) as error:
         tsv_path = path.parent.with_suffix(".tsv")
-        raise ShardError(f"{error}; python -m kutils.data.checking {tsv_path} finds all such images") from error
+        raise ShardError(f"{error}; kutils check {tsv_path} finds all such images") from error
     table = pa.table({"image": pa.array(encoded, pa.large_binary())}).replace_schema_metadata(
         {"kutils": json.dumps(facts)}
     )
@@ -242,9 +242,9 @@ def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
     return found == wanted
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.data.shards",
+        prog="kutils shards",
         description="Encode the images of data sets anew at the size of training, into few large files. Training on "
         "NAME reads them in place of the image files as soon as NAME.shards is whole; delete that folder to undo it.",
         epilog="A run that was stopped goes on where it was. Validation reads the same images.",
@@ -260,15 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give 1 or more")
-    try:
-        encoding = Encoding(args.size, args.format, getattr(args, "quality", None if args.format == "png" else QUALITY))
-        for path in args.files:
-            folder = pack(path, encoding, num_workers=args.workers)
-            size = sum(shard.stat().st_size for shard in folder.glob("*.arrow"))
-            print(f"{folder}: {size / 1e6:,.1f} MB; training on {path.stem} reads them now")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
+    encoding = Encoding(args.size, args.format, getattr(args, "quality", None if args.format == "png" else QUALITY))
+    for path in args.files:
+        folder = pack(path, encoding, num_workers=args.workers)
+        size = sum(shard.stat().st_size for shard in folder.glob("*.arrow"))
+        print(f"{folder}: {size / 1e6:,.1f} MB; training on {path.stem} reads them now")
+    return 0

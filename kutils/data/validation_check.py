@@ -43,7 +43,7 @@ def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: 
         listed, files = "\n  ".join(found[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
         raise DataError(
             f"{len(found)} of {looked_at} validation images cannot be read, and every row must be scored; make them "
-            f"anew, or set their rows apart: python -m kutils.data.checking {files}\n  {listed}"
+            f"anew, or set their rows apart: kutils check {files}\n  {listed}"
         )
     if ranks.is_main and not known:
         with contextlib.suppress(OSError):  # where nothing can be written, the next run looks at all

@@ -12,7 +12,6 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -205,9 +204,7 @@ def load_ensemble(path: Path | str) -> Ensemble:
     except OSError as error:
         raise EnsembleError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EnsembleError(
-            f"{path} holds no weights ({error!r}); make them: python -m kutils.ensemble.fit fit"
-        ) from error
+        raise EnsembleError(f"{path} holds no weights ({error!r}); make them: kutils ensemble fit") from error
     return Ensemble(**values | {"families": families})
 
 
@@ -244,22 +241,14 @@ def verdict(gain: Mapping[str, float]) -> str:
     return f"{told} equal ones on rows that the fit has not seen: {mean:+.5f}, standard error {error:.5f}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kutils.ensemble.fit", description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kutils ensemble", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     options = commands.add_parser("fit", help="fit the weights on fold 0 and write them to a JSON file")
     options.add_argument("--config", required=True, help="ensemble file, as given or below the repository's conf/")
     options.add_argument("--output", default="", help="JSON file (default: working/models/<config>.json)")
     options.add_argument("--seed", type=int, default=0, help="of the halves of fold 0 (default: 0)")
     arguments = parser.parse_args(argv)
-    try:
-        fitted, path = fit(arguments.config, arguments.output, arguments.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    fitted, path = fit(arguments.config, arguments.output, arguments.seed)
     print(f"{describe(fitted)}\nwrote {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -144,7 +144,7 @@ def add_checkpoint(member: Member) -> Member:
 
 
 def how_to_train(member: Member) -> str:
-    return f"train it: python -m kutils.training.train --config {member.recipe} --fold {member.fold}"
+    return f"train it: kutils train --config {member.recipe} --fold {member.fold}"
 
 
 def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str, np.ndarray], dict]:

@@ -1,10 +1,9 @@
-"""Are known prompts near a prediction a better prediction? `python -m kutils.ensemble.neighbours RUN`, of a finished run."""
+"""Are known prompts near a prediction a better prediction? `kutils neighbours RUN`, of a finished run."""
 
 import argparse
 import itertools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +126,7 @@ def temperatures(text: str) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.ensemble.neighbours",
+        prog="kutils neighbours",
         description="Score a run's out-of-fold predictions, and the nearest training prompts to them: a baseline, and "
         "what a member with `neighbours` in an ensemble's configuration predicts.",
     )
@@ -141,14 +140,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     args = parser.parse_args(argv)
-    try:
-        for folder in folders.find_finished(args.runs):
-            print(measure(folder, args.k, args.temperature, device=args.device).describe(), flush=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    for folder in folders.find_finished(args.runs):
+        print(measure(folder, args.k, args.temperature, device=args.device).describe(), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Images to embeddings: `python -m kutils.ensemble.predict --config conf/x.yaml --checkpoint FILE --images DIR --output FILE`.
+"""Images to embeddings: `kutils predict --config conf/x.yaml --checkpoint FILE --images DIR --output FILE`.
 
 One model, on all GPUs of this process, or as ranks of torchrun.
 """
@@ -10,7 +10,6 @@ import contextlib
 import copy
 import math
 import queue
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -177,7 +176,7 @@ def views(inputs: Tensor, tta: str) -> Iterator[Tensor]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.ensemble.predict",
+        prog="kutils predict",
         description="Predict the prompt embeddings of a folder of images with one model: an .npz file of `ids` (names "
         "without extension, sorted) and `embeddings` (float32 [n, 384], unit rows).",
         epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",
@@ -241,17 +240,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{len(images):,} embeddings in {arguments.output}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        devices.leave_ranks()
+    run(arguments)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

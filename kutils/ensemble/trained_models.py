@@ -1,4 +1,4 @@
-"""Which prompts a trained model sees in an image: `python -m kutils.ensemble.trained_models IMAGE [IMAGE ...]`."""
+"""Which prompts a trained model sees in an image: `kutils ask IMAGE [IMAGE ...]`."""
 
 import argparse
 import json
@@ -218,9 +218,9 @@ def format_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.ensemble.trained_models",
+        prog="kutils ask",
         description="Print, for each image, the prompts nearest to the embedding that a trained model predicts.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
@@ -234,17 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--ensemble", default="", metavar="FILE", help="fitted weights, beside models or instead")
     sources = parser.add_mutually_exclusive_group()
-    sources.add_argument("--bank", type=Path, metavar="FILE.arrow", help="prompts by python -m kutils.data.prompt_bank")
+    sources.add_argument("--bank", type=Path, metavar="FILE.arrow", help="prompts by kutils bank")
     sources.add_argument("--datasets", metavar="A,B", help="data sets of input/ (default: those of the models)")
     sources.add_argument("--prompts", type=Path, metavar="FILE.tsv", help="prompts file with its .npy beside it")
     parser.add_argument("-k", type=int, default=5, help="prompts per image (default: 5)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write image, model, rank, cosine, prompt there too")
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
+    run(parser.parse_args(argv))
+    return 0

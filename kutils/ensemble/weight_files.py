@@ -33,7 +33,7 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
             if f'"kind": "{ENSEMBLE_KIND}"'.encode() in stream.read(200):
                 found.append(path)
     if not found:
-        raise MountError(f"no ensemble is fitted (python -m kutils.ensemble.fit fit). There is:\n{trees(folders)}")
+        raise MountError(f"no ensemble is fitted (kutils ensemble fit). There is:\n{trees(folders)}")
     if len({path.read_bytes() for path in found}) > 1:
         raise MountError(f"several ensembles are there; name one of {', '.join(map(str, found))}")
     return found[0]

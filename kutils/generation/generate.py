@@ -6,7 +6,6 @@ By the built-in renderer, or by a diffusion model: alone, or as ranks of torchru
 import argparse
 import contextlib
 import dataclasses
-import errno
 import multiprocessing
 import os
 import signal
@@ -157,7 +156,7 @@ def generate_by_diffusion(image_set: ImageSet, settings: DiffusionSettings, over
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.generation.generate",
+        prog="kutils generate",
         description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/. Embed and group it next. "
         "Run again, it makes what is missing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -183,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", default=False, help="replace a table with folds too, and keep it as .bak"
     )
     diffusion_group = parser.add_argument_group(
-        "a diffusion model, on one GPU, or as ranks: torchrun --nproc-per-node 8 -m kutils.generation.generate ..."
+        "a diffusion model, on one GPU, or as ranks: torchrun --nproc-per-node 8 -m kutils generate ..."
     )
     for item in dataclasses.fields(DiffusionSettings):
         flag, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
@@ -234,7 +233,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         generate_images(prompts, args.output, **counts, **options, columns=columns, overwrite=args.overwrite)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.shapes_dataset is None):
@@ -256,13 +255,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(args, options)
     except KeyboardInterrupt:
-        raise SystemExit(f"error: {children.STOPPED}; images are kept, and the same command makes the rest") from None
-    except OSError as error:
-        advice = "; make room, and the same command makes the rest" if error.errno == errno.ENOSPC else ""
-        raise SystemExit(f"error: {error}{advice}") from error
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
+        raise GenerateError(f"{children.STOPPED}; images are kept, and the same command makes the rest") from None
+    return 0

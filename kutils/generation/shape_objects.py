@@ -1,4 +1,4 @@
-"""The objects that `kutils.generation.shapes` can draw: each a few flat parts on the square from -1 to 1, y downwards."""
+"""The objects that the built-in renderer draws: each a few flat parts on the square from -1 to 1, y downwards."""
 
 from PIL import Image, ImageColor, ImageDraw
 

@@ -1,4 +1,4 @@
-"""The backgrounds and the styles of `kutils.generation.shapes`: what stands behind the objects, and how the picture is made."""
+"""The backgrounds and the styles of the built-in renderer: what stands behind the objects, and how it is drawn."""
 
 from collections.abc import Callable
 

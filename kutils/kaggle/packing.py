@@ -1,4 +1,4 @@
-"""Pack code and weights, push the kernels, submit: `python -m kutils.kaggle.packing code|weights|push|check|submit`.
+"""Pack code and weights, push the kernels, submit: `kutils kaggle code|weights|push|check|submit`.
 
 What is sent is first laid out in `working/kaggle/<name>/`, so that it can be looked at; `--dry-run` stops there.
 `kernel-metadata/kaggle.yaml` says whose account it is and which ensemble.
@@ -11,9 +11,8 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,7 +124,7 @@ def stage_weights(settings: Settings) -> Path:
     """
     source = paths.working_dir() / "models" / f"{Path(settings.ensemble).stem}.json"
     if not source.is_file():
-        raise KaggleError(f"{source} is not there: python -m kutils.ensemble.fit fit --config {settings.ensemble}")
+        raise KaggleError(f"{source} is not there: kutils ensemble fit --config {settings.ensemble}")
     fitted = fit.load_ensemble(source).with_weight()
     found = weight_files.find_checkpoints(fitted.files(), [source.parent])
     with staged("weights") as folder:
@@ -294,8 +293,8 @@ def submit(settings: Settings, message: str, dry_run: bool) -> None:
     print(client.submit(competition, pushed.ref, pushed.version, message), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kutils.kaggle.packing", description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kutils kaggle", description=__doc__.splitlines()[0])
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dry-run", action="store_true", help="lay out and show what would be sent, send nothing")
     common.add_argument("--user", default="", help="Kaggle name (default: that of kernel-metadata/kaggle.yaml)")
@@ -310,23 +309,15 @@ def main(argv: list[str] | None = None) -> int:
     options = commands.add_parser("submit", parents=[common], help="submit the kernel's checked version")
     options.add_argument("--message", default="", help="of the submission (default: the commit)")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "check":
-            check(arguments.kernel)
-            return 0
-        settings = read_settings(user=arguments.user)
-        if arguments.command == "push":
-            push(arguments.kernel, settings, arguments.dry_run, not arguments.no_wait)
-        elif arguments.command == "submit":
-            submit(settings, arguments.message, arguments.dry_run)
-        else:
-            stage = stage_code if arguments.command == "code" else stage_weights
-            send_dataset(arguments.command, stage(settings), arguments.dry_run)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    if arguments.command == "check":
+        check(arguments.kernel)
+        return 0
+    settings = read_settings(user=arguments.user)
+    if arguments.command == "push":
+        push(arguments.kernel, settings, arguments.dry_run, not arguments.no_wait)
+    elif arguments.command == "submit":
+        submit(settings, arguments.message, arguments.dry_run)
+    else:
+        stage = stage_code if arguments.command == "code" else stage_weights
+        send_dataset(arguments.command, stage(settings), arguments.dry_run)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,11 @@
-"""Pretrained backbones from the model hub, a file or a folder: `python -m kutils.models.pretrained FOLDER [MODEL ...]`.
+"""Pretrained backbones from the model hub, a file or a folder: `kutils pretrained FOLDER [MODEL ...]`.
 
 The command downloads the weights of the recipes into a folder, for a machine without network: there
 `pretrained=FOLDER` takes each recipe's own file from it.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -75,7 +75,7 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
         raise WeightsError(
             f"the weights of {name} could not be loaded from {file or 'the model hub'}: {first_line(error)}\n"
             "pretrained=PATH takes a weights file or a folder of them on this machine (a machine with network fills "
-            "one: python -m kutils.models.pretrained FOLDER), pretrained=false starts from random weights"
+            "one: kutils pretrained FOLDER), pretrained=false starts from random weights"
         ) from error
     backbone.pretrained_cfg.pop("state_dict", None)  # timm would keep the whole file in memory
     if not keep_projection:
@@ -105,7 +105,7 @@ def find_weights(path: Path, name: str) -> Path:
     there = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)) or "no weights file"
     raise WeightsError(
         f"pretrained={path}: the folder holds no {name}{SUFFIXES[0]} ({', '.join(SUFFIXES[1:])}) but {there}; "
-        f"python -m kutils.models.pretrained {path} downloads it"
+        f"kutils pretrained {path} downloads it"
     )
 
 
@@ -150,25 +150,17 @@ def wanted_backbones(models: list[str]) -> dict[str, list[str]]:
     return wanted
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.models.pretrained",
+        prog="kutils pretrained",
         description="Download the pretrained weights of the recipes into a folder, for training without network: "
         "there, pretrained=FOLDER takes each recipe's own file from it. Files that are there are kept.",
     )
     parser.add_argument("folder", type=Path, help="made if it is not there")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="models of conf/ (default: all that need weights)")
     arguments = parser.parse_args(argv)
-    try:
-        for backbone, models in wanted_backbones(arguments.models).items():
-            print(f"{backbone} (for {', '.join(models)}) ...", flush=True)
-            path = download(arguments.folder, backbone)
-            print(f"  {path}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    for backbone, models in wanted_backbones(arguments.models).items():
+        print(f"{backbone} (for {', '.join(models)}) ...", flush=True)
+        path = download(arguments.folder, backbone)
+        print(f"  {path}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -110,10 +110,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     limits = CleaningSettings()
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.prompts.collection",
+        prog="kutils sources",
         description="Collect prompts from files into one clean prompts file, and report what was left out or changed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -146,22 +146,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write over other content of PROMPTS.tsv")
     args = parser.parse_args(argv)
     given = {key: value for key, value in vars(args).items() if key in ("name", "column", "limit", "tokenizer")}
-    try:
-        settings = CleaningSettings(args.min_words, args.max_words, args.min_latin, not args.any_language)
-        report = make_prompts_file(
-            args.sources,
-            args.output,
-            settings=settings,
-            source_format=args.format,
-            skip_bad_lines=args.skip_bad_lines,
-            exclude=args.exclude,
-            overwrite=args.overwrite,
-            **given,
-        )
-        print(format_report(report))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
+    settings = CleaningSettings(args.min_words, args.max_words, args.min_latin, not args.any_language)
+    report = make_prompts_file(
+        args.sources,
+        args.output,
+        settings=settings,
+        source_format=args.format,
+        skip_bad_lines=args.skip_bad_lines,
+        exclude=args.exclude,
+        overwrite=args.overwrite,
+        **given,
+    )
+    print(format_report(report))
+    return 0

@@ -231,9 +231,9 @@ def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
     return num_truncated
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="gen_prompt_embedding.py",
+        prog="kutils embed",
         description="Embed the prompts of TSV files: FILE.npy beside each FILE.tsv, float32 [rows, 384], in row order. "
         "Started again after a kill, it goes on. torchrun starts it on several GPUs or nodes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -255,15 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: give 1 or more")
     options = {"device": args.device, "batch_size": args.batch_size, "dtype": args.dtype, "overwrite": args.overwrite}
-    try:
-        ranks = devices.join_workers(args.device)
-        for path in args.files:
-            embed_table(path, getattr(args, "encoder", None), ranks=ranks, **options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-    finally:
-        devices.leave_ranks()
-
-
-if __name__ == "__main__":
-    main()
+    ranks = devices.join_workers(args.device)
+    for path in args.files:
+        embed_table(path, getattr(args, "encoder", None), ranks=ranks, **options)
+    return 0

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kutils.prompts.encoder import DTYPES
-from kutils.prompts.near_duplicates import deduplicate_table, format_dedup
 from kutils.prompts.partition import (
     METHODS,
     assign,
@@ -23,7 +21,7 @@ from kutils.prompts.partition import (
 )
 from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
 from kutils.system import paths
-from kutils.system.devices import Ranks, join_workers, leave_ranks, pick_device
+from kutils.system.devices import Ranks, join_workers, pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
 from kutils.system.tables import check_rows, folds_hash, read_table, write_table
 
@@ -221,7 +219,7 @@ def read_report(tsv_path: Path | str) -> dict:
     Raises: GroupingError if there is none or the table has other folds by now.
     """
     path = report_path(tsv_path)
-    again = f"assign folds again: python -m kutils.prompts.folds folds {tsv_path}"
+    again = f"assign folds again: kutils folds {tsv_path}"
     if not path.is_file():
         raise GroupingError(f"{path} is not there (never made, or cut off while being made); {again}")
     try:
@@ -234,67 +232,30 @@ def read_report(tsv_path: Path | str) -> dict:
     return report
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kutils.prompts.folds", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    folds = commands.add_parser("folds", help="assign folds to the rows of data sets", **defaults)
-    folds.add_argument(
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="kutils folds",
+        description="Assign folds to the rows of data sets so that similar prompts share one, and report what leaks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
         "files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets, each with NAME.npy beside it"
     )
-    folds.add_argument("--threshold", type=float, default=0.7, help="cosine from which prompts are similar")
-    folds.add_argument(
+    parser.add_argument("--threshold", type=float, default=0.7, help="cosine from which prompts are similar")
+    parser.add_argument(
         "--folds",
         type=int,
         default=argparse.SUPPRESS,
         help="number of folds, 2 to 10 (default: 10, or as many as there are with --keep)",
     )
-    folds.add_argument("--method", choices=METHODS, default="partition", help="how similar prompts are kept together")
-    folds.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
-    folds.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
-    dedup = commands.add_parser("dedup", help="leave out prompts that resemble an earlier one", **defaults)
-    dedup.add_argument("file", type=Path, metavar="PROMPTS.tsv", help="prompts file, the most wanted first")
-    dedup.add_argument("--threshold", type=float, default=0.9, help="cosine from which prompts are near-duplicates")
-    for name, text in (("--kept", "one of each neighbourhood"), ("--rest", "all others")):
-        dedup.add_argument(
-            name, type=Path, required=True, default=argparse.SUPPRESS, help=f"prompts file to write: {text}"
-        )
-    dedup.add_argument(
-        "--against",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="KEPT.tsv",
-        help="prompts files kept earlier: leave out what resembles one of theirs",
-    )
-    dedup.add_argument(
-        "--priority", nargs="+", default=[], metavar="SOURCE", help="sources whose prompts come before those of others"
-    )
-    dedup.add_argument(
-        "--dtype", default="float32", choices=DTYPES, help="of the embedding, where it is still to be made"
-    )
-    dedup.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
-    for command in (folds, dedup):
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--method", choices=METHODS, default="partition", help="how similar prompts are kept together")
+    parser.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
+    parser.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)
-    try:
-        ranks = join_workers(args.device)
-        if args.command == "folds":
-            options = {"keep": args.keep, "ranks": ranks}
-            number = getattr(args, "folds", None)
-            report = assign_folds(args.files, args.threshold, number, args.method, args.seed, **options)
-            told = format_report(report) if ranks.is_main else ""
-        else:
-            options = {"against": args.against, "priority": args.priority, "dtype": args.dtype}
-            options |= {"ranks": ranks, "overwrite": args.overwrite}
-            report = deduplicate_table(args.file, args.kept, args.rest, args.threshold, **options)
-            told = format_dedup(report, args.kept, args.rest) if ranks.is_main else ""
-        print(told, end="\n" if told else "")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-    finally:
-        leave_ranks()
-
-
-if __name__ == "__main__":
-    main()
+    ranks = join_workers(args.device)
+    num_folds = getattr(args, "folds", None)
+    report = assign_folds(args.files, args.threshold, num_folds, args.method, args.seed, keep=args.keep, ranks=ranks)
+    if ranks.is_main:
+        print(format_report(report))
+    return 0

@@ -164,9 +164,9 @@ def join_table(tsv_path: Path | str, count: int, *, num_clusters: int = 100, see
     return join_prompts(prompts, embeddings, count, num_clusters=num_clusters, seed=seed)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.prompts.grammar",
+        prog="kutils templates",
         description="Make prompts from a grammar, or by joining two prompts of different topics.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -182,18 +182,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = vars(args)
     if "clusters" in given and "join" not in given:
         parser.error("--clusters is of --join; leave it out, or give both")
-    try:
-        if "join" in given:
-            if args.join.resolve() == args.output.resolve():
-                raise TemplateError(f"{args.output} is both read and written; choose another output")
-            prompts = join_table(args.join, args.count, num_clusters=given.get("clusters", 100), seed=args.seed)
-        else:
-            prompts = generate_prompts(args.count, args.seed)
-        source = given.get("name", "joined" if "join" in given else "templates")
-        write_prompts(args.output, prompts, [source] * len(prompts), overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
+    if "join" in given:
+        if args.join.resolve() == args.output.resolve():
+            raise TemplateError(f"{args.output} is both read and written; choose another output")
+        prompts = join_table(args.join, args.count, num_clusters=given.get("clusters", 100), seed=args.seed)
+    else:
+        prompts = generate_prompts(args.count, args.seed)
+    source = given.get("name", "joined" if "join" in given else "templates")
+    write_prompts(args.output, prompts, [source] * len(prompts), overwrite=args.overwrite)
+    return 0

@@ -1,5 +1,6 @@
 """A list of prompts without near-duplicates: each one left out is close to one that was kept before it."""
 
+import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -9,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.prompts.embedding import embed_table
+from kutils.prompts.encoder import DTYPES
 from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
-from kutils.system.devices import Ranks, pick_device
+from kutils.system.devices import Ranks, join_workers, pick_device
 from kutils.system.embedding_files import open_embeddings, take_embeddings
 from kutils.system.tables import holds, read_table, write_table
 
@@ -185,3 +187,40 @@ def format_dedup(report: dict, kept_path: Path, rest_path: Path) -> str:
         lines += [f"  {name}: {kept:,} kept, {rest:,} not" for name, (kept, rest) in report["sources"].items()]
     lines += [f"  {left_out!r} resembles {kept!r}" for left_out, kept in report["examples"]]
     return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="kutils dedup",
+        description="Leave out prompts that resemble an earlier one.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    unset = {"default": argparse.SUPPRESS}
+    parser.add_argument("file", type=Path, metavar="PROMPTS.tsv", help="prompts file, the most wanted first")
+    parser.add_argument("--threshold", type=float, default=0.9, help="cosine from which prompts are near-duplicates")
+    for name, text in (("--kept", "one of each neighbourhood"), ("--rest", "all others")):
+        parser.add_argument(name, type=Path, required=True, **unset, help=f"prompts file to write: {text}")
+    against = "prompts files kept earlier: leave out what resembles one of theirs"
+    parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="KEPT.tsv", help=against)
+    priority = "sources whose prompts come before those of others"
+    parser.add_argument("--priority", nargs="+", default=[], metavar="SOURCE", help=priority)
+    dtype = "of the embedding, where it is still to be made"
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help=dtype)
+    parser.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    args = parser.parse_args(argv)
+    ranks = join_workers(args.device)
+    report = deduplicate_table(
+        args.file,
+        args.kept,
+        args.rest,
+        args.threshold,
+        against=args.against,
+        priority=args.priority,
+        dtype=args.dtype,
+        ranks=ranks,
+        overwrite=args.overwrite,
+    )
+    if ranks.is_main:
+        print(format_dedup(report, args.kept, args.rest))
+    return 0

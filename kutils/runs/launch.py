@@ -115,7 +115,7 @@ def ensure_datasets(recipe: recipes.Recipe) -> None:
     if missing := paths.missing_datasets(name for name in recipe.datasets if name != "shapes"):
         raise LaunchError(missing)
     if "shapes" in recipe.datasets and not (paths.input_dir() / "shapes.folds.json").is_file():
-        run_module("kutils.generation.generate", "--shapes-dataset", "shapes")
+        run_module("kutils", "generate", "--shapes-dataset", "shapes")
 
 
 def visible_gpus() -> int:
@@ -149,8 +149,8 @@ def count_processes(wanted: int, device: str) -> int:
     return wanted or gpus
 
 
-def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_dir: Path, hours: float = 0) -> None:
-    """Run `python -m <module> <arguments>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
+def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours: float = 0) -> None:
+    """Run `python -m <command>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
 
     NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes, which meet under the name of the folder
     that holds `log_dir`: late for one run, a node must not find itself in the next.
@@ -167,17 +167,19 @@ def torchrun(module: str, arguments: Sequence[str], *, num_processes: int, log_d
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)  # of torch 2.12 and later; 30 s before
-    command = ["torch.distributed.run", "--standalone"]
+    torchrun_options = ["--standalone"]
     if node.count > 1:
         log_dir = log_dir / f"node{node.rank}"
         environment["NODE_RANK"] = str(node.rank)
-        command = ["torch.distributed.run", *node.rendezvous, f"--rdzv-id={log_dir.parent.parent.name}"]
+        torchrun_options = [*node.rendezvous, f"--rdzv-id={log_dir.parent.parent.name}"]
         print(f"node {node.rank} of {node.count} meets the others at {node.endpoint}, within 30 minutes", flush=True)
     log_dir.mkdir(parents=True, exist_ok=True)
-    command += [f"--nproc-per-node={num_processes}", "--log-dir", str(log_dir), "--tee", "3"]
-    command += ["--local-ranks-filter", "0", "-m", "kutils.system.children", module, *arguments]
+    torchrun_options += [f"--nproc-per-node={num_processes}", "--log-dir", str(log_dir), "--tee", "3"]
+    torchrun_options += ["--local-ranks-filter", "0", "-m", "kutils.system.children", *command]
     try:
-        if not run_module(*command, environment=environment, seconds=3600 * hours or None):
+        if not run_module(
+            "torch.distributed.run", *torchrun_options, environment=environment, seconds=3600 * hours or None
+        ):
             print(
                 f"stopped after {hours:g} hours; started again, it goes on from there (on Kaggle, with this version's "
                 "output as an input)",
@@ -221,7 +223,7 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
         if is_finished(run, notebook, node):
             print(f"already finished: {folders.describe(folders.result_of(run.folder))}", flush=True)
         elif node.rank > 0:
-            torchrun("kutils.training.train", run.arguments, num_processes=num_processes, log_dir=run.folder / "logs")
+            torchrun(["kutils", "train", *run.arguments], num_processes=num_processes, log_dir=run.folder / "logs")
         else:
             notebook.parent.mkdir(parents=True, exist_ok=True)
             values = {"recipe": str(path), "fold": fold, "num_processes": num_processes}
@@ -309,7 +311,7 @@ def stop_once(number: int, frame) -> None:
     raise KeyboardInterrupt
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="dist_train.sh",
@@ -326,14 +328,7 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, stop_once)
     try:
         run_folds(arguments.num_processes, arguments.config, arguments.overrides)
-    except (ValueError, CommandFailed) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr, flush=True)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Commands run as children of this process: output live, failures loud, an orderly end, nothing left running.
 
-`python -m kutils.system.children MODULE [ARGUMENT ...]` is how a child starts, and a rank: it ends when its parent does.
-This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
+`python -m kutils.system.children MODULE [ARGUMENT ...]` is how a child starts, and a rank: it ends when its parent
+does. This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
 """
 
 import collections

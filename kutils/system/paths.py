@@ -48,13 +48,11 @@ def missing_datasets(names: Iterable[str]) -> str:
             lines.append(f"data set {name!r}: {' and '.join(absent)} not in {root}")
         if not tsv.is_file():
             new_tables = True
-            lines.append(
-                f"  python -m kutils.generation.generate PROMPTS.tsv --output input/{name}  (or a table of your own)"
-            )
+            lines.append(f"  kutils generate PROMPTS.tsv --output input/{name}  (or a table of your own)")
         if not npy.is_file():
             lines.append(f"  python input/gen_prompt_embedding.py input/{name}.tsv")
     if new_tables:  # all at once, or a prompt could be in two folds
-        lines.append(f"then  python -m kutils.prompts.folds folds {' '.join(f'input/{name}.tsv' for name in names)}")
+        lines.append(f"then  kutils folds {' '.join(f'input/{name}.tsv' for name in names)}")
     if lines:
         lines.append("or train on other data sets with datasets=NAME,NAME; datasets=shapes is made on the spot")
     return "\n".join(lines)

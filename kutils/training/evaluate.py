@@ -1,12 +1,11 @@
-"""Score a checkpoint without training: `python -m kutils.training.evaluate --config conf/x.yaml --fold 0 [key=value ...]`.
+"""Score a checkpoint without training: `kutils evaluate --config conf/x.yaml --fold 0 [key=value ...]`.
 
 Any checkpoint on any rows: another validation fold, other data sets, published weights. What it predicted, and what the
 head saw, can be kept in files. Alone or as ranks of torchrun.
 """
 
 import argparse
-import os
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from kutils.data import datasets
 from kutils.models import checkpoints
-from kutils.runs import launch, recipes
+from kutils.runs import recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
 from kutils.system.devices import Ranks
@@ -124,7 +123,7 @@ def describe(score: Score, checkpoint: Path) -> str:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.training.evaluate",
+        prog="kutils evaluate",
         description="Score a checkpoint on the rows of a fold, without training.",
         epilog=f"keys of a recipe, for key=value (datasets=, amp_dtype=, num_workers=, max_local_batch_size=, ...):\n"
         f"{recipes.describe_keys()}",
@@ -165,19 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(describe(score, checkpoint), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
-        launch.end_with_parent()
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:  # a full disk, a folder that cannot be written
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        devices.leave_ranks()
+    run(arguments)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -248,7 +248,7 @@ def advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -
     files = [str(finished.shown_path(path)) for path in tables if not shards_folder(path).is_dir()]
     if files:
         size = recipe.input_size * 7 // 6  # larger than the input, so that crops stay sharp
-        packing = shlex.join(["python", "-m", "kutils.data.shards", *files, "--size", str(size)])
+        packing = shlex.join(["kutils", "shards", *files, "--size", str(size)])
         told.append(f"Images packed at the size of training load faster: {packing}")
     else:
         told.append("The images are packed already: a faster disk or more cores would help.")

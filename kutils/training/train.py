@@ -1,29 +1,26 @@
-"""Train one fold of a recipe: `python -m kutils.training.train --config conf/<recipe>.yaml --fold 0 [key=value ...]`.
+"""Train one fold of a recipe: `kutils train --config conf/<recipe>.yaml --fold 0 [key=value ...]`.
 
 Every rank runs this file (torchrun starts several). It reads from top to bottom: where the run stands, data, model,
 optimiser, then epoch by epoch: train, evaluate, save.
 """
 
 import argparse
-import errno
 import itertools
 import os
-import shlex
 import signal
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.autograd.profiler import record_function
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from kutils.data import datasets, transforms, validation_check
 from kutils.models import checkpoints, networks
-from kutils.runs import finished, folders, launch, recipes
+from kutils.runs import finished, folders, recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import children, devices, paths, progress
 from kutils.system.devices import Ranks, device_name, machine_facts
@@ -299,7 +296,7 @@ def watch_for_sigterm():
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.training.train",
+        prog="kutils train",
         description="Train one fold of a recipe, alone or as a rank of torchrun. Run again, it goes on after a cut.",
         epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -310,49 +307,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_report(folder: Path) -> None:
-    """Write the run's `report.html` if it is not there; whatever goes wrong, the run is finished."""
-    if (folder / "report.html").is_file():
-        return
-    try:
-        from kutils.views import report  # brings pandas and Matplotlib, which no other rank needs
-
-        print(f"report: {report.write_report(folder)}", flush=True)
-    except Exception as error:
-        again = f"python -m kutils.views.report {shlex.quote(str(folder))}"
-        print(f"no report ({type(error).__name__}: {error}); make it with: {again}", flush=True)
-
-
-@record
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], object] | None = None) -> int:
+    """Train as the arguments say; `when_finished` is called with the run's folder, in the main rank alone."""
     arguments = parse_arguments(argv)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding the GPU
-        launch.end_with_parent()
-    try:
-        recipe = recipes.load_recipe(arguments.config, arguments.overrides)
-        path = finished.shown_path(recipes.find_config(arguments.config))
-        ranks = devices.join_ranks(recipe.device)
-        train(recipe, arguments.fold, ranks, config=str(path), overrides=arguments.overrides)
-    except ValueError as error:  # what a user can put right; anything else is a bug and shows its traceback
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(
-            f"error: {error}; make room, and the same command goes on from its last state", file=sys.stderr, flush=True
-        )
-        return 1
-    finally:
-        devices.leave_ranks()
-    if ranks.is_main:  # the others need not wait
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for `watch_for_sigterm`'s signal any more
-        write_report(recipe.run_folder(arguments.fold))
-    return 0
-
-
-if __name__ == "__main__":
     # torchrun and job systems signal a rank's whole process group: its data loaders would end, and the rank with them
     # before it has saved
     os.register_at_fork(after_in_child=os.setpgrp)
-    sys.exit(main())
+    recipe = recipes.load_recipe(arguments.config, arguments.overrides)
+    path = finished.shown_path(recipes.find_config(arguments.config))
+    ranks = devices.join_ranks(recipe.device)
+    train(recipe, arguments.fold, ranks, config=str(path), overrides=arguments.overrides)
+    devices.leave_ranks()
+    if ranks.is_main and when_finished:  # the others need not wait
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for `watch_for_sigterm`'s signal any more
+        when_finished(recipe.run_folder(arguments.fold))
+    return 0

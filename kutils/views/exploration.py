@@ -58,7 +58,7 @@ class Exploration:
             recipes.load_recipe(finished[-1] / "config.yaml").datasets if finished else ["shapes"]
         )
         if list(wanted) == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
-            launch.run_module("kutils.generation.generate", "--shapes-dataset", "shapes")
+            launch.run_module("kutils", "generate", "--shapes-dataset", "shapes")
         return cls(load_datasets(wanted, need_folds=False), PromptBank.from_datasets(wanted), run_names)
 
     # ------------------------------------------------------------ data

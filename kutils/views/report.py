@@ -1,6 +1,6 @@
 """What a finished run shows: examples as the network saw them, its predictions beside the truth, and all in one page.
 
-`python -m kutils.views.report [RUN ...]` writes that page, `report.html`, into the run's folder; training does so at its end.
+`kutils report [RUN ...]` writes that page, `report.html`, into the run's folder; training does so at its end.
 """
 
 import argparse
@@ -290,7 +290,7 @@ def unreadable_section(run: FinishedRun) -> str:
         return ""
     told = html_page.paragraph(
         f"{run.result['unreadable_images']:,} training images could not be read; others were trained on instead. "
-        f"python -m kutils.data.checking {' '.join(f'input/{name}.tsv' for name in run.recipe.datasets)} sets them apart.",
+        f"kutils check {' '.join(f'input/{name}.tsv' for name in run.recipe.datasets)} sets them apart.",
         "note",
     )
     if not path.is_file():
@@ -351,32 +351,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kutils.views.report",
+        prog="kutils report",
         description="Write report.html into the folders of finished runs: scores, curves, examples, configuration.",
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="name in working/runs/, also with *, or folder (default: the last one)"
     )
-    try:
-        arguments = parser.parse_args(argv)
-        found = folders.find_finished(arguments.runs)
-        if not found:
-            raise folders.RunError("no finished run in working/runs/")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
+    arguments = parser.parse_args(argv)
+    found = folders.find_finished(arguments.runs)
+    if not found:
+        raise folders.RunError("no finished run in working/runs/")
     failed = False
     for folder in found if arguments.runs else found[-1:]:
         try:
             print(write_report(folder))
         except UNREADABLE as error:
             told = f"one of its files has no {error}" if isinstance(error, KeyError) else error
-            print(f"{parser.prog}: {folder}: {told}", file=sys.stderr)
+            print(f"error: {folder}: {told}", file=sys.stderr)
             failed = True
-    if failed:
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()
+    return int(failed)

@@ -1,0 +1,117 @@
+"""The one command: `kutils COMMAND ...`, or `python -m kutils COMMAND ...` where the package is not installed."""
+
+import difflib
+import errno
+import importlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+# step of the pipeline: {command: (module with `main(argv) -> int`, what the command does)}
+STEPS = {
+    "prompts": {
+        "sources": ("kutils.prompts.collection", "collect prompts from files into one clean prompts file"),
+        "templates": ("kutils.prompts.grammar", "make prompts from a grammar, or by joining two prompts"),
+        "embed": ("kutils.prompts.embedding", "embed the prompts of tables: NAME.npy beside NAME.tsv"),
+        "dedup": ("kutils.prompts.near_duplicates", "leave out prompts that resemble an earlier one"),
+        "folds": ("kutils.prompts.folds", "assign folds to data sets so that similar prompts share one"),
+    },
+    "images with their prompts": {
+        "generate": ("kutils.generation.generate", "make a data set of images from prompts"),
+        "check": ("kutils.data.checking", "look at every image and row, and set bad rows apart"),
+        "shards": ("kutils.data.shards", "pack images at the size of training into few large files"),
+    },
+    "one model": {
+        "pretrained": ("kutils.models.pretrained", "download pretrained weights for machines without network"),
+        "train": ("kutils.training.train", "train one fold of a recipe; goes on where it was cut"),
+        "train-folds": ("kutils.runs.launch", "train all folds of a recipe, as working/dist_train.sh does"),
+        "evaluate": ("kutils.training.evaluate", "score a checkpoint, and save its predictions or features"),
+        "predict": ("kutils.ensemble.predict", "predict the embeddings of a folder of images"),
+        "report": ("kutils.views.report", "write report.html for finished runs"),
+    },
+    "many models": {
+        "ensemble": ("kutils.ensemble.fit", "fit the weights of an ensemble"),
+        "neighbours": ("kutils.ensemble.neighbours", "score the nearest training prompts as predictions"),
+        "bank": ("kutils.data.prompt_bank", "write prompts and embeddings as one file to search in"),
+        "ask": ("kutils.ensemble.trained_models", "print the prompts that trained models see in an image"),
+    },
+    "Kaggle": {
+        "kaggle": ("kutils.kaggle.packing", "upload code and weights, push kernels, submit"),
+    },
+    "the whole": {
+        "demo": ("kutils.demo", "run the whole pipeline at small scale, and print the scores"),
+    },
+}
+COMMANDS = {name: module for commands in STEPS.values() for name, (module, _) in commands.items()}
+
+
+def overview() -> str:
+    """All commands, by step, one line each."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = ["usage: kutils COMMAND ...    (kutils COMMAND --help lists what it takes)"]
+    for step, commands in STEPS.items():
+        lines += ["", f"{step}:", *(f"  {name:{width}}{text}" for name, (_, text) in commands.items())]
+    return "\n".join(lines)
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run a command; what its user can put right ends in `error: ...` on stderr and exit status 1.
+
+    KUTILS_DEBUG=1 shows the traceback instead.
+    """
+    from kutils.system.children import CommandFailed, end_with_parent
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding its GPU
+        end_with_parent()
+    try:
+        module = importlib.import_module(COMMANDS[command])
+        return module.main(arguments, write_report) if command == "train" else module.main(arguments)
+    except (ValueError, OSError, CommandFailed) as error:
+        if os.environ.get("KUTILS_DEBUG"):
+            raise
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        advice = "; make room, and the same command goes on" if full else ""
+        print(f"error: {error}{advice}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        if devices := sys.modules.get("kutils.system.devices"):
+            devices.leave_ranks()
+
+
+def write_report(run_folder: Path) -> None:
+    """Write a finished run's `report.html` if it is not there; whatever goes wrong, the run is finished."""
+    if (run_folder / "report.html").is_file():
+        return
+    try:
+        from kutils.views import report  # brings pandas and Matplotlib, which no other rank needs
+
+        print(f"report: {report.write_report(run_folder)}", flush=True)
+    except Exception as error:
+        again = f"kutils report {shlex.quote(str(run_folder))}"
+        print(f"no report ({type(error).__name__}: {error}); make it with: {again}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that `argv` begins with; exit status 0, or 2 where there is no such command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(overview())
+        return 0
+    if argv[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
+        meant = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        print(f"error: there is no command {argv[0]!r}{meant} `kutils --help` lists all", file=sys.stderr)
+        return 2
+    return run(argv[0], argv[1:])
+
+
+if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then shows the traceback of the rank that failed first
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)
+    sys.exit(main())
