@@ -98,7 +98,7 @@ kaggle-env: .venv-kaggle/requirements-are-installed ## Python 3.13 with Kaggle's
 	@touch $@
 
 test-kernel: env $(if $(KAGGLE_PYTHON),,kaggle-env) ## the kernels as Kaggle runs them, without network (root): 8 minutes
-	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m "kernel or not recipes" tests/test_kernel.py tests/test_kaggle*.py
+	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m "kernel or not recipes" tests/kaggle
 
 test-browser: env ## explore in JupyterLab and a run's report, in chromium: 2 minutes; screenshots in working/browser/
 	$(bin)/python -m pytest -m browser tests/test_browser.py

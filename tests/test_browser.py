@@ -14,12 +14,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import use_folders
+from fixtures.datasets import use_folders
 from PIL import Image
+
+from kutils.system.paths import repository_root
 
 pytestmark = pytest.mark.browser
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = repository_root()
 SCREENSHOTS = ROOT / "working" / "browser"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SMALL = [

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import unit_rows
+from fixtures.datasets import unit_rows
 
 from kutils import demo
 from kutils.kaggle.submission import write_submission

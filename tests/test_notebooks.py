@@ -1,10 +1,7 @@
 """Notebooks: built from their scripts, thin, and they run: from any folder, with figures, and failing loudly."""
 
 import ast
-import base64
-import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -16,14 +13,16 @@ import jupytext
 import numpy as np
 import papermill
 import pytest
-import tiny_diffusion
-from conftest import make_dataset
+from fixtures import tiny_diffusion
+from fixtures.datasets import make_dataset
+from fixtures.notebooks import assert_readable, execute, figures, printed
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
+from kutils.system.paths import repository_root
 from kutils.system.tables import read_table, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = repository_root()
 NOTEBOOKS = ROOT / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
 TOOLS = Path(sys.executable).parent
@@ -144,44 +143,6 @@ def test_a_figure_is_not_shown_twice(script):
 
 
 # ---------------------------------------------------------------- what they do
-
-
-def execute(name: str, target: Path, /, cwd: Path = ROOT, **values) -> list[dict]:
-    """Run a notebook and return its executed cells; PapermillExecutionError if a cell fails."""
-    papermill.execute_notebook(
-        NOTEBOOKS / f"{name}.ipynb", target, parameters=values, cwd=str(cwd), progress_bar=False, kernel_name="python3"
-    )
-    return json.loads(target.read_text(encoding="utf-8"))["cells"]
-
-
-def figures(executed: list[dict]) -> list[Image.Image]:
-    """All pictures among the outputs, in order; each has its text, and no large size."""
-    shown = [output for cell in executed for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    for output in shown:
-        assert (
-            re.search(r"\w+ \w+", output["metadata"]["image/png"]["alt"])
-            and "needs_background" not in output["metadata"]
-        )
-        assert len(output["data"]["image/png"]) < 1.4e6  # base64 of a megabyte
-    return [Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))) for output in shown]
-
-
-def printed(executed: list[dict]) -> str:
-    return "".join(
-        "".join(output["text"])
-        for cell in executed
-        for output in cell.get("outputs", [])
-        if output["output_type"] == "stream"
-    )
-
-
-def assert_readable(pictures: list[Image.Image], count: int) -> None:
-    """Each figure once, large enough to read, and something in it."""
-    assert len(pictures) == count
-    assert len({picture.tobytes() for picture in pictures}) == count
-    for picture in pictures:
-        assert picture.width >= 600 and picture.height >= 300
-        assert np.asarray(picture.convert("L")).std() > 10
 
 
 @pytest.fixture

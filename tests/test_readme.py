@@ -1,14 +1,14 @@
 """The README names what is there, and nothing else."""
 
 import re
-from pathlib import Path
 
 import pytest
-import recipe_table
+from fixtures import recipe_table
 
 from kutils.runs import recipes
+from kutils.system.paths import repository_root
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = repository_root()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("```text\n")[-1].split("```")[0]
 
@@ -52,7 +52,7 @@ def test_figures_and_make_targets_exist():
 def test_the_table_of_recipes_is_what_the_recipes_say():
     rows = [recipe_table.row(path) for path in recipe_table.seed_recipes()]
     assert len(rows) == 12
-    assert "\n".join([recipe_table.HEADER, *rows]) in README, "python tests/recipe_table.py prints the table"
+    assert "\n".join([recipe_table.HEADER, *rows]) in README, "python tests/fixtures/recipe_table.py prints the table"
 
 
 @pytest.mark.parametrize("path", recipe_table.seed_recipes(), ids=lambda path: path.stem[:50])

@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
-from published_networks import published_network
+from fixtures.datasets import make_dataset
+from fixtures.published_networks import published_network
 
 from kutils.models import checkpoints
 from kutils.models.networks import build_model
 from kutils.runs import recipes
 from kutils.runs.folders import read_metrics
+from kutils.system.paths import repository_root
 from kutils.training import engine, optimizers
 
 pytestmark = pytest.mark.recipes
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = repository_root()
 NETWORKS = ["convnext_large", "vit_large", "eva02_large_clsavg", "eva02_large_clsonly", "convnext_xxlarge"]
 CHAINS = {  # model -> the fold that is trained (one that its last stage has), and what stands in for its backbone
     "convnext_large": (3, "backbone=test_convnext head=pooled input_size=32"),

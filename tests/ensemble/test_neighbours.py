@@ -1,0 +1,103 @@
+"""The nearest training prompts as a prediction: against plain NumPy on a run whose predictions are made here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from fixtures.datasets import make_dataset, unit_rows
+
+from kutils.data.datasets import load_datasets
+from kutils.ensemble import blending, neighbours
+from kutils.ensemble.members import EnsembleError
+from kutils.system.devices import Ranks
+from kutils.training import out_of_fold
+
+
+@pytest.fixture
+def run(workspace, tiny_recipe):
+    """A finished run on 400 prompts: predictions near the truth, one image unreadable."""
+    make_dataset(workspace / "input", num_prompts=400, size=8)
+    recipe = tiny_recipe()
+    folder = workspace / "working" / "runs" / "tiny_fold3"
+    folder.mkdir(parents=True)
+    data = load_datasets(recipe.datasets)
+    rows = data.validation_rows(3)
+    predicted = data.targets(rows) + 0.5 * unit_rows(len(rows), seed=9)
+    predicted /= np.linalg.norm(predicted, axis=1, keepdims=True)
+    predicted[7] = np.nan
+    origin = {"fold": 3, "prefix": "tiny", "checkpoint": "x"}
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    path = folder / "fold3_predictions.npz"
+    out_of_fold.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
+    (folder / "config.yaml").write_text(recipe.to_yaml())
+    (folder / "result.json").write_text(json.dumps({"fold": 3}))
+    return folder, data, np.delete(rows, 7), np.delete(predicted, 7, axis=0)
+
+
+def test_it_is_chosen_on_one_half_and_scored_on_the_other(run, capsys):
+    folder, data, rows, predicted = run
+    targets = data.targets(rows)
+    groups = blending.topics(targets, data.prompt_codes[rows], 0)
+    seen = blending.split_groups(groups, 0)
+    training = data.targets(np.arange(0, 800, 2))[np.arange(400) % 10 != 3]
+    cosines = predicted @ training.T
+    order = np.argsort(-cosines, axis=1)
+
+    def score(some, k, temperature):
+        nearest = order[some, :k]
+        weights = np.exp(np.take_along_axis(cosines[some], nearest, axis=1) / temperature)
+        mean = np.einsum("nk,nkd->nd", weights, training[nearest])
+        return np.sum(mean * targets[some], axis=1) / np.linalg.norm(mean, axis=1)
+
+    pairs = [(k, temperature) for k in (2, 6) for temperature in (0.05, 0.5)]
+    best = max(pairs, key=lambda pair: score(seen, *pair).mean())
+    found = neighbours.measure(folder, (2, 6), (0.05, 0.5), device="cpu")
+    assert (found.neighbours, found.temperature) == best and found.bank == 360 and found.rows == (~seen).sum()
+    own = np.sum(predicted * targets, axis=1)[~seen]
+    assert found.own == pytest.approx(own.mean(), abs=1e-6)
+    assert found.nearest == pytest.approx(score(~seen, *best).mean(), abs=1e-6)
+    assert found.chosen == pytest.approx(score(seen, *best).mean(), abs=1e-6)
+    assert found.gain["mean"] == pytest.approx(found.nearest - found.own, abs=1e-6)
+
+    assert neighbours.main(["tiny*", "--k", "2,6", "--temperature", "0.05,0.5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == found.describe() + "\n"
+    assert f"own predictions                        {found.own:.4f}" in found.describe()
+
+
+def test_more_neighbours_than_there_are_prompts_are_all_of_them(run):
+    folder, *_ = run
+    assert neighbours.measure(folder, (9000,), (0.05,), device="cpu").neighbours == 360
+
+
+def test_too_few_predictions_are_refused(run):
+    """None that is finite, and two of the same prompt."""
+    folder, *_ = run
+    path = folder / "fold3_predictions.npz"
+    with np.load(path) as saved:
+        content = dict(saved)
+    for kept, told in ((0, "0 prompts of 80 rows"), (2, "1 prompts of 80 rows")):
+        embeddings = np.full_like(content["embeddings"], np.nan)
+        embeddings[:kept] = content["embeddings"][:kept]
+        np.savez(path, **content | {"embeddings": embeddings})
+        with pytest.raises(EnsembleError, match=f"finite predictions of {told}"):
+            neighbours.measure(folder, device="cpu")
+
+
+def test_what_cannot_be_measured_is_said(run, capsys):
+    folder, *_ = run
+    for arguments, message in [
+        (["tiny_fold4"], "no finished run 'tiny_fold4'"),
+        (["tiny_fold3", "--k", "many"], "argument --k: invalid counts value: 'many'"),
+        (["tiny_fold3", "--k", "5,"], "argument --k: invalid counts value: '5,'"),
+        (["tiny_fold3", "--k", "5,-5"], "argument --k: -5 is no number of prompts"),
+        (["tiny_fold3", "--temperature", "0.1,0"], "argument --temperature: 0.0 is no temperature"),
+        (["tiny_fold3", "--temperature", "inf"], "argument --temperature: inf is no temperature"),
+    ]:
+        try:
+            assert neighbours.main(arguments) == 1
+        except SystemExit as stopped:
+            assert stopped.code == 2
+        assert message in capsys.readouterr().err
+    (folder / "fold3_predictions.npz").unlink()
+    assert neighbours.main(["tiny_fold3"]) == 1 and "fold3_predictions.npz is not there" in capsys.readouterr().err

@@ -1,0 +1,263 @@
+"""Launching: failures are loud, nothing is left running, wrong parameters stop a notebook."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kutils.runs import launch
+from kutils.runs.launch import CommandFailed, LaunchError, check_parameters
+from kutils.runs.nodes import Node
+from kutils.runs.recipes import ConfigError
+
+# a shell lets its background jobs ignore SIGINT, and these tests may be one
+HEARS_INTERRUPTS = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+CELLS = ["", 'model: str = "tiny"  # a model\nfold: int = 0', '# Parameters\nmodel = "other"\nfold = 3\n', "import sys"]
+
+
+def test_known_parameters_pass():
+    check_parameters(CELLS)
+    check_parameters(["", "model = 1", "x = 5"])  # not run by papermill: nothing to look at
+
+
+def test_an_unknown_parameter_stops_and_names_the_nearest():
+    with pytest.raises(LaunchError, match=r"no parameter 'modle'; did you mean 'model'\? \(it has fold, model\)"):
+        check_parameters([*CELLS[:2], "# Parameters\nmodle = 1\n"])
+
+
+def test_a_plan_resolves_model_overrides_and_folder(workspace):
+    run = launch.plan_run("convnext_large", 2, 3, "epochs=1 prefix=mine")
+    assert run.recipe.epochs == 1 and run.folder == workspace / "working" / "runs" / "mine_fold3"
+    assert run.arguments == ["--config", str(run.config_path), "--fold", "3", "epochs=1", "prefix=mine"]
+    assert launch.plan_run("x", 1, 0, recipe="conf/tiny_vit_stage2.yaml").recipe.model == "tiny_vit"
+
+
+@pytest.mark.parametrize(
+    ("model", "fold", "overrides", "said"),
+    [
+        ("convnext_lrge", 0, "", "did you mean 'convnext_large'"),
+        ("convnext_large", 11, "", "fold is 11"),
+        ("convnext_large", "0", "", "fold is '0'"),
+        ("convnext_large", 0, "epoch=1", "did you mean 'epochs'"),
+    ],
+)
+def test_a_wrong_plan_stops_at_once(model, fold, overrides, said):
+    with pytest.raises((ConfigError, LaunchError), match=said):
+        launch.plan_run(model, 1, fold, overrides)
+
+
+def test_gpus_are_counted_without_touching_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
+    assert launch.visible_gpus() == 3 == launch.count_processes(0, "auto")
+    assert launch.count_processes(2, "cuda") == 2
+    with pytest.raises(LaunchError, match="8 GPUs are asked for and 3 are visible"):
+        launch.count_processes(8, "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch.visible_gpus() == 0 and launch.count_processes(0, "auto") == 1
+    with pytest.raises(LaunchError, match="1 GPUs are asked for and 0 are visible"):
+        launch.count_processes(0, "cuda")
+
+
+def test_cpu_ranks_are_said(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch.count_processes(2, "auto") == 2
+    assert "2 ranks on the CPU (gloo)" in capsys.readouterr().out
+
+
+def test_a_fold_is_finished_with_its_result_and_alone_with_its_notebook_too(workspace, tiny_recipe):
+    (workspace / "recipe.yaml").write_text(tiny_recipe().to_yaml())
+    run = launch.plan_run("", 1, 0, recipe=str(workspace / "recipe.yaml"))
+    notebook, alone, first = run.folder / "train.ipynb", Node(1, 0, ""), Node(2, 0, "a:1")
+    assert not launch.is_finished(run, notebook, alone) and not launch.is_finished(run, notebook, first)
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(run.recipe.to_yaml())
+    (run.folder / "result.json").write_text('{"fold": 0}')
+    assert not launch.is_finished(run, notebook, alone) and launch.is_finished(run, notebook, first)
+    ended = "2026-01-01T10:00:00"
+    for exception, end_time, finished in ((True, ended, False), (None, None, False), (None, ended, True)):
+        record = {"exception": exception, "end_time": end_time}  # failed, cut, as it should be: what papermill writes
+        notebook.write_text(json.dumps({"metadata": {"papermill": record}}))
+        assert launch.is_finished(run, notebook, alone) is finished
+    other = launch.plan_run("", 1, 0, "epochs=7", str(workspace / "recipe.yaml"))
+    with pytest.raises(ValueError, match=r"another configuration .*epochs was 2, is 7"):
+        launch.is_finished(other, notebook, alone)
+    again = launch.plan_run("", 1, 0, "resume=never", str(workspace / "recipe.yaml"))
+    assert not launch.is_finished(again, notebook, alone)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module that a child process can run."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(text):
+        (tmp_path / "job.py").write_text(text)
+        return "job"
+
+    return write
+
+
+def test_output_is_shown_and_a_failure_ends_with_the_last_lines(module, capsys):
+    name = module("import sys\nfor n in range(60): print('line', n)\nsys.exit(3 if sys.argv[1:] == ['fail'] else 0)")
+    launch.run_module(name)
+    assert capsys.readouterr().out.splitlines()[-1] == "line 59"
+    with pytest.raises(CommandFailed, match="job fail ended with exit code 3") as caught:
+        launch.run_module(name, "fail")
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "line 20" and lines[-1] == "line 59" and len(lines) == 41
+
+
+def test_a_clear_error_is_repeated_alone(module):
+    name = module("import sys\nprint('noise')\nprint('error: the file x is not there', file=sys.stderr)\nsys.exit(1)")
+    with pytest.raises(CommandFailed) as caught:
+        launch.run_module(name)
+    assert str(caught.value).splitlines()[1:] == ["error: the file x is not there"]
+
+
+def test_an_interrupt_ends_the_child(module, tmp_path):
+    name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    code = f"{HEARS_INTERRUPTS}from kutils.runs import launch\nlaunch.run_module({name!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
+    child = wait_for_pid(tmp_path / "pid")
+    parent.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in parent.communicate(timeout=60)[1]
+    assert gone(child)
+
+
+def test_a_second_interrupt_does_not_cut_what_the_child_saves(module, tmp_path):
+    name = module(
+        "import os, signal, sys, time\n"
+        "def save(*_):\n    print('saving')\n    time.sleep(1)\n    print('saved')\n    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, save)\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    code = f"{HEARS_INTERRUPTS}from kutils.runs import launch\nlaunch.run_module({name!r})"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child = wait_for_pid(tmp_path / "pid")
+    for _ in range(3):
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    shown, error = parent.communicate(timeout=60)
+    assert shown == b"saving\nsaved\n" and b"KeyboardInterrupt" in error
+    assert gone(child)
+
+
+def test_the_end_of_the_time_lets_the_child_save(module, capsys):
+    name = module(
+        "import signal, sys, time\n"
+        "def save(*_):\n    print('saved')\n    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('begun')\ntime.sleep(600)"
+    )
+    assert launch.run_module(name, seconds=5) is False
+    assert capsys.readouterr().out == "begun\nsaved\n"
+    assert launch.run_module("this", seconds=60) is True
+
+
+@pytest.mark.parametrize(
+    ("said", "fails"),
+    [("stopped by a signal after update 6; the same command goes on", False), ("no space left on the device", True)],
+)
+def test_what_could_not_be_saved_at_the_end_of_the_time_is_an_error(module, said, fails):
+    name = module(
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit('error: {said}'))\nprint('begun')\ntime.sleep(600)"
+    )
+    if fails:
+        with pytest.raises(CommandFailed, match="no space left"):
+            launch.run_module(name, seconds=5)
+    else:
+        assert launch.run_module(name, seconds=5) is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_killed_parent_takes_its_child_along(module, tmp_path):
+    name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"from kutils.runs import launch\nlaunch.run_module({name!r})"], cwd=tmp_path
+    )
+    child = wait_for_pid(tmp_path / "pid")
+    parent.kill()
+    parent.wait()
+    assert gone(child)
+
+
+def wait_for_pid(path) -> int:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def gone(pid: int) -> bool:
+    """True as soon as no such process runs (a zombie has ended), False after 30 s."""
+    for _ in range(600):
+        try:
+            with Path(f"/proc/{pid}/stat").open() as stat:
+                if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+def test_torchrun_shows_rank_0_keeps_every_log_and_fails_loudly(module, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PET_NNODES", "1")
+    monkeypatch.setenv("PET_NO_PYTHON", "1")  # torchrun itself would obey and start the module's name as a program
+    name = module(
+        "import os, sys\nprint('I am rank', os.environ['RANK'], sys.argv[1:])\n"
+        "print('left', [name for name in os.environ if name.startswith('PET_')])\n"
+        "print('grace', os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\n"
+        "if 'fail' in sys.argv and os.environ['RANK'] == '1':\n    print('I broke', file=sys.stderr)\n    sys.exit(5)"
+    )
+    launch.torchrun([name, "go"], num_processes=2, log_dir=tmp_path / "logs")
+    shown = capsys.readouterr().out
+    assert "I am rank 0 ['go']" in shown.splitlines() and "rank 1" not in shown
+    assert "left []" in shown and "grace 600" in shown
+    logs = [path.read_text().splitlines()[0] for path in (tmp_path / "logs").rglob("stdout.log")]
+    assert sorted(logs) == ["I am rank 0 ['go']", "I am rank 1 ['go']"]
+    with pytest.raises(CommandFailed, match="exitcode  : 5") as caught:
+        launch.torchrun([name, "fail"], num_processes=2, log_dir=tmp_path / "logs")
+    said, log = str(caught.value).splitlines()[-2:]
+    assert said.startswith("first to fail here: local rank 1, exit code 5") and said.endswith(": I broke")
+    assert Path(log.removeprefix("its log: ")).read_text() == "I broke\n"
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_ends_every_rank(module, tmp_path):
+    name = module(
+        "import os, time\nfrom kutils.runs import launch\nlaunch.end_with_parent()\n"
+        "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    call = f"launch.torchrun([{name!r}], num_processes=2, log_dir=Path('l'))"
+    code = f"from pathlib import Path\nfrom kutils.runs import launch\n{call}"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    ranks = [wait_for_pid(tmp_path / f"pid{rank}") for rank in (0, 1)]
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert all(gone(rank) for rank in ranks)
+
+
+def test_lines_that_are_hidden_are_not_shown(capsys):
+    launch.run_module("this", hide=r".* is better than .*|\s*")
+    shown = capsys.readouterr().out.splitlines()
+    assert "The Zen of Python, by Tim Peters" in shown and "Readability counts." in shown
+    assert "" not in shown and not any("is better than" in line for line in shown)
+
+
+def test_paths_mean_the_same_to_the_launcher_the_notebook_and_the_ranks(workspace, tiny_recipe, monkeypatch):
+    """`cd working && bash dist_train.sh ... run_dir=mine`: notebooks run in the repository's folder."""
+    monkeypatch.chdir(workspace)
+    recipe = tiny_recipe(run_dir="mine", pretrained="weights", model_dir="/models")
+    found = launch.with_absolute_paths(recipe, ["run_dir=mine", "lr=1e-3"])
+    expected = {f"run_dir={workspace}/mine", f"pretrained={workspace}/weights", "model_dir=/models", "lr=1e-3"}
+    assert set(found) == expected
+    assert launch.with_absolute_paths(tiny_recipe(), ["pretrained=false"]) == ["pretrained=false"]

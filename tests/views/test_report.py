@@ -1,0 +1,268 @@
+"""A run's report: one file that needs nothing else, with the run's numbers, whatever has become of its data."""
+
+import base64
+import io
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from fixtures.finished_runs import FAST, SCRIPT
+from PIL import Image
+
+from kutils.data import datasets
+from kutils.runs import folders as runs_folders
+from kutils.runs import recipes
+from kutils.runs.finished import FinishedRun, read_run
+from kutils.system import paths
+from kutils.system.tables import read_table, write_table
+from kutils.training import train
+from kutils.views import html_page, report
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, texts, and what stands below every heading."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.open, self.sections = [], [], [], {}
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data):
+        if (self.open and self.open[-1] in ("style", "script")) or not data.strip():
+            return
+        self.texts.append(data.strip())
+        if self.open[-1] == "h2":
+            self.sections[data.strip()] = []
+        elif self.sections:
+            list(self.sections.values())[-1].append(data.strip())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read_page(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_training_leaves_a_page_that_needs_nothing_else(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = read_page(folder)
+    assert not re.search(r"https?:|url\(|@import|src='/|href='[^#]", text)
+    assert len(text) < 3e6 and not page.all("link")
+    (policy,) = [each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:;") and "sha256-" in policy
+    assert "unsafe" not in policy.split("script-src")[1] and text.count("<script") == 1
+    images = page.all("img")
+    assert len(images) == 4 + 6  # curves, histogram, slices, speed; three best and three worst of six prompts
+    for image in images:
+        assert len(image["alt"]) > 20
+        kind, _, content = image["src"].removeprefix("data:image/").partition(";base64,")
+        picture = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert picture.format.lower() == kind and np.asarray(picture.convert("L")).std() > 1
+    assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == 1
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids) and {link["href"][1:] for link in page.all("a")} <= set(ids)
+    assert len(page.all("a")) == len(page.sections) == 8
+
+
+def test_the_numbers_are_those_of_the_run(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    result = json.loads((folder / "result.json").read_text())
+    page = read_page(folder)
+    score, base = result["cosine_similarity"], result["mean_prompt_baseline"]
+    for number in (f"{score:.4f}", f"{base:.4f}", f"{score - base:+.4f}"):
+        assert number in page.texts
+    told = page.sections["Scores by slice"]
+    data = datasets.load_datasets(["toy"])
+    rows = data.validation_rows(0)
+    with np.load(folder / "fold0_predictions.npz") as saved:
+        cosines = (saved["embeddings"] * data.targets(rows)).sum(axis=1)
+    short = rows // 2 % 20 < 10  # prompts 0, 10, ..., 50: those of tens 0, 2 and 4
+    for name, own in (("short", cosines[short]), ("long", cosines[~short])):
+        position = told.index(name)
+        assert told[position + 1 : position + 3] == [str(len(own)), f"{own.mean():.4f}"]
+    shown = page.sections["Best and worst"]
+    assert f"cosine {cosines.max():.3f}" in shown and f"cosine {cosines.min():.3f}" in shown
+
+
+def test_a_prompt_is_text(finished):
+    text = (finished / "working" / "runs" / "first_fold0" / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in text and f"true: {SCRIPT}" in Page(text).texts
+
+
+def test_the_configuration_is_held_against_the_recipe_and_the_command_makes_it_again(finished):
+    page = read_page(finished / "working" / "runs" / "second_fold0")
+    environment = json.loads((finished / "working" / "runs" / "second_fold0" / "environment.json").read_text())
+    assert environment["config"] == "conf/tiny_convnext_stage1.yaml"
+    assert environment["overrides"] == ["prefix=second", *FAST, "lr=1e-4", "seed=3"]
+    told = page.sections["Configuration"]
+    assert "differ from conf/tiny_convnext_stage1.yaml: " in told[0] and "lr" in told[0].split(": ")[1].split(", ")
+    position = told.index("lr")
+    assert told[position : position + 3] == ["lr", "0.0001", "0.005"]
+    (command,) = [text for text in page.sections["Run it again"] if "kutils train" in text]
+    command = command.splitlines()[-1]
+    arguments = shlex.split(command)[3:]
+    assert arguments[:4] == ["--config", "conf/tiny_convnext_stage1.yaml", "--fold", "0"]
+    saved = recipes.load_recipe(finished / "working" / "runs" / "second_fold0" / "config.yaml")
+    assert recipes.load_recipe(arguments[1], arguments[4:]) == saved
+
+
+def test_a_run_whose_data_has_changed_says_so(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    path = finished / "input" / "toy.npy"
+    np.save(path, np.roll(np.load(path), 2, axis=0))
+    assert report.write_report(folder) == folder / "report.html"
+    page = read_page(folder)
+    for section in ("Scores", "Scores by slice", "Best and worst"):
+        assert any("was made for other validation rows" in text for text in page.sections[section])
+    assert f"{runs_folders.result_of(folder)['cosine_similarity']:.4f}" in page.texts and len(page.all("img")) == 2
+
+
+@pytest.mark.parametrize("lost", ["toy.tsv", "toy_images", "predictions", "environment.json", "metrics.jsonl"])
+def test_what_is_gone_is_said(finished, lost):
+    folder = finished / "working" / "runs" / "first_fold0"
+    if lost == "toy_images":
+        (finished / "input" / "toy_images").rename(finished / "elsewhere")
+        said = ["input/toy_images/0"]
+    elif lost == "toy.tsv":
+        (finished / "input" / lost).unlink()
+        said = ["Not shown: data set 'toy': toy.tsv not in"]
+    else:
+        (folder / ("fold0_predictions.npz" if lost == "predictions" else lost)).unlink()
+        said = ["fold0_predictions.npz"] if lost == "predictions" else [f"Not shown: {lost}"]
+    report.write_report(folder)
+    page = read_page(folder)
+    for text in said:
+        assert any(text in each for each in page.texts), text
+    assert f"{runs_folders.result_of(folder)['cosine_similarity']:.4f}" in page.texts
+
+
+def test_waiting_and_unreadable_images_are_told(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"data_wait": 0.25} if "data_wait" in line else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths.write_json(folder / "result.json", runs_folders.result_of(folder) | {"unreadable_images": 1})
+    write_table(folder / "unreadable_images.tsv", {"row": ["7"], "image": ['toy_images/"x.png'], "reason": ["cut"]})
+    report.write_report(folder)
+    page = read_page(folder)
+    speed = " ".join(page.sections["Speed"])
+    cores = json.loads((folder / "environment.json").read_text())["cores"]
+    assert "25% of the time" in speed and f"{cores} core" in speed and "num_workers=1 instead of 0" in speed
+    assert f"kutils shards {finished}/input/toy.tsv --size 37" in speed and "GPU memory" not in speed
+    assert 'toy_images/"x.png' in page.sections["Unreadable images"]
+
+
+def test_the_memory_of_a_gpu_and_a_machine_that_nobody_told(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    run = read_run(folder)
+    for line, held in zip((line for line in run.metrics if "data_wait" in line), (7.5, 61.23, 61.23), strict=False):
+        line |= {"gpu_memory_gb": held, "data_wait": 0.9}
+    run.environment["gpu_gb"] = 79.6
+    speed = Page(report.speed_section(run)).texts
+    assert "61.2 of 80 GB" in speed and "GPU memory, at most" in speed
+    for name in ("gpu_gb", "cores", "ranks_per_machine"):
+        del run.environment[name]
+    texts = " ".join(Page(report.speed_section(run)).texts)
+    assert "61.2 GB" in texts and "More num_workers than 0 help where there are cores for them." in texts
+
+
+def test_pace_counts_an_interval_by_its_time(finished):
+    run = read_run(finished / "working" / "runs" / "first_fold0")  # batches of 16
+    logged = [
+        {"epoch": 1, "step": 10, "images_per_second": 160.0, "data_wait": 0.1},  # 1 s
+        {"epoch": 1, "step": 20, "cosine_similarity": 0.5},
+        {"epoch": 2, "step": 30, "images_per_second": 80.0, "data_wait": 0.4},  # 320 images: 4 s
+    ]
+    pace, waiting = FinishedRun(run.folder, run.recipe, run.result, {}, logged).pace
+    assert pace == pytest.approx(480 / 5) and waiting == pytest.approx((0.1 * 1 + 0.4 * 4) / 5)
+    assert np.isnan(FinishedRun(run.folder, run.recipe, run.result, {}, []).pace).all()
+    with pytest.raises(runs_folders.RunError, match="holds no finished run"):
+        read_run(finished)
+
+
+def test_a_second_start_writes_what_is_missing_and_an_error_costs_no_run(finished, monkeypatch, capsys):
+    folder = finished / "working" / "runs" / "first_fold0"
+    arguments = ["--config", "conf/tiny_convnext_stage1.yaml", "--fold", "0", "prefix=first", *FAST]
+    written = (folder / "report.html").stat().st_mtime_ns
+    assert train.main(arguments) == 0 and (folder / "report.html").stat().st_mtime_ns == written
+    (folder / "report.html").unlink()
+    assert train.main(arguments) == 0 and (folder / "report.html").is_file()
+    (folder / "report.html").unlink()
+
+    def broken(*arguments):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(html_page, "page", broken)
+    capsys.readouterr()
+    assert train.main(arguments) == 0 and not (folder / "report.html").exists()
+    assert f"no report (RuntimeError: no room); make it with: kutils report {folder}" in capsys.readouterr().out
+
+
+def test_command(finished, capsys):
+    folders = [finished / "working" / "runs" / name for name in ("first_fold0", "second_fold0", "first_fold1")]
+    for folder in folders:
+        (folder / "report.html").unlink()
+    report.main([])
+    assert capsys.readouterr().out.split() == [str(folders[2] / "report.html")]  # the last one
+    report.main(["*_fold0"])
+    assert capsys.readouterr().out.split() == [str(folder / "report.html") for folder in folders[:2]]
+    with pytest.raises(SystemExit, match=r"no finished run 'frst_fold0' .*; did you mean 'first_fold0'"):
+        report.main(["frst_fold0"])
+
+
+def test_a_bad_run_costs_the_others_no_report(finished, capsys):
+    folders = [finished / "working" / "runs" / name for name in ("first_fold0", "second_fold0", "first_fold1")]
+    for folder in folders:
+        (folder / "report.html").unlink()
+    lacking, damaged, good = folders
+    paths.write_json(lacking / "result.json", {"fold": 0})
+    (damaged / "result.json").write_text("{")
+    with pytest.raises(SystemExit) as raised:
+        report.main(["*"])
+    told = capsys.readouterr()
+    assert raised.value.code == 1 and told.out.split() == [str(good / "report.html")]
+    assert re.search(rf"{lacking}: one of its files has no '\w+'\n", told.err) and f"{damaged}: " in told.err
+    assert len(told.err.splitlines()) == 2
+
+
+def test_a_resumed_run_says_when(finished):
+    folder = finished / "working" / "runs" / "first_fold0"
+    environment = json.loads((folder / "environment.json").read_text())
+    times = {"started": "2026-01-01 10:00:00", "resumed": "2026-01-02 11:00:00"}
+    paths.write_json(folder / "environment.json", environment | times)
+    lead = report.lead(read_run(folder))
+    assert "Started 2026-01-01 10:00:00 (last resumed 2026-01-02 11:00:00), trained for" in lead
+
+
+def test_what_a_report_looks_through_is_bounded(finished, monkeypatch):
+    run = read_run(finished / "working" / "runs" / "first_fold0")
+    table = report.validation_table(run.recipe, 0, run.predictions_path)
+    monkeypatch.setattr(report, "MOST_PROMPTS", 1)
+    assert report.best_and_worst(table, run.recipe)["nearest"].nunique() == 1
+
+
+def test_a_validation_table_tells_its_rows(finished):
+    run = read_run(finished / "working" / "runs" / "first_fold0")
+    table = report.validation_table(run.recipe, 0, run.predictions_path)
+    data = datasets.load_datasets(["toy"])
+    assert sorted(table["row"]) == data.validation_rows(0).tolist() and table["cosine"].is_monotonic_increasing
+    prompts = read_table(finished / "input" / "toy.tsv", ["prompt"])["prompt"]
+    assert [prompts[row].as_py() for row in table["row"]] == table["prompt"].tolist()
