@@ -1,4 +1,4 @@
-"""Imports go one way: notebooks -> kutils -> torch, and inside kutils from later rooms to earlier ones, never in a circle."""
+"""Imports go one way: notebooks -> kutils -> torch; inside kutils from later rooms to earlier ones; no circles."""
 
 import ast
 import json
