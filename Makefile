@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check notebooks train refine lab test-install test-recipes \
+.PHONY: help env demo test check notebooks train refine lab test-release test-install test-recipes \
 	kaggle-env test-kernel test-browser kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
@@ -47,7 +47,7 @@ $(stamp): requirements.txt constraints.txt pyproject.toml
 demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 10 minutes (SCALE=full: 40)
 	$(bin)/kutils demo --scale $(SCALE)
 
-test: env ## all quick tests
+test: env ## all tests but those of the targets below: 12 minutes
 	$(bin)/python -m pytest
 
 check: env ## style, format, notebooks built from their scripts and without outputs
@@ -84,6 +84,8 @@ kaggle-check: env ## wait for the version of KERNEL pushed last, fetch its outpu
 kaggle-submit: env ## submit the checked version of the submission kernel (MESSAGE="...")
 	$(kaggle) submit $(dry) $(if $(MESSAGE),--message "$(MESSAGE)")
 
+test-release: test-recipes test-install ## what the gate leaves out, to be run before a release: 30 minutes
+
 test-recipes: env ## the five real networks, and the twelve recipes in a chain on miniature data: 15 minutes
 	$(bin)/python -m pytest -m recipes tests/test_recipes.py
 
@@ -103,5 +105,5 @@ test-kernel: env $(if $(KAGGLE_PYTHON),,kaggle-env) ## the kernels as Kaggle run
 test-browser: env ## explore in JupyterLab and a run's report, in chromium: 2 minutes; screenshots in working/browser/
 	$(bin)/python -m pytest -m browser tests/test_browser.py
 
-test-install: env ## a fresh copy with nothing but requirements.txt installed runs every command of the README
+test-install: env ## a fresh copy with nothing but requirements.txt runs every command of the README: 15 minutes
 	$(bin)/python tests/install_check.py
