@@ -103,11 +103,11 @@ def test_planning_a_run_brings_no_torch(tmp_path):
 def test_importing_reads_no_file_no_gpu_and_no_network(tmp_path):
     code = f"""
 import json, sys
+import torch  # which looks for CUDA in every folder of sys.path
 seen = []
 events = ("open", "socket.connect", "socket.getaddrinfo", "os.listdir", "os.scandir", "os.mkdir")
 sys.addaudithook(lambda event, args: seen.append((event, str(args[0]))) if event in events else None)
 import {", ".join(MODULES)}
-import torch
 print(json.dumps([seen, torch.cuda.is_initialized()]))
 """
     seen, cuda = json.loads(run_python(code, tmp_path))
