@@ -152,7 +152,7 @@ def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str
 
     Returns: family -> float32 [n, 384]; and dataset [n], row [n], folds_hash, targets_hash.
     Raises: EnsembleError for a missing or unreadable file, one of another fold, or members validated on different rows,
-        targets or folds (naming both files); CheckpointError for a checkpoint trained on other folds.
+        targets or folds (naming both files); ValueError for a checkpoint trained on other folds.
     """
     predictions: dict[str, np.ndarray] = {}
     common: dict = {}

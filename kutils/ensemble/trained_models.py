@@ -47,8 +47,8 @@ def find_models(names: Sequence[str] = ()) -> list[TrainedModel]:
 
     Args:
         names: runs as `runs.find_finished` takes them, or checkpoint files; none: all runs whose checkpoint is there.
-    Raises: RunError for a name that no finished run has; RetrievalError for a named run without its checkpoint;
-        CheckpointError for a file that is none.
+    Raises: ValueError for a name that no finished run has; RetrievalError for a named run without its checkpoint;
+        ValueError for a file that is none.
     """
     if not names:
         return [model_of_run(folder) for folder in folders.find_finished() if checkpoint_of(folder).is_file()]
@@ -115,7 +115,7 @@ def embed_images(
         device: auto, cpu or cuda.
     Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
     Raises: RetrievalError naming every image that cannot be read, the members that failed, or a name that two have;
-        CheckpointError or MountError for a checkpoint that cannot be used.
+        ValueError or MountError for a checkpoint that cannot be used.
     """
     taken = Counter([ENSEMBLE, *(model.name for model in models)])
     if twice := [name for name, count in taken.items() if count > 1]:

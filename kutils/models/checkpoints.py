@@ -21,10 +21,6 @@ UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError)
 UNREADABLE += (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and what differs."""
-
-
 def save_checkpoint(path: Path, model: PromptEmbedder, recipe: Recipe, **facts) -> None:
     """Write `{"model": weights, "recipe": ..., **facts}`, atomically, the weights in the published layout.
 
@@ -43,7 +39,7 @@ def save(path: Path, content: dict) -> None:
         with paths.atomic_path(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        raise CheckpointError(
+        raise ValueError(
             f"{path} could not be written ({error}); is the disk full? The former file is untouched"
         ) from error
 
@@ -51,7 +47,7 @@ def save(path: Path, content: dict) -> None:
 def save_half(path: Path, content: dict) -> None:
     """Write what `read` gave as float16 safetensors, half the size, with all beside the weights as JSON in its header.
 
-    Raises: CheckpointError for a weight beyond float16's 65,504, naming it, or a full disk.
+    Raises: ValueError for a weight beyond float16's 65,504, naming it, or a full disk.
     """
     weights = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
@@ -59,13 +55,13 @@ def save_half(path: Path, content: dict) -> None:
     }
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{name} holds values that float16 cannot; the file is not written: {path}")
+            raise ValueError(f"{name} holds values that float16 cannot; the file is not written: {path}")
     facts = {key: value for key, value in content.items() if key != "model"}
     try:
         with paths.atomic_path(path) as temporary:
             save_file(weights, temporary, {HEADER_KEY: json.dumps(facts)})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written ({error}); is the disk full?") from error
+        raise ValueError(f"{path} could not be written ({error}); is the disk full?") from error
 
 
 def read_half(path: Path) -> dict:
@@ -76,25 +72,25 @@ def read_half(path: Path) -> dict:
 
 
 def read(path: Path) -> dict:
-    """Load a .pth or .safetensors checkpoint to the CPU, running no code in it; CheckpointError if it is none."""
+    """Load a .pth or .safetensors checkpoint to the CPU, running no code in it; ValueError if it is none."""
     if not Path(path).is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise ValueError(f"no checkpoint at {path}")
     try:
         if Path(path).suffix == ".safetensors":
             return read_half(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
-        raise CheckpointError(f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CheckpointError(f"{path} holds no {{'model': weights}}")
+        raise ValueError(f"{path} holds no {{'model': weights}}")
     return content
 
 
 def load_weights(model: PromptEmbedder, weights: dict, path: Path) -> None:
-    """Load weights of the published layout strictly; CheckpointError naming what is missing, left over or misshapen."""
+    """Load weights of the published layout strictly; ValueError naming what is missing, left over or misshapen."""
     if found := published.differences(model, weights):
         more = f" and {len(found) - 5} more differences" if len(found) > 5 else ""
-        raise CheckpointError(f"{path} is of another network: it {'; '.join(found[:5])}{more}")
+        raise ValueError(f"{path} is of another network: it {'; '.join(found[:5])}{more}")
     published.load_published(model, weights)
 
 
@@ -102,11 +98,11 @@ def recipe_of(content: dict, path: Path) -> Recipe:
     """The recipe that a checkpoint was trained with; keys that this version does not know are left out."""
     values = content.get("recipe")
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} carries no recipe; give one with --config")
+        raise ValueError(f"{path} carries no recipe; give one with --config")
     try:
         return Recipe(**{key: convert(key, value, HINTS[key]) for key, value in values.items() if key in HINTS})
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path} carries a recipe that cannot be read: {error}") from error
+        raise ValueError(f"{path} carries a recipe that cannot be read: {error}") from error
 
 
 def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder, Recipe, dict]:
@@ -117,7 +113,7 @@ def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder
         recipe: None takes the checkpoint's own.
     Returns: the model in evaluation mode, its recipe, and the facts beside the weights (fold, folds_hashes, epoch,
         cosine_similarity).
-    Raises: CheckpointError for a file that is none, carries no recipe, or is of another network.
+    Raises: ValueError for a file that is none, carries no recipe, or is of another network.
     """
     content = read(path)
     recipe = recipe or recipe_of(content, path)
@@ -130,16 +126,16 @@ def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path
     """Refuse a checkpoint that has seen other folds than the data's: its training rows would be validation rows now.
 
     Returns: False for a checkpoint that names no fold, as the published ones: nobody knows what it has seen.
-    Raises: CheckpointError naming the data set whose folds differ, or the fold.
+    Raises: ValueError naming the data set whose folds differ, or the fold.
     """
     if "fold" not in facts:
         return False
     if facts.get("fold") != fold:
-        raise CheckpointError(f"{path} was validated on fold {facts.get('fold')}, this run is for fold {fold}")
+        raise ValueError(f"{path} was validated on fold {facts.get('fold')}, this run is for fold {fold}")
     saved = facts.get("folds_hashes", {})
     changed = [name for name, value in folds_hashes.items() if name in saved and saved[name] != value]
     if changed:
-        raise CheckpointError(
+        raise ValueError(
             f"{path} was trained on other folds of {', '.join(changed)} (folds hash {saved[changed[0]][:12]}, now "
             f"{folds_hashes[changed[0]][:12]}): rows it has trained on would be validated. Train that stage again, or "
             f"put the former input/{changed[0]}.tsv.bak back"

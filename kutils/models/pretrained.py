@@ -25,10 +25,6 @@ from kutils.system import paths
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-class WeightsError(ValueError):
-    """Pretrained weights that cannot be had; the message says how to point at a file or do without."""
-
-
 def check_backbone(name: str) -> None:
     """Raise ValueError, naming what is near, for a backbone or weights tag that timm does not have."""
     model, tag = split_model_name_tag(name)
@@ -52,7 +48,7 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
             resolution are resampled, both by timm.
         keep_projection: keep the weights' own last layer (CLIP's projection); else it is taken off.
         options: of `timm.create_model`.
-    Raises: WeightsError for weights that cannot be had or are not wholly this network's.
+    Raises: ValueError for weights that cannot be had or are not wholly this network's.
     """
     source = get_pretrained_cfg(name)
     if weights is False:
@@ -72,7 +68,7 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
     except TypeError:  # an option that this backbone does not have
         raise
     except Exception as error:  # the hub's client and the readers of weights files raise errors of many kinds
-        raise WeightsError(
+        raise ValueError(
             f"the weights of {name} could not be loaded from {file or 'the model hub'}: {first_line(error)}\n"
             "pretrained=PATH takes a weights file or a folder of them on this machine (a machine with network fills "
             "one: kutils pretrained FOLDER), pretrained=false starts from random weights"
@@ -81,7 +77,7 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
     if not keep_projection:
         backbone.reset_classifier(0)
     elif not classes:
-        raise WeightsError(f"{file} holds no projection, which head=clip_projection starts from")
+        raise ValueError(f"{file} holds no projection, which head=clip_projection starts from")
     return backbone
 
 
@@ -94,16 +90,16 @@ def count_classes(weights: dict[str, Tensor], source: PretrainedCfg) -> int:
 
 
 def find_weights(path: Path, name: str) -> Path:
-    """The file itself, or `<name>.<suffix>` in the folder; WeightsError naming what was looked for."""
+    """The file itself, or `<name>.<suffix>` in the folder; ValueError naming what was looked for."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise WeightsError(f"pretrained={path}: no such file or folder; give one that is there, true or false")
+        raise ValueError(f"pretrained={path}: no such file or folder; give one that is there, true or false")
     for suffix in SUFFIXES:
         if (path / f"{name}{suffix}").is_file():
             return path / f"{name}{suffix}"
     there = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)) or "no weights file"
-    raise WeightsError(
+    raise ValueError(
         f"pretrained={path}: the folder holds no {name}{SUFFIXES[0]} ({', '.join(SUFFIXES[1:])}) but {there}; "
         f"kutils pretrained {path} downloads it"
     )
@@ -116,19 +112,19 @@ def first_line(error: Exception) -> str:
 def download(folder: Path, name: str) -> Path:
     """Fetch one backbone's weights from the hub as `<folder>/<name>.safetensors`; a file that is there is kept.
 
-    Raises: WeightsError if the backbone has no weights on the hub, or the hub cannot be reached.
+    Raises: ValueError if the backbone has no weights on the hub, or the hub cannot be reached.
     """
     check_backbone(name)
     path, source = folder / f"{name}.safetensors", get_pretrained_cfg(name)
     if path.is_file():
         return path
     if not source.hf_hub_id:
-        raise WeightsError(f"timm {timm.__version__} knows no weights of {name!r} on the model hub")
+        raise ValueError(f"timm {timm.__version__} knows no weights of {name!r} on the model hub")
     filename = {"filename": source.hf_hub_filename} if source.hf_hub_filename else {}
     try:
         weights = load_state_dict_from_hf(source.hf_hub_id, weights_only=True, **filename)
     except Exception as error:
-        raise WeightsError(f"{name} could not be fetched from {source.hf_hub_id}: {first_line(error)}") from error
+        raise ValueError(f"{name} could not be fetched from {source.hf_hub_id}: {first_line(error)}") from error
     with paths.atomic_path(path) as temporary:
         safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
     return path

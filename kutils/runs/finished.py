@@ -55,10 +55,10 @@ class FinishedRun:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a run folder; RunError for one without a result, ConfigError for a configuration of another kind."""
+    """Read a run folder; ValueError for one without a result, ConfigError for a configuration of another kind."""
     result = folders.result_of(folder)
     if result is None:
-        raise folders.RunError(f"{folder} holds no finished run (no result.json)")
+        raise ValueError(f"{folder} holds no finished run (no result.json)")
     environment = folder / "environment.json"
     return FinishedRun(
         folder,

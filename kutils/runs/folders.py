@@ -24,22 +24,18 @@ OPERATIONAL += ("model_dir", "run_dir")
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transformers")
 
 
-class RunError(ValueError):
-    """A run that must not start as asked; the message says what is in the way and how to go on."""
-
-
 def result_of(folder: Path) -> dict | None:
-    """The result of a finished run, None for one that is not finished; RunError for a damaged file."""
+    """The result of a finished run, None for one that is not finished; ValueError for a damaged file."""
     path = folder / "result.json"
     return read_json(path) if path.is_file() else None
 
 
 def read_json(path: Path) -> dict:
-    """What a file of a run folder holds; RunError naming one that is damaged."""
+    """What a file of a run folder holds; ValueError naming one that is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); put it back, or move the run's folder away") from error
+        raise ValueError(f"{path} is damaged ({error}); put it back, or move the run's folder away") from error
 
 
 def find_finished(names: Sequence[str] = ()) -> list[Path]:
@@ -47,7 +43,7 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
 
     Args:
         names: of folders in `working/runs/` (which may hold `*`), or paths of run folders.
-    Raises: RunError for a name that no finished run has, naming the nearest that one has.
+    Raises: ValueError for a name that no finished run has, naming the nearest that one has.
     """
     root = paths.working_dir() / "runs"
     all_finished = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, path))
@@ -61,13 +57,13 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
             matching = [Path(name)]
         if not matching:
             close = recipes.nearest(name, [folder.name for folder in known])
-            raise RunError(f"no finished run {name!r} in {root}{close} ({len(known)} finished runs are there)")
+            raise ValueError(f"no finished run {name!r} in {root}{close} ({len(known)} finished runs are there)")
         found += [folder for folder in matching if folder not in found]
     return found
 
 
 def check_same_configuration(folder: Path, recipe: Recipe) -> None:
-    """Raise RunError if the folder holds a run of another configuration; a folder that is not there is fine."""
+    """Raise ValueError if the folder holds a run of another configuration; a folder that is not there is fine."""
     path = folder / "config.yaml"
     if not path.is_file():
         return
@@ -77,16 +73,16 @@ def check_same_configuration(folder: Path, recipe: Recipe) -> None:
     differing = [key for key in now if key not in OPERATIONAL and saved[key] != now[key]]
     if differing:
         changes = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:5])
-        raise RunError(
+        raise ValueError(
             f"{folder} holds a run of another configuration ({changes}); give this one a name with prefix=NAME, "
             "or start over with resume=never, which moves the former run and its checkpoints aside"
         )
 
 
 def check_no_foreign_checkpoint(folder: Path, checkpoint: Path) -> None:
-    """Raise RunError if a checkpoint of this name exists that is not this run's own."""
+    """Raise ValueError if a checkpoint of this name exists that is not this run's own."""
     if checkpoint.is_file() and not (folder / "config.yaml").is_file():
-        raise RunError(
+        raise ValueError(
             f"{checkpoint} exists and {folder}, the run that made it, does not; give this run a name of its own with "
             "prefix=NAME, or start over with resume=never, which moves the checkpoint aside"
         )
@@ -111,14 +107,14 @@ def move_aside(folder: Path, checkpoints: list[Path]) -> Path | None:
 
 
 def check_writable(folder: Path, needed_bytes: int) -> None:
-    """Raise RunError if `folder` cannot be written or its disk has less free space than needed."""
+    """Raise ValueError if `folder` cannot be written or its disk has less free space than needed."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise RunError(f"{folder} cannot be written; choose another with model_dir= or run_dir=")
+        raise ValueError(f"{folder} cannot be written; choose another with model_dir= or run_dir=")
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
     if free < needed_bytes:
-        raise RunError(
+        raise ValueError(
             f"{folder} has {free / 1e9:.1f} GB free and checkpoints need {needed_bytes / 1e9:.1f} GB; make room"
         )
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from kutils.runs import folders, recipes
 from kutils.runs.nodes import Node, this_node
 from kutils.system import paths
-from kutils.system.children import SAVING_SECONDS, CommandFailed, LaunchError, end_with_parent, run_module
+from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, run_module
 
 # for notebooks and ranks, beside what is defined here
-__all__ = ["CommandFailed", "LaunchError", "end_with_parent", "run_module"]
+__all__ = ["CommandFailed", "end_with_parent", "run_module"]
 
 HELP = """\
 several nodes: start the same command on each, with NNODES, NODE_RANK (0 on the first, which keeps the notebook),
@@ -42,7 +42,7 @@ def check_parameters(cells: Sequence[str]) -> None:
     Args:
         cells: IPython's `In`: the source of every cell that has run. Papermill's cell starts with `# Parameters`; names
             assigned before it are those that the notebook has. Without such a cell nothing is checked.
-    Raises: LaunchError naming the parameter and the nearest that exists.
+    Raises: ValueError naming the parameter and the nearest that exists.
     """
     injected = [number for number, source in enumerate(cells) if source.startswith("# Parameters")]
     if not injected:
@@ -51,7 +51,7 @@ def check_parameters(cells: Sequence[str]) -> None:
     for name in assigned_names(cells[injected[-1]]):
         if name not in known:
             close = recipes.nearest(name, known)
-            raise LaunchError(f"this notebook has no parameter {name!r}{close} (it has {', '.join(sorted(known))})")
+            raise ValueError(f"this notebook has no parameter {name!r}{close} (it has {', '.join(sorted(known))})")
 
 
 def assigned_names(source: str) -> list[str]:
@@ -103,17 +103,17 @@ def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str
     path = recipes.find_config(recipe) if recipe else recipes.find_recipe(model, stage)
     changes = tuple(shlex.split(overrides))
     if not isinstance(fold, int) or not 0 <= fold <= 9:
-        raise LaunchError(f"fold is {fold!r}; it is 0 to 9")
+        raise ValueError(f"fold is {fold!r}; it is 0 to 9")
     return Run(path, recipes.load_recipe(path, changes), fold, changes)
 
 
 def ensure_datasets(recipe: recipes.Recipe) -> None:
     """Stop if data sets of the recipe are missing; the built-in `shapes` is made on the spot instead.
 
-    Raises: LaunchError naming what is missing, and the commands that make it.
+    Raises: ValueError naming what is missing, and the commands that make it.
     """
     if missing := paths.missing_datasets(name for name in recipe.datasets if name != "shapes"):
-        raise LaunchError(missing)
+        raise ValueError(missing)
     if "shapes" in recipe.datasets and not (paths.input_dir() / "shapes.folds.json").is_file():
         run_module("kutils", "generate", "--shapes-dataset", "shapes")
 
@@ -134,7 +134,7 @@ def visible_gpus() -> int:
 def count_processes(wanted: int, device: str) -> int:
     """Ranks on this machine: as many as wanted; 0 means one per visible GPU, or one on the CPU.
 
-    Raises: LaunchError if a recipe that trains on GPUs wants more ranks than there are, or none is there.
+    Raises: ValueError if a recipe that trains on GPUs wants more ranks than there are, or none is there.
     """
     gpus = 0 if device == "cpu" else visible_gpus()
     if device == "cpu" or (device == "auto" and gpus == 0):
@@ -142,7 +142,7 @@ def count_processes(wanted: int, device: str) -> int:
             print(f"no GPU is used: {wanted} ranks on the CPU (gloo)", flush=True)
         return wanted or 1
     if gpus < max(wanted, 1):
-        raise LaunchError(
+        raise ValueError(
             f"{max(wanted, 1)} GPUs are asked for and {gpus} are visible; start fewer processes, or train on the CPU "
             "with device=cpu (minutes become weeks for the large models)"
         )
@@ -231,7 +231,7 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
 
 
 def is_finished(run: Run, notebook: Path, node: Node) -> bool:
-    """True if there is nothing left to do for a fold; RunError if the folder holds a run of another configuration.
+    """True if there is nothing left to do for a fold; ValueError if the folder holds a run of another configuration.
 
     One node alone also draws the figures that a former start did not come to. Several nodes must decide alike: there
     the result alone counts.

@@ -4,8 +4,6 @@ import os
 import re
 from dataclasses import dataclass
 
-from kutils.system.children import LaunchError
-
 MEETING_SECONDS = 1800  # one node draws the figures of a fold while another waits for it with the next
 PORTS = range(1, 2**16)
 
@@ -37,19 +35,19 @@ def this_node() -> Node:
 
     PET_RDZV_ENDPOINT (host:port) goes before PET_MASTER_ADDR and PET_MASTER_PORT, as for torchrun.
 
-    Raises: LaunchError for values that do not go together or do not say where the nodes meet.
+    Raises: ValueError for values that do not go together or do not say where the nodes meet.
     """
     ours, torchruns = os.environ.get, lambda name: os.environ.get(f"PET_{name}")
     count = whole_number("NNODES", ours("NNODES") or torchruns("NNODES") or "1", range(1, 10_000))
     if count == 1:
         if ours("NODE_RANK", "0") not in ("", "0"):
-            raise LaunchError(f"NODE_RANK is {ours('NODE_RANK')!r} and NNODES is 1; set NNODES on every node")
+            raise ValueError(f"NODE_RANK is {ours('NODE_RANK')!r} and NNODES is 1; set NNODES on every node")
         return Node(1, 0, "")
     rank = whole_number("NODE_RANK", ours("NODE_RANK") or torchruns("NODE_RANK") or "", range(count))
     endpoint = torchruns("RDZV_ENDPOINT") or f"{torchruns('MASTER_ADDR') or ''}:{torchruns('MASTER_PORT') or ''}"
     host, port = re.fullmatch(r"(\[.*\]|[^:]*):?(.*)", endpoint.strip()).groups()
     if not (host := ours("MASTER_ADDR") or host):
-        raise LaunchError(f"NNODES is {count} and MASTER_ADDR is not set; set it to the first node's address on each")
+        raise ValueError(f"NNODES is {count} and MASTER_ADDR is not set; set it to the first node's address on each")
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return Node(count, rank, f"{host}:{whole_number('MASTER_PORT', ours('MASTER_PORT') or port or '29500', PORTS)}")
 
@@ -59,5 +57,5 @@ def whole_number(name: str, text: str, allowed: range) -> int:
     text = least if least == most else text  # PET_NNODES=2:2 is torchrun's way to say exactly 2
     if not re.fullmatch(r"[0-9]+", text) or int(text) not in allowed:
         said = f"is {text!r}" if text else "is not set"
-        raise LaunchError(f"{name} (or PET_{name}) {said}; it is a whole number, {allowed[0]} to {allowed[-1]}")
+        raise ValueError(f"{name} (or PET_{name}) {said}; it is a whole number, {allowed[0]} to {allowed[-1]}")
     return int(text)

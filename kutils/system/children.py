@@ -25,10 +25,6 @@ STOPPED = "stopped by a signal"  # how the error begins that a rank ends with on
 SAVING_SECONDS = 600  # from SIGTERM on: the state of the largest network is 13 GB, and it may go to a network disk
 
 
-class LaunchError(ValueError):
-    """What was to be started cannot be started as asked."""
-
-
 class CommandFailed(RuntimeError):
     """A started command ended with an error; the message ends with what it said last.
 

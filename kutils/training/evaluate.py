@@ -22,10 +22,6 @@ from kutils.system.devices import Ranks
 from kutils.training import engine, out_of_fold
 
 
-class EvaluationError(ValueError):
-    """An evaluation that cannot be made as asked; the message says what to do."""
-
-
 @dataclass(frozen=True)
 class Score:
     """What a checkpoint reaches on some rows; cosines are means over rows."""
@@ -54,12 +50,12 @@ def evaluate(
         fold: whose rows; None: all rows, with or without a fold.
         predictions_path: .npz in the format of out-of-fold predictions.
         features_path: .npy, float32 [rows, C]: what the head saw.
-    Raises: CheckpointError, DataError, EvaluationError for what cannot be used.
+    Raises: ValueError for what cannot be used.
     """
     data = datasets.load_datasets(recipe.datasets, need_folds=fold is not None)
     rows = np.arange(len(data)) if fold is None else data.validation_rows(fold)
     if not len(rows):
-        raise EvaluationError(f"no row of {', '.join(recipe.datasets)} is in fold {fold}")
+        raise ValueError(f"no row of {', '.join(recipe.datasets)} is in fold {fold}")
     network, _, facts = checkpoints.load_model(checkpoint, recipe)
     network.to(ranks.device, memory_format=torch.channels_last)
     loader = DataLoader(
@@ -143,13 +139,13 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = recipes.load_recipe(arguments.config, arguments.overrides)
     fold = None if arguments.fold == "all" else int(arguments.fold)
     if arguments.checkpoint is None and fold is None:
-        raise EvaluationError("--fold all needs a --checkpoint")
+        raise ValueError("--fold all needs a --checkpoint")
     checkpoint = arguments.checkpoint or recipe.checkpoint_path(fold)
     for path, suffix in ((arguments.predictions, ".npz"), (arguments.features, ".npy")):
         if path is not None and path.suffix != suffix:
-            raise EvaluationError(f"{path} is no {suffix} file")
+            raise ValueError(f"{path} is no {suffix} file")
         if path is not None and path.exists():
-            raise EvaluationError(f"{path} exists; remove it or give another name")
+            raise ValueError(f"{path} exists; remove it or give another name")
     ranks = devices.join_ranks(recipe.device)
     ranks.barrier()  # all have looked at the files before one of them writes
     score = evaluate(

@@ -8,7 +8,6 @@ from kutils.data import datasets
 from kutils.runs.recipes import Recipe
 from kutils.system import children, paths
 from kutils.system.devices import Ranks
-from kutils.training.resume import TrainingError
 
 # batches that a worker is ahead: of 32 images of 384 px, 8 workers hold 227 MB. A device as fast as the loader that
 # pauses now and then waits 7.7 % of the time; 7.4 % with 4, 5.5 % with 8
@@ -20,7 +19,7 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
     """Local batch size and number of accumulated batches; ValueError if they do not make up the global batch."""
     local = min(recipe.max_local_batch_size, recipe.global_batch_size // world_size)
     if local == 0 or recipe.global_batch_size % (world_size * local):
-        raise TrainingError(
+        raise ValueError(
             f"global_batch_size={recipe.global_batch_size} is no multiple of {world_size} ranks x "
             f"max_local_batch_size={recipe.max_local_batch_size}; change one of them"
         )
@@ -44,7 +43,7 @@ def start_worker(number: int) -> None:
 
 
 def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, ranks: Ranks) -> None:
-    """List unreadable training images in the run folder; TrainingError above 0.1 % of at least 1,000 images."""
+    """List unreadable training images in the run folder; ValueError above 0.1 % of at least 1,000 images."""
     if not bad:
         return
     path = folder / "unreadable_images.tsv"
@@ -53,7 +52,7 @@ def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data, 
         with paths.atomic_path(path) as temporary:
             temporary.write_text("row\timage\treason\n" + "".join(lines), encoding="utf-8")
     if seen >= 1000 and len(bad) > MOST_BAD_IMAGES * seen:
-        raise TrainingError(
+        raise ValueError(
             f"{len(bad)} of {seen} training images could not be read, more than {MOST_BAD_IMAGES:.1%}; they are listed "
             f"in {path}. Make them anew or remove their rows, and start again"
         )

@@ -10,10 +10,6 @@ from torch.autograd.profiler import record_function
 from kutils.system.devices import Ranks
 
 
-class NonFiniteLossError(ValueError):
-    """The loss became infinite or NaN."""
-
-
 class Interval:
     """What is counted between two log lines; losses stay on the device until `close`, the only synchronisation.
 
@@ -61,7 +57,7 @@ class Interval:
         Returns: loss (mean over the interval and ranks), images, updates, seconds (of the slowest rank),
             images_per_second, updates_per_second, data_wait (share of the time, mean over ranks), bad (row, reason),
             and on GPUs gpu_memory_gb: the most that a rank has held since it started, in 10**9 bytes.
-        Raises: NonFiniteLossError on every rank, naming each broken rank and its first broken update.
+        Raises: ValueError on every rank, naming each broken rank and its first broken update.
         """
         losses = torch.stack(self.losses)
         first_broken = (~torch.isfinite(losses)).int().argmax()  # of no interest where the mean is finite
@@ -74,7 +70,7 @@ class Interval:
         if broken:
             begin = step - len(self.losses) + 1
             where = ", ".join(f"rank {rank} at update {begin + int(gathered[rank, 1])}" for rank in broken)
-            raise NonFiniteLossError(
+            raise ValueError(
                 f"the loss or a gradient is not finite on {where}; the best checkpoint is untouched. "
                 "A lower lr or amp_dtype=float32 may help"
             )

@@ -11,12 +11,8 @@ from kutils.models import checkpoints
 from kutils.system.devices import Ranks
 
 
-class TrainingError(ValueError):
-    """Training that cannot go on; the message says why and how to go on."""
-
-
 def check_same_folder(folder: Path, ranks: Ranks) -> None:
-    """Raise TrainingError on every rank if nodes do not share the run folder: only one of them could resume."""
+    """Raise ValueError on every rank if nodes do not share the run folder: only one of them could resume."""
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # torchrun's number of nodes
         return
     mark = folder / ranks.gather_objects(f".shared-{os.getpid()}-{time.time_ns()}")[0]
@@ -28,7 +24,7 @@ def check_same_folder(folder: Path, ranks: Ranks) -> None:
     if ranks.is_main:
         mark.unlink()
     if blind:
-        raise TrainingError(
+        raise ValueError(
             f"ranks {', '.join(map(str, blind))} do not see what rank 0 writes to {folder}: the nodes must share "
             "working/runs and working/models, or be given such places by run_dir= and model_dir="
         )

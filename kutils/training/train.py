@@ -27,7 +27,7 @@ from kutils.system.devices import Ranks, device_name, machine_facts
 from kutils.training import engine, optimizers, out_of_fold, profiling
 from kutils.training.loading import batch_split, check_bad_images, loader_options
 from kutils.training.log_interval import Interval
-from kutils.training.resume import TrainingError, check_order, check_same_folder, load_resume, random_state
+from kutils.training.resume import check_order, check_same_folder, load_resume, random_state
 
 POLL_SECONDS = 5.0  # between two looks for a signal: most of a cluster's grace period is left for saving
 LOGGED = ("images_per_second", "data_wait", "gpu_memory_gb")  # of an interval; the last where there is a GPU
@@ -222,7 +222,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
                 saved_at = save_state(epoch)
             if stop:
                 ranks.barrier()  # a rank that ended now would have torchrun kill the one that still writes
-                raise TrainingError(f"{children.STOPPED} after update {step}; the same command goes on from there")
+                raise ValueError(f"{children.STOPPED} after update {step}; the same command goes on from there")
 
         # ------------------------------------------------------------ evaluate
         try:
@@ -233,14 +233,14 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
             reason = (
                 str(error).splitlines()[-1].removeprefix("kutils.data.transforms.ImageError: ")
             )  # of a worker's traceback
-            raise TrainingError(
+            raise ValueError(
                 f"a validation image was in order when it was checked, and is not any more: {reason}; put it back, and "
                 "the same command goes on"
             ) from error
         score = engine.mean(found.cosines)
         clean_score = None if clean is None else engine.mean(found.cosines, clean)
         if not np.isfinite(score):
-            raise TrainingError(
+            raise ValueError(
                 f"the validation cosine after epoch {epoch + 1} is {score}; the best checkpoint is untouched"
             )
 

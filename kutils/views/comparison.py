@@ -29,19 +29,15 @@ def select(names: str = "") -> list[FinishedRun]:
 
     Args:
         names: separated by commas, each of a run in `working/runs/` (also with `*`) or a run folder; empty: all.
-    Raises: RunError for a name that no finished run has, two folders of one name, or where none is finished.
+    Raises: ValueError for a name that no finished run has, two folders of one name, or where none is finished.
     """
     folders = runs_folders.find_finished(recipes.split_names(names))
     if not folders:
-        raise runs_folders.RunError(
-            "no finished run yet; train one: papermill notebooks/train.ipynb working/runs/train.ipynb"
-        )
+        raise ValueError("no finished run yet; train one: papermill notebooks/train.ipynb working/runs/train.ipynb")
     for name, count in Counter(folder.name for folder in folders).items():
         if count > 1:
             same = ", ".join(str(folder) for folder in folders if folder.name == name)
-            raise runs_folders.RunError(
-                f"{count} runs are named {name} ({same}); rename a folder, or compare one of them"
-            )
+            raise ValueError(f"{count} runs are named {name} ({same}); rename a folder, or compare one of them")
     found = [read_run(folder) for folder in folders]
     return [run for group in groups(found) for run in group]
 

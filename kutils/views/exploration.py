@@ -50,7 +50,7 @@ class Exploration:
             names: data sets separated by commas; empty: those of the run finished last, or else `shapes`, which is made
                 where it is not there.
             models: finished runs separated by commas, which may hold `*`; empty: all.
-        Raises: DataError or TableError for data sets that cannot be used, RunError for a run that is not there.
+        Raises: DataError or TableError for data sets that cannot be used, ValueError for a run that is not there.
         """
         run_names = tuple(recipes.split_names(models))
         finished = folders.find_finished(run_names)

@@ -113,7 +113,7 @@ def write_report(folder: Path) -> Path:
 
     What cannot be shown, since data sets have changed or images are gone, is said in its place.
 
-    Raises: RunError for a folder without a finished run, ConfigError for a configuration that cannot be read.
+    Raises: ValueError for a folder without a finished run, ConfigError for a configuration that cannot be read.
     """
     run = finished.read_run(Path(folder))
     validation = read_validation(run)
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     found = folders.find_finished(arguments.runs)
     if not found:
-        raise folders.RunError("no finished run in working/runs/")
+        raise ValueError("no finished run in working/runs/")
     failed = False
     for folder in found if arguments.runs else found[-1:]:
         try:

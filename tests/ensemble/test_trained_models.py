@@ -17,7 +17,6 @@ from kutils.ensemble.members import EnsembleError, Member
 from kutils.ensemble.trained_models import RetrievalError
 from kutils.ensemble.weight_files import MountError
 from kutils.models import checkpoints, networks
-from kutils.runs.folders import RunError
 from kutils.system import paths
 
 NAMES = ("0003_1.png", "0017_0.png")
@@ -80,9 +79,9 @@ def test_models_of_finished_runs_are_found(workspace, trained):
     twice.append(found[1].checkpoint)
     names = [model.name for model in trained_models.find_models([*map(str, twice)])]
     assert names == ["a_fold0_best_cossim", *map(str, twice[1:])]
-    with pytest.raises(RunError, match="no finished run 'c_fold0'"):
+    with pytest.raises(ValueError, match="no finished run 'c_fold0'"):
         trained_models.find_models(["c_fold0"])
-    with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoint at c.pth"):
+    with pytest.raises(ValueError, match=r"no checkpoint at c.pth"):
         trained_models.find_models(["c.pth"])
 
 

@@ -12,9 +12,10 @@ import timm
 import torch
 from fixtures.payload import Payload
 
+from kutils import __main__
 from kutils.models import pretrained
 from kutils.models.networks import build_model
-from kutils.models.pretrained import WeightsError, create_backbone
+from kutils.models.pretrained import create_backbone
 from kutils.system.paths import repository_root
 
 ROOT = repository_root()
@@ -49,7 +50,7 @@ def test_weights_that_cannot_be_had(tmp_path, tiny_recipe, content, said):
     path = tmp_path / "weights.safetensors"
     if content:
         path.write_bytes(content)
-    with pytest.raises(WeightsError, match=said) as caught:
+    with pytest.raises(ValueError, match=said) as caught:
         build_model(tiny_recipe(pretrained=str(path)))
     assert str(path) in str(caught.value)
 
@@ -68,13 +69,13 @@ def test_a_last_layer_of_any_size_is_taken_off(tmp_path, tiny_recipe, classes):
 def test_weights_of_another_network(tmp_path, tiny_recipe, source):
     """timm alone would start from random weights without a word: it is not strict when the last layer is left out."""
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"weights of test_vit could not be loaded from .*w\.pth"):
+    with pytest.raises(ValueError, match=r"weights of test_vit could not be loaded from .*w\.pth"):
         build_model(tiny_recipe(backbone="test_vit", pretrained=str(tmp_path / "w.pth")))
 
 
 def test_no_code_of_a_weights_file_is_run(tmp_path):
     torch.save({"x": Payload(tmp_path / "owned")}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError):
+    with pytest.raises(ValueError):
         create_backbone("test_convnext", str(tmp_path / "evil.pth"), keep_projection=False)
     assert not (tmp_path / "owned").exists()
 
@@ -82,15 +83,15 @@ def test_no_code_of_a_weights_file_is_run(tmp_path):
 def test_a_folder_without_the_file_says_what_it_holds(tmp_path, tiny_recipe):
     (tmp_path / "other.safetensors").touch()
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(WeightsError, match=r"holds no test_convnext.safetensors .* but other.safetensors; python -m"):
+    with pytest.raises(
+        ValueError, match=r"holds no test_convnext.safetensors .* but other.safetensors; kutils pretrained"
+    ):
         build_model(tiny_recipe(pretrained=str(tmp_path)))
 
 
 def test_the_hub_out_of_reach(tiny_recipe):
     """HF_HUB_OFFLINE is set for all tests."""
-    with pytest.raises(
-        WeightsError, match=r"from the model hub: .*\n.*pretrained=PATH takes a weights file or a folder"
-    ):
+    with pytest.raises(ValueError, match=r"from the model hub: .*\n.*pretrained=PATH takes a weights file or a folder"):
         build_model(tiny_recipe(backbone=TAGGED, pretrained=True))
 
 
@@ -167,7 +168,7 @@ def test_download_from_a_hub_for_a_machine_without_network(hub, source, tmp_path
     environment["HF_HUB_OFFLINE"] = "1"
     assert run(TAGGED).returncode == 0 and path.stat().st_mtime_ns == before
     failed = run("test_vit.r160_in1k")
-    assert "WeightsError: test_vit.r160_in1k could not be fetched from timm/test_vit.r160_in1k" in failed.stderr
+    assert "ValueError: test_vit.r160_in1k could not be fetched from timm/test_vit.r160_in1k" in failed.stderr
     assert [file.name for file in folder.iterdir()] == [path.name]
 
 
@@ -180,5 +181,5 @@ def test_the_command_names_what_it_does_and_what_is_wrong(tmp_path, capsys, monk
     monkeypatch.setattr(pretrained, "download", fetched)
     assert pretrained.main([str(tmp_path), "eva02_large_clsonly"]) == 0
     assert "eva02_large_patch14_448.mim_m38m_ft_in22k.safetensors: 0.02 GB" in capsys.readouterr().out
-    assert pretrained.main([str(tmp_path), "vit_lrge"]) == 1
+    assert __main__.run("pretrained", [str(tmp_path), "vit_lrge"]) == 1
     assert "did you mean 'vit_large'" in capsys.readouterr().err

@@ -27,16 +27,16 @@ def test_finished_runs_are_found_in_order_and_by_name(tmp_path):
     assert folders.find_finished() == [early, late]
     assert folders.find_finished(["vit_fold0", "*_fold0"]) == [late, early]
     assert folders.find_finished([str(elsewhere)]) == [elsewhere]
-    with pytest.raises(folders.RunError, match=r"no finished run 'vit_fld0' in .*; did you mean 'vit_fold0'"):
+    with pytest.raises(ValueError, match=r"no finished run 'vit_fld0' in .*; did you mean 'vit_fold0'"):
         folders.find_finished(["vit_fld0"])
-    with pytest.raises(folders.RunError, match="no finished run 'cut_fold0'"):
+    with pytest.raises(ValueError, match="no finished run 'cut_fold0'"):
         folders.find_finished(["cut_fold0"])
 
 
 def test_a_damaged_result_is_named():
     path = finish("vit_fold0", 100) / "result.json"
     path.write_text("")
-    with pytest.raises(folders.RunError, match=rf"{path} is damaged .*put it back"):
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*put it back"):
         folders.result_of(path.parent)
     (path.parent / "config.yaml").unlink()  # nothing tells what it was
     assert folders.find_finished() == []

@@ -13,7 +13,6 @@ import pytest
 
 from kutils.runs.folders import read_metrics
 from kutils.runs.nodes import this_node
-from kutils.system.children import LaunchError
 from kutils.system.paths import repository_root
 
 ROOT = repository_root()
@@ -77,7 +76,7 @@ def test_both_families_of_variables_are_read_and_ours_goes_first(variables, foun
 def test_variables_that_do_not_go_together_stop(variables, said, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match=said):
+    with pytest.raises(ValueError, match=said):
         this_node()
 
 

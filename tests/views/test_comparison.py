@@ -70,7 +70,7 @@ def test_other_images_of_the_same_prompts_are_another_group(finished):
 def test_two_folders_of_one_name_are_refused(finished):
     elsewhere = finished / "elsewhere" / "first_fold0"
     shutil.copytree(finished / "working" / "runs" / "first_fold0", elsewhere)
-    with pytest.raises(folders.RunError, match=rf"2 runs are named first_fold0 \(.*{elsewhere}\)"):
+    with pytest.raises(ValueError, match=rf"2 runs are named first_fold0 \(.*{elsewhere}\)"):
         comparison.select(f"first_fold0,{elsewhere}")
 
 
@@ -89,10 +89,10 @@ def test_an_image_without_a_prediction_is_left_out(finished, capsys):
 def test_runs_are_chosen_by_name(finished):
     names = [run.name for run in comparison.select("first_fold1, first_fold0")]
     assert names == ["first_fold1", "first_fold0"]
-    with pytest.raises(folders.RunError, match="no finished run 'frst'"):
+    with pytest.raises(ValueError, match="no finished run 'frst'"):
         comparison.select("frst")
     shutil.rmtree(finished / "working" / "runs")
-    with pytest.raises(folders.RunError, match="no finished run yet"):
+    with pytest.raises(ValueError, match="no finished run yet"):
         comparison.select()
 
 

@@ -87,7 +87,7 @@ def test_models_stand_side_by_side_on_the_same_rows(world):
 
 def test_only_the_named_runs_are_looked_at(world):
     assert list(Exploration.open("toy", "vit_*").validated(0).predictions) == ["vit_fold0"]
-    with pytest.raises(folders.RunError, match="no finished run 'vit_fld0'"):
+    with pytest.raises(ValueError, match="no finished run 'vit_fld0'"):
         Exploration.open("toy", "vit_fld0")
 
 

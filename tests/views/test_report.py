@@ -194,7 +194,7 @@ def test_pace_counts_an_interval_by_its_time(finished):
     pace, waiting = FinishedRun(run.folder, run.recipe, run.result, {}, logged).pace
     assert pace == pytest.approx(480 / 5) and waiting == pytest.approx((0.1 * 1 + 0.4 * 4) / 5)
     assert np.isnan(FinishedRun(run.folder, run.recipe, run.result, {}, []).pace).all()
-    with pytest.raises(runs_folders.RunError, match="holds no finished run"):
+    with pytest.raises(ValueError, match="holds no finished run"):
         read_run(finished)
 
 
