@@ -47,7 +47,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # sorts. Clean rows have no similar training prompt; waiting is the share of the time without data.
 
 # %%
-from kutils.views import comparison, html_tables, model_plots, training_plots
+from kutils.ensemble import comparison
+from kutils.views import html_tables, model_plots, training_plots
 
 finished = comparison.select(runs)
 chosen = comparison.pick_group(finished, group)[: max(1, most)]

@@ -94,9 +94,9 @@ if result:
 # Training images as the network gets them (cropped and jittered anew in every epoch), with their prompts.
 
 # %%
-from kutils.views import report
+from kutils.training import examples
 
-images, prompts = report.training_examples(run.recipe, run.fold)
+images, prompts = examples.training_examples(run.recipe, run.fold)
 training_plots.image_grid(images, prompts, columns=4);
 
 # %% [markdown]
@@ -105,7 +105,7 @@ training_plots.image_grid(images, prompts, columns=4);
 
 # %%
 if result:
-    table = report.validation_table(run.recipe, run.fold, run.predictions_path)
+    table = examples.validation_table(run.recipe, run.fold, run.predictions_path)
     training_plots.similarity_histogram(table["cosine"], threshold=None)
     print(table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T.to_string())
 
@@ -116,5 +116,5 @@ if result:
 
 # %%
 if result:
-    shown = report.best_and_worst(table, run.recipe, count=4)
+    shown = examples.best_and_worst(table, run.recipe, count=4)
     training_plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4)

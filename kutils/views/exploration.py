@@ -17,13 +17,13 @@ from kutils.data.datasets import PromptImages, load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.data.transforms import decode_rgb
 from kutils.ensemble import blending, trained_models
+from kutils.ensemble.validated import MEAN, ExplorationError, Validated, read_validated
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
 from kutils.prompts.encoder import EncoderError, TextEncoder, load_encoder
 from kutils.runs import folders, launch, recipes
 from kutils.system import paths
-from kutils.views import slices
-from kutils.views.validated import MEAN, ExplorationError, Validated, read_validated
+from kutils.training import slices
 
 MOST_QUERIES = 4096  # prompts whose nearest others are looked up for near-duplicates
 MOST_HOLDING = 100  # prompts that stand for words where there is no text encoder

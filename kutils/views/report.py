@@ -7,82 +7,23 @@ import argparse
 import csv
 import dataclasses
 import sys
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
 from PIL import Image
 
 from kutils.data import datasets, transforms
-from kutils.data.prompt_bank import PromptBank
 from kutils.runs import finished, folders
 from kutils.runs.finished import FinishedRun
-from kutils.runs.recipes import Recipe
 from kutils.system import paths
-from kutils.training import profiling
-from kutils.views import html_page, html_tables, model_plots, slices, training_plots
+from kutils.training import examples, profiling, slices
+from kutils.training.examples import UNREADABLE
+from kutils.views import html_page, html_tables, model_plots, training_plots
 
-UNREADABLE = (ValueError, OSError, KeyError, zipfile.BadZipFile)  # of predictions or data that are gone, or of others
 EXAMPLES = 4  # best, and as many worst
-MOST_PROMPTS = 200_000  # that the nearest one is looked for in: 300 MB
 MOST_UNREADABLE = 100  # that are listed
-
-
-def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[np.ndarray], list[str]]:
-    """Training images as the network gets them in the first epoch, and their prompts.
-
-    Returns: uint8 [S, S, 3] arrays with crop and colour jitter, and the prompts.
-    """
-    data = datasets.load_datasets(recipe.datasets)
-    rows = data.training_rows(fold)
-    chosen = np.random.default_rng(recipe.seed).choice(rows, min(count, len(rows)), replace=False)
-    examples = datasets.collate([datasets.TrainingImages(data, rows, recipe)[0, int(row)] for row in chosen])
-    images = transforms.normalize(
-        examples["image"], (0, 0, 0), (1, 1, 1), examples["jitter"] if recipe.augment else None
-    )
-    pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-    return list(pixels), [data.prompts[int(row)].as_py() for row in examples["row"]]
-
-
-def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.DataFrame:
-    """One row per validation image, worst first: row, image (path), prompt, cosine, clean, and the predicted embedding.
-
-    Raises: DataError if the predictions were made for other data than lies in `input/` now.
-    """
-    data = datasets.load_datasets(recipe.datasets)
-    rows = data.validation_rows(fold)
-    with np.load(predictions_path, allow_pickle=False) as saved:
-        embeddings, targets_hash = saved["embeddings"], str(saved["targets_hash"])
-    if targets_hash != data.hash_targets(rows):
-        raise datasets.DataError(f"{predictions_path} was made for other validation rows than those of fold {fold} now")
-    table = pd.DataFrame(
-        {
-            "row": rows,
-            "image": [str(data.image_path(int(row))) for row in rows],
-            "prompt": data.prompts.take(pa.array(rows)).to_pylist(),
-            "cosine": np.einsum("nd,nd->n", embeddings, data.targets(rows)),
-            "clean": data.clean[rows] if data.clean is not None else None,
-            "embedding": list(embeddings),
-        }
-    )
-    return table.sort_values("cosine", ignore_index=True)
-
-
-def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
-    """The `count` worst and best rows of a validation table, one per prompt, with what the network took them for.
-
-    Returns: the table's columns, and `nearest`: the prompt of all data sets, or of MOST_PROMPTS drawn of more, that is
-        nearest to the prediction.
-    """
-    distinct = table.drop_duplicates("prompt")
-    shown = pd.concat([distinct.head(count), distinct.tail(count)]).drop_duplicates("prompt")
-    bank = PromptBank.from_datasets(recipe.datasets, most=MOST_PROMPTS)
-    indices, _ = bank.nearest(np.stack(shown["embedding"]), k=1)
-    return shown.assign(nearest=bank.texts(indices[:, 0]))
 
 
 # ---------------------------------------------------------------- the report of a run
@@ -101,7 +42,7 @@ class Validation:
 def read_validation(run: FinishedRun) -> Validation:
     """Compare a run's predictions with the data in `input/`, which may have changed or gone since."""
     try:
-        table = validation_table(run.recipe, run.fold, run.predictions_path)
+        table = examples.validation_table(run.recipe, run.fold, run.predictions_path)
         data = datasets.load_datasets(run.recipe.datasets)
         return Validation(table, slices.labels(data, table["row"].to_numpy(), run.fold), data)
     except UNREADABLE as error:
@@ -229,10 +170,10 @@ def slices_section(run: FinishedRun, validation: Validation) -> str:
 def examples_section(run: FinishedRun, validation: Validation) -> str:
     if validation.table is None:
         return html_page.paragraph(validation.missing, "note")
-    shown = best_and_worst(validation.table, run.recipe, EXAMPLES).iloc[::-1]
+    shown = examples.best_and_worst(validation.table, run.recipe, EXAMPLES).iloc[::-1]
     content = html_page.paragraph(
         "Validation images, each prompt once; nearest is the prompt of all data sets closest to the prediction, of "
-        f"{MOST_PROMPTS:,} drawn where there are more.",
+        f"{examples.MOST_PROMPTS:,} drawn where there are more.",
         "faint",
     )
     best = min(EXAMPLES, -(-len(shown) // 2))

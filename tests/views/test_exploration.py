@@ -14,14 +14,14 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 from kutils.data import datasets, shards, transforms
-from kutils.ensemble import blending, fit
+from kutils.ensemble import blending, fit, validated
 from kutils.models import checkpoints
 from kutils.runs import folders
 from kutils.runs.recipes import Recipe
 from kutils.system import paths
 from kutils.system.tables import read_table, write_table
 from kutils.training import train
-from kutils.views import exploration, validated, widgets
+from kutils.views import exploration, widgets
 from kutils.views.exploration import Exploration, ExplorationError
 
 NOTEBOOK = paths.repository_root() / "notebooks" / "explore.ipynb"

@@ -16,7 +16,7 @@ from kutils.runs import folders as runs_folders
 from kutils.runs import recipes
 from kutils.runs.finished import FinishedRun, as_text, read_run
 from kutils.runs.folders import OPERATIONAL
-from kutils.views import report, slices
+from kutils.training import examples, slices
 
 NAMES = ("prefix", "save_dir", *OPERATIONAL)  # keys that differ between any two runs, or change no result
 STANDARD_ERRORS = 1.96  # to either side of a mean: 95 % of a normal distribution
@@ -66,7 +66,7 @@ def validation_hash(run: FinishedRun) -> str:
     try:
         with np.load(run.predictions_path, allow_pickle=False) as saved:
             return str(saved["targets_hash"])
-    except report.UNREADABLE:
+    except examples.UNREADABLE:
         return str(run.folder)
 
 
@@ -181,7 +181,7 @@ def same_rows(group: Sequence[FinishedRun]) -> SameRows:
     """
     columns = {}
     for run in group:
-        scored = report.validation_table(run.recipe, run.fold, run.predictions_path).sort_values("row")
+        scored = examples.validation_table(run.recipe, run.fold, run.predictions_path).sort_values("row")
         columns[run.name] = scored.set_index("row")["cosine"]
     if any(not column.index.equals(next(iter(columns.values())).index) for column in columns.values()):
         raise ValueError(f"{', '.join(columns)} were validated on different rows; compare them group by group")

@@ -10,9 +10,9 @@ from fixtures.notebooks import assert_readable, execute, figures, printed
 
 from kutils.data import datasets
 from kutils.data.datasets import DataError
+from kutils.ensemble import comparison
 from kutils.runs import folders
 from kutils.system import paths
-from kutils.views import comparison
 
 
 def cosines(root, name, fold=0):

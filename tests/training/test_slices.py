@@ -7,7 +7,7 @@ from fixtures.datasets import make_dataset
 
 from kutils.data import datasets
 from kutils.system.tables import read_table, write_table
-from kutils.views import slices
+from kutils.training import slices
 
 
 def test_rows_are_sorted_by_their_prompts(workspace):

@@ -1,0 +1,68 @@
+"""Images of a run to look at: training images as the network gets them, and the best and worst predictions."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from kutils.data import datasets, transforms
+from kutils.data.prompt_bank import PromptBank
+from kutils.runs.recipes import Recipe
+
+UNREADABLE = (ValueError, OSError, KeyError, zipfile.BadZipFile)  # of predictions or data that are gone, or of others
+MOST_PROMPTS = 200_000  # that the nearest one is looked for in: 300 MB
+
+
+def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[np.ndarray], list[str]]:
+    """Training images as the network gets them in the first epoch, and their prompts.
+
+    Returns: uint8 [S, S, 3] arrays with crop and colour jitter, and the prompts.
+    """
+    data = datasets.load_datasets(recipe.datasets)
+    rows = data.training_rows(fold)
+    chosen = np.random.default_rng(recipe.seed).choice(rows, min(count, len(rows)), replace=False)
+    examples = datasets.collate([datasets.TrainingImages(data, rows, recipe)[0, int(row)] for row in chosen])
+    images = transforms.normalize(
+        examples["image"], (0, 0, 0), (1, 1, 1), examples["jitter"] if recipe.augment else None
+    )
+    pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    return list(pixels), [data.prompts[int(row)].as_py() for row in examples["row"]]
+
+
+def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.DataFrame:
+    """One row per validation image, worst first: row, image (path), prompt, cosine, clean, and the predicted embedding.
+
+    Raises: DataError if the predictions were made for other data than lies in `input/` now.
+    """
+    data = datasets.load_datasets(recipe.datasets)
+    rows = data.validation_rows(fold)
+    with np.load(predictions_path, allow_pickle=False) as saved:
+        embeddings, targets_hash = saved["embeddings"], str(saved["targets_hash"])
+    if targets_hash != data.hash_targets(rows):
+        raise datasets.DataError(f"{predictions_path} was made for other validation rows than those of fold {fold} now")
+    table = pd.DataFrame(
+        {
+            "row": rows,
+            "image": [str(data.image_path(int(row))) for row in rows],
+            "prompt": data.prompts.take(pa.array(rows)).to_pylist(),
+            "cosine": np.einsum("nd,nd->n", embeddings, data.targets(rows)),
+            "clean": data.clean[rows] if data.clean is not None else None,
+            "embedding": list(embeddings),
+        }
+    )
+    return table.sort_values("cosine", ignore_index=True)
+
+
+def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
+    """The `count` worst and best rows of a validation table, one per prompt, with what the network took them for.
+
+    Returns: the table's columns, and `nearest`: the prompt of all data sets, or of MOST_PROMPTS drawn of more, that is
+        nearest to the prediction.
+    """
+    distinct = table.drop_duplicates("prompt")
+    shown = pd.concat([distinct.head(count), distinct.tail(count)]).drop_duplicates("prompt")
+    bank = PromptBank.from_datasets(recipe.datasets, most=MOST_PROMPTS)
+    indices, _ = bank.nearest(np.stack(shown["embedding"]), k=1)
+    return shown.assign(nearest=bank.texts(indices[:, 0]))
