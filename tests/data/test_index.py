@@ -129,13 +129,13 @@ def test_processes_that_start_together_build_it_once(workspace):
     """Three processes at the same moment; each says how often it parsed a table."""
     code = """
 import sys, time
-from kutils import dataset_index, datasets
-real, count = dataset_index.read_table, []
+from kutils.data import datasets, index
+real, count = index.read_table, []
 def slow(path, columns):
     count.append(1)
     time.sleep(1)
     return real(path, columns)
-dataset_index.read_table = slow
+index.read_table = slow
 while time.time() < float(sys.argv[1]):
     time.sleep(0.01)
 data = datasets.load_datasets(["toy"])

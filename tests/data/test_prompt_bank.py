@@ -275,7 +275,7 @@ def test_command_writes_a_bank(workspace, capsys):
         (["--datasets", "nothing", "--output", str(workspace / "x.arrow")], "data set 'nothing'"),
         (["--prompts", "no.tsv", "--output", str(workspace / "x.arrow")], "no.tsv is not there"),
     ]:
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             prompt_bank.main(arguments)
     prompt_bank.main(["--prompts", str(workspace / "input" / "toy.tsv"), "--output", str(workspace / "x.arrow")])
     assert len(PromptBank.load(workspace / "x.arrow")) == 80

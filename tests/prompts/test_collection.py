@@ -15,7 +15,8 @@ from kutils.prompts.formats import SourceError, read_source, recognise
 from kutils.system import paths
 from kutils.system.tables import read_table, write_table
 
-README = (paths.repository_root() / "README.md").read_text(encoding="utf-8")
+ROOT = paths.repository_root()
+PAGES = [path.read_text(encoding="utf-8") for path in (*ROOT.glob("README.md"), *ROOT.glob("*/README.md"))]
 PROMPTS = ['a sign that says "open, now"', "caf\u00e9 \u96ea in the snow", "a cat, a dog; and a 'bird'"]
 
 
@@ -250,12 +251,12 @@ def test_the_same_input_gives_the_same_bytes_and_other_content_is_not_written_ov
     collection.main(command)
     assert [path.read_bytes() for path in files] == before
     assert "up to date" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"out\.tsv is there already, with other content"):
+    with pytest.raises(ValueError, match=r"out\.tsv is there already, with other content"):
         collection.main([*command, "--limit", "2"])
     assert [path.read_bytes() for path in files] == before
     collection.main([*command, "--limit", "2", "--overwrite"])
     assert read_table(output, [])["prompt"].to_pylist() == ["a red cat", "a blue cat"]
-    with pytest.raises(SystemExit, match="both read and written"):
+    with pytest.raises(ValueError, match="both read and written"):
         collection.main([str(source), "--output", str(source), "--overwrite"])
 
 
@@ -268,7 +269,7 @@ def test_a_prompts_file_that_has_folds_by_now_stays(tmp_path, capsys):
     collection.main([str(source), "--output", str(output)])
     assert output.read_bytes() == before and "up to date" in capsys.readouterr().out
     write_table(output, {"prompt": table["prompt"]})
-    with pytest.raises(SystemExit, match="with other content"):
+    with pytest.raises(ValueError, match="with other content"):
         collection.main([str(source), "--output", str(output)])
 
 
@@ -284,7 +285,7 @@ def test_a_later_set_does_not_repeat_an_earlier_one(tmp_path):
 def test_bad_lines_are_counted_where_that_is_asked_for(tmp_path):
     source = write(tmp_path / "a.tsv", b"prompt\tid\na red cat\t1\nbroken\ncaf\xe9 at night\t2\n\t3\na blue cat\t4\n")
     command = [str(source), "--output", str(tmp_path / "out.tsv")]
-    with pytest.raises(SystemExit, match=r"a\.tsv, line 3: wrong number of columns \('broken"):
+    with pytest.raises(ValueError, match=r"a\.tsv, line 3: wrong number of columns \('broken"):
         collection.main(command)
     assert not (tmp_path / "out.tsv").exists()
     collection.main([*command, "--skip-bad-lines"])
@@ -296,7 +297,7 @@ def test_bad_lines_are_counted_where_that_is_asked_for(tmp_path):
 
 def test_nothing_left_is_an_error_that_shows_why(tmp_path):
     source = write(tmp_path / "a.txt", "hi\n\n")
-    with pytest.raises(SystemExit, match=r"no prompt is left(.|\n)*1  empty(.|\n)*1  too few words"):
+    with pytest.raises(ValueError, match=r"no prompt is left(.|\n)*1  empty(.|\n)*1  too few words"):
         collection.main([str(source), "--output", str(tmp_path / "out.tsv")])
     assert not (tmp_path / "out.tsv").exists()
 
@@ -311,10 +312,15 @@ def test_what_lies_behind_the_limit_is_not_read(tmp_path):
         collection.gather([source, tmp_path / "missing.txt"], Cleaner(), limit=5, progress=False)
 
 
+def six_data_sets() -> str:
+    """The section of a README that says how the six data sets are made."""
+    (page,) = [page for page in PAGES if "\n## The six data sets\n" in page]
+    return page.split("\n## The six data sets\n")[1].split("\n## ")[0]
+
+
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     """On small files of the same names and formats as those that it tells to download."""
-    section = README.split("\n## The six data sets\n")[1].split("\n## ")[0]
-    commands = re.findall(r"^python -m kutils\.sources (.*)$", section, re.MULTILINE)
+    commands = re.findall(r"^kutils sources (.*)$", six_data_sets(), re.MULTILINE)
     assert len(commands) == 5
     monkeypatch.chdir(tmp_path)
     lines = [f"a {word} cat on a mat" for word in ("red", "blue", "green")]
@@ -339,7 +345,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 
 
 def test_the_estimates_of_the_readme_follow_from_their_formula():
-    section = README.split("\n## The six data sets\n")[1].split("\n## ")[0]
+    section = six_data_sets()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
     total_images = total_prompts = 0
     for row in rows[1:]:

@@ -400,7 +400,7 @@ def test_two_ranks_and_a_run_that_was_cut_give_the_same_bytes(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         embedding.embed_table(files["cut"], minilm, device="cpu", dtype="bfloat16", progress=False)
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(REPOSITORY / "tests" / "embed_on_ranks.py"), "16", str(tmp_path)]
+    script = [str(REPOSITORY / "tests" / "fixtures" / "embed_on_ranks.py"), "16", str(tmp_path)]
     command = [*ranks, *script, str(files["cut"]), "--device", "cpu", "--dtype", "bfloat16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
@@ -414,7 +414,7 @@ def test_two_ranks_and_a_run_that_was_cut_give_the_same_bytes(tmp_path, monkeypa
 
 
 def test_command_reports_errors_without_a_traceback(tmp_path):
-    with pytest.raises(SystemExit, match=r"nothing.tsv is not there"):
+    with pytest.raises(ValueError, match=r"nothing.tsv is not there"):
         embedding.main([str(tmp_path / "nothing.tsv")])
     write_table(tmp_path / "bad.tsv", {"image": ["a.png"], "text": ["a"]})
     with pytest.raises(TableError, match="lacks the column prompt"):

@@ -471,22 +471,22 @@ def prompts_file(tmp_path, monkeypatch):
 
 def test_dedup_splits_a_prompts_file(prompts_file, capsys):
     kept, rest = prompts_file.with_name("kept.tsv"), prompts_file.with_name("rest.tsv")
-    command = ["dedup", str(prompts_file), "--kept", str(kept), "--rest", str(rest)]
-    prompt_folds.main(command)
+    command = [str(prompts_file), "--kept", str(kept), "--rest", str(rest)]
+    near_duplicates.main(command)
     assert "40 prompts kept" in capsys.readouterr().out
     tables = [read_table(path, ["prompt", "source"]) for path in (kept, rest, prompts_file)]
     assert [table.num_rows for table in tables] == [40, 120, 160]
     pairs = [list(zip(table["prompt"].to_pylist(), table["source"].to_pylist(), strict=True)) for table in tables]
     assert sorted(pairs[0] + pairs[1]) == sorted(pairs[2])
 
-    prompt_folds.main(command)  # the same again is no harm
+    near_duplicates.main(command)  # the same again is no harm
     before = contents(prompts_file.parent)
     with pytest.raises(
-        SystemExit, match=r"kept.tsv is there already, with other prompts; delete it, or give --overwrite"
+        ValueError, match=r"kept.tsv is there already, with other prompts; delete it, or give --overwrite"
     ):
-        prompt_folds.main([*command, "--threshold", "0.99"])
+        near_duplicates.main([*command, "--threshold", "0.99"])
     assert contents(prompts_file.parent) == before
-    prompt_folds.main([*command, "--threshold", "0.99", "--overwrite"])
+    near_duplicates.main([*command, "--threshold", "0.99", "--overwrite"])
     assert read_table(kept, ["prompt"]).num_rows == 160 and read_table(rest, ["prompt"]).num_rows == 0
 
 
@@ -499,7 +499,7 @@ def test_dedup_leaves_out_what_resembles_an_earlier_list(prompts_file, capsys):
 
     def dedup(name, *options):
         files = [str(folder / f"{name}.{part}.tsv") for part in ("kept", "rest")]
-        prompt_folds.main(["dedup", str(folder / f"{name}.tsv"), "--kept", files[0], "--rest", files[1], *options])
+        near_duplicates.main([str(folder / f"{name}.tsv"), "--kept", files[0], "--rest", files[1], *options])
         return read_table(files[0], ["prompt"])["prompt"].to_pylist()
 
     first = dedup("a")
@@ -517,37 +517,39 @@ def test_dedup_leaves_out_what_resembles_an_earlier_list(prompts_file, capsys):
     count = {name: sum(sources[prompt] == name for prompt in chosen) for name in ("s0", "s1", "s2")}
     assert sum(count.values()) == 40 and count["s2"] > count["s1"] > count["s0"]
     assert f"  s2: {count['s2']} kept, {53 - count['s2']} not" in said and "resembles" in said
-    with pytest.raises(SystemExit, match=r"prompts.tsv has no prompts of the source 'lexica'; it has s0, s1, s2"):
+    with pytest.raises(ValueError, match=r"prompts.tsv has no prompts of the source 'lexica'; it has s0, s1, s2"):
         dedup("prompts", "--priority", "lexica")
-    with pytest.raises(SystemExit, match="have to be different files"):
+    with pytest.raises(ValueError, match="have to be different files"):
         dedup("b", "--against", str(folder / "b.tsv"))
 
 
 def test_dedup_never_writes_over_its_input(prompts_file):
     before = contents(prompts_file.parent)
-    with pytest.raises(SystemExit, match="have to be different files"):
-        prompt_folds.main(
-            ["dedup", str(prompts_file), "--kept", str(prompts_file), "--rest", "rest.tsv", "--overwrite"]
-        )
+    with pytest.raises(ValueError, match="have to be different files"):
+        near_duplicates.main([str(prompts_file), "--kept", str(prompts_file), "--rest", "rest.tsv", "--overwrite"])
     assert contents(prompts_file.parent) == before
 
 
-@pytest.mark.parametrize("command", ["folds", "dedup"])
-def test_help_shows_every_default(command, capsys):
+@pytest.mark.parametrize(
+    ("main", "defaults"),
+    [
+        (prompt_folds.main, ["0.7", "10, or as many as there are with --keep", "partition", "0", "auto"]),
+        (near_duplicates.main, ["0.9", "auto"]),
+    ],
+    ids=["folds", "dedup"],
+)
+def test_help_shows_every_default(main, defaults, capsys):
     with pytest.raises(SystemExit) as ended:
-        prompt_folds.main([command, "--help"])
+        main(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0 and "None" not in text
-    for default in {
-        "folds": ["0.7", "10, or as many as there are with --keep", "partition", "0", "auto"],
-        "dedup": ["0.9", "auto"],
-    }[command]:
+    for default in defaults:
         assert f"(default: {default})" in " ".join(text.split())
 
 
 def run(folder: Path, *arguments: str, launcher: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "kutils", "folds", *arguments]
+    command = [sys.executable, *launcher, "-m", "kutils", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -570,8 +572,8 @@ def test_commands_from_a_shell(tables):
     assert [path.read_bytes() for path in tables] == together != alone
 
     tables[1].with_suffix(".npy").unlink()
-    with pytest.raises(SystemExit, match=r"kutils folds: .*two.npy cannot be read"):
-        prompt_folds.main(["folds", *map(str, tables)])
+    with pytest.raises(ValueError, match=r"two.npy cannot be read"):
+        prompt_folds.main([*map(str, tables)])
 
     prompts = ["a red apple on a table", "a castle on a hill", "a red apple on the table", "a castle on a hill"]
     write_table(folder / "p.tsv", {"prompt": prompts, "source": list("abcd")})

@@ -135,7 +135,7 @@ def test_the_commands(tmp_path, capsys):
     table = read_table(output, ["prompt", "source"])
     assert table["prompt"].to_pylist() == generate_prompts(30, 7)
     assert set(table["source"].to_pylist()) == {"templates"}
-    with pytest.raises(SystemExit, match="with other content"):
+    with pytest.raises(ValueError, match="with other content"):
         grammar.main(["--count", "31", "--output", str(output)])
     with pytest.raises(SystemExit):
         grammar.main(["--count", "3", "--clusters", "2", "--output", str(tmp_path / "x.tsv")])
@@ -145,8 +145,8 @@ def test_the_commands(tmp_path, capsys):
     joined = read_table(tmp_path / "joined.tsv", ["prompt"])
     assert joined.num_rows == 20 and set(joined["source"].to_pylist()) == {"joined"}
     assert np.load(output.with_suffix(".npy")).shape == (30, 384)
-    with pytest.raises(SystemExit, match="both read and written"):
+    with pytest.raises(ValueError, match="both read and written"):
         grammar.main([*arguments, str(output), "--overwrite"])
     write_table(tmp_path / "few.tsv", {"prompt": ["a cat"], "source": ["me"]})
-    with pytest.raises(SystemExit, match="give at least 2 clusters"):
+    with pytest.raises(ValueError, match="give at least 2 clusters"):
         grammar.main(["--join", str(tmp_path / "few.tsv"), "--count", "1", "--output", str(tmp_path / "x.tsv")])
