@@ -185,6 +185,6 @@ print(measuring.format_results())
 
 # %%
 if chosen and find_spec("matplotlib"):
-    from kutils.views import data_plots
+    from kutils.views import score_plots
 
-    data_plots.benchmark_ratios(measuring.read_results())
+    score_plots.benchmark_ratios(measuring.read_results())

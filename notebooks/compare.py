@@ -48,7 +48,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %%
 from kutils.ensemble import comparison
-from kutils.views import html_tables, model_plots, training_plots
+from kutils.views import html_tables, score_plots, training_plots
 
 finished = comparison.select(runs)
 chosen = comparison.pick_group(finished, group)[: max(1, most)]
@@ -61,11 +61,11 @@ html_tables.show(comparison.table(finished), comparison.FORMATS, f"{len(finished
 # here on: the runs of one letter.
 
 # %%
-model_plots.run_curves(chosen);
+training_plots.run_curves(chosen);
 
 # %%
 scores = {run.name: run.result["cosine_similarity"] for run in chosen}
-training_plots.bar_scores(scores, baseline=chosen[0].result["mean_prompt_baseline"], title=f"Fold {chosen[0].fold}");
+score_plots.bar_scores(scores, baseline=chosen[0].result["mean_prompt_baseline"], title=f"Fold {chosen[0].fold}");
 
 # %% [markdown]
 # ## What differs between them?
@@ -91,7 +91,7 @@ html_tables.show(same.against_best(), comparison.DIFFERENCE_FORMATS, f"{len(same
 # %%
 sliced = same.by_slice()
 if any(len(part) > 1 for part in sliced.values()):
-    model_plots.slice_scores(sliced, same.cosines.astype(float).mean().to_dict())
+    score_plots.slice_scores(sliced, same.cosines.astype(float).mean().to_dict())
 
 # %%
 html_tables.show(comparison.joined(sliced), caption="Mean cosine by slice")

@@ -48,7 +48,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %%
 from kutils.ensemble import blending, fit
-from kutils.views import training_plots
+from kutils.views import score_plots
 
 fitted, path = fit.fit(config, output, seed)
 print(f"{fit.describe(fitted)}\nwrote {path}")
@@ -56,7 +56,7 @@ print(f"{fit.describe(fitted)}\nwrote {path}")
 # %%
 methods = {f"{method} weights": fitted.scores[method] for method in blending.METHODS}
 title = f"Fold 0, {fitted.rows['unseen']:,} unseen images"
-training_plots.bar_scores(fitted.scores["members"] | methods, baseline=fitted.scores["baseline"], title=title);
+score_plots.bar_scores(fitted.scores["members"] | methods, baseline=fitted.scores["baseline"], title=title);
 
 # %%
 best = max(fitted.scores["members"], key=fitted.scores["members"].get)
@@ -79,7 +79,7 @@ pd.DataFrame(rows, columns=["family", "recipe", "fold", "neighbours", "network's
 # A family whose errors another one shares gets little weight, however good it is alone.
 
 # %%
-training_plots.weights(fitted.mean_weights());
+score_plots.weights(fitted.mean_weights());
 
 # %% [markdown]
 # ## What would be lost without one of them?

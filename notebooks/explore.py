@@ -54,12 +54,12 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # The data sets with their distinct prompts, and the finished runs.
 
 # %%
-from kutils.views import data_plots, html_tables, training_plots, widgets
+from kutils.views import data_plots, html_tables, image_plots, score_plots, widgets
 from kutils.views.exploration import Exploration
 
 explored = Exploration.open(datasets, models)
 print(explored.describe())
-training_plots.counts(explored.sources(), title="Images by source", unit="images");
+score_plots.counts(explored.sources(), title="Images by source", unit="images");
 
 # %% [markdown]
 # ## How long are the prompts?
@@ -85,7 +85,7 @@ data_plots.prompt_map(points, labels, title=f"{len(points):,} prompts by similar
 twins = explored.near_duplicates(count=4)
 images = list(zip(twins["image_a"], twins["image_b"], strict=True))
 prompts = list(zip(twins["prompt_a"], twins["prompt_b"], strict=True))
-data_plots.pairs(images, prompts, twins["cosine"])
+image_plots.pairs(images, prompts, twins["cosine"])
 html_tables.show(twins[["cosine", "fold_a", "fold_b", "prompt_a", "prompt_b"]])
 
 # %% [markdown]
@@ -111,8 +111,8 @@ widgets.search(explored, search, search_fold, count)
 # %%
 if there := explored.has_models(fold):
     validated = explored.validated(fold)
-    training_plots.bar_scores(validated.mean_scores().to_dict(), baseline=validated.baseline)
-    training_plots.similarity_histogram(dict(validated.cosines.items()))
+    score_plots.bar_scores(validated.mean_scores().to_dict(), baseline=validated.baseline)
+    score_plots.similarity_histogram(dict(validated.cosines.items()))
 
 # %% [markdown]
 # ## Where are they right, and where are they lost?
@@ -138,7 +138,7 @@ if there:
 # %%
 if there and len(validated.single_models) > 1:
     shown, told = explored.disagreement(fold)
-    data_plots.disagreement(shown["image"], told, shown["agreement"])
+    image_plots.disagreement(shown["image"], told, shown["agreement"])
 
 # %% [markdown]
 # ## What do they see in an image of yours?

@@ -58,7 +58,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # %%
 from kutils.generation import generate, image_sets, shapes
 from kutils.system import paths
-from kutils.views import data_plots, training_plots
+from kutils.views import data_plots, image_plots
 from kutils.system.tables import read_table, write_table
 
 prompts_file = Path(prompts_path or paths.working_dir() / "runs" / f"generate_{output}" / "prompts.tsv")
@@ -129,7 +129,7 @@ first_of_prompt = there[np.unique(there // images_per_prompt, return_index=True)
 shown = first_of_prompt[np.linspace(0, len(first_of_prompt) - 1, min(8, len(first_of_prompt))).astype(int)]
 titles = [image_set.prompt(image)[0] for image in shown]
 if len(there):
-    training_plots.image_grid([image_set.path(image) for image in shown], titles, columns=4)
+    image_plots.image_grid([image_set.path(image) for image in shown], titles, columns=4)
 else:
     print("no image is there yet: start the same notebook again, with more hours")
 
@@ -143,7 +143,7 @@ rows = shown[:3] // images_per_prompt
 images = [image for image in there if image // images_per_prompt in rows]
 titles = ["{} ({})".format(*image_set.prompt(image)) for image in images]
 if len(there):
-    training_plots.image_grid([image_set.path(image) for image in images], titles, columns=images_per_prompt)
+    image_plots.image_grid([image_set.path(image) for image in images], titles, columns=images_per_prompt)
 
 # %% [markdown]
 # ## Are they too dark, too bright, too flat?

@@ -55,7 +55,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 from kutils.data import preparation
 from kutils.prompts import folds
 from kutils.system import paths
-from kutils.views import data_plots, training_plots
+from kutils.views import data_plots, image_plots, score_plots
 
 names = [name.strip() for name in dataset.split(",")]
 if names == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
@@ -100,7 +100,7 @@ data_plots.image_counts([item.report for item in checked]);
 
 # %%
 images, prompts = preparation.examples(names, count=8)
-training_plots.image_grid(images, prompts, columns=4);
+image_plots.image_grid(images, prompts, columns=4);
 
 # %% [markdown]
 # ## How long are the prompts?
@@ -118,7 +118,7 @@ data_plots.prompt_lengths(bank.prompts.to_pylist());
 # random split would tear from their like, and so give away the answer.
 
 # %%
-training_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
+score_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
 
 # %% [markdown]
 # ## Are the folds even, and what leaks between them?

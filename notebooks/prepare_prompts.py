@@ -58,7 +58,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # %%
 from kutils.data import preparation
 from kutils.prompts import cleaning
-from kutils.views import data_plots, training_plots
+from kutils.views import data_plots, score_plots
 
 lists = preparation.prompt_lists(name)
 options = {"column": column, "num_prompts": num_prompts, "overwrite": overwrite}
@@ -68,7 +68,7 @@ print(cleaning.format_report(cleaned))
 # %%
 dropped = {reason: case["count"] for reason, case in cleaned["dropped"].items()}
 title = f"{cleaned['read']:,} entries read, {cleaned['kept']:,} kept; the others"
-training_plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
+score_plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
 
 # %% [markdown]
 # ## How many say the same?
@@ -115,7 +115,7 @@ data_plots.prompt_lengths(bank.prompts.to_pylist());
 # share of prompts that random folds would tear from their like.
 
 # %%
-training_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
+score_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
 
 # %% [markdown]
 # ## What is next?

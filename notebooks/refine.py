@@ -53,7 +53,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %%
 from kutils.runs import folders
-from kutils.views import training_plots
+from kutils.views import image_plots, score_plots, training_plots
 
 run = launch.plan_run(model, stage, fold, overrides, recipe)
 print(run.config_path.name, *run.overrides)
@@ -98,7 +98,7 @@ if result:
 from kutils.training import examples
 
 images, prompts = examples.training_examples(run.recipe, run.fold)
-training_plots.image_grid(images, prompts, columns=4);
+image_plots.image_grid(images, prompts, columns=4);
 
 # %% [markdown]
 # ## How good is a single prediction?
@@ -107,7 +107,7 @@ training_plots.image_grid(images, prompts, columns=4);
 # %%
 if result:
     table = examples.validation_table(run.recipe, run.fold, run.predictions_path)
-    training_plots.similarity_histogram(table["cosine"], threshold=None)
+    score_plots.similarity_histogram(table["cosine"], threshold=None)
     print(table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T.to_string())
 
 # %% [markdown]
@@ -118,4 +118,4 @@ if result:
 # %%
 if result:
     shown = examples.best_and_worst(table, run.recipe, count=4)
-    training_plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4)
+    image_plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4)

@@ -61,7 +61,7 @@ from kutils.ensemble import blending, within_budget, image_cache
 from kutils.ensemble import weight_files
 from kutils.kaggle import mounts, submission
 from kutils.system import devices, paths
-from kutils.views import training_plots
+from kutils.views import figures, image_plots, score_plots
 from kutils.ensemble.fit import bank_path, describe, load_ensemble, load_neighbours
 
 began = time.monotonic()
@@ -113,9 +113,9 @@ for name, reason in unreadable.items():
 # Seconds per model, loading included; their sum must stay within the budget.
 
 # %%
-with training_plots.errors_shown():
+with figures.errors_shown():
     if state.seconds:
-        training_plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
+        score_plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
 
 # %% [markdown]
 # ## What does it mean?
@@ -123,11 +123,11 @@ with training_plots.errors_shown():
 # what is to be seen, as far as so few can.
 
 # %%
-with training_plots.errors_shown():
+with figures.errors_shown():
     if bank_path(ensemble_path).is_file() and image_files:
         bank = prompt_bank.PromptBank.load(bank_path(ensemble_path))
         titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
-        training_plots.image_grid(image_files[:8], titles, columns=4)
+        image_plots.image_grid(image_files[:8], titles, columns=4)
 
 # %% [markdown]
 # ## Do the families agree?
@@ -135,9 +135,9 @@ with training_plots.errors_shown():
 # least sure of them.
 
 # %%
-with training_plots.errors_shown():
+with figures.errors_shown():
     if len(state.families) > 1 and image_files:
         agreement = blending.agreement(state.families)
         least = agreement.argsort()[:8]
         titles = [f"{ids[i]}: {agreement[i]:.3f}" for i in least]
-        training_plots.image_grid([image_files[i] for i in least], titles, columns=4)
+        image_plots.image_grid([image_files[i] for i in least], titles, columns=4)

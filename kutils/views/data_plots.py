@@ -1,11 +1,9 @@
-"""Figures of the data: prompts, their neighbours, folds, images; and what models say about one image or prompt."""
+"""Figures of data sets: lengths of prompts, folds, a map of prompts, sizes and brightness of images."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -18,25 +16,17 @@ from kutils.views.figures import (
     ORANGE,
     SMALL_FONT,
     PlotError,
-    bars,
     check_same_length,
     despine,
     finite,
     legend_below,
     new_axes,
-    new_figure,
     styled,
     thousands,
-    wrap,
 )
-from kutils.views.model_style import model_color
-from kutils.views.tiles import LINE_INCHES, count_lines, new_tiles, show_image, show_tile
 
 MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
 MOST_LABELS = 10  # of a map that are told apart
-LINE_POINTS = 11.5  # from line to line of SMALL_FONT
-
-# ---------------------------------------------------------------- prompts and folds
 
 
 @styled()
@@ -147,54 +137,6 @@ def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
 
 
 @styled()
-def pairs(images: Sequence[tuple], prompts: Sequence[tuple[str, str]], cosines: Sequence[float]) -> Figure:
-    """Pairs of similar prompts: their two images side by side, the prompts below, the cosine above.
-
-    Args:
-        images: of each pair, as the images of `plots.image_grid`.
-        prompts: of each pair.
-        cosines: of the two prompts' embeddings.
-    Raises: PlotError for no pair, lists of different lengths, or a cosine that is not finite.
-    """
-    check_same_length(images=images, prompts=prompts, cosines=cosines)
-    cosines = finite(cosines, "cosines")
-    texts = [wrap(prompt) for pair in prompts for prompt in pair]
-    figure, all_axes = new_tiles(len(texts), 4 if len(prompts) > 1 else 2, count_lines(texts))
-    shown = [image for pair in images for image in pair]
-    for number, (axes, image, text) in enumerate(zip(all_axes, shown, texts, strict=False)):
-        pair, second = divmod(number, 2)
-        title = f"pair {pair + 1}" if second else f"pair {pair + 1}: cosine {cosines[pair]:.3f}"
-        show_tile(axes, image, title, text)
-    return figure
-
-
-@styled()
-def ranked_images(
-    images: Sequence, prompts: Sequence[str], cosines: Sequence[float], columns: int = 5, title: str = ""
-) -> Figure:
-    """The results of a search, best first: rank and cosine above each image, its prompt below.
-
-    Args:
-        images: as the images of `plots.image_grid`, in any order.
-        prompts: of the images.
-        cosines: of the images, or their prompts, and what was looked for.
-        columns: images side by side.
-        title: what was looked for.
-    Raises: PlotError for no image, lists of different lengths, or a cosine that is not finite.
-    """
-    check_same_length(images=images, prompts=prompts, cosines=cosines)
-    cosines = finite(cosines, "cosines")
-    images, texts = list(images), [wrap(prompt, 32) for prompt in prompts]
-    figure, all_axes = new_tiles(len(images), columns, count_lines(texts), width=2.6, title=title)
-    for rank, (axes, index) in enumerate(zip(all_axes, np.argsort(-cosines, kind="stable"), strict=False), start=1):
-        show_tile(axes, images[index], f"{rank}: cosine {cosines[index]:.3f}", texts[index])
-    return figure
-
-
-# ---------------------------------------------------------------- images
-
-
-@styled()
 def image_statistics(image_paths: Sequence) -> Figure:
     """Histograms of images' brightness and contrast: mean and standard deviation of the gray levels of each.
 
@@ -249,93 +191,4 @@ def image_counts(reports: Sequence[dict]) -> Figure:
     size_axes.invert_yaxis()
     despine(prompt_axes, grid="y")
     despine(size_axes, grid="x")
-    return figure
-
-
-# ---------------------------------------------------------------- what models say
-
-
-@styled()
-def disagreement(images: Sequence, texts: Sequence[Mapping[str, str]], agreement: Sequence[float]) -> Figure:
-    """Images that models read differently, least agreement first: what each model takes one for, in its colour.
-
-    Args:
-        images: as the images of `plots.image_grid`.
-        texts: of each image: model -> the prompt nearest to its prediction.
-        agreement: of each image: mean cosine between the models' predictions.
-    Raises: PlotError for no image, lists of different lengths, or an agreement that is not finite.
-    """
-    check_same_length(images=images, texts=texts, agreement=agreement)
-    agreement, images = finite(agreement, "agreements"), list(images)
-    for number, each in enumerate(texts):
-        if not each:
-            raise PlotError(f"image number {number} has no model's text")
-    said = [{model: wrap(prompt, lines=3) for model, prompt in each.items()} for each in texts]
-    points = max(sum(LINE_POINTS * (count_lines([prompt]) + 1.8) for prompt in each.values()) for each in said)
-    figure, all_axes = new_tiles(len(images), 4, math.ceil(points / 72 / LINE_INCHES))
-    for axes, index in zip(all_axes, np.argsort(agreement, kind="stable"), strict=False):
-        show_tile(axes, images[index], f"agreement {agreement[index]:.3f}", "")
-        below = 5.0  # points under the image
-        for model, prompt in said[index].items():
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": SMALL_FONT}
-            axes.annotate(
-                model, (0, 0), (0, -below), color=model_color(model), fontweight="bold", parse_math=False, **place
-            )
-            axes.annotate(prompt, (0, 0), (0, -below - 1.2 * LINE_POINTS), parse_math=False, **place)
-            below += LINE_POINTS * (count_lines([prompt]) + 1.8)
-    return figure
-
-
-@styled()
-def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """One image, and the prompts nearest to what each model predicts for it, as bars of their cosines.
-
-    Args:
-        image: as the images of `plots.image_grid`.
-        tables: model -> columns `rank`, `cosine`, `prompt`, nearest first.
-    Raises: PlotError for no model, an empty table, or a cosine that is not finite.
-    """
-    check_same_length(models=list(tables))
-    named = {model: finite(table["cosine"], f"cosines of {model}") for model, table in tables.items()}
-    names = {model: [wrap(prompt, 56, 2) for prompt in table["prompt"]] for model, table in tables.items()}
-    heights = [1.1 + 0.32 * len(rows) for rows in names.values()]
-    figure = new_figure(13, max(sum(heights), 4))
-    grid = figure.add_gridspec(len(tables), 2, width_ratios=(1, 2), height_ratios=heights)
-    image_axes = figure.add_subplot(grid[:, 0])
-    show_image(image_axes, image)
-    image_axes.set_anchor("N")
-    end = max(float(cosines.max()) for cosines in named.values())
-    low = min(0.0, *(float(cosines.min()) for cosines in named.values()))
-    for row, (model, cosines) in enumerate(named.items()):
-        axes = figure.add_subplot(grid[row, 1])
-        drawn = axes.barh(range(len(cosines)), cosines, color=model_color(model), height=0.65, label=names[model])
-        axes.bar_label(drawn, fmt="{:.3f}", padding=4)
-        axes.set_yticks(range(len(cosines)), names[model], fontsize=SMALL_FONT, parse_math=False)
-        axes.invert_yaxis()
-        axes.set_title(model, parse_math=False)
-        axes.set_xlim(low, end + 0.15 * (end - low))
-        axes.tick_params(axis="y", length=0)
-        despine(axes, grid="x")
-    axes.set_xlabel("cosine similarity of the prediction and the prompt")
-    return figure
-
-
-# ---------------------------------------------------------------- the benchmark
-
-
-@styled()
-def benchmark_ratios(entries: Sequence[dict]) -> Figure:
-    """How many times better than the published or plain way, on a logarithmic scale: entries of the benchmark.
-
-    Args:
-        entries: `kutils.benchmarks.measuring.read_results`; those without a ratio are left out.
-    Raises: PlotError where none has one.
-    """
-    compared = [item for item in entries if item["ratio"]]
-    check_same_length(entries=compared)
-    ratios = {item["name"]: math.log10(item["ratio"]) for item in compared}
-    told = [f"{item['ratio']:.3g} ({item['ours']:,.3g}, {item['reference']:,.3g} {item['unit']})" for item in compared]
-    figure, axes = bars(ratios, told, color=[BLUE if ratio >= 0 else ORANGE for ratio in ratios.values()])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
-    axes.set(title="Beside the published or plain way", xlabel="times better (ours and theirs in brackets)")
     return figure

@@ -8,7 +8,7 @@ import io
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,9 +97,6 @@ def styled() -> Iterator[None]:
             yield
     finally:
         plt.rcParams.update(before)
-
-
-# ---------------------------------------------------------------- models
 
 
 # ---------------------------------------------------------------- a figure and its text
@@ -254,26 +251,3 @@ def thousands(*each: Axis) -> None:
 def legend_below(axes: Axes) -> None:
     """A legend under the axis label, where it is never on the data."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
-
-
-@styled()
-def bars(
-    values: Mapping[str, float], told: Sequence[str], start: float = 0.0, *, color: str | Sequence[str] = BLUE
-) -> tuple[Figure, Axes]:
-    """Horizontal bars from `start`, the first on top, each with its text at the end; one color, or one per bar."""
-    ends = finite(list(values.values()), "values")
-    # a published recipe's name of 80 characters ends its lines behind an underscore
-    names = [textwrap.fill(name.replace("_", "_ "), 44, break_on_hyphens=False).replace("_ ", "_") for name in values]
-    figure, (axes,) = new_axes(height=max(2.2, 1.3 + 0.36 * len(ends) + 0.17 * sum(name.count("\n") for name in names)))
-    axes.barh(range(len(ends)), ends - start, left=start, color=color, height=0.65, label=list(values))
-    for number, (end, text) in enumerate(zip(ends, told, strict=True)):
-        axes.annotate(text, (max(end, start), number), (5, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(ends)), names, parse_math=False)
-    axes.invert_yaxis()
-    low, high = min(start, ends.min()), max(start, ends.max())
-    axes.set_xlim(low - 0.02 * (high - low), high + 0.3 * (high - low or 1))  # room for the texts
-    axes.axvline(start, color=TEXT, linewidth=1)
-    axes.tick_params(axis="y", length=0)
-    despine(axes, grid="x")
-    axes.spines["left"].set_visible(False)
-    return figure, axes

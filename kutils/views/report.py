@@ -20,7 +20,7 @@ from kutils.runs.finished import FinishedRun
 from kutils.system import paths
 from kutils.training import examples, profiling, slices
 from kutils.training.examples import UNREADABLE
-from kutils.views import html_page, html_tables, model_plots, training_plots
+from kutils.views import html_page, html_tables, score_plots, training_plots
 
 EXAMPLES = 4  # best, and as many worst
 MOST_UNREADABLE = 100  # that are listed
@@ -136,7 +136,7 @@ def scores_section(run: FinishedRun, validation: Validation) -> str:
         f"Histogram of {len(cosines):,} cosines: median {middle:.3f}, 5 % are below {low:.3f}, 5 % above {high:.3f}, "
         f"from {cosines.min():.3f} to {cosines.max():.3f}."
     )
-    return shown + html_page.figure(training_plots.similarity_histogram(cosines), alt, alt)
+    return shown + html_page.figure(score_plots.similarity_histogram(cosines), alt, alt)
 
 
 def slices_section(run: FinishedRun, validation: Validation) -> str:
@@ -151,7 +151,7 @@ def slices_section(run: FinishedRun, validation: Validation) -> str:
     )
     figure = ""
     if any(len(table) > 1 for table in tables.values()):
-        drawn = model_plots.slice_scores(tables, {run.name: run.result["cosine_similarity"]})
+        drawn = score_plots.slice_scores(tables, {run.name: run.result["cosine_similarity"]})
         ends = [
             f"by {name}, best for {table[run.name].idxmax()} ({table[run.name].max():.4f}) and worst for "
             f"{table[run.name].idxmin()} ({table[run.name].min():.4f})"
@@ -221,7 +221,7 @@ def speed_section(run: FinishedRun) -> str:
         machine = (run.environment.get(name) for name in ("cores", "ranks_per_machine"))  # of runs before: not told
         advice = html_page.paragraph(profiling.advice(run.recipe, waiting, *machine), "note")
     alt = f"Images per second over the updates, {pace:,.0f} on average; {waiting:.1%} of the time is spent waiting."
-    return html_page.numbers(facts) + advice + html_page.figure(model_plots.throughput(run), alt)
+    return html_page.numbers(facts) + advice + html_page.figure(training_plots.throughput(run), alt)
 
 
 def unreadable_section(run: FinishedRun) -> str:

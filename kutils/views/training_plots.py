@@ -1,44 +1,30 @@
-"""Figures of training, predictions and scores, for notebooks and reports: each function draws one and returns it.
+"""Figures of training: loss, learning rate, scores and speed over the updates, of one run or of several."""
 
-A notebook shows a figure when it is the last value of a cell, or open when the cell ends. Elsewhere figures stay open
-until they are closed: `save` writes one and closes it.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from kutils.runs.finished import FinishedRun
 from kutils.runs.folders import read_metrics
-from kutils.views import figures
 from kutils.views.figures import (
     BLUE,
-    COLORS,
     GREEN,
     GREY,
     ORANGE,
-    SMALL_FONT,
-    TEXT,
     PlotError,
-    bars,
     check_same_length,
     despine,
-    finite,
     legend_below,
     new_axes,
     styled,
     thousands,
-    wrap,
 )
-from kutils.views.model_style import LINES, family_of, model_color
-from kutils.views.tiles import count_lines, new_tiles, show_image, show_tile
-
-save, errors_shown = figures.save, figures.errors_shown  # `plots` is what a notebook imports
-
-# ---------------------------------------------------------------- training
+from kutils.views.model_style import model_styles
 
 
 @styled()
@@ -98,171 +84,57 @@ def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
         legend_below(axes)
 
 
-# ---------------------------------------------------------------- images
-
-
 @styled()
-def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Figure:
-    """Images with a text above each.
+def run_curves(finished: Sequence[FinishedRun]) -> Figure:
+    """Training loss and validation cosine of several runs over the share of their training that is done.
 
-    Args:
-        images: paths, Pillow images or uint8 [H, W, 3] arrays; a file that cannot be read leaves an empty tile.
-        titles: one text per image, such as its prompt; long ones are wrapped and cut after five lines.
-        columns: images side by side.
-    Raises: PlotError for no image, or another number of titles.
+    Raises: PlotError for no run.
     """
-    check_same_length(images=images, titles=titles)
-    texts = [wrap(title) for title in titles]
-    figure, all_axes = new_tiles(len(images), columns, 0, title_lines=count_lines(texts))
-    for axes, image, text in zip(all_axes, images, texts, strict=False):
-        show_image(axes, image)
-        axes.set_title(text, fontsize=SMALL_FONT, fontweight="normal", parse_math=False)
-    return figure
-
-
-@styled()
-def best_and_worst(
-    image_paths: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], count: int = 4
-) -> Figure:
-    """The best predictions above the worst: image, cosine, true prompt, and the nearest prompt of a bank.
-
-    Args:
-        image_paths: as the images of `image_grid`, in any order.
-        prompts: the true prompts.
-        nearest: for each prediction, the prompt nearest to it.
-        cosines: of prediction and true prompt.
-        count: images per row; fewer where there are less than twice as many.
-    Raises: PlotError for no image, or lists of different lengths.
-    """
-    check_same_length(images=image_paths, prompts=prompts, nearest_prompts=nearest, cosines=cosines)
-    image_paths, prompts, nearest = list(image_paths), list(prompts), list(nearest)
-    cosines = finite(cosines, "cosines")
-    order = np.argsort(-cosines, kind="stable")
-    count = min(count, -(-len(order) // 2))
-    texts = true_and_nearest(prompts, nearest)
-    figure, all_axes = new_tiles(2 * count, count, count_lines(texts))
-    best, worst = order[:count], order[max(count, len(order) - count) :][::-1]
-    for name, color, chosen, row in (("best", GREEN, best, 0), ("worst", ORANGE, worst, count)):
-        for axes, index in zip(all_axes[row:], chosen, strict=False):
-            title = f"{name}: cosine {cosines[index]:.3f}"
-            show_tile(axes, image_paths[index], title, texts[index], color=color)
-    return figure
-
-
-@styled()
-def predictions(
-    images: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], columns: int = 4
-) -> Figure:
-    """Predictions in the order given: image, cosine, true prompt, and the nearest prompt of a bank.
-
-    Args:
-        images, prompts, nearest, cosines: as for `best_and_worst`.
-        columns: images side by side.
-    Raises: PlotError for no image, lists of different lengths, or a cosine that is not finite.
-    """
-    check_same_length(images=images, prompts=prompts, nearest_prompts=nearest, cosines=cosines)
-    texts = true_and_nearest(prompts, nearest)
-    figure, all_axes = new_tiles(len(texts), columns, count_lines(texts))
-    for axes, image, cosine, text in zip(all_axes, images, finite(cosines, "cosines"), texts, strict=False):
-        show_tile(axes, image, f"cosine {cosine:.3f}", text)
-    return figure
-
-
-def true_and_nearest(prompts: Sequence[str], nearest: Sequence[str]) -> list[str]:
-    """The text below each predicted image."""
-    return [f"{wrap(f'true: {a}')}\n{wrap(f'nearest: {b}')}" for a, b in zip(prompts, nearest, strict=True)]
-
-
-# ---------------------------------------------------------------- scores, weights, numbers
-
-
-@styled()
-def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]], threshold: float | None = None):
-    """Histogram of cosine similarities, or of several sets of them in one picture.
-
-    Args:
-        cosines: in [-1, 1]; or name -> cosines.
-        threshold: drawn as a line, with the share of each set that lies at or above it.
-    Returns: the figure.
-    Raises: PlotError for an empty set or a value that is not finite.
-    """
-    named = cosines if isinstance(cosines, Mapping) else {"": cosines}
-    sets = {name: finite(values, "cosines") for name, values in named.items()}
-    if not sets:
-        raise PlotError("nothing to draw: no cosines")
-    low, high = min(values.min() for values in sets.values()), max(values.max() for values in sets.values())
-    if high - low < 0.01:  # equal but for rounding, such as duplicates
-        low, high = low - 0.05, high + 0.05
-    bins = np.linspace(low, high, 51)
-    figure, (axes,) = new_axes()
-    models = all(family_of(name) for name in sets)
-    for number, (name, values) in enumerate(sets.items()):
-        color = model_color(name) if models else COLORS[number % len(COLORS)]
-        line = LINES[number % len(LINES)]
-        told = f"mean {values.mean():.3f}"
-        if threshold is not None:
-            told += f", {np.mean(values >= threshold):.1%} at or above {threshold:g}"
-        label = f"{name} ({len(values):,}): {told}" if name else told
-        shares = np.histogram(values, bins)[0] / len(values)
-        axes.stairs(shares, bins, fill=True, color=color, alpha=0.3 if len(sets) > 1 else 0.9)
-        outline = np.concatenate([[0], np.repeat(shares, 2), [0]])
-        axes.plot(
-            np.repeat(bins, 2), outline, color=color, linestyle=line, linewidth=1.5, label=label if name else None
+    check_same_length(runs=finished)
+    figure, (loss_axes, score_axes) = new_axes(2, width=13, height=4 + 0.22 * len(finished))
+    for run, style in zip(finished, model_styles([run.name for run in finished]).values(), strict=True):
+        look = style._asdict()
+        total = run.result["updates"]
+        logged = [line for line in run.metrics if "loss" in line]
+        scored = [line for line in run.metrics if "cosine_similarity" in line]
+        losses = pd.Series([line["loss"] for line in logged], dtype=float)
+        smooth = losses.rolling(max(1, len(losses) // 30), min_periods=1).mean()
+        loss_axes.plot(
+            [line["step"] / total for line in logged], smooth, label=run.name, **look, markevery=(len(smooth) - 1, 1)
         )
-        if threshold is None or not name:
-            mean_color = color if len(sets) > 1 else ORANGE
-            axes.axvline(values.mean(), color=mean_color, linestyle=line, label=None if name else label)
-    if threshold is not None:
-        axes.axvline(threshold, color=TEXT, linestyle="--")
-    axes.set(xlabel="cosine similarity", ylabel="share of the set", title="Cosine similarity", ylim=(0, None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    legend_below(axes)
-    despine(axes, grid="y")
+        values = [line["cosine_similarity"] for line in scored]
+        score_axes.plot([line["step"] / total for line in scored], values, **look)
+    loss_axes.set(title="Training loss", ylabel="1 - cosine similarity")
+    score_axes.set(title="Validation", ylabel="mean cosine similarity")
+    for axes in (loss_axes, score_axes):
+        despine(axes)
+        axes.set_xlabel("share of the run's updates")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.legend(loc="outside lower center", ncols=1 + (len(finished) > 3))
     return figure
 
 
 @styled()
-def bar_scores(
-    scores: Mapping[str, float], baseline: float | None = None, title: str = "Validation cosine similarity"
-) -> Figure:
-    """One bar per score, in the order given, drawn from the baseline: a bar's length is the gain over it.
+def throughput(run: FinishedRun) -> Figure:
+    """Images per second and the share of time spent waiting for data, over a run's updates.
 
-    Args:
-        scores: name -> mean cosine similarity.
-        baseline: the mean-prompt baseline; None: bars start at 0.
-    Raises: PlotError for no score, or one that is not finite.
+    Raises: PlotError for a run that has logged neither.
     """
-    start = 0.0 if baseline is None else baseline
-    told = [f"{value:.4f}" + ("" if baseline is None else f" ({value - start:+.4f})") for value in scores.values()]
-    figure, axes = bars(scores, told, start, color=[model_color(name) for name in scores])
-    where = "" if baseline is None else f"; bars begin at the mean prompt's {baseline:.4f}"
-    axes.set(title=title, xlabel=f"mean cosine similarity{where}")
-    return figure
-
-
-@styled()
-def weights(values: Mapping[str, float]) -> Figure:
-    """One bar per ensemble weight. Raises: PlotError for no weight, or one that is not finite."""
-    told = [f"{value:.3f}" for value in values.values()]
-    figure, axes = bars(values, told, color=[model_color(name) for name in values])
-    axes.set(title="Ensemble weights", xlabel="weight")
-    return figure
-
-
-@styled()
-def timing(seconds: Mapping[str, float], title: str = "Time", unit: str = "seconds") -> Figure:
-    """One bar per duration. Raises: PlotError for no duration, or one that is not finite."""
-    told = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in seconds.values()]
-    figure, axes = bars(seconds, told, color=[model_color(name) for name in seconds])
-    axes.set(title=title, xlabel=unit)
-    axes.xaxis.set_major_formatter("{x:,g}")
-    return figure
-
-
-@styled()
-def counts(values: Mapping[str, int], title: str, unit: str) -> Figure:
-    """One bar per number of things, such as prompts per reason. Raises: PlotError for no number."""
-    figure, axes = bars(values, [f"{value:,}" for value in values.values()], color=BLUE)
-    axes.set(title=title, xlabel=unit)
-    thousands(axes.xaxis)
+    logged = [line for line in run.metrics if "images_per_second" in line]
+    check_same_length(log_lines=logged)
+    steps = [line["step"] for line in logged]
+    pace, waiting = run.pace
+    figure, (speed_axes, wait_axes) = new_axes(2, width=13, height=3.4)
+    speed_axes.plot(steps, [line["images_per_second"] for line in logged], color=BLUE)
+    speed_axes.axhline(pace, color=GREY, linestyle="--", label=f"mean: {pace:,.0f}")
+    speed_axes.set(title="Training speed", ylabel="images per second", ylim=(0, None))
+    wait_axes.plot(steps, [line["data_wait"] for line in logged], color=ORANGE)
+    wait_axes.axhline(waiting, color=GREY, linestyle="--", label=f"mean: {waiting:.1%}")
+    wait_axes.set(title="Waiting for data", ylabel="share of the time", ylim=(0, None))
+    wait_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axes in (speed_axes, wait_axes):
+        despine(axes)
+        legend_below(axes)
+        axes.set_xlabel("optimiser updates")
+        thousands(axes.xaxis)
     return figure

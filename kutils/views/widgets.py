@@ -18,7 +18,7 @@ from IPython import get_ipython
 from IPython.display import Markdown, display
 from PIL import ExifTags, Image, ImageOps
 
-from kutils.views import data_plots, html_tables, model_plots, training_plots
+from kutils.views import html_tables, image_plots, score_plots
 from kutils.views.figures import DescribedFigure
 
 STATIC = "The controls of this view ({}) work where a kernel runs; its parameters choose what is shown here."
@@ -117,7 +117,7 @@ def search(explored, words: str, fold: int = -1, count: int = 10) -> None:
     def show(words: str, fold: int, count: int) -> Sequence:
         found = explored.search(words, fold, count)
         title = f"nearest prompts to {words!r}" + (f" in fold {fold}" if fold >= 0 else "")
-        return [data_plots.ranked_images(found["image"], found["prompt"], found["cosine"], title=title)]
+        return [image_plots.ranked_images(found["image"], found["prompt"], found["cosine"], title=title)]
 
     folds = [("all", -1), *((str(fold), fold) for fold in range(10))]
     live(
@@ -133,7 +133,7 @@ def examples(explored, fold: int, model: str = "", sort: str = "worst", count: i
 
     def show(fold: int, model: str, sort: str, count: int) -> Sequence:
         shown = explored.examples(fold, model, sort, count)
-        drawn = training_plots.predictions(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"])
+        drawn = image_plots.predictions(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"])
         return [drawn, html_tables.show(shown[["prompt", "nearest", "cosine", "agreement"]])]
 
     def offer(change) -> None:
@@ -157,7 +157,7 @@ def slice_scores(explored, fold: int, by: str = "words") -> None:
         scores, means = explored.slice_scores(fold, by), explored.validated(fold).mean_scores().to_dict()
         if len(scores) == 1:
             return [Markdown(f"All images are of one slice by {by}."), html_tables.show(scores)]
-        return [model_plots.slice_scores({by: scores}, means), html_tables.show(scores)]
+        return [score_plots.slice_scores({by: scores}, means), html_tables.show(scores)]
 
     live(show, by=choice("slice", explored.slicings, by))
 
@@ -180,7 +180,7 @@ def own_image(explored, fold: int, image: str = "", count: int = 8) -> None:
 
     def show(path: str, count: int) -> Sequence:
         seen = upright(Path(path), folder)
-        return [data_plots.neighbours(seen, explored.ask(seen, fold, count))]
+        return [image_plots.neighbours(seen, explored.ask(seen, fold, count))]
 
     def take(change) -> None:
         """An upload becomes a file, whose path is asked about."""

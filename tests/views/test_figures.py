@@ -16,7 +16,7 @@ import pytest
 from matplotlib import colors
 from PIL import Image
 
-from kutils.views import data_plots, figures, model_style, training_plots
+from kutils.views import data_plots, figures, image_plots, model_style, score_plots
 
 ALL = [*figures.COLORS, figures.GREY]
 # Machado, Oliveira, Fernandes 2009, for the whole loss of one kind of cones, on linear RGB
@@ -108,14 +108,14 @@ def test_a_stage_is_a_line_style():
 
 
 def test_an_unknown_model_has_the_same_color_in_another_session():
-    code = "from kutils import figures; print(figures.model_color('swin_base'), figures.model_color('beit'))"
+    code = "from kutils.views.model_style import model_color; print(model_color('swin_base'), model_color('beit'))"
     told = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
     assert told == {f"{model_style.model_color('swin_base')} {model_style.model_color('beit')}\n"}
 
 
 def test_importing_and_drawing_change_no_setting():
     before = dict(plt.rcParams)
-    figure = training_plots.weights({"a": 1.0})
+    figure = score_plots.weights({"a": 1.0})
     figure.canvas.draw()
     assert dict(plt.rcParams) == before
     axes = figure.axes[0]
@@ -130,7 +130,7 @@ def test_a_character_without_a_font_gives_no_warning(tmp_path, monkeypatch, capl
     monkeypatch.setitem(figures.STYLE, "font.family", ["DejaVu Sans"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = training_plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["\u732b \u72ac"])
+        figure = image_plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["\u732b \u72ac"])
         figure.canvas.draw()
         figures.png(figure)
         figures.save(figure, tmp_path / "a.png")
@@ -138,9 +138,7 @@ def test_a_character_without_a_font_gives_no_warning(tmp_path, monkeypatch, capl
 
 
 def test_the_text_of_a_figure_holds_its_numbers():
-    text = figures.alt_text(
-        training_plots.bar_scores({"tiny_vit": 0.7, "ensemble": 0.75}, baseline=0.55, title="Fold 0")
-    )
+    text = figures.alt_text(score_plots.bar_scores({"tiny_vit": 0.7, "ensemble": 0.75}, baseline=0.55, title="Fold 0"))
     assert text == (
         "Fold 0: mean cosine similarity; bars begin at the mean prompt's 0.5500; "
         "tiny_vit: 0.7000 (+0.1500); ensemble: 0.7500 (+0.2000)."
@@ -149,7 +147,7 @@ def test_the_text_of_a_figure_holds_its_numbers():
     assert text == (
         "4 prompts, the longest of 3 words: prompts against words per prompt; median: 2; 95% have at most 3."
     )
-    grid = training_plots.image_grid([np.zeros((8, 8, 3), np.uint8)] * 2, ["a cat", "a long prompt " * 200])
+    grid = image_plots.image_grid([np.zeros((8, 8, 3), np.uint8)] * 2, ["a cat", "a long prompt " * 200])
     text = figures.alt_text(grid)
     assert text.startswith("2 images. a cat. a long prompt ") and len(text) <= figures.MOST_ALT_CHARACTERS
     assert figures.alt_text(figures.new_axes()[0]) == "An empty figure."
@@ -157,7 +155,7 @@ def test_the_text_of_a_figure_holds_its_numbers():
 
 def test_a_saved_figure_holds_its_text_and_is_transparent(tmp_path):
     for name in ("a.png", "a.svg", "a.jpg"):
-        figures.save(training_plots.weights({"tiny_vit": 1.0}), tmp_path / name)
+        figures.save(score_plots.weights({"tiny_vit": 1.0}), tmp_path / name)
     told = "Ensemble weights: weight; tiny_vit: 1.000."
     picture = Image.open(tmp_path / "a.png")
     assert picture.info["Description"] == told and picture.convert("RGBA").getpixel((1, 1))[3] == 0
@@ -168,23 +166,26 @@ def test_a_saved_figure_holds_its_text_and_is_transparent(tmp_path):
 
 def test_a_large_grid_becomes_a_small_file():
     noise = np.random.default_rng(0).integers(0, 255, (384, 384, 3), np.uint8)
-    large = figures.png(training_plots.image_grid([noise] * 8, ["noise"] * 8))
+    large = figures.png(image_plots.image_grid([noise] * 8, ["noise"] * 8))
     assert len(large) <= figures.MOST_BYTES
-    sharp = Image.open(io.BytesIO(figures.png(training_plots.weights({"a": 1.0}))))
+    sharp = Image.open(io.BytesIO(figures.png(score_plots.weights({"a": 1.0}))))
     assert round(sharp.info["dpi"][0]) == figures.DPI and Image.open(io.BytesIO(large)).info["dpi"][0] < figures.DPI
 
 
 SHOWN = {
-    "at the end of a cell": "plots.weights({'tiny_vit': 1.0})",
-    "silenced": "plots.weights({'tiny_vit': 1.0});",
-    "open": "with plots.errors_shown():\n    figure = plots.weights({'tiny_vit': 1.0})",
-    "displayed": "display(plots.weights({'tiny_vit': 1.0}))",
-    "displayed and more": "display(plots.weights({'tiny_vit': 1.0}))\n1",
+    "at the end of a cell": "score_plots.weights({'tiny_vit': 1.0})",
+    "silenced": "score_plots.weights({'tiny_vit': 1.0});",
+    "open": "with figures.errors_shown():\n    figure = score_plots.weights({'tiny_vit': 1.0})",
+    "displayed": "display(score_plots.weights({'tiny_vit': 1.0}))",
+    "displayed and more": "display(score_plots.weights({'tiny_vit': 1.0}))\n1",
 }
 
 
 def test_a_notebook_shows_a_figure_once_and_with_its_text():
-    cells = [nbformat.v4.new_code_cell(source) for source in ("from kutils import plots", *SHOWN.values())]
+    cells = [
+        nbformat.v4.new_code_cell(source)
+        for source in ("from kutils.views import figures, score_plots", *SHOWN.values())
+    ]
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     told = "Ensemble weights: weight; tiny_vit: 1.000."

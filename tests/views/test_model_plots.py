@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kutils.runs.finished import FinishedRun
-from kutils.views import model_plots, training_plots
+from kutils.views import figures, score_plots, training_plots
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def make_run(tiny_recipe, tmp_path):
 
 
 def test_curves_lie_on_each_other_however_long_a_run_is(make_run):
-    figure = model_plots.run_curves([make_run("vit_fold0", 20, 0.6), make_run("vit_fold1", 200, 0.7)])
+    figure = training_plots.run_curves([make_run("vit_fold0", 20, 0.6), make_run("vit_fold1", 200, 0.7)])
     losses, scores = figure.axes
     short, long = scores.lines
     np.testing.assert_allclose(short.get_xydata(), [[0.5, 0.3], [1, 0.6]])
@@ -39,14 +39,14 @@ def test_curves_lie_on_each_other_however_long_a_run_is(make_run):
     np.testing.assert_allclose(losses.lines[0].get_ydata(), 1 / np.arange(1, 21))
     assert losses.lines[1].get_ydata()[-1] == pytest.approx(np.mean(1 / np.arange(195, 201)))  # of six log lines
     assert short.get_color() == long.get_color() and short.get_linestyle() != long.get_linestyle()
-    with pytest.raises(training_plots.PlotError, match="no runs"):
-        model_plots.run_curves([])
+    with pytest.raises(figures.PlotError, match="no runs"):
+        training_plots.run_curves([])
 
 
 def test_slices_are_dots_beside_the_mean():
     words = pd.DataFrame({"images": [1000, 20], "a": [0.5, 0.7], "b": [0.4, 0.8]}, index=["1 to 5", "6 or more"])
     one = pd.DataFrame({"images": [1020], "a": [0.6], "b": [0.5]}, index=["shapes"])
-    figure = model_plots.slice_scores({"words": words, "source": one}, {"a": 0.6, "b": 0.5})
+    figure = score_plots.slice_scores({"words": words, "source": one}, {"a": 0.6, "b": 0.5})
     (axes,) = figure.axes  # one slice tells nothing apart
     assert axes.get_title() == "by words"
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1 to 5 (1,000)", "6 or more (20)"]
@@ -59,26 +59,26 @@ def test_slices_are_dots_beside_the_mean():
         0.6,
         0.5,
     ]
-    with pytest.raises(training_plots.PlotError, match="all rows into one slice"):
-        model_plots.slice_scores({"source": one}, {"a": 0.6, "b": 0.5})
+    with pytest.raises(figures.PlotError, match="all rows into one slice"):
+        score_plots.slice_scores({"source": one}, {"a": 0.6, "b": 0.5})
 
 
 def test_throughput_of_a_run(make_run):
-    figure = model_plots.throughput(make_run("vit_fold0"))
+    figure = training_plots.throughput(make_run("vit_fold0"))
     speed, waiting = figure.axes
     assert speed.lines[0].get_ydata().tolist() == [100] * 20 and waiting.lines[0].get_ydata().tolist() == [0.1] * 20
     assert speed.get_ylabel() == "images per second" and speed.get_ylim()[0] == 0
     assert waiting.get_legend().get_texts()[0].get_text() == "mean: 10.0%"
     run = make_run("vit_fold0")
     run.metrics.clear()
-    with pytest.raises(training_plots.PlotError, match="no log_lines"):
-        model_plots.throughput(run)
+    with pytest.raises(figures.PlotError, match="no log_lines"):
+        training_plots.throughput(run)
 
 
 def test_dots_of_two_stages_of_a_model_look_different():
     names = ["tiny_vit_stage1_fold0", "tiny_vit_stage2_fold0"]
     words = pd.DataFrame({"images": [9, 9]} | {name: [0.5, 0.7] for name in names}, index=["1 to 5", "6 or more"])
-    (axes,) = model_plots.slice_scores({"words": words}, dict.fromkeys(names, 0.6)).axes
+    (axes,) = score_plots.slice_scores({"words": words}, dict.fromkeys(names, 0.6)).axes
     dots = [line for line in axes.lines if line.get_marker() != "None"]
     assert [line.get_fillstyle() for line in dots] == ["full", "none"]
     assert len({line.get_color() for line in dots}) == 1

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from kutils.views import data_plots, figures, model_style, tiles, training_plots
-from kutils.views.training_plots import PlotError
+from kutils.views import data_plots, figures, image_plots, model_style, score_plots, training_plots
+from kutils.views.figures import PlotError
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +83,14 @@ def test_prompts_are_text_not_formulas(tmp_path):
     prompt = r"a sign: $x_1^2$ and $\frac{1}{2}, 100 % of \alpha"  # a wrong formula would raise when it is drawn
     Image.new("RGB", (60, 20), "red").save(tmp_path / "a_$b$.png")
     drawn = [tmp_path / "a_$b$.png"]
-    assert figures.wrap(prompt) in texts(training_plots.image_grid(drawn, [prompt]))
-    shown = texts(training_plots.best_and_worst(drawn, [prompt], [prompt], [0.5]))
+    assert figures.wrap(prompt) in texts(image_plots.image_grid(drawn, [prompt]))
+    shown = texts(image_plots.best_and_worst(drawn, [prompt], [prompt], [0.5]))
     assert any(f"nearest: {prompt}" in text.replace("\n", " ") for text in shown)
-    assert prompt in " ".join(texts(training_plots.bar_scores({prompt: 0.5}))).replace("\n", " ")
+    assert prompt in " ".join(texts(score_plots.bar_scores({prompt: 0.5}))).replace("\n", " ")
 
 
 def test_long_prompts_are_wrapped_and_cut():
-    figure = training_plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["word " * 300])
+    figure = image_plots.image_grid([np.zeros((8, 8, 3), np.uint8)], ["word " * 300])
     lines = figure.axes[0].get_title().split("\n")
     assert len(lines) == 5 and max(map(len, lines)) <= figures.LINE_CHARACTERS and lines[-1].endswith(" ...")
 
@@ -100,11 +100,11 @@ def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
     rgba.convert("RGB").convert("P").save(tmp_path / "palette.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = [np.full((4, 4, 3), 7, np.uint8), rgba, tmp_path / "palette.png", tmp_path / "broken.png", "/no/where.png"]
-    figure = training_plots.image_grid(images, list("abcde"), columns=3)
+    figure = image_plots.image_grid(images, list("abcde"), columns=3)
     assert len(figure.axes) == 6
     shown = [axes.images[0].get_array() for axes in figure.axes[:3]]
     assert shown[0].shape == (4, 4, 3) and (shown[0] == 7).all()
-    assert shown[1].shape == shown[2].shape == (tiles.TILE_PX // 3, tiles.TILE_PX, 3)
+    assert shown[1].shape == shown[2].shape == (image_plots.TILE_PX // 3, image_plots.TILE_PX, 3)
     assert tuple(shown[2][64, 192]) == (0, 0, 255)
     wide = figure.axes[1]  # in a square: what is above and below the image is the page
     assert wide.get_xlim() == (-0.5, 383.5) and wide.get_ylim() == (255.5, -128.5)
@@ -116,13 +116,13 @@ def test_a_grid_takes_arrays_pictures_and_paths_of_any_mode(tmp_path):
 def test_an_image_of_too_many_pixels_is_told(tmp_path, monkeypatch):
     Image.new("RGB", (100, 100)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    assert "huge.png: DecompressionBombError" in texts(training_plots.image_grid([tmp_path / "huge.png"], ["a"]))
+    assert "huge.png: DecompressionBombError" in texts(image_plots.image_grid([tmp_path / "huge.png"], ["a"]))
 
 
 def test_best_and_worst_are_found_in_any_order():
     images = [np.full((2, 2, 3), number, np.uint8) for number in range(6)]
     names = list("abcdef")
-    figure = training_plots.best_and_worst(images, names, names, [0.3, 0.9, 0.1, 0.5, 0.8, 0.2], count=2)
+    figure = image_plots.best_and_worst(images, names, names, [0.3, 0.9, 0.1, 0.5, 0.8, 0.2], count=2)
     drawn = [(axes.get_title(), int(axes.images[0].get_array()[0, 0, 0])) for axes in figure.axes]
     assert drawn == [
         ("best: cosine 0.900", 1),
@@ -131,9 +131,7 @@ def test_best_and_worst_are_found_in_any_order():
         ("worst: cosine 0.200", 5),
     ]
     assert figure.axes[2].texts[0].get_text() == "true: c\nnearest: c"
-    few = training_plots.best_and_worst(
-        images[:3], names[:3], names[:3], [0.3, 0.9, 0.1], count=4
-    )  # none is shown twice
+    few = image_plots.best_and_worst(images[:3], names[:3], names[:3], [0.3, 0.9, 0.1], count=4)  # none is shown twice
     assert [axes.get_title() for axes in few.axes] == [
         "best: cosine 0.900",
         "best: cosine 0.300",
@@ -164,16 +162,14 @@ def test_image_statistics_are_those_of_the_gray_levels(tmp_path):
 
 def test_a_histogram_says_shares_and_what_lies_above_the_threshold():
     sets = {"random pairs": [0.0, 0.1, 0.2, 0.9], "nearest": [0.7, 0.8]}
-    axes = training_plots.similarity_histogram(sets, threshold=0.7).axes[0]
+    axes = score_plots.similarity_histogram(sets, threshold=0.7).axes[0]
     assert [patch.get_data().values.sum() for patch in axes.patches] == pytest.approx([1, 1])
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--", "--"]  # the sets, the threshold
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "random pairs (4): mean 0.300, 25.0% at or above 0.7",
         "nearest (2): mean 0.750, 100.0% at or above 0.7",
     ]
-    assert (
-        training_plots.similarity_histogram([0.5, 0.5]).axes[0].get_legend().get_texts()[0].get_text() == "mean 0.500"
-    )
+    assert score_plots.similarity_histogram([0.5, 0.5]).axes[0].get_legend().get_texts()[0].get_text() == "mean 0.500"
 
 
 def test_a_fold_report_is_drawn():
@@ -185,7 +181,7 @@ def test_a_fold_report_is_drawn():
 
 
 def test_score_bars_begin_at_the_baseline():
-    axes = training_plots.bar_scores({"a": 0.7, "b": 0.5}, baseline=0.55, title="Scores").axes[0]
+    axes = score_plots.bar_scores({"a": 0.7, "b": 0.5}, baseline=0.55, title="Scores").axes[0]
     assert [patch.get_x() for patch in axes.patches] == [0.55, 0.55]
     assert [patch.get_width() for patch in axes.patches] == pytest.approx([0.15, -0.05])
     assert [text.get_text() for text in axes.texts] == ["0.7000 (+0.1500)", "0.5000 (-0.0500)"]
@@ -194,8 +190,8 @@ def test_score_bars_begin_at_the_baseline():
 
 def test_weights_and_timing_bars_begin_at_zero():
     for axes in (
-        training_plots.weights({"a": 0.6, "b": -0.1}).axes[0],
-        training_plots.timing({"a": 0.6, "b": -0.1}, "T").axes[0],
+        score_plots.weights({"a": 0.6, "b": -0.1}).axes[0],
+        score_plots.timing({"a": 0.6, "b": -0.1}, "T").axes[0],
     ):
         assert [patch.get_width() for patch in axes.patches] == [0.6, -0.1]
         assert {patch.get_x() for patch in axes.patches} == {0}
@@ -203,7 +199,7 @@ def test_weights_and_timing_bars_begin_at_zero():
 
 def test_saving_closes(tmp_path):
     before = len(plt.get_fignums())
-    training_plots.save(training_plots.weights({"a": 1.0}), tmp_path / "new" / "w.png")
+    figures.save(score_plots.weights({"a": 1.0}), tmp_path / "new" / "w.png")
     assert Image.open(tmp_path / "new" / "w.png").width > 400 and len(plt.get_fignums()) == before
 
 
@@ -211,29 +207,29 @@ def test_saving_closes(tmp_path):
     ("draw", "said"),
     [
         (lambda: training_plots.learning_curve("/no/metrics.jsonl"), "/no/metrics.jsonl has no logged update"),
-        (lambda: training_plots.image_grid([], []), "no images and no titles"),
-        (lambda: training_plots.image_grid([np.zeros((2, 2, 3), np.uint8)], []), "1 images, 0 titles"),
-        (lambda: training_plots.best_and_worst([], [], [], []), "nothing to draw"),
+        (lambda: image_plots.image_grid([], []), "no images and no titles"),
+        (lambda: image_plots.image_grid([np.zeros((2, 2, 3), np.uint8)], []), "1 images, 0 titles"),
+        (lambda: image_plots.best_and_worst([], [], [], []), "nothing to draw"),
         (lambda: data_plots.prompt_lengths([]), "no prompts"),
-        (lambda: training_plots.similarity_histogram([]), "no cosines"),
-        (lambda: training_plots.similarity_histogram({}), "no cosines"),
-        (lambda: training_plots.similarity_histogram([0.1, float("nan")]), "cosines number 1 is not finite"),
+        (lambda: score_plots.similarity_histogram([]), "no cosines"),
+        (lambda: score_plots.similarity_histogram({}), "no cosines"),
+        (lambda: score_plots.similarity_histogram([0.1, float("nan")]), "cosines number 1 is not finite"),
         (lambda: data_plots.fold_report({}), "no folds"),
-        (lambda: training_plots.bar_scores({}), "no values"),
-        (lambda: training_plots.weights({"a": float("inf")}), "values number 0 is not finite"),
-        (lambda: training_plots.timing({}), "no values"),
+        (lambda: score_plots.bar_scores({}), "no values"),
+        (lambda: score_plots.weights({"a": float("inf")}), "values number 0 is not finite"),
+        (lambda: score_plots.timing({}), "no values"),
         (lambda: data_plots.prompt_map(np.zeros((0, 2)), [], ""), "no points"),
         (lambda: data_plots.prompt_map(np.zeros((3, 2)), {}, ""), "no labels"),
         (lambda: data_plots.prompt_map(np.zeros((3, 2)), {"fold": ["0"]}, ""), "3 points, 1 labels fold"),
         (lambda: data_plots.prompt_map(np.zeros((3, 3)), list("abc"), ""), r"points are \[n, 2\], not \[3, 3\]"),
         (lambda: data_plots.prompt_map(np.full((3, 2), np.nan), list("abc"), ""), "coordinates number 0 is not finite"),
-        (lambda: data_plots.ranked_images([], [], []), "no images and no prompts"),
-        (lambda: data_plots.pairs([], [], []), "no images and no prompts"),
-        (lambda: data_plots.disagreement([], [], []), "no images and no texts"),
-        (lambda: data_plots.disagreement(["a.png"], [{}], [0.5]), "image number 0 has no model's text"),
-        (lambda: data_plots.neighbours("a.png", {}), "no models"),
+        (lambda: image_plots.ranked_images([], [], []), "no images and no prompts"),
+        (lambda: image_plots.pairs([], [], []), "no images and no prompts"),
+        (lambda: image_plots.disagreement([], [], []), "no images and no texts"),
+        (lambda: image_plots.disagreement(["a.png"], [{}], [0.5]), "image number 0 has no model's text"),
+        (lambda: image_plots.neighbours("a.png", {}), "no models"),
         (
-            lambda: data_plots.neighbours("a.png", {"vit": pd.DataFrame({"cosine": [], "prompt": []})}),
+            lambda: image_plots.neighbours("a.png", {"vit": pd.DataFrame({"cosine": [], "prompt": []})}),
             "no cosines of vit",
         ),
     ],
@@ -248,7 +244,7 @@ def test_nothing_to_draw_is_said_and_leaves_no_figure(draw, said):
 @pytest.mark.parametrize("count", [1, 4])
 def test_no_text_of_best_and_worst_lies_on_the_row_below(text, count):
     images = [np.zeros((8, 8, 3), np.uint8)] * 8
-    figure = training_plots.best_and_worst(images, [text] * 8, [text] * 8, np.linspace(0, 1, 8), count=count)
+    figure = image_plots.best_and_worst(images, [text] * 8, [text] * 8, np.linspace(0, 1, 8), count=count)
     figure.canvas.draw()
     above, below = figure.axes[:count], figure.axes[count:]
     lowest = min(axes.texts[0].get_window_extent().y0 for axes in above)
@@ -257,20 +253,20 @@ def test_no_text_of_best_and_worst_lies_on_the_row_below(text, count):
 
 
 def test_an_error_of_a_figure_is_shown_and_costs_nothing(capsys):
-    with training_plots.errors_shown():
-        training_plots.timing({})
+    with figures.errors_shown():
+        score_plots.timing({})
     assert "PlotError" in capsys.readouterr().err
-    with pytest.raises(KeyboardInterrupt), training_plots.errors_shown():
+    with pytest.raises(KeyboardInterrupt), figures.errors_shown():
         raise KeyboardInterrupt
 
 
 def test_counts_are_drawn_in_order():
-    figure = training_plots.counts({"kept": 12345, "too short": 7}, title="What was read", unit="entries")
+    figure = score_plots.counts({"kept": 12345, "too short": 7}, title="What was read", unit="entries")
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == [12345, 7]
     assert {"12,345", "7", "kept", "too short", "entries"} <= set(texts(figure))
     with pytest.raises(PlotError, match="no values"):
-        training_plots.counts({}, title="", unit="")
+        score_plots.counts({}, title="", unit="")
 
 
 def test_images_are_counted_over_all_data_sets():
@@ -309,19 +305,19 @@ def test_a_map_tells_ten_labels_apart():
 
 def test_search_results_are_best_first():
     images = [np.full((2, 2, 3), number, np.uint8) for number in range(3)]
-    figure = data_plots.ranked_images(images, ["a", "b $x", "c"], [0.2, 0.9, 0.5], columns=2, title="cost: $5 or $6")
+    figure = image_plots.ranked_images(images, ["a", "b $x", "c"], [0.2, 0.9, 0.5], columns=2, title="cost: $5 or $6")
     assert [axes.get_title() for axes in figure.axes] == ["1: cosine 0.900", "2: cosine 0.500", "3: cosine 0.200", ""]
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes[:3]] == [1, 2, 0]
     assert [axes.texts[0].get_text() for axes in figure.axes[:3]] == ["b $x", "c", "a"]
     assert "cost: $5 or $6" in texts(figure)
-    long = data_plots.ranked_images(images, list("abc"), [0.2, 0.9, 0.5], title="a long question " * 20)
+    long = image_plots.ranked_images(images, list("abc"), [0.2, 0.9, 0.5], title="a long question " * 20)
     assert long.get_suptitle().count("\n") == 1 and long.get_suptitle().endswith(" ...")
     assert Image.open(io.BytesIO(figures.png(long, 100))).width < 1.2 * 100 * long.get_size_inches()[0]
 
 
 def test_pairs_lie_side_by_side():
     tile = [np.full((2, 2, 3), number, np.uint8) for number in range(4)]
-    figure = data_plots.pairs([(tile[0], tile[1]), (tile[2], tile[3])], [("a", "A"), ("b", "B")], [0.95, 0.9])
+    figure = image_plots.pairs([(tile[0], tile[1]), (tile[2], tile[3])], [("a", "A"), ("b", "B")], [0.95, 0.9])
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes] == [0, 1, 2, 3]
     assert [axes.texts[0].get_text() for axes in figure.axes] == ["a", "A", "b", "B"]
     assert [axes.get_title() for axes in figure.axes] == [
@@ -337,7 +333,7 @@ def test_pairs_lie_side_by_side():
 def test_models_disagree_in_their_colors(prompt):
     images = [np.full((8, 8, 3), number, np.uint8) for number in range(8)]
     said = [{"tiny_vit": f"{number} {prompt}", "ensemble": "a cat for $5"} for number in range(8)]
-    figure = data_plots.disagreement(images, said, [0.8, 0.1, 0.5, 0.6, 0.7, 0.75, 0.9, 0.95])
+    figure = image_plots.disagreement(images, said, [0.8, 0.1, 0.5, 0.6, 0.7, 0.75, 0.9, 0.95])
     assert [axes.get_title() for axes in figure.axes[:2]] == ["agreement 0.100", "agreement 0.500"]
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes[:2]] == [1, 2]
     drawn = [(text.get_text(), text.get_color()) for text in figure.axes[0].texts if text.get_text()]
@@ -354,7 +350,7 @@ def test_neighbours_are_bars_in_the_colors_of_the_models():
         model: pd.DataFrame({"rank": [1, 2], "cosine": cosines, "prompt": ["a cat for $5", "a dog for $6"]})
         for model, cosines in (("tiny_vit", [0.8, 0.5]), ("tiny_convnext", [0.7, -0.1]))
     }
-    image, first, second = data_plots.neighbours(np.zeros((4, 4, 3), np.uint8), tables).axes
+    image, first, second = image_plots.neighbours(np.zeros((4, 4, 3), np.uint8), tables).axes
     assert len(image.images) == 1 and (first.get_title(), second.get_title()) == ("tiny_vit", "tiny_convnext")
     assert [bar.get_width() for bar in (*first.patches, *second.patches)] == [0.8, 0.5, 0.7, -0.1]
     assert {to_hex(bar.get_facecolor()) for bar in second.patches} == {model_style.model_color("tiny_convnext")}
@@ -364,33 +360,33 @@ def test_neighbours_are_bars_in_the_colors_of_the_models():
 
 def test_names_of_models_are_text_not_formulas():
     name, image = "run_$\\frac_fold0", np.zeros((4, 4, 3), np.uint8)  # a wrong formula would raise
-    assert name in texts(data_plots.neighbours(image, {name: pd.DataFrame({"cosine": [0.5], "prompt": ["a"]})}))
-    assert name in texts(data_plots.disagreement([image], [{name: "a"}], [0.5]))
+    assert name in texts(image_plots.neighbours(image, {name: pd.DataFrame({"cosine": [0.5], "prompt": ["a"]})}))
+    assert name in texts(image_plots.disagreement([image], [{name: "a"}], [0.5]))
 
 
 def test_bars_and_sets_that_are_models_have_their_colors():
     names = ["tiny_vit", "eva02_large_clsonly", "mean prompt"]
     for figure in (
-        training_plots.weights(dict.fromkeys(names, 0.5)),
-        training_plots.timing(dict.fromkeys(names, 1234.5)),
+        score_plots.weights(dict.fromkeys(names, 0.5)),
+        score_plots.timing(dict.fromkeys(names, 1234.5)),
     ):
         assert [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches] == list(
             map(model_style.model_color, names)
         )
     assert "1,234" in texts(figure)
-    lines = training_plots.similarity_histogram({name: [0.1, 0.2] for name in names}, threshold=0.15).axes[0].lines
+    lines = score_plots.similarity_histogram({name: [0.1, 0.2] for name in names}, threshold=0.15).axes[0].lines
     assert [line.get_color() for line in lines[:3]] == list(map(model_style.model_color, names))
 
 
 def test_predictions_stay_in_the_order_given(tmp_path):
     images = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
-    figure = training_plots.predictions(
+    figure = image_plots.predictions(
         images, ["a cat", "a dog", "a cow"], ["a lion", "a wolf", "a bull"], [0.1, 0.9, 0.5]
     )
     assert [axes.get_title() for axes in figure.axes] == ["cosine 0.100", "cosine 0.900", "cosine 0.500"]
     assert figure.axes[1].texts[0].get_text() == "true: a dog\nnearest: a wolf"
-    with pytest.raises(training_plots.PlotError, match="3 images, 2 prompts"):
-        training_plots.predictions(images, ["a", "b"], ["a", "b", "c"], [0.1, 0.2, 0.3])
+    with pytest.raises(figures.PlotError, match="3 images, 2 prompts"):
+        image_plots.predictions(images, ["a", "b"], ["a", "b", "c"], [0.1, 0.2, 0.3])
 
 
 def test_benchmark_ratios_are_drawn_by_their_logarithm():
@@ -399,8 +395,8 @@ def test_benchmark_ratios_are_drawn_by_their_logarithm():
         {"name": "slow", "unit": "images/s", "ours": 5.0, "reference": 10.0, "ratio": 0.5},
         {"name": "alone", "unit": "MB", "ours": 5.0, "reference": None, "ratio": None},
     ]
-    figure = data_plots.benchmark_ratios(entries)
+    figure = score_plots.benchmark_ratios(entries)
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([2, np.log10(0.5)])
     assert "fast: 100 (0.1, 10 s)" in figures.alt_text(figure) and "alone" not in figures.alt_text(figure)
     with pytest.raises(PlotError):
-        data_plots.benchmark_ratios(entries[2:])
+        score_plots.benchmark_ratios(entries[2:])
