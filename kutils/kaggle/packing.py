@@ -36,7 +36,7 @@ class Settings:
     """`kernel-metadata/kaggle.yaml`."""
 
     user: str
-    fit: str
+    ensemble: str
     train: dict
 
 

@@ -11,6 +11,7 @@ import yaml
 from fixtures.datasets import TINY, make_dataset, use_folders
 from fixtures.ensembles import write_ensemble
 
+from kutils.__main__ import run as run_command
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending, fit
 from kutils.ensemble.members import EnsembleError, Member, add_checkpoint, read_config
@@ -71,7 +72,7 @@ def change_predictions(root, name, **changes):
 def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys):
     config = write_config(world, vit=[0, 1])
     output = world / "ensemble_toy.json"
-    assert fit.main(["fit", "--config", str(config), "--output", str(output)]) == 0
+    assert run_command("ensemble", ["fit", "--config", str(config), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     content = json.loads(output.read_text())
     assert content["kind"] == "kutils ensemble" and content["method"] == "family"
@@ -231,7 +232,7 @@ def test_a_former_file_keeps_its_neighbours(world):
 def test_a_file_that_cannot_be_written_is_one_line(world, capsys):
     (world / "file").write_text("")
     arguments = ["fit", "--config", str(world / "ensemble_toy.yaml"), "--output", str(world / "file" / "x.json")]
-    assert fit.main(arguments) == 1
+    assert run_command("ensemble", arguments) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "Traceback" not in said and said.count("\n") == 1
 
@@ -247,7 +248,7 @@ def test_a_network_is_its_checkpoint(world):
 
 def refused(world, capsys):
     """The error of a fit that must fail and write nothing."""
-    assert fit.main(["fit", "--config", str(world / "ensemble_toy.yaml")]) == 1
+    assert run_command("ensemble", ["fit", "--config", str(world / "ensemble_toy.yaml")]) == 1
     assert not list((world / "working" / "models").glob("*.json"))
     return capsys.readouterr().err
 

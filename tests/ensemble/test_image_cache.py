@@ -115,9 +115,9 @@ def test_half_of_a_small_disk_is_left(images, monkeypatch):
 def test_nothing_is_left_on_the_disk_however_the_process_ends(tmp_path, images):
     program = f"""
 import os, signal
-from kutils import pixels
-images = pixels.find_images({str(tmp_path / "images")!r})
-cache = pixels.PixelCache(images, 64, budget_bytes=1e9, folder={str(tmp_path)!r})
+from kutils.ensemble import image_cache
+images = image_cache.find_images({str(tmp_path / "images")!r})
+cache = image_cache.PixelCache(images, 64, budget_bytes=1e9, folder={str(tmp_path)!r})
 for _ in cache.batches(range(14), 5): pass
 print(sum(cache.pixels[0].ravel()[:9]) > 0, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

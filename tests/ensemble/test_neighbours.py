@@ -7,6 +7,7 @@ import pytest
 import torch
 from fixtures.datasets import make_dataset, unit_rows
 
+from kutils.__main__ import run as run_command
 from kutils.data.datasets import load_datasets
 from kutils.ensemble import blending, neighbours
 from kutils.ensemble.members import EnsembleError
@@ -60,7 +61,7 @@ def test_it_is_chosen_on_one_half_and_scored_on_the_other(run, capsys):
     assert found.chosen == pytest.approx(score(seen, *best).mean(), abs=1e-6)
     assert found.gain["mean"] == pytest.approx(found.nearest - found.own, abs=1e-6)
 
-    assert neighbours.main(["tiny*", "--k", "2,6", "--temperature", "0.05,0.5", "--device", "cpu"]) == 0
+    assert run_command("neighbours", ["tiny*", "--k", "2,6", "--temperature", "0.05,0.5", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == found.describe() + "\n"
     assert f"own predictions                        {found.own:.4f}" in found.describe()
 
@@ -95,9 +96,12 @@ def test_what_cannot_be_measured_is_said(run, capsys):
         (["tiny_fold3", "--temperature", "inf"], "argument --temperature: inf is no temperature"),
     ]:
         try:
-            assert neighbours.main(arguments) == 1
+            assert run_command("neighbours", arguments) == 1
         except SystemExit as stopped:
             assert stopped.code == 2
         assert message in capsys.readouterr().err
     (folder / "fold3_predictions.npz").unlink()
-    assert neighbours.main(["tiny_fold3"]) == 1 and "fold3_predictions.npz is not there" in capsys.readouterr().err
+    assert (
+        run_command("neighbours", ["tiny_fold3"]) == 1
+        and "fold3_predictions.npz is not there" in capsys.readouterr().err
+    )

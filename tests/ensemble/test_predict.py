@@ -17,6 +17,7 @@ from fixtures.datasets import unit_rows
 from fixtures.ensembles import by_hand, save_images, write_ensemble
 from torch.nn.functional import normalize
 
+from kutils.__main__ import run as run_command
 from kutils.data import transforms
 from kutils.ensemble import image_cache, predict
 from kutils.models import checkpoints, networks
@@ -113,10 +114,10 @@ class SmallMemory(torch.nn.Module):
         self.most, self.error, self.sizes = most, error, []
 
     def forward(self, pixels):
-        self.sizes.append(len(image_cache))
-        if len(image_cache) > self.most:
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.most:
             raise self.error
-        return image_cache.mean(dim=(2, 3))
+        return pixels.mean(dim=(2, 3))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
@@ -214,25 +215,25 @@ def command(tmp_path, images, model_and_recipe):
 
 def test_the_command_writes_names_and_embeddings_and_overwrites_nothing(command, images, model_and_recipe, capsys):
     arguments, output = command
-    assert predict.main(arguments) == 0
+    assert run_command("predict", arguments) == 0
     with np.load(output, allow_pickle=False) as saved:
         assert saved["ids"].tolist() == [*"abcdefghij", "k.dotted.name", "l"]
         assert saved["embeddings"].dtype == np.float32
         np.testing.assert_allclose(saved["embeddings"], by_hand(*model_and_recipe, images[:12]), atol=1e-6)
     before = output.read_bytes()
-    assert predict.main(arguments) == 1
+    assert run_command("predict", arguments) == 1
     assert "exists; remove it" in capsys.readouterr().err and output.read_bytes() == before
 
 
 def test_an_unreadable_image_is_an_error_or_gets_the_fallback(command, tmp_path, capsys):
     arguments, output = command
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
-    assert predict.main(arguments) == 1
+    assert run_command("predict", arguments) == 1
     said = capsys.readouterr().err
     assert "1 of 13 images cannot be read" in said and "bad.png is no image" in said and not output.exists()
     mean = unit_rows(1, seed=8)[0]
     path = write_ensemble(tmp_path, {}, {}, mean)
-    assert predict.main([*arguments, "--fallback", str(path)]) == 0
+    assert run_command("predict", [*arguments, "--fallback", str(path)]) == 0
     saved = np.load(output)
     np.testing.assert_array_equal(saved["embeddings"][saved["ids"].tolist().index("bad")], mean)
     assert "warning" in capsys.readouterr().out
@@ -251,13 +252,13 @@ def test_an_unreadable_image_is_an_error_or_gets_the_fallback(command, tmp_path,
 )
 def test_bad_arguments_say_what_is_wrong(command, capsys, extra, said):
     arguments, output = command
-    assert predict.main([*arguments, *extra]) == 1
+    assert run_command("predict", [*arguments, *extra]) == 1
     assert said in capsys.readouterr().err and not output.exists()
 
 
 def test_an_empty_folder_is_an_error_of_the_command(command, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert predict.main([*command[0], "--images", str(tmp_path / "empty")]) == 1
+    assert run_command("predict", [*command[0], "--images", str(tmp_path / "empty")]) == 1
     assert "holds no image" in capsys.readouterr().err
 
 
@@ -273,7 +274,7 @@ def test_two_ranks_write_what_one_writes(command, images, model_and_recipe):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, "kutils.ensemble.predict", *arguments, "--batch-size", "4"],
+        [*launcher, "kutils", "predict", *arguments, "--batch-size", "4"],
         env=environment,
         capture_output=True,
         text=True,
@@ -284,7 +285,7 @@ def test_two_ranks_write_what_one_writes(command, images, model_and_recipe):
 
 def test_the_command_averages_views(command, images, model_and_recipe):
     arguments, output = command
-    assert predict.main([*arguments, "--tta", "flip"]) == 0
+    assert run_command("predict", [*arguments, "--tta", "flip"]) == 0
     difference = np.abs(np.load(output)["embeddings"] - by_hand(*model_and_recipe, images[:12])).max()
     assert 1e-5 < difference < 0.5
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 from fixtures.datasets import unit_rows
 from fixtures.ensembles import by_hand, write_ensemble
 
+from kutils.__main__ import run as run_command
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import fit, trained_models
 from kutils.ensemble.members import EnsembleError, Member
@@ -246,8 +248,8 @@ def test_several_models_a_bank_and_a_file(workspace, images, trained, fitted, ca
     options = ["--model", one, "--model", other, "--csv", workspace / "m.csv", "-k", 1]
     assert f"{images[0]}, by {other} (mean" in told(capsys, images[0], *options)
     assert pd.read_csv(workspace / "m.csv")["model"].tolist() == ["best", str(other)]
-    with pytest.raises(SystemExit, match=r"n.csv exists"):
-        told(capsys, images[0], "--csv", workspace / "n.csv")
+    assert run_command("ask", [str(images[0]), "--csv", str(workspace / "n.csv")]) == 1
+    assert "n.csv exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -263,16 +265,17 @@ def test_several_models_a_bank_and_a_file(workspace, images, trained, fitted, ca
         (["toy.png", "-k", "0"], "-k is 0"),
     ],
 )
-def test_command_names_what_is_missing(workspace, images, trained, monkeypatch, arguments, message):
+def test_command_names_what_is_missing(workspace, images, trained, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(workspace / "input")
     images[0].rename("toy.png")
-    with pytest.raises(SystemExit, match=message):
-        trained_models.main([*arguments, "--device", "cpu"])
+    assert run_command("ask", [*arguments, "--device", "cpu"]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
-def test_nothing_trained_says_how_to(images, workspace):
-    with pytest.raises(SystemExit, match=r"nothing is trained yet in .*: make train MODEL=tiny_vit FOLD=0"):
-        trained_models.main([str(images[0])])
+def test_nothing_trained_says_how_to(images, workspace, capsys):
+    assert run_command("ask", [str(images[0])]) == 1
+    message = r"nothing is trained yet in .*: make train MODEL=tiny_vit FOLD=0"
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_help_shows_every_default(capsys):

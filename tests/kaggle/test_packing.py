@@ -19,6 +19,7 @@ from fixtures.datasets import unit_rows
 from fixtures.ensembles import write_ensemble
 from fixtures.kaggle_stub import OWNER
 
+from kutils.__main__ import run as run_command
 from kutils.data import prompt_bank
 from kutils.ensemble import fit
 from kutils.ensemble.members import Member, read_config
@@ -192,7 +193,7 @@ def test_a_checkpoint_that_changed_since_the_fit_is_not_sent(repository, setting
         packing.stage_weights(settings)
     assert not packing.staging_folder("weights").exists()
     (models_folder / "ensemble_tiny.json").unlink()
-    with pytest.raises(KaggleError, match=r"kutils.ensemble.fit fit --config conf/ensemble_tiny.yaml"):
+    with pytest.raises(KaggleError, match=r"kutils ensemble fit --config conf/ensemble_tiny.yaml"):
         packing.stage_weights(settings)
 
 
@@ -238,7 +239,7 @@ def valid_output(state, left_out=None):
 
 
 def run(*arguments):
-    return packing.main([*arguments, "--user", OWNER])
+    return run_command("kaggle", [*arguments, "--user", OWNER])
 
 
 @needs_client
@@ -247,7 +248,7 @@ def test_the_whole_way_to_a_submission(repository, fitted, stub, capsys):
     assert run("code") == 0 and run("weights") == 0
     code = stub.datasets[f"{OWNER}/kutils-code"].versions[0]
     with zipfile.ZipFile(io.BytesIO(code["kutils.zip"])) as archive:
-        assert "paths.py" in archive.namelist() and "kaggle.json" not in archive.namelist()
+        assert "system/paths.py" in archive.namelist() and "kaggle.json" not in archive.namelist()
     weights = stub.datasets[f"{OWNER}/kutils-weights"].versions[0]
     with zipfile.ZipFile(io.BytesIO(weights["a.zip"])) as archive:
         assert "a_fold1_best_cossim.safetensors" in archive.namelist()
@@ -303,7 +304,7 @@ def test_the_training_kernel_is_pushed(repository, stub, capsys):
     assert run("push", "train", "--no-wait") == 0 and len(stub.called("GetKernelSessionStatus")) == 3
     stub.outputs = {"runs/x_fold0/resume.pt": b"of a run that was cut"}
     stub.run_states = ["ERROR"]
-    assert packing.main(["check", "train"]) == 1  # what it has left is fetched all the same
+    assert run_command("kaggle", ["check", "train"]) == 1  # what it has left is fetched all the same
     assert (fetched / "version2" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"of a run that was cut"
     assert (fetched / "version1" / "runs" / "x_fold0" / "resume.pt").read_bytes() == b"state"
 
@@ -311,10 +312,10 @@ def test_the_training_kernel_is_pushed(repository, stub, capsys):
 @needs_client
 def test_a_kernel_that_nobody_waited_for_is_checked_later(repository, stub, capsys):
     valid_output(stub)
-    assert packing.main(["check"]) == 1
+    assert run_command("kaggle", ["check"]) == 1
     assert "nothing was pushed from here: make kaggle-push KERNEL=submission" in capsys.readouterr().err
     assert run("push", "--no-wait") == 0 and run("submit") == 1
-    assert packing.main(["check"]) == 0 and run("submit") == 0
+    assert run_command("kaggle", ["check"]) == 0 and run("submit") == 0
     assert len(stub.submissions) == 1 and len(stub.kernels[f"{OWNER}/kutils-submission"]) == 1
 
 

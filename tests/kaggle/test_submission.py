@@ -116,7 +116,7 @@ def test_sixteen_thousand_images_in_seconds_and_little_memory(tmp_path):
     program = f"""
 import resource, sys, time
 import numpy as np
-from kutils import submission
+from kutils.kaggle import submission
 rows = np.random.default_rng(0).standard_normal((16_000, 384)).astype(np.float32)
 rows /= np.linalg.norm(rows, axis=1, keepdims=True)
 ids, began = [f"{{i:09x}}" for i in range(16_000)], time.time()
