@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check notebooks train refine lab test-release test-install test-recipes \
+.PHONY: help env demo test check pages notebooks train refine lab test-release test-install test-recipes \
 	kaggle-env test-kernel test-browser kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
@@ -54,8 +54,11 @@ check: env ## style, format, notebooks built from their scripts and without outp
 	$(bin)/ruff check --output-format concise
 	$(bin)/ruff format --check
 	@built=$$(mktemp -d); trap 'rm -r "$$built"' EXIT; cp notebooks/*.py notebooks/*.ipynb notebooks/*.toml "$$built"; \
-		$(call build_notebooks,"$$built"); diff -rq --exclude=.ipynb_checkpoints notebooks "$$built" || \
+		$(call build_notebooks,"$$built"); diff -rq --exclude=.ipynb_checkpoints --exclude=README.md notebooks "$$built" || \
 		{ echo "error: the notebooks are not what their scripts make, or hold outputs: make notebooks" >&2; exit 1; }
+
+pages: env ## build kutils/README.md from the docstrings of its modules
+	$(bin)/python tests/fixtures/rooms_page.py
 
 notebooks: env ## build every notebooks/*.ipynb from its .py, without outputs
 	$(call build_notebooks,notebooks)

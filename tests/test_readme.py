@@ -1,58 +1,221 @@
-"""The README names what is there, and nothing else."""
+"""The pages name what is there: files, links, commands with their options, notebooks, keys; and they stay short."""
 
+import ast
+import contextlib
+import dataclasses
+import importlib.util
+import io
 import re
+import shlex
+from functools import cache
+from pathlib import Path
 
 import pytest
-from fixtures import recipe_table
+from fixtures import recipe_table, rooms_page
 
+from kutils import __main__ as kutils
+from kutils.benchmarks import measuring
 from kutils.runs import recipes
 from kutils.system.paths import repository_root
 
 ROOT = repository_root()
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TREE = README.split("```text\n")[-1].split("```")[0]
+MOST_LINES = {
+    "README.md": 150,
+    "conf/README.md": 110,
+    "input/README.md": 120,
+    "working/README.md": 60,
+    "kernel-metadata/README.md": 60,
+    "kutils/README.md": 120,
+    "tests/README.md": 40,
+    "kutils/benchmarks/README.md": 90,
+}
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in MOST_LINES}
+KEYS = {item.name for item in dataclasses.fields(recipes.Recipe)}
+KEY_NAMES = KEYS | {"key"}  # `key=value` stands for any
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+OTHERS_OPTIONS = {"--nnodes", "--nproc-per-node", "--signal"}  # of torchrun and Slurm
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def test_tree_has_every_module_and_notebook():
-    parts = TREE.split("\nkutils/ ")
-    modules = set(re.findall(r"\b(\w+\.py)\b", parts[1].split("\nconf/")[0]))
-    assert modules == {path.name for path in (ROOT / "kutils").glob("*.py")} - {"__init__.py"}
-    notebooks = set(re.findall(r"^  (\w+) ", parts[0].split("\nnotebooks/ ")[1], re.MULTILINE))
-    assert notebooks == {path.stem for path in (ROOT / "notebooks").glob("*.py")}
+def code(text: str) -> list[str]:
+    """Lines of code: those of blocks, continued ones joined, and what stands between backquotes."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return lines + re.findall(r"`([^`]+)`", re.sub(r"^ *```\w*\n.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:conf|notebooks|input|working)/[\w.-]+\.(?:yaml|py|ipynb|sh)", README)))
-)
-def test_named_file_exists(path):
-    assert (ROOT / path).is_file()
+def words(line: str) -> list[str]:
+    with contextlib.suppress(ValueError):  # a quotation mark of its own
+        return shlex.split(line.replace(r"\|", "|"), comments=True)
+    return []
 
 
-def test_every_link_and_picture_leads_somewhere():
-    found = re.findall(r"\]\(([^)\s]+)", README) + re.findall(r"\b(?:src|srcset|href)=[\"']([^\"'\s]+)", README)
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    relative = {link.partition("#")[::2] for link in found if not re.match(r"\w+:", link)}
-    assert {path for path, _ in relative if path and not (ROOT / path).exists()} == set()
-    assert {anchor for path, anchor in relative if not path} <= anchors and relative
+def kutils_commands(text: str) -> list[list[str]]:
+    """The words after every `kutils`, or `-m kutils`, up to the end of that command."""
+    found = []
+    for line in code(text):
+        parts = words(line)
+        for number, word in enumerate(parts):
+            if word == "kutils" or word.endswith("bin/kutils"):
+                rest = parts[number + 1 :]
+                ends = [index for index, part in enumerate(rest) if part in ("||", "&&", "|") or part.endswith(";")]
+                found.append(rest[: ends[0]] if ends else rest)
+    return found
 
 
-def test_no_time_is_left_out():
-    assert re.findall(r"\bTIME_\w+", README) == []
+@cache
+def help_of(*command: str) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        kutils.main([*command, "--help"])
+    return output.getvalue()
 
 
-def test_figures_and_make_targets_exist():
-    figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    assert figures and all((ROOT / figure).is_file() for figure in figures)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
-    assert named and named <= targets
+def subcommands_of(command: str) -> list[str]:
+    names = re.search(r"\{([\w,]+)\} \.\.\.", help_of(command))
+    return names[1].split(",") if names else []
+
+
+@cache
+def all_help() -> str:
+    texts = [help_of(command) for command in kutils.COMMANDS]
+    return "\n".join(texts + [help_of(name, each) for name in kutils.COMMANDS for each in subcommands_of(name)])
+
+
+def has_option(text: str, option: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text) is not None
+
+
+def values(notebook: str) -> set[str]:
+    """Names in a notebook's cell of parameters."""
+    source = (ROOT / "notebooks" / f"{notebook}.py").read_text(encoding="utf-8")
+    cell = source.split('# %% tags=["parameters"]')[1].split("# %%")[0]
+    return {node.target.id for node in ast.parse(cell).body}
+
+
+def rows(text: str, head: str) -> list[list[str]]:
+    """Cells of the table whose head begins with `head`."""
+    table = text[text.index(f"| {head} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+
+
+@every_page
+def test_a_page_is_short(page):
+    assert len(PAGES[page].splitlines()) <= MOST_LINES[page]
+
+
+def test_every_folder_page_is_held_to_these_rules_and_named_by_the_readme():
+    pages = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.]*/README.md")}
+    assert pages <= set(PAGES)
+    assert all(f"]({page})" in PAGES["README.md"] for page in PAGES if page != "README.md")
+
+
+@every_page
+def test_links_and_pictures_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        if not re.match(r"\w+:", link):
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), link
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in headings}
+
+
+@every_page
+def test_named_files_and_modules_exist(page):
+    text = PAGES[page]
+    folders = r"conf|notebooks|input|working|tests|kutils|kernel-metadata|\.ci|\.github"
+    named = set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]+\.(?:yaml|py|ipynb|sh|md|json|webp)\b", text))
+    made = {name for name in named if name.startswith("working/runs/") or Path(name).stem.isupper()}
+    assert {name for name in named - made if not (ROOT / name).is_file()} == set()
+    modules = set(re.findall(r"\bkutils(?:\.\w+)+", text))
+    assert {name for name in modules if importlib.util.find_spec(name) is None} == set()
+    patterns = [name for name in code(text) if re.fullmatch(r"[\w*/.-]*\*[\w*/.-]*\.yaml", name)]
+    assert all(list((ROOT / "conf").glob(name)) for name in patterns)
+
+
+@every_page
+def test_commands_and_their_options_exist(page):
+    for command in kutils_commands(PAGES[page]):
+        if command[:1] in ([], ["COMMAND"]) or command[0].startswith("-"):
+            continue
+        assert command[0] in kutils.COMMANDS, f"kutils {' '.join(command)}"
+        text = help_of(command[0])
+        if subcommands := subcommands_of(command[0]):
+            names = command[1].split("|") if len(command) > 1 else subcommands
+            assert set(names) <= set(subcommands), f"kutils {' '.join(command)}"
+            text = help_of(command[0], names[0])
+        wrong = [word for word in command if re.match(r"--?[a-z]", word) and not has_option(text, word.split("=")[0])]
+        assert not wrong, f"kutils {' '.join(command)} has no {wrong}"
+
+
+@every_page
+def test_options_keys_and_variables_exist(page):
+    """Those that stand alone between backquotes, and keys after a command."""
+    sources = MAKEFILE + "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kutils").rglob("*.py"))
+    for line in code(PAGES[page]):
+        parts = words(line)
+        if parts and re.match(r"--[a-z]", parts[0]):
+            option = parts[0].split("=")[0]
+            assert option in OTHERS_OPTIONS or has_option(all_help(), option), line
+        runs = {"kutils", "dist_train.sh", "overrides"} & set(parts)
+        for word in parts if runs or re.fullmatch(r"\w+=\S+", line) else []:
+            if key := re.match(r"([A-Za-z_]\w*)=", word):
+                name = key[1]
+                assert name in KEY_NAMES if name.islower() else re.search(rf"\b{name}\b", sources), line
+
+
+@every_page
+def test_notebooks_have_the_parameters_that_papermill_is_given(page):
+    for line in code(PAGES[page]):
+        parts = words(line)
+        notebooks = [Path(word).stem for word in parts if re.fullmatch(r"notebooks/\w+\.ipynb", word)]
+        every = {name for path in (ROOT / "notebooks").glob("*.py") for name in values(path.stem)}
+        for flag, name, value in zip(parts, parts[1:], parts[2:], strict=False):
+            if flag in ("-p", "-r") and "make" not in parts:
+                assert name in (values(notebooks[0]) if notebooks else every), line
+                if name == "model":
+                    assert recipes.find_recipe(value, 1)
+                if name == "sections":
+                    assert set(value.split(",")) <= set(measuring.SECTIONS), line
+
+
+@every_page
+def test_make_targets_and_their_variables_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    for line in code(PAGES[page]):
+        parts = words(line)
+        for number, word in enumerate(parts):
+            if word == "make":
+                names = [part for part in parts[number + 1 :] if "=" not in part]
+                assert set(names) <= targets, line
+                variables = {part.split("=")[0] for part in parts[number + 1 :] if "=" in part}
+                assert all(f"$({name})" in MAKEFILE or f"{name} ?=" in MAKEFILE for name in variables), line
+
+
+def test_every_command_and_every_target_for_users_stands_on_a_page():
+    named = {command[0] for text in PAGES.values() for command in kutils_commands(text) if command}
+    assert set(kutils.COMMANDS) - {"train-folds", "demo"} <= named  # dist_train.sh and make start these
+    everything = "".join(PAGES.values())
+    targets = re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE)
+    assert [name for name in targets if not re.search(rf"\bmake {name}\b", everything)] == []
+
+
+def test_the_page_of_recipes_has_every_key():
+    named = [name for cells in rows(PAGES["conf/README.md"], "keys") for name in re.findall(r"`(\w+)`", cells[0])]
+    assert sorted(named) == sorted(KEYS)
+
+
+def test_the_page_of_rooms_is_what_the_docstrings_say():
+    assert PAGES["kutils/README.md"] == rooms_page.page(), "run `make pages`"
+    assert [cells[0] for cells in rows(PAGES["README.md"], "room")] == [f"`{room}/`" for room in rooms_page.ROOMS]
 
 
 def test_the_table_of_recipes_is_what_the_recipes_say():
-    rows = [recipe_table.row(path) for path in recipe_table.seed_recipes()]
-    assert len(rows) == 12
-    assert "\n".join([recipe_table.HEADER, *rows]) in README, "python tests/fixtures/recipe_table.py prints the table"
+    lines = [recipe_table.row(path) for path in recipe_table.seed_recipes()]
+    assert len(lines) == 12
+    table = "\n".join([recipe_table.HEADER, *lines])
+    assert table in PAGES["conf/README.md"], "python tests/fixtures/recipe_table.py prints the table"
 
 
 @pytest.mark.parametrize("path", recipe_table.seed_recipes(), ids=lambda path: path.stem[:50])

@@ -8,13 +8,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from fixtures.rooms_page import ROOMS
 
 from kutils.system.paths import repository_root
 
-ROOMS = (
-    *("system", "runs", "prompts", "models", "data", "generation"),
-    *("training", "ensemble", "kaggle", "views", "benchmarks"),
-)  # a room imports rooms before it, and itself
 ROOT = repository_root()
 PACKAGE = ROOT / "kutils"
 MODULES = {

@@ -1,4 +1,4 @@
-"""Images to embeddings: `kutils predict --config conf/x.yaml --checkpoint FILE --images DIR --output FILE`.
+"""Images to embeddings: `kutils predict --config conf/RECIPE.yaml --checkpoint FILE --images DIR --output FILE`.
 
 One model, on all GPUs of this process, or as ranks of torchrun.
 """
