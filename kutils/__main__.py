@@ -6,7 +6,10 @@ import importlib
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
+
+from kutils import command_of
 
 # step of the pipeline: {command: (module with `main(argv) -> int`, what the command does)}
 STEPS = {
@@ -44,6 +47,7 @@ STEPS = {
     },
 }
 COMMANDS = {name: module for commands in STEPS.values() for name, (module, _) in commands.items()}
+FIRST_RANK_SECONDS = 10  # within which the first rank has printed an error that every rank meets
 
 
 def overview() -> str:
@@ -56,11 +60,12 @@ def overview() -> str:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run a command; what its user can put right ends in `error: ...` on stderr and exit status 1.
+    """Run a command: 0, or `error: ...` on stderr and 1 where its user can put it right; 130 after Ctrl-C or SIGTERM.
 
-    KUTILS_DEBUG=1 shows the traceback instead.
+    KUTILS_DEBUG=1 shows the traceback instead. An error that every rank of torchrun meets, before they have joined, is
+    printed by the first rank of each machine alone.
     """
-    from kutils.system.children import CommandFailed, end_with_parent
+    from kutils.system.children import STOPPED, CommandFailed, end_with_parent
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding its GPU
         end_with_parent()
@@ -70,16 +75,25 @@ def run(command: str, arguments: list[str]) -> int:
     except (ValueError, OSError, CommandFailed) as error:
         if os.environ.get("KUTILS_DEBUG"):
             raise
+        if int(os.environ.get("LOCAL_RANK", 0)) and not have_joined():
+            time.sleep(FIRST_RANK_SECONDS)  # torchrun ends all ranks as soon as one ends
+            return 1
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         advice = "; make room, and the same command goes on" if full else ""
         print(f"error: {error}{advice}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr, flush=True)
+        print(f"error: {STOPPED}; start the same command again to go on", file=sys.stderr, flush=True)
         return 130
     finally:
-        if devices := sys.modules.get("kutils.system.devices"):
-            devices.leave_ranks()
+        if have_joined():
+            sys.modules["kutils.system.devices"].leave_ranks()
+
+
+def have_joined() -> bool:
+    """Whether this process is one of several ranks that have found each other."""
+    devices = sys.modules.get("kutils.system.devices")  # a command that has not loaded it brings no torch
+    return devices is not None and devices.dist.is_initialized()
 
 
 def write_report(run_folder: Path) -> None:
@@ -96,17 +110,39 @@ def write_report(run_folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that `argv` begins with; exit status 0, or 2 where there is no such command."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command that `argv` begins with; exit status 2 where there is no such command.
+
+    Args:
+        argv: command and arguments; None: those of this process, by the code of the clone that it was started in.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+        continue_in_clone(argv)
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(overview())
         return 0
     if argv[0] not in COMMANDS:
-        nearest = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
-        meant = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        print(f"error: there is no command {argv[0]!r}{meant} `kutils --help` lists all", file=sys.stderr)
+        command = command_of(argv[0], argv[1:]) or difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
+        nearest = f"did you mean {command[0]!r}? " if command else ""
+        print(f"error: there is no command {argv[0]!r}; {nearest}`kutils --help` lists all", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:])
+
+
+def continue_in_clone(arguments: list[str]) -> None:
+    """Start again with the clone's code where the current folder lies in a clone, and this is the code of another one.
+
+    An environment may hold an editable install of another clone, which would read and write that clone's folders. Code
+    that PYTHONPATH names is what was asked for: it stays.
+    """
+    from kutils.system import paths
+
+    search_path = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    clone = next(filter(paths.is_clone, (Path.cwd(), *Path.cwd().parents)), None)
+    if clone and paths.code_root() not in (path.resolve() for path in map(Path, [clone, *search_path])):
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(clone), *search_path])
+        os.environ["PYTHONSAFEPATH"] = "1"  # the current folder is not searched before PYTHONPATH
+        os.execv(sys.executable, [sys.executable, "-m", "kutils", *arguments])
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ class Demo:
     """One execution: where its files are, and how long its steps took."""
 
     def __init__(self, scale_name: str):
+        self.notebooks = paths.repository_path("notebooks")
         self.root = paths.working_dir() / "demo"
         self.folder = self.root / scale_name
         self.scale = SCALES[scale_name]
@@ -80,8 +81,14 @@ class Demo:
         record = self.folder / "notebooks" / f"{step}.ipynb"
         record.parent.mkdir(parents=True, exist_ok=True)
         given = [text for name, value in parameters.items() for text in ("-p", name, str(value))]
-        source = paths.repository_root() / "notebooks" / f"{notebook}.ipynb"
-        command = ["papermill", str(source), str(record), *given, "--log-output", "--no-progress-bar"]
+        command = [
+            "papermill",
+            str(self.notebooks / f"{notebook}.ipynb"),
+            str(record),
+            *given,
+            "--log-output",
+            "--no-progress-bar",
+        ]
         launch.run_module(*command, hide=PAPERMILL_CHATTER)
         self.seconds[step] = round(time.monotonic() - began, 1)
         save_figures(record, self.folder / "figures")

@@ -33,10 +33,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("kutils") is None:  # not installed: the clone around this notebook, or the code data set on Kaggle
-    mounted = (path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py"))
-    nearby = (Path.cwd(), Path.cwd().parent, *mounted)
-    sys.path[:0] = [str(folder) for folder in nearby if (folder / "kutils" / "__main__.py").is_file()][:1]
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
+if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
+    clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)

@@ -175,6 +175,15 @@ def test_the_setup_cell_finds_kutils_in_a_clone_and_on_kaggle(tmp_path, bare_ker
         assert done.stdout.strip() == str(found / "kutils"), done.stderr
     nowhere = bare_kernel(code.replace(str(tmp_path / "kaggle"), "/nowhere"), tmp_path / "working")
     assert "No module named 'kutils'" in nowhere.stderr
+    other = shutil.copytree(kaggle, tmp_path / "clone")  # another one than is installed, here as PYTHONPATH
+    (other / "notebooks").mkdir()
+    installed = f"import sys\nsys.path.append({str(ROOT)!r})\n{code}"
+    for folder in (other, other / "notebooks"):
+        assert bare_kernel(installed, folder).stdout.strip() == str(other / "kutils")
+    assert bare_kernel(installed, tmp_path / "working").stdout.strip() == str(ROOT / "kutils")
+    (other / "notebooks" / "script.py").write_text(installed)
+    done = bare_kernel(f"import runpy; runpy.run_path({str(other / 'notebooks' / 'script.py')!r})", tmp_path)
+    assert done.stdout.strip() == str(other / "kutils"), done.stderr
 
 
 @each_script

@@ -4,13 +4,10 @@ By the built-in renderer, or by a diffusion model: alone, or as ranks of torchru
 """
 
 import argparse
-import contextlib
 import dataclasses
 import multiprocessing
 import os
-import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -24,7 +21,6 @@ from kutils.system.progress import progress_bar
 
 CHUNK_PROMPTS = 32  # rendered by a worker between two reports
 JPEG_QUALITY = 92
-TELLING_SECONDS = 10  # within which the first rank has told an error of the prompts file
 SUFFIXES = {"shapes": ".jpg", "diffusers": ".webp"}  # of the images, by backend
 
 
@@ -117,41 +113,13 @@ def make_shapes_dataset(
     return tsv_path
 
 
-def stop_once(number: int, frame) -> None:
-    """Handle the first SIGINT or SIGTERM as an interrupt, which lets images in work be saved; torchrun sends more."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def told_once() -> Iterator[None]:
-    """An error that every rank of torchrun meets is raised in the first of each machine alone; the others end silently.
-
-    They wait before, because torchrun kills the first, which may not have said it yet, as soon as another one ends.
-    """
-    try:
-        yield
-    except (ValueError, OSError):
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            time.sleep(TELLING_SECONDS)
-            raise SystemExit(1) from None
-        raise
-
-
 def generate_by_diffusion(image_set: ImageSet, settings: DiffusionSettings, overwrite: bool) -> None:
     """Make a data set by `kutils.generation.sampling`, as one rank of torchrun or alone."""
     from kutils.generation import sampling
     from kutils.system import devices  # these load PyTorch; rendering does without
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
-            signal.signal(number, stop_once)
-    ranks = devices.join_workers(settings.device)
-    try:
-        sampling.generate_images(image_set, settings, ranks, overwrite=overwrite)
-    finally:
-        devices.leave_ranks()
+    children.interrupt_once()
+    sampling.generate_images(image_set, settings, devices.join_workers(settings.device), overwrite=overwrite)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -208,17 +176,14 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if args.shapes_dataset is not None:
         make_shapes_dataset(args.shapes_dataset, **counts, **options)
         return
-    with told_once():
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            if args.table_only:
-                raise GenerateError("--table-only goes without torchrun")
-            if args.backend != "diffusers":
-                raise GenerateError(
-                    "only --backend diffusers makes images on several ranks; start this without torchrun"
-                )
-        prompts, columns = read_prompts(args.prompts)
-        image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], columns)
-        settings = DiffusionSettings(**options) if args.backend == "diffusers" else None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.table_only:
+            raise GenerateError("--table-only goes without torchrun")
+        if args.backend != "diffusers":
+            raise GenerateError("only --backend diffusers makes images on several ranks; start this without torchrun")
+    prompts, columns = read_prompts(args.prompts)
+    image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], columns)
+    settings = DiffusionSettings(**options) if args.backend == "diffusers" else None
     if settings and not args.table_only:
         generate_by_diffusion(image_set, settings, args.overwrite)
         return
@@ -252,8 +217,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table_only and options:
         told = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         parser.error(f"--table-only makes no image; leave out what says how to make them: {told}")
-    try:
-        run(args, options)
-    except KeyboardInterrupt:
-        raise GenerateError(f"{children.STOPPED}; images are kept, and the same command makes the rest") from None
+    run(args, options)
     return 0

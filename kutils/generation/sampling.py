@@ -87,10 +87,10 @@ def on_every_rank(ranks: Ranks, work: Callable) -> list:
     outcomes = ranks.gather_objects((result, error is None))
     failed = [str(rank) for rank, (_, fine) in enumerate(outcomes) if not fine]
     if failed:
-        if ranks.is_main and error is None:
-            told = f"rank {', '.join(failed)} failed; what is made is kept, and the same command makes the rest"
-            print(f"error: {told}", file=sys.stderr, flush=True)
         ranks.barrier()  # torchrun ends all ranks as soon as one ends with an error
+        if ranks.is_main and error is None:
+            message = f"rank {', '.join(failed)} failed; what is made is kept, and the same command makes the rest"
+            raise ValueError(message)
         raise error or SystemExit(1)
     return [result for result, _ in outcomes]
 

@@ -59,7 +59,7 @@ def read_settings(path: Path | None = None, user: str = "") -> Settings:
 
 
 def metadata_folder() -> Path:
-    return paths.repository_root() / "kernel-metadata"
+    return paths.repository_path("kernel-metadata")
 
 
 def staging_folder(name: str) -> Path:

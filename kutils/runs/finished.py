@@ -97,7 +97,7 @@ def as_text(value) -> str:
 
 def shown_path(path: Path) -> Path:
     """Relative to the repository where it lies in there."""
-    root = paths.repository_root()
+    root = paths.code_root()
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 

@@ -155,10 +155,12 @@ def git_commit() -> str | None:
 
     The code data set on Kaggle is no repository: a file beside the package tells its commit.
     """
-    told = paths.repository_root() / paths.COMMIT_FILE
-    if told.is_file():
-        return told.read_text(encoding="utf-8").strip()
-    command = ["git", "-C", str(paths.repository_root()), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
+    root = paths.code_root()
+    if (root / paths.COMMIT_FILE).is_file():
+        return (root / paths.COMMIT_FILE).read_text(encoding="utf-8").strip()
+    if not paths.is_clone(root):  # an environment may lie in a repository that is not this one
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -23,7 +23,7 @@ from pathlib import Path
 from kutils.runs import folders, recipes
 from kutils.runs.nodes import Node, this_node
 from kutils.system import paths
-from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, run_module
+from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, interrupt_once, run_module
 
 # for notebooks and ranks, beside what is defined here
 __all__ = ["CommandFailed", "end_with_parent", "run_module"]
@@ -271,7 +271,7 @@ def execute(notebook: Path, parameters: dict) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         done = thread.submit(
             papermill.execute_notebook,
-            paths.repository_root() / "notebooks" / notebook.name,
+            paths.repository_path(f"notebooks/{notebook.name}"),
             notebook,
             parameters=parameters,
             cwd=str(paths.repository_root()),
@@ -302,15 +302,6 @@ def interrupt(manager, done: concurrent.futures.Future) -> None:
         concurrent.futures.wait([done], timeout=10)
 
 
-def stop_once(number: int, frame) -> None:
-    """Handle the first SIGINT or SIGTERM as an interrupt, ignore more: they would cut what is being saved."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: None)
-    said = f"stopping: ranks that train save their state first, for up to {SAVING_SECONDS // 60} minutes\n"
-    os.write(2, said.encode())  # print() may have been interrupted itself
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -323,12 +314,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="recipe file, as given or below the repository's conf/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change for these runs")
     arguments = parser.parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
-            signal.signal(number, stop_once)
-    try:
-        run_folds(arguments.num_processes, arguments.config, arguments.overrides)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from there", file=sys.stderr, flush=True)
-        return 130
+    interrupt_once(f"stopping: ranks that train save their state first, for up to {SAVING_SECONDS // 60} minutes\n")
+    run_folds(arguments.num_processes, arguments.config, arguments.overrides)
     return 0

@@ -248,6 +248,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
 def find_config(name: str | Path) -> Path:
     """The recipe file: the path as given, else the same path or file name in the repository's `conf/`."""
     given = Path(name)
+    if given.is_file():
+        return given.absolute()
     candidates = [given, paths.repository_root() / given, paths.conf_dir() / given.name]
     for path in candidates:
         if path.is_file():

@@ -58,7 +58,8 @@ def run_module(
     Raises: CommandFailed with the command's last lines.
     """
     settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    search_path = os.pathsep.join(filter(None, [str(paths.repository_root()), os.environ.get("PYTHONPATH")]))
+    settings["PYTHONSAFEPATH"] = "1"  # the current folder may be another clone: its kutils must not come first
+    search_path = os.pathsep.join(filter(None, [str(paths.code_root()), os.environ.get("PYTHONPATH")]))
     environment = os.environ | settings | (environment or {}) | {"PYTHONPATH": search_path}
     child = subprocess.Popen(
         [sys.executable, "-m", "kutils.system.children", module, *arguments],
@@ -131,6 +132,24 @@ def ended_within(child: subprocess.Popen, seconds: float) -> bool:
         except subprocess.TimeoutExpired:
             break
     return False
+
+
+def interrupt_once(message: str = "") -> None:
+    """Let the first SIGINT or SIGTERM raise KeyboardInterrupt; ignore more: they would cut what is being saved.
+
+    Args:
+        message: printed to stderr when it happens.
+    """
+
+    def interrupt(number: int, frame) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: None)  # not SIG_IGN, which children would inherit
+        os.write(2, message.encode())  # print() may have been interrupted itself
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
+            signal.signal(number, interrupt)
 
 
 def end_with_parent() -> None:

@@ -71,19 +71,19 @@ class Ranks:
 def pick_device(name: str) -> torch.device:
     """`auto`, `cuda` or `cpu` to the device of this process (GPU number = local rank).
 
-    Raises: ValueError if `cuda` is asked for and there is no such GPU.
+    Raises: ValueError if `cuda` is asked for and there are fewer GPUs than ranks on this machine.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if num_ranks > torch.cuda.device_count():  # on every rank alike, or the others would wait for the one without
         raise ValueError(
-            f"rank {local_rank} of this machine needs a GPU of its own and {torch.cuda.device_count()} are visible; "
-            "start fewer ranks, or compute on the CPU: device=cpu, or --device cpu"
+            f"each of {num_ranks} ranks on this machine needs a GPU of its own, and {torch.cuda.device_count()} are "
+            "visible; start fewer ranks, or compute on the CPU: device=cpu, or --device cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def describe_gpus() -> str:

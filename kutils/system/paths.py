@@ -17,25 +17,69 @@ def on_kaggle() -> bool:
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 
 
-def repository_root() -> Path:
-    """The folder that holds `kutils/` and `conf/`: the clone, or the unpacked code data set on Kaggle."""
+def code_root() -> Path:
+    """The folder that holds `kutils/`: a clone, the unpacked code data set on Kaggle, or `site-packages`."""
     return Path(__file__).resolve().parents[2]
 
 
+def is_clone(folder: Path) -> bool:
+    """Whether a folder holds the repository, or its code data set on Kaggle: the package with the recipes."""
+    return (folder / "kutils" / "__main__.py").is_file() and (folder / "conf").is_dir()
+
+
+def repository_path(name: str) -> Path:
+    """A file or folder of the repository, such as `notebooks/train.ipynb`.
+
+    Raises: ValueError where it is not there, as beside a package that was installed without a clone.
+    """
+    path = code_root() / name
+    if not is_clone(code_root()) or not path.exists():
+        raise ValueError(
+            f"this needs a clone: {name} is not beside the package in {code_root()}; clone the repository, and run the "
+            "command in there"
+        )
+    return path
+
+
+def repository_root() -> Path:
+    """The folder that holds `kutils/` and `conf/`: the clone, or the unpacked code data set on Kaggle."""
+    return conf_dir().parent
+
+
 def conf_dir() -> Path:
-    return repository_root() / "conf"
+    return repository_path("conf")
 
 
 def input_dir() -> Path:
-    """The folder of data sets: `KUTILS_INPUT` if set, `/kaggle/input` on Kaggle, else the repository's `input/`."""
-    default = "/kaggle/input" if on_kaggle() else repository_root() / "input"
-    return Path(os.environ.get("KUTILS_INPUT", default)).absolute()
+    """The folder of data sets: `KUTILS_INPUT` if set, `/kaggle/input` on Kaggle, else the clone's `input/`.
+
+    Raises: ValueError where the package is installed without a clone and the current folder has no `input/`.
+    """
+    return data_folder("input")
 
 
 def working_dir() -> Path:
-    """The folder of results: `KUTILS_WORKING` if set, `/kaggle/working` on Kaggle, else the repository's `working/`."""
-    default = "/kaggle/working" if on_kaggle() else repository_root() / "working"
-    return Path(os.environ.get("KUTILS_WORKING", default)).absolute()
+    """The folder of results: `KUTILS_WORKING` if set, `/kaggle/working` on Kaggle, else the clone's `working/`.
+
+    Raises: ValueError where the package is installed without a clone and the current folder has no `working/`.
+    """
+    return data_folder("working")
+
+
+def data_folder(name: str) -> Path:
+    """The folder `input` or `working`; without a clone the current folder's, never one beside the package."""
+    if variable := os.environ.get(f"KUTILS_{name.upper()}"):
+        return Path(variable).absolute()
+    if on_kaggle():
+        return Path("/kaggle", name)
+    if is_clone(code_root()):
+        return code_root() / name
+    if (folder := Path.cwd() / name).is_dir():
+        return folder
+    raise ValueError(
+        f"kutils is installed without a clone, and {folder} is not there: make that folder, or set KUTILS_INPUT to the "
+        "folder of data sets and KUTILS_WORKING to the folder of results"
+    )
 
 
 def missing_datasets(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from fixtures import tiny_diffusion
 from PIL import Image
 
+import kutils.__main__
 from kutils.data import checking, datasets, preparation
 from kutils.generation import diffusion, generate, sampling
 from kutils.generation.diffusion import DiffusionError, Sampler
@@ -275,25 +277,26 @@ def run(*command, **options):
 
 
 def test_errors_are_one_line(arguments, tmp_path, monkeypatch, capsys):
-    for changes, said in (
+    for changes, message in (
         ({"size": 60}, "error: --size 60: give a multiple of 8"),
         ({"model": "nobody/nothing"}, "error: --model nobody/nothing: it is no folder here"),
     ):
-        with pytest.raises(SystemExit, match=said):
-            generate.main(arguments(**changes))
+        assert kutils.__main__.run("generate", arguments(**changes)) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(message) and error.count("\n") == 1
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(SystemExit, match=r"error: .* pip install -e '\.\[generate\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[generate\]'"):
         generate.main(arguments())
     assert not (tmp_path / "input").exists()
     with pytest.raises(SystemExit):
         generate.main([*arguments(), "--workers", "2"])
     assert "--workers is not for --backend diffusers" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="error: only --backend diffusers makes images on several ranks"):
+    with pytest.raises(ValueError, match="only --backend diffusers makes images on several ranks"):
         generate.main([str(tmp_path / "p.tsv"), "--output", str(tmp_path / "shapes")])
 
 
-def test_a_full_disk_costs_no_image(arguments, make, tmp_path, monkeypatch):
+def test_a_full_disk_costs_no_image(arguments, make, tmp_path, monkeypatch, capsys):
     saved, atomic_path = [], paths.atomic_path
 
     def full(path):
@@ -303,8 +306,8 @@ def test_a_full_disk_costs_no_image(arguments, make, tmp_path, monkeypatch):
         return atomic_path(path)
 
     monkeypatch.setattr(paths, "atomic_path", full)
-    with pytest.raises(SystemExit, match=r"error: .*No space left on device.*; make room, and the same command"):
-        generate.main(arguments())
+    assert kutils.__main__.run("generate", arguments()) == 1
+    assert re.search(r"error: .*No space left on device.*; make room, and the same command", capsys.readouterr().err)
     folder = tmp_path / "input" / "set_images"
     kept = files_of(folder)
     assert len(kept) == 3 and not list(folder.rglob(".*")) and not (tmp_path / "input" / "set.tsv").exists()
@@ -335,7 +338,7 @@ def test_a_run_that_was_cut_goes_on(arguments, make, tmp_path, number):
     kept = files_of(folder)
     assert 10 <= len([name for name in kept if ".partial" not in name]) < 300
     if number == signal.SIGTERM:
-        assert child.returncode == 1 and "error: stopped by a signal; images are kept" in said
+        assert child.returncode == 130 and "error: stopped by a signal; start the same command again" in said
         assert "Traceback" not in said and not [name for name in kept if ".partial" in name]
     whole = {name: content for name, content in kept.items() if ".partial" not in name}
     for name in whole:
@@ -349,7 +352,8 @@ def test_a_run_that_was_cut_goes_on(arguments, make, tmp_path, number):
 
 RANK_1_FAILS = """
 import os, sys
-from kutils import diffusion, generate
+from kutils.__main__ import run
+from kutils.generation import diffusion
 
 call = diffusion.Sampler.__call__
 done = []
@@ -361,7 +365,7 @@ def fails_later(self, prompts, numbers):
     return call(self, prompts, numbers)
 
 diffusion.Sampler.__call__ = fails_later
-generate.main(sys.argv[1:])
+sys.exit(run("generate", sys.argv[1:]))
 """
 
 

@@ -150,7 +150,7 @@ def test_refining_starts_from_the_checkpoint_of_the_same_folds(workspace, recipe
     [
         (["global_batch_size=12"], "no multiple of 1 ranks x max_local_batch_size=8"),
         (["datasets=toy,gone"], "data set 'gone': gone.tsv and gone.npy not in"),
-        (["device=cuda"], "needs a GPU of its own and 0 are visible"),
+        (["device=cuda"], "needs a GPU of its own, and 0 are visible"),
         (["lr=fast"], "lr is 'fast'"),
         (["pretrained=/nowhere.safetensors"], "no such file"),
     ],
