@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-from kutils import command_of
-
 # step of the pipeline: {command: (module with `main(argv) -> int`, what the command does)}
 STEPS = {
     "prompts": {
@@ -122,8 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         print(overview())
         return 0
     if argv[0] not in COMMANDS:
-        command = command_of(argv[0], argv[1:]) or difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
-        nearest = f"did you mean {command[0]!r}? " if command else ""
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
+        nearest = f"did you mean {close[0]!r}? " if close else ""
         print(f"error: there is no command {argv[0]!r}; {nearest}`kutils --help` lists all", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:])
