@@ -20,7 +20,7 @@ from kutils.ensemble.fit import load_ensemble
 from kutils.generation import generate, shapes
 from kutils.kaggle.submission import SUBMISSION_HEADER
 from kutils.prompts import embedding
-from kutils.runs import folders, launch
+from kutils.runs import finished, launch
 from kutils.system import paths
 from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.tables import read_table
@@ -93,7 +93,7 @@ class Demo:
         self.seconds[step] = round(time.monotonic() - began, 1)
         save_figures(record, self.folder / "figures")
 
-    def train(self, model: str, stage: int) -> dict:
+    def train(self, model: str, stage: int) -> finished.RunResult:
         """Train or refine a model; the run's result."""
         notebook = "train" if stage == 1 else "refine"
         parameters = {"model": model, "fold": FOLD} | ({"stage": stage} if stage > 1 else {})
@@ -101,7 +101,7 @@ class Demo:
         if overrides:
             parameters["overrides"] = overrides
         self.execute(f"{notebook}_{model}", notebook, **parameters)
-        return folders.result_of(launch.plan_run(model, stage, FOLD, overrides).folder)
+        return finished.read_result(launch.plan_run(model, stage, FOLD, overrides).folder)
 
     def make_test_images(self) -> tuple[Path, list[str]]:
         """A folder like the competition's, of prompts that are not in the data set: its path, and the prompts."""
@@ -154,9 +154,9 @@ def run(scale_name: str) -> dict:
     truth = embedding.encode_prompts(test_prompts, progress=False)
     scores = {
         "scale": scale_name,
-        "mean_prompt_baseline": next(iter(results.values()))["mean_prompt_baseline"],
-        "models": {name: result["cosine_similarity"] for name, result in results.items()},
-        "models_clean": {name: result["cosine_similarity_clean"] for name, result in results.items()},
+        "mean_prompt_baseline": next(iter(results.values())).mean_prompt_baseline,
+        "models": {name: result.cosine_similarity for name, result in results.items()},
+        "models_clean": {name: result.cosine_similarity_clean for name, result in results.items()},
         "ensemble": fitted.scores["chosen"],
         "ensemble_members": fitted.scores["members"],
         "submission_cosine": score_submission(submission_path, truth),

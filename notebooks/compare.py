@@ -65,8 +65,8 @@ html_tables.show(comparison.table(finished), comparison.FORMATS, f"{len(finished
 training_plots.run_curves(chosen);
 
 # %%
-scores = {run.name: run.result["cosine_similarity"] for run in chosen}
-score_plots.bar_scores(scores, baseline=chosen[0].result["mean_prompt_baseline"], title=f"Fold {chosen[0].fold}");
+scores = {run.name: run.result.cosine_similarity for run in chosen}
+score_plots.bar_scores(scores, baseline=chosen[0].result.mean_prompt_baseline, title=f"Fold {chosen[0].fold}");
 
 # %% [markdown]
 # ## What differs between them?

@@ -53,7 +53,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # right one.
 
 # %%
-from kutils.runs import folders
+from kutils.runs import finished
 from kutils.views import image_plots, score_plots, training_plots
 
 run = launch.plan_run(model, stage, fold, overrides, recipe)
@@ -73,7 +73,7 @@ run = mounts.prepare_training(run)
 launch.ensure_datasets(run.recipe)
 processes = launch.count_processes(num_processes, run.recipe.device)
 launch.torchrun(["kutils", "train", *run.arguments], num_processes=processes, log_dir=run.folder / "logs", hours=hours)
-result = folders.result_of(run.folder)  # None if the hours were over before
+result = finished.read_result(run.folder)  # None if the hours were over before
 
 # %% [markdown]
 # ## Did it learn, and did it stop too early?
@@ -82,13 +82,12 @@ result = folders.result_of(run.folder)  # None if the hours were over before
 
 # %%
 if run.metrics_path.is_file():
-    training_plots.learning_curve(run.metrics_path, baseline=result["mean_prompt_baseline"] if result else None)
+    training_plots.learning_curve(run.metrics_path, baseline=result.mean_prompt_baseline if result else None)
 
 # %%
 if result:
-    print(folders.describe(result))
-    gain = result["cosine_similarity"] - result["mean_prompt_baseline"]
-    print(f"{gain:+.4f} over the mean prompt, in {result['seconds']:.0f} s")
+    print(result.summary())
+    print(f"{result.gain:+.4f} over the mean prompt, in {result.seconds:.0f} s")
     print(f"all of it in one page: {run.folder / 'report.html'}")
 
 # %% [markdown]

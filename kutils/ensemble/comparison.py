@@ -47,7 +47,7 @@ def groups(finished: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     found: dict[tuple, list[FinishedRun]] = {}
     for run in finished:  # data sets of the same prompts may have other images
         found.setdefault((run.fold, run.recipe.datasets, validation_hash(run)), []).append(run)
-    return [sorted(group, key=lambda run: -run.result["cosine_similarity"]) for group in found.values()]
+    return [sorted(group, key=lambda run: -run.result.cosine_similarity) for group in found.values()]
 
 
 def pick_group(finished: Sequence[FinishedRun], wanted: str = "") -> list[FinishedRun]:
@@ -80,14 +80,14 @@ def table(finished: Sequence[FinishedRun]) -> pd.DataFrame:
                     "rows": letters[run.folder],
                     "fold": run.fold,
                     "data sets": ", ".join(run.recipe.datasets),
-                    "cosine": run.result["cosine_similarity"],
-                    "clean rows": run.result.get("cosine_similarity_clean"),
-                    "mean prompt": run.result["mean_prompt_baseline"],
-                    "gain": run.gain,
-                    "best epoch": run.result["best_epoch"],
-                    "epochs": run.result["epochs"],
-                    "updates": run.result["updates"],
-                    "seconds": run.result["seconds"],
+                    "cosine": run.result.cosine_similarity,
+                    "clean rows": run.result.cosine_similarity_clean,
+                    "mean prompt": run.result.mean_prompt_baseline,
+                    "gain": run.result.gain,
+                    "best epoch": run.result.best_epoch,
+                    "epochs": run.result.epochs,
+                    "updates": run.result.updates,
+                    "seconds": run.result.seconds,
                     "images/s": run.pace[0],
                     "waiting": run.pace[1],
                     "device": f"{run.environment.get('ranks', '?')} x {run.environment.get('device', '?')}",
@@ -109,7 +109,7 @@ def letter(number: int) -> str:
 def describe(finished: Sequence[FinishedRun]) -> str:
     """Which runs compare, one line for each set of validation rows."""
     lines = [
-        f"{letter(number)}: fold {group[0].fold}, {group[0].result['validation_rows']:,} rows of "
+        f"{letter(number)}: fold {group[0].fold}, {group[0].result.validation_rows:,} rows of "
         f"{', '.join(group[0].recipe.datasets)}: {', '.join(run.name for run in group)}"
         for number, group in enumerate(groups(finished))
     ]

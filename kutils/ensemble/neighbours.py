@@ -13,7 +13,7 @@ import numpy as np
 from kutils.data.prompt_bank import PromptBank, in_fold
 from kutils.ensemble import blending
 from kutils.ensemble.members import EnsembleError, Member, how_to_train, load_targets
-from kutils.runs import folders
+from kutils.runs import finished, folders
 from kutils.training.out_of_fold import read_predictions
 
 NEIGHBOURS, TEMPERATURES = (5, 20, 50), (0.02, 0.05, 0.1)
@@ -64,7 +64,7 @@ def measure(
         seed: of the halves, and of the rows where the fold has more than MOST_ROWS.
     Raises: EnsembleError for predictions that are not there, of data that has changed since, or too few for two halves.
     """
-    fold = folders.result_of(folder)["fold"]
+    fold = finished.read_result(folder).fold
     path = folder / f"fold{fold}_predictions.npz"
     saved = read_predictions(path, how_to_train(Member(str(folder / "config.yaml"), fold)))
     targets, prompts, _ = load_targets(saved)

@@ -20,7 +20,7 @@ from kutils.ensemble.fit import Ensemble
 from kutils.ensemble.image_cache import PixelCache
 from kutils.ensemble.members import EnsembleError
 from kutils.models import checkpoints
-from kutils.runs import folders, recipes
+from kutils.runs import finished, folders, recipes
 from kutils.system import devices, paths
 
 ENSEMBLE = "ensemble"  # key of its embeddings
@@ -70,12 +70,12 @@ def model_of_run(folder: Path) -> TrainedModel:
     """The best checkpoint of a finished run."""
     if not (checkpoint := checkpoint_of(folder)).is_file():
         raise RetrievalError(f"{folder.name} has finished, but {checkpoint} is not there any more; train it again")
-    return TrainedModel(folder.name, checkpoint, folders.result_of(folder)["cosine_similarity"])
+    return TrainedModel(folder.name, checkpoint, finished.read_result(folder).cosine_similarity)
 
 
 def checkpoint_of(folder: Path) -> Path:
     """Where the checkpoint of a finished run is, or should be; that of a run moved aside is in its folder."""
-    name = folders.result_of(folder)["checkpoint"]
+    name = finished.read_result(folder).checkpoint
     beside = folder / Path(name).name
     return beside if beside.is_file() else recipes.load_recipe(folder / "config.yaml").models_folder() / name
 

@@ -12,7 +12,7 @@ from kutils.data.datasets import PromptImages
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending, trained_models
 from kutils.ensemble.members import FIT_FOLD, EnsembleError, Member, how_to_train, load_predictions
-from kutils.runs import folders as runs_folders
+from kutils.runs import finished
 from kutils.training.out_of_fold import PredictionsError, read_predictions
 
 MEAN = "ensemble of equal weights"  # where none was fitted
@@ -55,7 +55,7 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
     """The predictions of a fold that finished runs left behind, as far as they are of these data sets."""
     rows, found, notes = None, {}, []
     for folder in folders:
-        if runs_folders.result_of(folder)["fold"] != fold:
+        if finished.read_result(folder).fold != fold:
             continue
         try:
             found[folder] = predictions_of(data, folder, fold)

@@ -13,13 +13,60 @@ from kutils.runs.recipes import Recipe
 from kutils.system import paths
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run reached: `result.json` in its folder. Cosines are means over validation rows."""
+
+    prefix: str
+    fold: int
+    cosine_similarity: float  # of the best epoch
+    cosine_similarity_clean: float | None  # over rows without a similar training prompt; None: which, is not known
+    best_epoch: int  # from 1
+    epochs: int
+    mean_prompt_baseline: float  # of one answer for all rows: the mean training prompt
+    validation_rows: int
+    clean_rows: int | None
+    unreadable_images: int  # of the training images
+    updates: int
+    seconds: float  # over all starts
+    checkpoint: str  # the best epoch's file, relative to model_dir
+
+    @property
+    def gain(self) -> float:
+        """Cosine above the mean prompt's."""
+        return self.cosine_similarity - self.mean_prompt_baseline
+
+    def summary(self) -> str:
+        """The scores in one line."""
+        clean = self.cosine_similarity_clean
+        clean_text = f", {clean:.4f} on rows without a similar training prompt" if clean is not None else ""
+        return (
+            f"{self.prefix} fold {self.fold}: cosine {self.cosine_similarity:.4f} (epoch {self.best_epoch} of "
+            f"{self.epochs}{clean_text}); mean-prompt baseline {self.mean_prompt_baseline:.4f}"
+        )
+
+    def write(self, folder: Path) -> None:
+        paths.write_json(folder / "result.json", dataclasses.asdict(self))
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """Read the result of a finished run; None if it is not finished. Raises ValueError for a damaged file."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    content, names = folders.read_json(path), [item.name for item in dataclasses.fields(RunResult)]
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return RunResult(**{name: content[name] for name in names})
+
+
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a finished run's folder says of it."""
+    """All that the folder of a finished run holds."""
 
     folder: Path
     recipe: Recipe
-    result: dict
+    result: RunResult
     environment: dict  # empty where the file is gone
     metrics: list[dict]
 
@@ -29,11 +76,7 @@ class FinishedRun:
 
     @property
     def fold(self) -> int:
-        return self.result["fold"]
-
-    @property
-    def gain(self) -> float:  # over the mean prompt
-        return self.result["cosine_similarity"] - self.result["mean_prompt_baseline"]
+        return self.result.fold
 
     @property
     def predictions_path(self) -> Path:
@@ -56,7 +99,7 @@ class FinishedRun:
 
 def read_run(folder: Path) -> FinishedRun:
     """Read a run folder; ValueError for one without a result, ConfigError for a configuration of another kind."""
-    result = folders.result_of(folder)
+    result = read_result(folder)
     if result is None:
         raise ValueError(f"{folder} holds no finished run (no result.json)")
     environment = folder / "environment.json"

@@ -24,12 +24,6 @@ OPERATIONAL += ("model_dir", "run_dir")
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transformers")
 
 
-def result_of(folder: Path) -> dict | None:
-    """The result of a finished run, None for one that is not finished; ValueError for a damaged file."""
-    path = folder / "result.json"
-    return read_json(path) if path.is_file() else None
-
-
 def read_json(path: Path) -> dict:
     """What a file of a run folder holds; ValueError naming one that is damaged."""
     try:
@@ -188,14 +182,3 @@ def read_metrics(path: Path) -> list[dict]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-
-
-def describe(result: dict) -> str:
-    """One line for a person."""
-    clean = result.get("cosine_similarity_clean")
-    clean_text = f", {clean:.4f} on rows without a similar training prompt" if clean is not None else ""
-    return (
-        f"{result['prefix']} fold {result['fold']}: cosine {result['cosine_similarity']:.4f} (epoch "
-        f"{result['best_epoch']} of {result['epochs']}{clean_text}); "
-        f"mean-prompt baseline {result['mean_prompt_baseline']:.4f}"
-    )

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kutils.runs import folders, recipes
+from kutils.runs import finished, folders, recipes
 from kutils.runs.nodes import Node, this_node
 from kutils.system import paths
 from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, interrupt_once, run_module
@@ -221,7 +221,7 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
         print(f"fold {fold} ({number} of {len(recipe.train_folds)}): {run.folder}", flush=True)
         notebook = run.folder / ("train.ipynb" if recipe.stage == 1 else "refine.ipynb")
         if is_finished(run, notebook, node):
-            print(f"already finished: {folders.describe(folders.result_of(run.folder))}", flush=True)
+            print(f"already finished: {finished.read_result(run.folder).summary()}", flush=True)
         elif node.rank > 0:
             torchrun(["kutils", "train", *run.arguments], num_processes=num_processes, log_dir=run.folder / "logs")
         else:
@@ -236,7 +236,7 @@ def is_finished(run: Run, notebook: Path, node: Node) -> bool:
     One node alone also draws the figures that a former start did not come to. Several nodes must decide alike: there
     the result alone counts.
     """
-    if run.recipe.resume == "never" or not folders.result_of(run.folder):
+    if run.recipe.resume == "never" or not finished.read_result(run.folder):
         return False
     folders.check_same_configuration(run.folder, run.recipe)
     if node.count > 1:

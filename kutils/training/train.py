@@ -22,7 +22,7 @@ from kutils.data import datasets, transforms, validation_check
 from kutils.models import checkpoints, networks
 from kutils.runs import finished, folders, recipes
 from kutils.runs.recipes import Recipe
-from kutils.system import children, devices, paths, progress
+from kutils.system import children, devices, progress
 from kutils.system.devices import Ranks, device_name, machine_facts
 from kutils.training import engine, optimizers, out_of_fold, profiling
 from kutils.training.loading import batch_split, check_bad_images, loader_options
@@ -33,7 +33,7 @@ POLL_SECONDS = 5.0  # between two looks for a signal: most of a cluster's grace 
 LOGGED = ("images_per_second", "data_wait", "gpu_memory_gb")  # of an interval; the last where there is a GPU
 
 
-def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
+def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> finished.RunResult:
     """Run or resume one fold; returns the result that is also written to the run folder's `result.json`.
 
     Args:
@@ -50,9 +50,9 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
     check_same_folder(folder, ranks)
     folders.check_same_configuration(folder, recipe)
     folders.check_no_foreign_checkpoint(folder, best_path)
-    if result := folders.result_of(folder):
+    if result := finished.read_result(folder):
         if ranks.is_main:
-            print(f"already finished: {folders.describe(result)}\n(resume=never trains it again)", flush=True)
+            print(f"already finished: {result.summary()}\n(resume=never trains it again)", flush=True)
             (folder / "resume.pt").unlink(missing_ok=True)  # of a run that was killed after its result
         return result
 
@@ -262,27 +262,27 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> dict:
         saved_at = save_state(epoch + 1)
 
     # ---------------------------------------------------------------- result
-    result = {
-        "prefix": recipe.prefix,
-        "fold": fold,
-        "cosine_similarity": state["best"],
-        "cosine_similarity_clean": state["best_clean"],
-        "best_epoch": state["best_epoch"],
-        "epochs": recipe.epochs,
-        "mean_prompt_baseline": baseline,
-        "validation_rows": len(validation_rows),
-        "clean_rows": None if clean is None else int(clean.sum()),
-        "unreadable_images": len({row for row, _ in state["bad"]}),
-        "updates": total_steps,
-        "seconds": earlier_seconds + time.monotonic() - started,
-        "checkpoint": str(best_path.relative_to(models_folder)),
-    }
+    result = finished.RunResult(
+        prefix=recipe.prefix,
+        fold=fold,
+        cosine_similarity=state["best"],
+        cosine_similarity_clean=state["best_clean"],
+        best_epoch=state["best_epoch"],
+        epochs=recipe.epochs,
+        mean_prompt_baseline=baseline,
+        validation_rows=len(validation_rows),
+        clean_rows=None if clean is None else int(clean.sum()),
+        unreadable_images=len({row for row, _ in state["bad"]}),
+        updates=total_steps,
+        seconds=earlier_seconds + time.monotonic() - started,
+        checkpoint=str(best_path.relative_to(models_folder)),
+    )
     if ranks.is_main:
         board.close()
         shown.close()
-        paths.write_json(folder / "result.json", result)
+        result.write(folder)
         resume_path.unlink()  # four times the size of the checkpoint, and of no more use
-        print(f"finished: {folders.describe(result)}\nsaved {best_path}", flush=True)
+        print(f"finished: {result.summary()}\nsaved {best_path}", flush=True)
     ranks.barrier()
     return result
 

@@ -21,7 +21,7 @@ from kutils.ensemble.validated import MEAN, ExplorationError, Validated, read_va
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
 from kutils.prompts.encoder import EncoderError, TextEncoder, load_encoder
-from kutils.runs import folders, launch, recipes
+from kutils.runs import finished, folders, launch, recipes
 from kutils.system import paths
 from kutils.training import slices
 
@@ -53,9 +53,9 @@ class Exploration:
         Raises: DataError or TableError for data sets that cannot be used, ValueError for a run that is not there.
         """
         run_names = tuple(recipes.split_names(models))
-        finished = folders.find_finished(run_names)
+        runs = folders.find_finished(run_names)
         wanted = recipes.split_names(names) or (
-            recipes.load_recipe(finished[-1] / "config.yaml").datasets if finished else ["shapes"]
+            recipes.load_recipe(runs[-1] / "config.yaml").datasets if runs else ["shapes"]
         )
         if list(wanted) == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
             launch.run_module("kutils", "generate", "--shapes-dataset", "shapes")
@@ -188,7 +188,7 @@ class Exploration:
 
     def validated_folds(self) -> list[int]:
         """Folds on which a finished run was validated."""
-        return sorted({folders.result_of(folder)["fold"] for folder in folders.find_finished(self.run_names)})
+        return sorted({finished.read_result(folder).fold for folder in folders.find_finished(self.run_names)})
 
     def validated(self, fold: int) -> Validated:
         """The predictions of a fold by all runs that were validated on its rows, and by their ensemble.

@@ -76,16 +76,16 @@ def write_report(folder: Path) -> Path:
 
 def lead(run: FinishedRun) -> str:
     result, recipe = run.result, run.recipe
-    clean = result.get("cosine_similarity_clean")
-    numbers = {"cosine similarity": f"{result['cosine_similarity']:.4f}"}
+    clean = result.cosine_similarity_clean
+    numbers = {"cosine similarity": f"{result.cosine_similarity:.4f}"}
     if clean is not None:
         numbers["on clean rows"] = f"{clean:.4f}"
-    numbers |= {"mean prompt (baseline)": f"{result['mean_prompt_baseline']:.4f}", "gain": f"{run.gain:+.4f}"}
+    numbers |= {"mean prompt (baseline)": f"{result.mean_prompt_baseline:.4f}", "gain": f"{run.result.gain:+.4f}"}
     resumed = f" (last resumed {run.environment['resumed']})" if "resumed" in run.environment else ""
     told = (
-        f"{recipe.model}, stage {recipe.stage}, fold {run.fold}: epoch {result['best_epoch']} of {result['epochs']} "
-        f"was best, on {result['validation_rows']:,} validation images of {', '.join(recipe.datasets)}. Started "
-        f"{run.environment.get('started', 'at an unknown time')}{resumed}, trained for {duration(result['seconds'])}."
+        f"{recipe.model}, stage {recipe.stage}, fold {run.fold}: epoch {result.best_epoch} of {result.epochs} "
+        f"was best, on {result.validation_rows:,} validation images of {', '.join(recipe.datasets)}. Started "
+        f"{run.environment.get('started', 'at an unknown time')}{resumed}, trained for {duration(result.seconds)}."
     )
     return html_page.paragraph(told) + html_page.numbers(numbers)
 
@@ -95,11 +95,11 @@ def training_section(run: FinishedRun) -> str:
         return html_page.paragraph("Not shown: metrics.jsonl holds no logged update.", "note")
     result = run.result
     losses = [line["loss"] for line in run.metrics if "loss" in line]
-    figure = training_plots.learning_curve(run.folder / "metrics.jsonl", baseline=result["mean_prompt_baseline"])
+    figure = training_plots.learning_curve(run.folder / "metrics.jsonl", baseline=result.mean_prompt_baseline)
     alt = (
-        f"Curves over {result['updates']:,} updates: the training loss goes from {losses[0]:.3f} to {losses[-1]:.3f}, "
-        f"the validation cosine reaches {result['cosine_similarity']:.4f} in epoch {result['best_epoch']}; the mean "
-        f"prompt has {result['mean_prompt_baseline']:.4f}."
+        f"Curves over {result.updates:,} updates: the training loss goes from {losses[0]:.3f} to {losses[-1]:.3f}, "
+        f"the validation cosine reaches {result.cosine_similarity:.4f} in epoch {result.best_epoch}; the mean "
+        f"prompt has {result.mean_prompt_baseline:.4f}."
     )
     scored = pd.DataFrame([line for line in run.metrics if "cosine_similarity" in line])
     names = {
@@ -114,11 +114,11 @@ def training_section(run: FinishedRun) -> str:
 
 
 def scores_section(run: FinishedRun, validation: Validation) -> str:
-    result, base = run.result, run.result["mean_prompt_baseline"]
-    scores = {"all rows": (result["validation_rows"], result["cosine_similarity"])}
-    if result.get("cosine_similarity_clean") is not None:
-        scores["clean rows"] = (result["clean_rows"], result["cosine_similarity_clean"])
-    scores["mean prompt (baseline)"] = (result["validation_rows"], base)
+    result, base = run.result, run.result.mean_prompt_baseline
+    scores = {"all rows": (result.validation_rows, result.cosine_similarity)}
+    if result.cosine_similarity_clean is not None:
+        scores["clean rows"] = (result.clean_rows, result.cosine_similarity_clean)
+    scores["mean prompt (baseline)"] = (result.validation_rows, base)
     frame = pd.DataFrame(scores, ["images", "cosine"]).T.astype({"images": int})
     frame = frame.rename_axis("what")
     frame["over the mean prompt"] = frame["cosine"] - base
@@ -151,7 +151,7 @@ def slices_section(run: FinishedRun, validation: Validation) -> str:
     )
     figure = ""
     if any(len(table) > 1 for table in tables.values()):
-        drawn = score_plots.slice_scores(tables, {run.name: run.result["cosine_similarity"]})
+        drawn = score_plots.slice_scores(tables, {run.name: run.result.cosine_similarity})
         ends = [
             f"by {name}, best for {table[run.name].idxmax()} ({table[run.name].max():.4f}) and worst for "
             f"{table[run.name].idxmin()} ({table[run.name].min():.4f})"
@@ -205,13 +205,13 @@ def speed_section(run: FinishedRun) -> str:
     pace, waiting = run.pace
     if not pace > 0:
         return html_page.paragraph("Not shown: metrics.jsonl tells no speed.", "note")
-    epochs = run.result["epochs"]
+    epochs = run.result.epochs
     facts = {
         "images per second": f"{pace:,.0f}",
         "waiting for data": f"{waiting:.1%}",
-        "trained for": duration(run.result["seconds"]),
-        "per epoch, evaluation included": duration(run.result["seconds"] / epochs),
-        "updates": f"{run.result['updates']:,}",
+        "trained for": duration(run.result.seconds),
+        "per epoch, evaluation included": duration(run.result.seconds / epochs),
+        "updates": f"{run.result.updates:,}",
     }
     if held := [line["gpu_memory_gb"] for line in run.metrics if "gpu_memory_gb" in line]:
         total = f" of {run.environment['gpu_gb']:.0f} GB" if "gpu_gb" in run.environment else " GB"
@@ -227,10 +227,10 @@ def speed_section(run: FinishedRun) -> str:
 def unreadable_section(run: FinishedRun) -> str:
     """Training images that could not be read; nothing where all could."""
     path = run.folder / "unreadable_images.tsv"
-    if not run.result.get("unreadable_images"):
+    if not run.result.unreadable_images:
         return ""
     told = html_page.paragraph(
-        f"{run.result['unreadable_images']:,} training images could not be read; others were trained on instead. "
+        f"{run.result.unreadable_images:,} training images could not be read; others were trained on instead. "
         f"kutils check {' '.join(f'input/{name}.tsv' for name in run.recipe.datasets)} sets them apart.",
         "note",
     )

@@ -94,7 +94,7 @@ def run_curves(finished: Sequence[FinishedRun]) -> Figure:
     figure, (loss_axes, score_axes) = new_axes(2, width=13, height=4 + 0.22 * len(finished))
     for run, style in zip(finished, model_styles([run.name for run in finished]).values(), strict=True):
         look = style._asdict()
-        total = run.result["updates"]
+        total = run.result.updates
         logged = [line for line in run.metrics if "loss" in line]
         scored = [line for line in run.metrics if "cosine_similarity" in line]
         losses = pd.Series([line["loss"] for line in logged], dtype=float)

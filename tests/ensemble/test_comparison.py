@@ -11,7 +11,7 @@ from fixtures.notebooks import assert_readable, execute, figures, printed
 from kutils.data import datasets
 from kutils.data.datasets import DataError
 from kutils.ensemble import comparison
-from kutils.runs import folders
+from kutils.runs.finished import read_result
 from kutils.system import paths
 
 
@@ -24,15 +24,15 @@ def cosines(root, name, fold=0):
 
 def test_runs_of_other_rows_are_another_group(finished):
     chosen = comparison.select()
-    first, second = (folders.result_of(finished / "working" / "runs" / f"{name}_fold0") for name in ("first", "second"))
+    first, second = (read_result(finished / "working" / "runs" / f"{name}_fold0") for name in ("first", "second"))
     order = ["first_fold0", "second_fold0"]
-    if second["cosine_similarity"] > first["cosine_similarity"]:
+    if second.cosine_similarity > first.cosine_similarity:
         order.reverse()
     assert [run.name for run in chosen] == [*order, "first_fold1"]
     table = comparison.table(chosen)
     assert table["rows"].tolist() == ["A", "A", "B"] and table["fold"].tolist() == [0, 0, 1]
-    assert table.loc["first_fold0", "cosine"] == first["cosine_similarity"]
-    gain = first["cosine_similarity"] - first["mean_prompt_baseline"]
+    assert table.loc["first_fold0", "cosine"] == first.cosine_similarity
+    gain = first.cosine_similarity - first.mean_prompt_baseline
     assert table.loc["first_fold0", "gain"] == pytest.approx(gain)
     assert all(pd.api.types.is_numeric_dtype(table[name]) for name in ("cosine", "gain", "seconds", "images/s"))
     told = comparison.describe(chosen).splitlines()
@@ -150,5 +150,5 @@ def test_the_notebook_shows_all_of_it(finished):
     outputs = [output.get("data", {}) for cell in executed for output in cell.get("outputs", [])]
     shown = ["".join(each["text/html"]) for each in outputs if "text/html" in each]
     assert len(shown) == 4 and all("<table class='sortable'>" in each for each in shown)
-    score = folders.result_of(finished / "working" / "runs" / "second_fold0")["cosine_similarity"]
+    score = read_result(finished / "working" / "runs" / "second_fold0").cosine_similarity
     assert f">{score:.4f}</td>" in shown[0] and "lr</th>" in shown[1]

@@ -1,11 +1,12 @@
 """The nearest training prompts as a prediction: against plain NumPy on a run whose predictions are made here."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from fixtures.datasets import make_dataset, unit_rows
+from fixtures.finished_runs import RESULT
 
 from kutils.__main__ import run as run_command
 from kutils.data.datasets import load_datasets
@@ -32,7 +33,7 @@ def run(workspace, tiny_recipe):
     path = folder / "fold3_predictions.npz"
     out_of_fold.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
     (folder / "config.yaml").write_text(recipe.to_yaml())
-    (folder / "result.json").write_text(json.dumps({"fold": 3}))
+    replace(RESULT, fold=3).write(folder)
     return folder, data, np.delete(rows, 7), np.delete(predicted, 7, axis=0)
 
 

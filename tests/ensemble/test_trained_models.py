@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fixtures.datasets import unit_rows
 from fixtures.ensembles import by_hand, write_ensemble
+from fixtures.finished_runs import RESULT
 
 from kutils.__main__ import run as run_command
 from kutils.data.prompt_bank import PromptBank
@@ -43,8 +45,8 @@ def trained(workspace, tiny_recipe):
         run = workspace / "working" / "runs" / f"{name}_fold0"
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(recipe.to_yaml())
-        result = {"checkpoint": f"{name}/{path.name}", "cosine_similarity": facts["cosine_similarity"]}
-        (run / "result.json").write_text(json.dumps(result))
+        score = facts["cosine_similarity"]
+        replace(RESULT, checkpoint=f"{name}/{path.name}", cosine_similarity=score).write(run)
         os.utime(run / "result.json", (number, number))
         built[run.name] = (model, recipe)
     return built

@@ -1,12 +1,14 @@
 """Finished runs, found by name."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
+from fixtures.finished_runs import RESULT
 
-from kutils.runs import folders
+from kutils.runs import finished, folders
 from kutils.system import paths
 
 
@@ -37,6 +39,22 @@ def test_a_damaged_result_is_named():
     path = finish("vit_fold0", 100) / "result.json"
     path.write_text("")
     with pytest.raises(ValueError, match=rf"{path} is damaged .*put it back"):
-        folders.result_of(path.parent)
+        finished.read_result(path.parent)
     (path.parent / "config.yaml").unlink()  # nothing tells what it was
     assert folders.find_finished() == []
+
+
+def test_a_result_is_read_as_it_was_written_and_one_that_lacks_a_value_is_named(tmp_path):
+    RESULT.write(tmp_path)
+    assert finished.read_result(tmp_path) == RESULT
+    path = tmp_path / "result.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"of a later version": 1}))
+    assert finished.read_result(tmp_path) == RESULT
+    del content["updates"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{path} lacks updates"):
+        finished.read_result(tmp_path)
+    assert "cosine 0.5000 (epoch 1 of 2); mean-prompt baseline 0.2500" in RESULT.summary()
+    clean = dataclasses.replace(RESULT, cosine_similarity_clean=0.4)
+    assert clean.gain == 0.25 and "0.4000 on rows without a similar training prompt" in clean.summary()

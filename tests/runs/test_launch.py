@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fixtures.finished_runs import RESULT
 
 from kutils.runs import launch
 from kutils.runs.launch import CommandFailed, check_parameters
@@ -75,7 +76,7 @@ def test_a_fold_is_finished_with_its_result_and_alone_with_its_notebook_too(work
     assert not launch.is_finished(run, notebook, alone) and not launch.is_finished(run, notebook, first)
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(run.recipe.to_yaml())
-    (run.folder / "result.json").write_text('{"fold": 0}')
+    RESULT.write(run.folder)
     assert not launch.is_finished(run, notebook, alone) and launch.is_finished(run, notebook, first)
     ended = "2026-01-01T10:00:00"
     for exception, end_time, finished in ((True, ended, False), (None, None, False), (None, ended, True)):

@@ -16,7 +16,7 @@ from PIL import Image
 from kutils.data import datasets, shards, transforms
 from kutils.ensemble import blending, fit, validated
 from kutils.models import checkpoints
-from kutils.runs import folders
+from kutils.runs.finished import read_result
 from kutils.runs.recipes import Recipe
 from kutils.system import paths
 from kutils.system.tables import read_table, write_table
@@ -76,7 +76,7 @@ def test_models_stand_side_by_side_on_the_same_rows(world):
         np.testing.assert_array_equal(of.predictions[run], embeddings[np.argsort(rows)])
         expected = (embeddings * targets[rows]).sum(axis=1)[np.argsort(rows)]
         np.testing.assert_allclose(of.cosines[run], expected, atol=1e-6)
-        score = folders.result_of(world / "working" / "runs" / run)["cosine_similarity"]
+        score = read_result(world / "working" / "runs" / run).cosine_similarity
         assert of.mean_scores()[run] == pytest.approx(score, abs=1e-6)
     together = of.predictions[RUNS[0]] + of.predictions[RUNS[1]]
     together /= np.linalg.norm(together, axis=1, keepdims=True)

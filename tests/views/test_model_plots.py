@@ -1,9 +1,12 @@
 """Figures of several models: what is drawn is what was measured."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from fixtures.finished_runs import RESULT
 
 from kutils.runs.finished import FinishedRun
 from kutils.views import figures, score_plots, training_plots
@@ -24,7 +27,7 @@ def make_run(tiny_recipe, tmp_path):
         metrics = [{"step": step, "loss": 1 / step, "images_per_second": 100.0, "data_wait": 0.1} for step in steps]
         metrics.insert(updates // 2, {"step": updates // 2, "cosine_similarity": score / 2})
         metrics.append({"step": updates, "cosine_similarity": score})
-        return FinishedRun(tmp_path / name, tiny_recipe(), {"updates": updates, "fold": 0}, {}, metrics)
+        return FinishedRun(tmp_path / name, tiny_recipe(), replace(RESULT, updates=updates), {}, metrics)
 
     return make
 

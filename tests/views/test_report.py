@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,9 +14,8 @@ from fixtures.finished_runs import FAST, SCRIPT
 from PIL import Image
 
 from kutils.data import datasets
-from kutils.runs import folders as runs_folders
 from kutils.runs import recipes
-from kutils.runs.finished import FinishedRun, read_run
+from kutils.runs.finished import FinishedRun, read_result, read_run
 from kutils.system import paths
 from kutils.system.tables import read_table, write_table
 from kutils.training import examples, train
@@ -131,7 +131,7 @@ def test_a_run_whose_data_has_changed_says_so(finished):
     page = read_page(folder)
     for section in ("Scores", "Scores by slice", "Best and worst"):
         assert any("was made for other validation rows" in text for text in page.sections[section])
-    assert f"{runs_folders.result_of(folder)['cosine_similarity']:.4f}" in page.texts and len(page.all("img")) == 2
+    assert f"{read_result(folder).cosine_similarity:.4f}" in page.texts and len(page.all("img")) == 2
 
 
 @pytest.mark.parametrize("lost", ["toy.tsv", "toy_images", "predictions", "environment.json", "metrics.jsonl"])
@@ -150,7 +150,7 @@ def test_what_is_gone_is_said(finished, lost):
     page = read_page(folder)
     for text in said:
         assert any(text in each for each in page.texts), text
-    assert f"{runs_folders.result_of(folder)['cosine_similarity']:.4f}" in page.texts
+    assert f"{read_result(folder).cosine_similarity:.4f}" in page.texts
 
 
 def test_waiting_and_unreadable_images_are_told(finished):
@@ -159,7 +159,7 @@ def test_waiting_and_unreadable_images_are_told(finished):
     for line in lines:
         line |= {"data_wait": 0.25} if "data_wait" in line else {}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    paths.write_json(folder / "result.json", runs_folders.result_of(folder) | {"unreadable_images": 1})
+    replace(read_result(folder), unreadable_images=1).write(folder)
     write_table(folder / "unreadable_images.tsv", {"row": ["7"], "image": ['toy_images/"x.png'], "reason": ["cut"]})
     report.write_report(folder)
     page = read_page(folder)
