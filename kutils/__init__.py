@@ -1,4 +1,4 @@
-"""From a generated image back to the meaning of its prompt: the parts that the notebooks and commands share."""
+"""Predicts the embedding of a prompt from the image that was generated from it."""
 
 import os
 import shlex

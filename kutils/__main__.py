@@ -1,4 +1,4 @@
-"""The one command: `kutils COMMAND ...`, or `python -m kutils COMMAND ...` where the package is not installed."""
+"""Runs the command `kutils COMMAND ...`; without installation, `python -m kutils COMMAND ...`."""
 
 import difflib
 import errno

@@ -1,4 +1,4 @@
-"""The whole pipeline at small scale: data, folds, training, SAM, ensemble, submission, and one table of scores.
+"""Runs the whole pipeline at small scale, from data to submission, and prints one table of scores.
 
 It executes the notebooks as a user would, in folders of its own below `working/demo/<scale>/`. Run again, it keeps what
 is there: data, finished runs and their checkpoints.

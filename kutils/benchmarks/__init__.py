@@ -1,1 +1,1 @@
-"""Speed and numbers beside the published pipeline and the plain way; nothing imports this room."""
+"""Speed and memory beside the published pipeline and the plain way; nothing imports this room."""

@@ -1,4 +1,4 @@
-"""What work on data sets costs: the benchmark's sections on it."""
+"""Measures checking and packing of images."""
 
 import os
 import shutil

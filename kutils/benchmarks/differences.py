@@ -1,4 +1,4 @@
-"""How far numbers are from those of the published pipeline: the benchmark's section on what speed changes."""
+"""Measures how far pixels and losses are from those of the published pipeline."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""How fast prompts are embedded beside plain sentence-transformers, and how exactly: the benchmark's section on it."""
+"""Measures how fast and how exactly prompts are embedded, compared with sentence-transformers."""
 
 import time
 from collections.abc import Sequence

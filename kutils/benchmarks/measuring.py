@@ -1,7 +1,6 @@
-"""Speed and memory beside the plain way to do the same: what `notebooks/benchmark` runs and keeps.
+"""Times sections of the benchmark, and keeps their results in `working/benchmark/results.json`.
 
-A section is a function that returns entries; `save` puts them into `working/benchmark/results.json`. The published
-pipeline, beside which loading and training are measured, is written out in `kutils/benchmarks/published.py`.
+A section is a function that returns entries. Loading and training are compared with `kutils/benchmarks/published.py`.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The published pipeline, written out plainly: what ours is compared with, in tests and in the benchmark.
+"""Holds the published pipeline, written out plainly: what tests and the benchmark compare with.
 
 Images are decoded by Pillow and augmented as Pillow images by torchvision's first transforms; the network runs in NCHW
 under float16 autocast with a loss scaler, MADGRAD is timm's loop over parameters, SAM two such loops around it. Needs

@@ -1,4 +1,4 @@
-"""Opening five million rows beside pandas and NumPy: the benchmark's section on it.
+"""Measures how five million rows are opened, compared with pandas and NumPy.
 
 What a process costs is measured in children of its own: `python -m kutils.benchmarks.rows rank RESULT NAME ...`.
 """

@@ -1,4 +1,4 @@
-"""Similar pairs and nearest prompts beside FAISS, and what folds leak: the benchmark's sections on similarity."""
+"""Measures the search for similar pairs and nearest prompts, compared with FAISS, and what folds leak."""
 
 import argparse
 import importlib.util

@@ -1,4 +1,4 @@
-"""What an update, its SAM and validation cost beside the published step: the benchmark's section on training.
+"""Measures an update, SAM and validation, compared with the published step.
 
 On a GPU the five networks of the recipes, on a CPU the tiny ones. Weights are random: they do not change the time.
 """

@@ -1,1 +1,1 @@
-"""Data sets as training reads them: index, sampler, transforms, shards, checks, prompt bank."""
+"""Data sets as training reads them: index, sampler, transforms, shards, checks, prompt banks."""

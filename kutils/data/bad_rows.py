@@ -1,4 +1,4 @@
-"""Which rows of data sets cannot be trained on: unreadable images, empty prompts, one image under two prompts."""
+"""Finds rows that cannot be trained on: unreadable images, empty prompts, one image with two prompts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Is a data set fit for training? Images, duplicates, embeddings, prompts and folds.
+"""Checks whether data sets are fit for training: images, duplicates, embeddings, prompts and folds.
 
 `kutils check input/<name>.tsv ...` looks at every image. Training itself asks for the validation images alone
 before its first step, since every validation row must be scored.

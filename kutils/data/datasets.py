@@ -1,4 +1,4 @@
-"""Data sets of a recipe, concatenated: rows of image, prompt and fold, mapped embeddings, and what an epoch draws.
+"""Joins the data sets of a recipe (images, prompts, folds, mapped embeddings), and samples each epoch.
 
 A data set is `input/<name>.tsv`, `input/<name>.npy` (float32 [rows, 384], unit rows, same order) and the images that
 the TSV names, relative to `input/`, or `input/<name>.shards/`, to which they were packed.

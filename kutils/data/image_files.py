@@ -1,4 +1,4 @@
-"""What image files are: does each decode, how large is it, of which format, blank, the same as another? In parallel."""
+"""Examines image files in parallel: format, size, whether each decodes, is blank, or equals another."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""What is worked out once about a combination of data sets, in one memory-mapped file below `working/cache/`.
+"""Parses and checks a combination of data sets once, and keeps the result in a memory-mapped file.
 
 Five million rows are parsed, checked and hashed in the first open; every later one, and every rank and worker, maps the
 same file and shares its pages.

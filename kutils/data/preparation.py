@@ -1,4 +1,4 @@
-"""Bring data sets to the state that training needs, and look at what they hold before anything is trained on them."""
+"""Makes data sets ready for training (embeddings, folds), and summarises what they hold."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prompts to be looked up by embedding: `kutils bank --datasets A,B --output FILE.arrow`.
+"""Stores prompts with their embeddings in one file, and finds those nearest to an embedding.
 
 A bank is one Arrow IPC file, mapped: a million prompts are there in a millisecond, and processes share their pages.
 """

@@ -1,4 +1,4 @@
-"""Bad rows of a data set apart from the good ones, which are a data set of their own: `<name>.checked`."""
+"""Separates the bad rows of a data set from the good ones, which become the data set `<name>.checked`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Images of a data set encoded anew at the size of training, in few large files: `input/<name>.shards/`.
+"""Packs the images of a data set at the size of training into few large files, `input/<name>.shards/`.
 
 `kutils shards input/<name>.tsv --size 448` writes them; training on `<name>` then reads them in place of the
 image files. Table, embeddings and folds stay what they are. Row i is in shard i // ROWS_PER_SHARD, an Arrow file that

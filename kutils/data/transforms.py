@@ -1,4 +1,4 @@
-"""From an image file to the network's input: decode and crop in uint8 on the host, everything per pixel on the device.
+"""Turns image files into network input: decodes and crops on the host, adjusts colours on the device.
 
 The host decodes, crops and resizes (uint8, one image at a time); colour jitter and normalisation run on the device over
 the whole batch, every image with factors of its own.

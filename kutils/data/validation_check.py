@@ -1,4 +1,4 @@
-"""The validation images are decoded before the first step of a run, since every row must be scored."""
+"""Decodes the validation images before a run's first step, since every row must be scored."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Predictions of several model families as one, and the weights for it: the ensemble's mathematics, without files."""
+"""Combines the predictions of several model families and fits their weights; works on arrays alone."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Runs beside each other: scores, what differs between their configurations, and the same validation rows row by row.
+"""Compares runs: scores, differences between their configurations, and the same validation rows row by row.
 
 Scores compare where two runs were validated on the same rows: the same fold of the same data.
 """

@@ -1,4 +1,4 @@
-"""The ensemble of a configuration: its members, and weights fitted on the predictions of rows they have not seen.
+"""Fits the weights of an ensemble on predictions of rows that its members have not trained on.
 
 Members of a family (one recipe, trained on several folds) are averaged; families are added by weights. These are fitted
 on fold 0 with exactly one member per family, the one validated on that fold: the others have trained on its rows and

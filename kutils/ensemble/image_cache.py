@@ -1,4 +1,4 @@
-"""Images of a folder as the networks' pixels: each decoded once per input size, however many models look at it."""
+"""Decodes the images of a folder once per input size, however many models read them."""
 
 import itertools
 import math

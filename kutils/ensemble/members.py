@@ -1,4 +1,4 @@
-"""Members of an ensemble: what a configuration names, their checkpoints, and their out-of-fold predictions."""
+"""Reads the members of an ensemble: configuration, checkpoints and out-of-fold predictions."""
 
 import json
 import math

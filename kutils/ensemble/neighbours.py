@@ -1,4 +1,4 @@
-"""Are known prompts near a prediction a better prediction? `kutils neighbours RUN`, of a finished run."""
+"""Scores the training prompts nearest to a prediction as a prediction of their own: `kutils neighbours RUN`."""
 
 import argparse
 import itertools

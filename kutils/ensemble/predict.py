@@ -1,4 +1,4 @@
-"""Images to embeddings: `kutils predict --config conf/RECIPE.yaml --checkpoint FILE --images DIR --output FILE`.
+"""Predicts the embeddings of a folder of images with one model: `kutils predict`.
 
 One model, on all GPUs of this process, or as ranks of torchrun.
 """

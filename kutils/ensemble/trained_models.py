@@ -1,4 +1,4 @@
-"""Which prompts a trained model sees in an image: `kutils ask IMAGE [IMAGE ...]`."""
+"""Finds trained models, and prints the prompts nearest to what they predict: `kutils ask IMAGE [IMAGE ...]`."""
 
 import argparse
 import json

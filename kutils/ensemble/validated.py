@@ -1,4 +1,4 @@
-"""What several models predicted for the same validation rows, side by side, and what their ensemble makes of it."""
+"""Aligns several models' predictions of the same validation rows, and adds those of their ensemble."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""All models of an ensemble, one in memory at a time, within a time budget; a complete result at every moment.
+"""Predicts with all models of an ensemble, one after the other, within a time budget.
 
 What a model costs is measured before the first one runs, on this machine. What does not fit is left out in the order in
 which the ensemble loses least by it.

@@ -1,4 +1,4 @@
-"""Images by a Stable Diffusion pipeline: loaded, sampled in batches of any prompts, looked at, and done again if bad.
+"""Loads a Stable Diffusion pipeline, samples images in batches, and repeats those that came out bad.
 
 An image's noise is drawn on the CPU by a generator of its own, so that batch, rank and order do not matter to it.
 """

@@ -1,4 +1,4 @@
-"""Images from prompts: a data set in the format of the recipes, resumable, each image decided by its prompt alone.
+"""Makes a data set of images from prompts; continues when interrupted, and each image has its own seed.
 
 By the built-in renderer, or by a diffusion model: alone, or as ranks of torchrun.
 """

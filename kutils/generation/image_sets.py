@@ -1,4 +1,4 @@
-"""A data set of images that is being made from prompts: names, seeds, what is missing, how it is made, its table."""
+"""Describes a data set of images in the making: names, seeds, settings, what is missing, and its table."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""A data set by a diffusion model: the missing images shared among ranks, saved while the next are made, counted."""
+"""Samples the missing images of a data set on all ranks, and saves them meanwhile."""
 
 import collections
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The objects that the built-in renderer draws: each a few flat parts on the square from -1 to 1, y downwards."""
+"""Draws the objects of the built-in renderer: each a few flat parts on the square from -1 to 1, y downwards."""
 
 from PIL import Image, ImageColor, ImageDraw
 

@@ -1,4 +1,4 @@
-"""The backgrounds and the styles of the built-in renderer: what stands behind the objects, and how it is drawn."""
+"""Draws the backgrounds of the built-in renderer, and applies its styles."""
 
 from collections.abc import Callable
 

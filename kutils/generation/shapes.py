@@ -1,4 +1,4 @@
-"""The built-in renderer: prompts of a small visual language, and pictures that show what they say.
+"""Makes prompts of a small visual language, and renders pictures that show what they say.
 
 It stands in for a diffusion model where there is none: the whole pipeline runs on a laptop with it, and since every
 word that counts is visible, a network has something to learn. Prompt and picture are functions of their seeds alone.

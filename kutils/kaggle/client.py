@@ -1,4 +1,4 @@
-"""Kaggle's command line client with every refusal an error: data sets, the kernel, its output, the submission.
+"""Runs the Kaggle client and turns the failures that it hides into errors.
 
 The client ends with exit code 0 when a push fails, a source is not added or a folder is left out, and ignores a
 misspelt key. So each step is checked before it, in what the client prints, and in what Kaggle holds afterwards.

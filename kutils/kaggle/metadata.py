@@ -1,4 +1,4 @@
-"""What is sent to Kaggle, checked before it is sent: a folder of a data set, a kernel with its notebook.
+"""Checks the folders of data sets and kernels before they are sent to Kaggle.
 
 The client ignores a misspelt key, leaves out a folder and takes a notebook that ends at once, all without a word. What
 it reads was looked up in the sources of kaggle 2.2.5.

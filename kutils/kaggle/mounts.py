@@ -1,4 +1,4 @@
-"""What a Kaggle notebook finds among its inputs: known by what it holds, never by one fixed path.
+"""Finds code, weights and images among the inputs of a Kaggle notebook, by their content.
 
 Inputs are mounted as `/kaggle/input/{competitions,datasets,notebooks}/...` now and as `/kaggle/input/<slug>` before.
 """

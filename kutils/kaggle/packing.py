@@ -1,4 +1,4 @@
-"""Pack code and weights, push the kernels, submit: `kutils kaggle code|weights|push|check|submit`.
+"""Packs code and weights, pushes the kernels, submits: `kutils kaggle code|weights|push|check|submit`.
 
 What is sent is first laid out in `working/kaggle/<name>/`, so that it can be looked at; `--dry-run` stops there.
 `kernel-metadata/kaggle.yaml` says whose account it is and which ensemble.

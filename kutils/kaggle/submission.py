@@ -1,4 +1,4 @@
-"""`submission.csv`: 384 rows per image, written in chunks and checked as the competition reads it."""
+"""Writes `submission.csv` in chunks, 384 rows per image, and checks it as the competition reads it."""
 
 import itertools
 from collections.abc import Iterator, Sequence

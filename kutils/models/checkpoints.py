@@ -1,4 +1,4 @@
-"""Files of a run: published checkpoints (weights and what made them), and the state from which a cut run goes on."""
+"""Saves and loads published checkpoints, and the state from which an interrupted run continues."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What of a backbone the head sees, and the head itself."""
+"""Selects the features of a backbone that the linear head sees, and builds that head."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The network of a recipe: timm backbone -> linear head -> unit vector, the prompt's embedding."""
+"""Builds the network of a recipe: timm backbone, linear head, and a unit vector, the prompt's embedding."""
 
 from contextlib import nullcontext
 

@@ -1,7 +1,7 @@
-"""Pretrained backbones from the model hub, a file or a folder: `kutils pretrained FOLDER [MODEL ...]`.
+"""Loads pretrained backbones from the hub, a file or a folder; `kutils pretrained FOLDER` downloads them.
 
-The command downloads the weights of the recipes into a folder, for a machine without network: there
-`pretrained=FOLDER` takes each recipe's own file from it.
+On a machine without network, `pretrained=FOLDER` takes each recipe's own file from a folder that was downloaded
+elsewhere.
 """
 
 import argparse

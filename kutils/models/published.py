@@ -1,4 +1,4 @@
-"""The published checkpoint layout: `backbone.*` under the names of open_clip's visual tower, and `fc.weight`.
+"""Converts weights to and from the published layout, which uses open_clip's names for the backbone.
 
 The 5th-place solution trained open_clip's networks and saved them under open_clip's names; timm builds the same
 networks under other names. Checkpoints here carry the published names, so that either side reads the other's files.

@@ -1,1 +1,1 @@
-"""Prompts without images: lists, cleaning, grammar, text encoder, similar pairs, near-duplicates, folds."""
+"""Lists of prompts, cleaning, the grammar, the text encoder, similar pairs, near-duplicates, folds."""

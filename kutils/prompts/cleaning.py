@@ -1,4 +1,4 @@
-"""Which prompts are kept: tidied, neither short nor long, in English, each once; and a report of all others."""
+"""Decides which prompts are kept (length, language, no repetition), and reports what was dropped and changed."""
 
 import functools
 import hashlib

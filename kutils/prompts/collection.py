@@ -1,4 +1,4 @@
-"""Prompts from what there is (lists, tables, Parquet, JSON, collections of captions) into one clean prompts file."""
+"""Collects prompts from text, tables, Parquet, JSON and caption files into one clean prompts file."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Prompts to unit embeddings: in memory, or of a whole table, by ranks and beyond a kill."""
+"""Embeds prompts in memory, or those of whole tables on several ranks; continues after a kill."""
 
 import argparse
 import errno

@@ -1,4 +1,4 @@
-"""The text encoder: all-MiniLM-L6-v2, in whose space the competition scores, or what a folder holds."""
+"""Loads the text encoder: all-MiniLM-L6-v2, in whose space the competition scores, or another from a folder."""
 
 import functools
 import hashlib

@@ -1,4 +1,4 @@
-"""Folds and de-duplication of files on disk: reads tables and embeddings, writes fold columns, lists and reports."""
+"""Assigns folds to data sets on disk: reads their tables and embeddings, writes fold columns and reports."""
 
 import argparse
 import json

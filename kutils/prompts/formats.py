@@ -1,4 +1,4 @@
-"""The files that prompts come in: each format's reader gives its entries one by one, and names what is wrong."""
+"""Reads the prompts of each file format one by one; an error names the file and the line."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""More prompts without more sources: from a grammar like the competition's, or two prompts of different topics in one.
+"""Makes prompts from a grammar like the competition's, or joins two prompts of different topics.
 
 Not for the built-in renderer, whose prompts have to be drawable: those are of `kutils.generation.shapes`.
 """

@@ -1,4 +1,4 @@
-"""The words and patterns of `kutils.prompts.grammar`: a context-free grammar, as data.
+"""Holds the words and patterns of `kutils.prompts.grammar`: a context-free grammar, as data.
 
 WORDS holds lists, the more usual words first (they are drawn more often). PATTERNS holds what is put together: each
 option with its weight. In an option, `{name}` is a word or pattern, `{name:s}` its plural, and `@` the article a or an.

@@ -1,4 +1,4 @@
-"""A list of prompts without near-duplicates: each one left out is close to one that was kept before it."""
+"""Leaves near-duplicates out of a list of prompts: those close to a prompt that was kept before."""
 
 import argparse
 from collections.abc import Sequence

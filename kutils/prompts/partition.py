@@ -1,4 +1,4 @@
-"""Folds of prompts across which little leaks, given their similar pairs; and how much does.
+"""Splits prompts into folds that keep similar prompts together, and measures what still leaks.
 
 Folds that keep similar prompts together (cosine >= 0.7 in the published recipe) make validation honest. Grouping
 transitively percolates: chains of similar captions join up to half of all real prompts to one component, which one

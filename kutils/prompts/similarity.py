@@ -1,4 +1,4 @@
-"""Similar prompts: all pairs at or above a cosine, exactly, within one set of embeddings or between two."""
+"""Finds all pairs of prompts at or above a cosine, exactly, within one set of embeddings or between two."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""The text of one prompt, tidied: odd characters, HTML, and what is written for a generator instead of a reader."""
+"""Tidies the text of one prompt: odd characters, HTML, and the notation of image generators."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""What the folder of a finished run says: result, pace, configuration beside its recipe, commands to run it again."""
+"""Reads a finished run's folder: result, speed, changes to its recipe, and the commands that repeat it."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was started with, how far it came, and what must not be overwritten."""
+"""Writes and reads a run's folder, and refuses to overwrite a run of another configuration."""
 
 import dataclasses
 import fnmatch

@@ -1,4 +1,4 @@
-"""Start training from a cell or the shell: one fold on the ranks of this machine or of several, or every fold.
+"""Starts training from a notebook or the shell: one fold on all ranks, or every fold of a recipe.
 
 This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
 """

@@ -1,4 +1,4 @@
-"""Which node of a job this machine is, and where the nodes meet: from the variables that job systems set."""
+"""Reads from the environment which node of a job this machine is, and where the nodes meet."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Recipes: one complete YAML file each, read strictly into a frozen dataclass; overrides go through the same checks."""
+"""Reads recipes strictly: one complete YAML file each; `key=value` changes pass the same checks."""
 
 import dataclasses
 import difflib

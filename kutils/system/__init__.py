@@ -1,1 +1,1 @@
-"""Files written whole, tables, devices and ranks, child processes, progress: knows no prompt, model or run."""
+"""Files, tables, devices and ranks, child processes, progress; knows no prompt, model or run."""

@@ -1,4 +1,4 @@
-"""Arrow files with a JSON head, made once by whichever process comes first, and memory-mapped by all."""
+"""Writes Arrow files with a JSON head once, by whichever process comes first, and memory-maps them for all."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Commands run as children of this process: output live, failures loud, an orderly end, nothing left running.
+"""Runs commands as child processes, shows their output, stops them cleanly on Ctrl-C, and reports failures.
 
 `python -m kutils.system.children MODULE [ARGUMENT ...]` is how a child starts, and a rank: it ends when its parent
 does. This module imports no torch: a notebook that launches ranks must not hold a GPU itself.

@@ -1,4 +1,4 @@
-"""Results of a long work in files of a chunk each until all are there: ranks share the work, a killed run goes on."""
+"""Saves finished chunks of long work, so that a killed run and several ranks continue where others stopped."""
 
 import glob
 import hashlib

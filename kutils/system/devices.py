@@ -1,4 +1,4 @@
-"""Which device computes, in which precision, and how the ranks of a run find each other."""
+"""Chooses the device and the precision, and connects the ranks of a run."""
 
 import datetime
 import os

@@ -1,4 +1,4 @@
-"""Embeddings on disk: float32 `.npy` files of unit rows beside their tables, mapped, checked and copied."""
+"""Maps, checks and copies embeddings on disk: float32 `.npy` files of unit rows beside their tables."""
 
 import json
 import os

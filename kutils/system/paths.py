@@ -1,4 +1,4 @@
-"""Where the repository, `input/` and `working/` are, here and on Kaggle; files written whole or not at all."""
+"""Says where the repository, `input/` and `working/` are; writes files whole or not at all."""
 
 import hashlib
 import json

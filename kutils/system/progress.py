@@ -1,4 +1,4 @@
-"""What long work tells while it goes on: a bar on a terminal, and little where every line stays."""
+"""Shows the progress of long work: a bar in a terminal, few lines in a log."""
 
 import sys
 import time

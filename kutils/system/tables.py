@@ -1,4 +1,4 @@
-"""Tab-separated tables, read and written one way: UTF-8, one header line, and no quoting (a quote is a character)."""
+"""Reads and writes tab-separated tables: UTF-8, one header line, and a quote is a character like any other."""
 
 import hashlib
 import re

@@ -1,1 +1,1 @@
-"""The training loop and its parts: losses, SAM, optimizer, resume, evaluation, out-of-fold predictions."""
+"""The training loop and its parts: losses, SAM, optimiser, resuming, evaluation, out-of-fold predictions."""

@@ -1,4 +1,4 @@
-"""One optimiser update, and one pass over the validation rows."""
+"""Does one optimiser update, and one pass over the validation rows."""
 
 import functools
 import time

@@ -1,4 +1,4 @@
-"""Score a checkpoint without training: `kutils evaluate --config conf/RECIPE.yaml --fold 0 [key=value ...]`.
+"""Scores a checkpoint without training: `kutils evaluate --config conf/RECIPE.yaml --fold 0 [key=value ...]`.
 
 Any checkpoint on any rows: another validation fold, other data sets, published weights. What it predicted, and what the
 head saw, can be kept in files. Alone or as ranks of torchrun.

@@ -1,4 +1,4 @@
-"""Images of a run to look at: training images as the network gets them, and the best and worst predictions."""
+"""Chooses images of a run to look at: training images as the network gets them, best and worst predictions."""
 
 import zipfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The data loader of training: how it is set up, and what unreadable images cost."""
+"""Sets up the data loader of training, and counts unreadable images."""
 
 from pathlib import Path
 

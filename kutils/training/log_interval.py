@@ -1,4 +1,4 @@
-"""What a run counts between two lines of its log, summed over ranks."""
+"""Averages loss and speed since the last log line, over all ranks."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The leaderboard metric, and the same as a loss."""
+"""Computes the cosine similarity of the leaderboard, as a metric and as a loss."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Parameter groups, MADGRAD and the learning-rate schedule of the recipes."""
+"""Builds the optimiser MADGRAD, its parameter groups and the learning-rate schedule."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Predictions of a fold's rows, gathered from all ranks and written as the file that the ensemble is fitted on."""
+"""Writes and reads the predictions of a fold's rows, which the ensemble is fitted on."""
 
 import json
 import os

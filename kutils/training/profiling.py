@@ -1,4 +1,4 @@
-"""Where the time of training goes: a profile of some updates, whether a run waits for data, and what to do about it."""
+"""Profiles some updates, measures how long a run waits for data, and advises what to change."""
 
 import atexit
 import gzip

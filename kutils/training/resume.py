@@ -1,4 +1,4 @@
-"""Going on where a run was cut: its saved state is read back and checked against what is trained now."""
+"""Reads the saved state of an interrupted run, and checks that it belongs to what is trained now."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation (Foret et al. 2021): take the gradient where the loss is worst nearby."""
+"""Perturbs the weights for sharpness-aware minimisation (SAM, Foret et al. 2021)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

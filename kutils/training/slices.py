@@ -1,4 +1,4 @@
-"""In what is a model good? Rows of a fold sorted into slices by their prompts, and the mean score of each slice."""
+"""Sorts the rows of a fold into slices by their prompts, and computes the mean score of each slice."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Train one fold of a recipe: `kutils train --config conf/<recipe>.yaml --fold 0 [key=value ...]`.
+"""Trains one fold of a recipe: `kutils train --config conf/RECIPE.yaml --fold 0 [key=value ...]`.
 
 Every rank runs this file (torchrun starts several). It reads from top to bottom: where the run stands, data, model,
 optimiser, then epoch by epoch: train, evaluate, save.

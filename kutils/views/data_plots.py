@@ -1,4 +1,4 @@
-"""Figures of data sets: lengths of prompts, folds, a map of prompts, sizes and brightness of images."""
+"""Draws data sets: lengths of prompts, folds, a map of prompts, sizes and brightness of images."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the notebook `explore` looks at: data sets as a bank of prompts, and models by their predictions of a fold."""
+"""Gathers what the notebook `explore` shows: data sets, and the models' predictions of a fold."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What every figure is made of: one style, the colours, the same colour for the same model, and a text in its place.
+"""Sets the style of every figure: colours, sizes, and a text below it.
 
 Figures have a transparent background, and colours that read on white as well as on dark pages. A function that draws
 one is decorated with `@styled()` and begins with `new_axes`. In a notebook a figure is shown once and carries its text.

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: figures and images in it, light and dark, from a phone to a wide screen."""
+"""Writes one HTML page with its figures and images inside, readable in light and dark, on any screen."""
 
 import base64
 import hashlib

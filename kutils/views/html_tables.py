@@ -1,4 +1,4 @@
-"""Tables as HTML that a click on a column's head sorts, in a report and in a notebook, without a library.
+"""Writes tables as HTML, which a click on a column's head sorts.
 
 Without scripts, as on a page that shows a notebook and runs nothing, they are plain tables.
 """

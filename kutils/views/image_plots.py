@@ -1,4 +1,4 @@
-"""Figures of images: each in a square tile, with a title above and a text below."""
+"""Draws images in square tiles, with a title above and a text below each."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Colour, marker and line of a model, alike in every figure."""
+"""Gives each model its colour, marker and line, in every figure alike."""
 
 import re
 import zlib

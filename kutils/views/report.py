@@ -1,4 +1,4 @@
-"""What a finished run shows: examples as the network saw them, its predictions beside the truth, and all in one page.
+"""Writes `report.html` of a finished run: scores, curves, best and worst images, speed, configuration.
 
 `kutils report [RUN ...]` writes that page, `report.html`, into the run's folder; training does so at its end.
 """

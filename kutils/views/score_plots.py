@@ -1,4 +1,4 @@
-"""Figures of numbers: histograms of cosines, and bars or dots of scores, weights, times and counts."""
+"""Draws numbers: histograms of cosines, and bars or dots of scores, weights, times and counts."""
 
 import math
 import textwrap

@@ -1,4 +1,4 @@
-"""Figures of training: loss, learning rate, scores and speed over the updates, of one run or of several."""
+"""Draws training: loss, learning rate, scores and speed over the updates, of one run or of several."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The views of `explore` with their controls: drawn for the notebook's parameters, and again when a control changes.
+"""Gives the views of `explore` their controls, and draws them again when a control changes.
 
 Results are plain outputs of the notebook, which the controls replace: an executed notebook shows them anywhere, also
 where no kernel runs.
