@@ -125,7 +125,7 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int,
         good: int64, rows that may be embedded again; verify: how many of them are.
         report: gets `embeddings` (fit, missing or wrong), and what is to be said about them.
     """
-    npy_path, record = path.with_suffix(".npy"), embedding_files.read_record(path.with_suffix(".npy.json"))
+    npy_path, record = path.with_suffix(".npy"), paths.read_record(path.with_suffix(".npy.json"))
     if not npy_path.is_file():
         report["embeddings"] = "missing"
         report["warnings"].append(f"{npy_path} is not there yet: python input/gen_prompt_embedding.py {path}")

@@ -6,7 +6,6 @@ same file and shares its pages.
 
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kutils.system import paths
-from kutils.system.arrow import facts_of, map_once
+from kutils.system import arrow, paths
 from kutils.system.embedding_files import EMBEDDING_DIM, checked_blocks
 from kutils.system.tables import check_rows, folds_hash, read_table
 
@@ -46,7 +44,7 @@ def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
     """
     wanted = fingerprint(root, names)
     built = functools.cache(lambda: build(root, names, wanted))  # asked for again where it cannot be written
-    return as_index(map_once(cache_path(root, names, ".arrow"), wanted, lambda: built().to_reader()))
+    return as_index(arrow.map_once(cache_path(root, names, ".arrow"), wanted, lambda: built().to_reader()))
 
 
 def cache_path(root: Path, names: Sequence[str], suffix: str) -> Path:
@@ -63,7 +61,7 @@ def fingerprint(root: Path, names: Sequence[str]) -> dict:
 
 
 def as_index(table: pa.Table) -> DatasetIndex:
-    facts = facts_of(table)
+    facts = arrow.facts_of(table)
     return DatasetIndex(
         images=table["image"],
         prompts=table["prompt"],
@@ -97,7 +95,7 @@ def build(root: Path, names: Sequence[str], wanted: dict) -> pa.Table:
         "fold_counts": counts.tolist(),
         "fold_sums": sums.tolist(),
     }
-    return whole.replace_schema_metadata({"kutils": json.dumps(facts)})
+    return whole.replace_schema_metadata(arrow.with_facts(whole.schema, facts).metadata)
 
 
 def sum_by_fold(path: Path, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from kutils.prompts.folds import GroupingError
 from kutils.prompts.partition import leakage_report, report_warnings
 from kutils.prompts.similarity import similar_pairs
 from kutils.runs.recipes import nearest
-from kutils.system import embedding_files, paths
+from kutils.system import paths
 from kutils.system.tables import read_table
 
 GRAMMAR = "templates"  # the source of prompts that no file holds
@@ -92,7 +92,7 @@ def prepare(
             raise DataError(f"{path} is not there{close}; from a list of prompts it is made by: {made}")
     folds = np.concatenate([read_table(path, ["image", "prompt", "fold"])["fold"].to_numpy() for path in tsv_paths])
     for path in tsv_paths:
-        record = embedding_files.read_record(path.with_suffix(".npy.json"))
+        record = paths.read_record(path.with_suffix(".npy.json"))
         if not path.with_suffix(".npy").is_file() or record is not None:
             embedding.embed_table(path, dtype=(record or {}).get("dtype", "float32"))
     if refold or (folds < 0).all():

@@ -4,7 +4,6 @@ A bank is one Arrow IPC file, mapped: a million prompts are there in a milliseco
 """
 
 import argparse
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +16,7 @@ from torch import Tensor
 from kutils.data.datasets import PromptImages, load_datasets
 from kutils.data.index import cache_path, fingerprint
 from kutils.prompts.similarity import exact_products, unit_rows
-from kutils.system import paths
-from kutils.system.arrow import map_once
+from kutils.system import arrow
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, open_embeddings
 from kutils.system.progress import progress_bar
@@ -85,7 +83,7 @@ class PromptBank:
         def batches() -> pa.RecordBatchReader:
             return pa.RecordBatchReader.from_batches(schema(np.float32, facts), batches_of(data, rows))
 
-        return cls.of_table(map_once(cache_path(data.root, names, ".bank.arrow"), wanted, batches))
+        return cls.of_table(arrow.map_once(cache_path(data.root, names, ".bank.arrow"), wanted, batches))
 
     @classmethod
     def from_table(cls, tsv_path: Path) -> "PromptBank":
@@ -106,11 +104,11 @@ class PromptBank:
     def load(cls, path: Path) -> "PromptBank":
         """Map what `save` wrote; ValueError if it is none."""
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            facts = json.loads((table.schema.metadata or {}).get(b"kutils", b"{}"))
-        except (OSError, pa.ArrowInvalid, ValueError) as error:
+            table = arrow.map_table(path)
+            kind = arrow.facts_of(table).get("kind")
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} holds no prompts ({error})") from error
-        if facts.get("kind") != KIND:
+        if kind != KIND:
             raise ValueError(f"{path} holds no prompts: it is another Arrow file")
         return cls.of_table(table)
 
@@ -122,14 +120,17 @@ class PromptBank:
             keep: bool [n]: the prompts to write (default: all).
         """
         form = schema(dtype, {}, self.rows is not None)
-        with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, form) as writer:
+
+        def batches() -> Iterator[pa.RecordBatch]:
             for start, block in self.blocks():
                 part = np.arange(start, start + len(block))
                 part = part if keep is None else part[keep[part]]
                 prompts = self.prompts[start : start + len(block)].combine_chunks().take(pa.array(part - start))
                 columns = [prompts, as_lists(block.numpy()[part - start].astype(dtype))]
                 columns += [] if self.rows is None else [pa.array(self.rows[part])]
-                writer.write_batch(pa.record_batch(columns, schema=form))
+                yield pa.record_batch(columns, schema=form)
+
+        arrow.write_batches(path, form, batches())
 
     # ------------------------------------------------------------ what is in it
 
@@ -276,7 +277,7 @@ def schema(dtype: type, facts: dict, has_rows: bool = True) -> pa.Schema:
     """Of a bank's file."""
     fields = {"prompt": pa.large_string(), "embedding": pa.list_(pa.from_numpy_dtype(dtype), EMBEDDING_DIM)}
     fields |= {"row": pa.int64()} if has_rows else {}
-    return pa.schema(fields, {"kutils": json.dumps({"kind": KIND, **facts})})
+    return arrow.with_facts(pa.schema(fields), {"kind": KIND, **facts})
 
 
 def batches_of(data: PromptImages, rows: np.ndarray) -> Iterator[pa.RecordBatch]:

@@ -49,7 +49,7 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
         checked.with_suffix(suffix).unlink(missing_ok=True)
     if with_embeddings:
         embedding_files.copy_rows(map_embeddings(path.with_suffix(".npy"), len(bad)), good, checked.with_suffix(".npy"))
-        record = embedding_files.read_record(path.with_suffix(".npy.json"))
+        record = paths.read_record(path.with_suffix(".npy.json"))
         if record is not None:
             facts = {"rows": len(good), "prompts_sha256": hash_prompts(kept["prompt"])}
             paths.write_json(checked.with_suffix(".npy.json"), record | facts)

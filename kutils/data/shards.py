@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kutils.data import transforms
-from kutils.system import children, paths
+from kutils.system import arrow, children, paths
 from kutils.system.progress import progress_bar
 from kutils.system.tables import DataError, check_rows, hash_prompts, read_table
 
@@ -86,7 +86,7 @@ class Shards:
         self.mapped = functools.lru_cache(MOST_OPEN)(self.map_shard)
 
     def map_shard(self, number: int) -> pa.Array:
-        return read_shard(shard_path(self.folder, number))["image"].chunk(0)
+        return arrow.map_table(shard_path(self.folder, number))["image"].chunk(0)
 
     def read(self, row: int) -> bytes:
         """Content of an image file; OSError if the shard cannot be read."""
@@ -108,10 +108,9 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
     if not folder.is_dir():
         return None
     advice = f"kutils shards {tsv_path} makes what is missing; delete the folder to read image files"
-    try:
-        record = json.loads(record_path(folder).read_text())
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{folder} is not finished: {advice}") from error
+    record = paths.read_record(record_path(folder))
+    if record is None:
+        raise ShardError(f"{folder} is not finished: {advice}")
     wanted = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images)}
     if any(record.get(key) != value for key, value in wanted.items()):
         raise ShardError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
@@ -132,10 +131,6 @@ def record_path(folder: Path) -> Path:
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.arrow"
-
-
-def read_shard(path: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 # ---------------------------------------------------------------- writing
@@ -209,11 +204,8 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
     except (transforms.ImageError, FileNotFoundError) as error:
         tsv_path = path.parent.with_suffix(".tsv")
         raise ShardError(f"{error}; kutils check {tsv_path} finds all such images") from error
-    table = pa.table({"image": pa.array(encoded, pa.large_binary())}).replace_schema_metadata(
-        {"kutils": json.dumps(facts)}
-    )
-    with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
-        writer.write_table(table)
+    schema = arrow.with_facts(pa.schema({"image": pa.large_binary()}), facts)
+    arrow.write_batches(path, schema, [pa.record_batch([pa.array(encoded, pa.large_binary())], schema=schema)])
     return len(names)
 
 
@@ -230,9 +222,11 @@ def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
 def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
     """Whether a shard is there and holds these images as they are now; ShardError if they are encoded otherwise."""
     try:
-        found = json.loads(read_shard(path).schema.metadata[b"kutils"])
+        found = arrow.facts_of(arrow.map_table(path))
         wanted = shard_facts(path.parent.parent, names, encoding)
-    except (OSError, ValueError, TypeError, KeyError):  # no such shard, or no such image: told when it is packed
+    except (OSError, ValueError):  # no such shard, or no such image: told when it is packed
+        return False
+    if not found:  # written by something else
         return False
     differing = [
         f"{key} {found.get(key)}, not {value}" for key, value in asdict(encoding).items() if found.get(key) != value

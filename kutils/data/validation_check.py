@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: 
     Raises: DataError on every rank, listing the first ten that cannot be read.
     """
     path, facts = checked_record(data, rows)
-    known = ranks.gather_objects(read_record(path) == facts)[0]
+    known = ranks.gather_objects(paths.read_record(path) == facts)[0]
     own_rows = rows[ranks.rank :: ranks.world_size]
     if known:  # images that have gone as a whole, or a disk that is not mounted, are noticed still
         count = min(len(own_rows), -(-SAMPLE // ranks.world_size))
@@ -63,11 +62,3 @@ def forget_checked(data: PromptImages, rows: np.ndarray) -> None:
     """Let the next run look at the images of all rows again."""
     with contextlib.suppress(OSError):
         checked_record(data, rows)[0].unlink(missing_ok=True)
-
-
-def read_record(path: Path) -> dict | None:
-    """What a former check has written; None where there is nothing, or it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

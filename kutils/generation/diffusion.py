@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kutils.generation.image_sets import DiffusionSettings, image_seed
 from kutils.system.devices import is_out_of_memory
+from kutils.system.errors import first_line
 
 # Standard deviation over an image, in levels of 255, of its most varied colour channel; below it an image shows
 # nothing. A single colour has 0, and a smooth gradient over 7 levels from edge to edge has 2.
@@ -136,10 +137,6 @@ def weights_sha256(pipeline) -> str:
             digest.update(f"{name}.{key}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 # ---------------------------------------------------------------- images

@@ -10,14 +10,13 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from kutils.system import paths
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.embedding_files import EMBEDDING_DIM, UNIT_TOLERANCE
 
 SUBMISSION_HEADER = "imgId_eId,val"
 COLUMNS = SUBMISSION_HEADER.split(",")
 CHUNK_IMAGES = 256  # written and compared at once: 98,304 rows
 BLOCK_BYTES = 1 << 20  # read at once
 DECIMALS = 6  # of a value; they move a unit vector by 1e-5 at most
-UNIT_TOLERANCE = 1e-3  # of an embedding's length
 
 
 class SubmissionError(ValueError):

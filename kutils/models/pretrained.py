@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kutils.runs import recipes as runs_recipes
 from kutils.system import paths
+from kutils.system.errors import first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -103,10 +104,6 @@ def find_weights(path: Path, name: str) -> Path:
         f"pretrained={path}: the folder holds no {name}{SUFFIXES[0]} ({', '.join(SUFFIXES[1:])}) but {there}; "
         f"kutils pretrained {path} downloads it"
     )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def download(folder: Path, name: str) -> Path:

