@@ -106,7 +106,7 @@ image_plots.image_grid(images, prompts, columns=4);
 
 # %%
 if result:
-    table = examples.validation_table(run.recipe, run.fold, run.predictions_path)
+    table = examples.validation_table(run.recipe, run.fold, run.folder)
     score_plots.similarity_histogram(table["cosine"], threshold=None)
     print(table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T.to_string())
 

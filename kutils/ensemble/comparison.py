@@ -17,6 +17,7 @@ from kutils.runs import recipes
 from kutils.runs.finished import FinishedRun, as_text, read_run
 from kutils.runs.folders import OPERATIONAL
 from kutils.training import examples, slices
+from kutils.training.out_of_fold import PredictionsError, read_predictions
 
 NAMES = ("prefix", "save_dir", *OPERATIONAL)  # keys that differ between any two runs, or change no result
 STANDARD_ERRORS = 1.96  # to either side of a mean: 95 % of a normal distribution
@@ -64,9 +65,8 @@ def pick_group(finished: Sequence[FinishedRun], wanted: str = "") -> list[Finish
 def validation_hash(run: FinishedRun) -> str:
     """Of the prompt embeddings that the predictions were compared with; the run's folder where there are none."""
     try:
-        with np.load(run.predictions_path, allow_pickle=False) as saved:
-            return str(saved["targets_hash"])
-    except examples.UNREADABLE:
+        return read_predictions(run.folder, run.fold, names=["targets_hash"])["targets_hash"]
+    except PredictionsError:
         return str(run.folder)
 
 
@@ -181,7 +181,7 @@ def same_rows(group: Sequence[FinishedRun]) -> SameRows:
     """
     columns = {}
     for run in group:
-        scored = examples.validation_table(run.recipe, run.fold, run.predictions_path).sort_values("row")
+        scored = examples.validation_table(run.recipe, run.fold, run.folder).sort_values("row")
         columns[run.name] = scored.set_index("row")["cosine"]
     if any(not column.index.equals(next(iter(columns.values())).index) for column in columns.values()):
         raise ValueError(f"{', '.join(columns)} were validated on different rows; compare them group by group")

@@ -14,7 +14,7 @@ from kutils.ensemble import blending
 from kutils.models import checkpoints
 from kutils.runs import recipes
 from kutils.system import paths
-from kutils.training.out_of_fold import read_predictions
+from kutils.training.out_of_fold import predictions_path, read_predictions
 
 FIT_FOLD = 0  # on which weights are fitted, with the one member of each family that was validated there
 
@@ -159,8 +159,8 @@ def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str
     for family, members in families.items():
         member = next(member for member in members if member.fold == FIT_FOLD)
         recipe = recipes.load_recipe(member.recipe)
-        path = recipe.run_folder(FIT_FOLD) / f"fold{FIT_FOLD}_predictions.npz"
-        saved = read_predictions(path, how_to_train(member))
+        folder = recipe.run_folder(FIT_FOLD)
+        path, saved = predictions_path(folder, FIT_FOLD), read_predictions(folder, FIT_FOLD, config=member.recipe)
         if saved["fold"] != FIT_FOLD:
             raise EnsembleError(f"{path} was validated on fold {saved['fold']}; the fit needs fold {FIT_FOLD}")
         common = common or {**saved, "path": path}

@@ -12,9 +12,9 @@ import numpy as np
 
 from kutils.data.prompt_bank import PromptBank, in_fold
 from kutils.ensemble import blending
-from kutils.ensemble.members import EnsembleError, Member, how_to_train, load_targets
+from kutils.ensemble.members import EnsembleError, load_targets
 from kutils.runs import finished, folders
-from kutils.training.out_of_fold import read_predictions
+from kutils.training.out_of_fold import predictions_path, read_predictions
 
 NEIGHBOURS, TEMPERATURES = (5, 20, 50), (0.02, 0.05, 0.1)
 MOST_ROWS = 20_000  # of a fold that are looked at
@@ -65,8 +65,7 @@ def measure(
     Raises: EnsembleError for predictions that are not there, of data that has changed since, or too few for two halves.
     """
     fold = finished.read_result(folder).fold
-    path = folder / f"fold{fold}_predictions.npz"
-    saved = read_predictions(path, how_to_train(Member(str(folder / "config.yaml"), fold)))
+    saved = read_predictions(folder, fold)
     targets, prompts, _ = load_targets(saved)
     rows = np.flatnonzero(np.isfinite(saved["embeddings"]).all(axis=1))
     if len(rows) > MOST_ROWS:
@@ -76,8 +75,8 @@ def measure(
     seen = blending.split_groups(groups, seed)
     if seen.all():  # also of none
         raise EnsembleError(
-            f"{path} holds finite predictions of {len(np.unique(prompts))} prompts of {len(saved['embeddings'])} rows; "
-            "choosing and scoring take two prompts or more"
+            f"{predictions_path(folder, fold)} holds finite predictions of {len(np.unique(prompts))} prompts of "
+            f"{len(saved['embeddings'])} rows; choosing and scoring take two prompts or more"
         )
     names = sorted(json.loads(saved["folds_hash"]))
     bank = PromptBank.from_datasets(names)

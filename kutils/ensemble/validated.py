@@ -11,7 +11,7 @@ import pandas as pd
 from kutils.data.datasets import PromptImages
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending, trained_models
-from kutils.ensemble.members import FIT_FOLD, EnsembleError, Member, how_to_train, load_predictions
+from kutils.ensemble.members import FIT_FOLD, EnsembleError, load_predictions
 from kutils.runs import finished
 from kutils.training.out_of_fold import PredictionsError, read_predictions
 
@@ -99,9 +99,7 @@ def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndar
 
     Raises: PredictionsError if they are not there or damaged; ExplorationError if they are of other data.
     """
-    saved = read_predictions(
-        folder / f"fold{fold}_predictions.npz", how_to_train(Member(str(folder / "config.yaml"), fold))
-    )
+    saved = read_predictions(folder, fold)
     hashes = json.loads(saved["folds_hash"])
     if missing := sorted(set(hashes) - set(data.names)):
         raise ExplorationError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")

@@ -79,10 +79,6 @@ class FinishedRun:
         return self.result.fold
 
     @property
-    def predictions_path(self) -> Path:
-        return self.folder / f"fold{self.fold}_predictions.npz"
-
-    @property
     def pace(self) -> tuple[float, float]:
         """Images per second, and the share of the time spent waiting for data, over all updates; NaN if none is told.
 

@@ -87,10 +87,6 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
-    def predictions_path(self) -> Path:
-        return self.folder / f"fold{self.fold}_predictions.npz"
-
-    @property
     def arguments(self) -> list[str]:
         return ["--config", str(self.config_path), "--fold", str(self.fold), *self.overrides]
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from kutils.data import datasets, transforms
 from kutils.data.prompt_bank import PromptBank
 from kutils.runs.recipes import Recipe
+from kutils.training.out_of_fold import predictions_path, read_predictions
 
 UNREADABLE = (ValueError, OSError, KeyError, zipfile.BadZipFile)  # of predictions or data that are gone, or of others
 MOST_PROMPTS = 200_000  # that the nearest one is looked for in: 300 MB
@@ -31,17 +32,18 @@ def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[n
     return list(pixels), [data.prompts[int(row)].as_py() for row in examples["row"]]
 
 
-def validation_table(recipe: Recipe, fold: int, predictions_path: Path) -> pd.DataFrame:
+def validation_table(recipe: Recipe, fold: int, run_folder: Path) -> pd.DataFrame:
     """One row per validation image, worst first: row, image (path), prompt, cosine, clean, and the predicted embedding.
 
     Raises: DataError if the predictions were made for other data than lies in `input/` now.
     """
     data = datasets.load_datasets(recipe.datasets)
     rows = data.validation_rows(fold)
-    with np.load(predictions_path, allow_pickle=False) as saved:
-        embeddings, targets_hash = saved["embeddings"], str(saved["targets_hash"])
-    if targets_hash != data.hash_targets(rows):
-        raise datasets.DataError(f"{predictions_path} was made for other validation rows than those of fold {fold} now")
+    saved = read_predictions(run_folder, fold, names=("embeddings", "targets_hash"))
+    embeddings = saved["embeddings"]
+    if saved["targets_hash"] != data.hash_targets(rows):
+        path = predictions_path(run_folder, fold)
+        raise datasets.DataError(f"{path} was made for other validation rows than those of fold {fold} now")
     table = pd.DataFrame(
         {
             "row": rows,

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from kutils.system import paths
 from kutils.system.devices import Ranks
 
 BLOCK = 4096  # rows per rank that are gathered at a time
+NAMES = ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")  # of the arrays that readers need
 
 
 @contextmanager
@@ -79,18 +80,26 @@ class PredictionsError(ValueError):
     """Out-of-fold predictions that are missing or damaged; the message names the file and says what to do."""
 
 
-def read_predictions(path: Path, advice: str) -> dict:
-    """The arrays and texts of a run's out-of-fold predictions.
+def predictions_path(run_folder: Path, fold: int) -> Path:
+    """Where a run keeps its predictions of the fold that it was validated on."""
+    return run_folder / f"fold{fold}_predictions.npz"
+
+
+def read_predictions(run_folder: Path, fold: int, *, names: Sequence[str] = NAMES, config: str = "") -> dict:
+    """Read a run's out-of-fold predictions: arrays, and single values as Python's own.
 
     Args:
-        advice: how to make them, for the error's message.
-    Raises: PredictionsError if they are not there or damaged.
+        names: of NAMES, those that are needed; reading the embeddings takes longest.
+        config: the recipe that trains the run, for the error's message; by default that of its folder.
+    Raises: PredictionsError if the file is not there or damaged, with the command that makes it.
     """
+    path = predictions_path(run_folder, fold)
+    advice = f"train it: kutils train --config {config or run_folder / 'config.yaml'} --fold {fold}"
     if not path.is_file():
         raise PredictionsError(f"{path} is not there; {advice}")
     try:
         with np.load(path, allow_pickle=False) as saved:
-            arrays = {key: saved[key] for key in ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")}
+            arrays = {name: saved[name] for name in names}
     except Exception as error:  # NumPy and zipfile raise errors of many kinds
         raise PredictionsError(f"{path} cannot be read ({error}); {advice}") from error
-    return {key: value if value.ndim else value.item() for key, value in arrays.items()}
+    return {name: value if value.ndim else value.item() for name, value in arrays.items()}

@@ -257,7 +257,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> finished.RunResu
         if score > state["best"]:
             state.update(best=score, best_epoch=epoch + 1, best_clean=clean_score)
             origin = {"fold": fold, "prefix": recipe.prefix, "checkpoint": str(best_path.relative_to(models_folder))}
-            path = folder / f"fold{fold}_predictions.npz"
+            path = out_of_fold.predictions_path(folder, fold)
             out_of_fold.save_predictions(path, data, validation_rows, found.embeddings, ranks, **origin)
         saved_at = save_state(epoch + 1)
 

@@ -42,7 +42,7 @@ class Validation:
 def read_validation(run: FinishedRun) -> Validation:
     """Compare a run's predictions with the data in `input/`, which may have changed or gone since."""
     try:
-        table = examples.validation_table(run.recipe, run.fold, run.predictions_path)
+        table = examples.validation_table(run.recipe, run.fold, run.folder)
         data = datasets.load_datasets(run.recipe.datasets)
         return Validation(table, slices.labels(data, table["row"].to_numpy(), run.fold), data)
     except UNREADABLE as error:

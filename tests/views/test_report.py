@@ -254,14 +254,14 @@ def test_a_resumed_run_says_when(finished):
 
 def test_what_a_report_looks_through_is_bounded(finished, monkeypatch):
     run = read_run(finished / "working" / "runs" / "first_fold0")
-    table = examples.validation_table(run.recipe, 0, run.predictions_path)
+    table = examples.validation_table(run.recipe, 0, run.folder)
     monkeypatch.setattr(examples, "MOST_PROMPTS", 1)
     assert examples.best_and_worst(table, run.recipe)["nearest"].nunique() == 1
 
 
 def test_a_validation_table_tells_its_rows(finished):
     run = read_run(finished / "working" / "runs" / "first_fold0")
-    table = examples.validation_table(run.recipe, 0, run.predictions_path)
+    table = examples.validation_table(run.recipe, 0, run.folder)
     data = datasets.load_datasets(["toy"])
     assert sorted(table["row"]) == data.validation_rows(0).tolist() and table["cosine"].is_monotonic_increasing
     prompts = read_table(finished / "input" / "toy.tsv", ["prompt"])["prompt"]
