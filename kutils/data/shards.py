@@ -1,37 +1,35 @@
 """Packs the images of a data set at the size of training into few large files, `input/<name>.shards/`.
 
-`kutils shards input/<name>.tsv --size 448` writes them; training on `<name>` then reads them in place of the
-image files. Table, embeddings and folds stay what they are. Row i is in shard i // ROWS_PER_SHARD, an Arrow file that
-is memory-mapped.
+`kutils shards input/<name>.tsv --size 448` writes them, and so does `kutils import --pack 448`. Training on `<name>`
+then reads them in place of the image files. Table, embeddings and folds stay what they are. A shard is an Arrow file that is
+memory-mapped. Row i is in shard i // ROWS_PER_SHARD, unless the record names the rows of each shard.
 """
 
 import argparse
+import bisect
 import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kutils.data import transforms
-from kutils.system import arrow, children, paths
+from kutils.data import processes, transforms
+from kutils.system import arrow, paths
 from kutils.system.progress import progress_bar
 from kutils.system.tables import DataError, check_rows, hash_prompts, read_table
 
 VERSION = 1  # of the files; others are packed anew
 ROWS_PER_SHARD = 2048  # 90 MB of WebP at 448 px
-MOST_OPEN = 64  # shards that a process keeps mapped, each with a file descriptor; an epoch moves over 32 at a time
+MOST_OPEN = 128  # shards that a process keeps mapped, each with a file descriptor; an epoch moves over 32 to 96
 FORMATS = ("webp", "jpeg", "png")
 QUALITY = 90
 
@@ -62,12 +60,16 @@ class Encoding:
             wanted = "leave --quality out, png loses nothing" if self.format == "png" else "give 1 to 100"
             raise ShardError(f"quality {self.quality} of {self.format}: {wanted}")
 
-    def encode(self, image: Tensor) -> bytes:
-        """A file's content from uint8 [3, H, W]; the aspect ratio is kept, so that training can still crop."""
+    def encode(self, image: Tensor, **options) -> bytes:
+        """A file's content from uint8 [3, H, W]; the aspect ratio is kept, so that training can still crop.
+
+        Args:
+            options: of Pillow's writer.
+        """
         if min(image.shape[1:]) > self.size:
             image = F.resize(image, [self.size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        buffer, options = io.BytesIO(), {} if self.quality is None else {"quality": self.quality}
-        F.to_pil_image(image).save(buffer, self.format, **options)
+        buffer, quality = io.BytesIO(), {} if self.quality is None else {"quality": self.quality}
+        F.to_pil_image(image).save(buffer, self.format, **quality, **options)
         return buffer.getvalue()
 
 
@@ -79,10 +81,11 @@ class Shards:
 
     Args:
         folder: with a finished record.
+        starts: first row of each shard.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, starts: Sequence[int]):
+        self.folder, self.starts = folder, list(starts)
         self.mapped = functools.lru_cache(MOST_OPEN)(self.map_shard)
 
     def map_shard(self, number: int) -> pa.Array:
@@ -90,9 +93,9 @@ class Shards:
 
     def read(self, row: int) -> bytes:
         """Content of an image file; OSError if the shard cannot be read."""
-        number, position = divmod(row, ROWS_PER_SHARD)
+        number = bisect.bisect_right(self.starts, row) - 1
         try:
-            return self.mapped(number)[position].as_py()
+            return self.mapped(number)[row - self.starts[number]].as_py()
         except (pa.ArrowInvalid, IndexError) as error:
             raise OSError(f"{shard_path(self.folder, number)} is damaged ({error}); pack it again") from error
 
@@ -111,6 +114,7 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
     record = paths.read_record(record_path(folder))
     if record is None:
         raise ShardError(f"{folder} is not finished: {advice}")
+    advice = "import it again with --overwrite" if "shard_rows" in record else advice
     wanted = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images)}
     if any(record.get(key) != value for key, value in wanted.items()):
         raise ShardError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
@@ -118,7 +122,14 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
         path = shard_path(folder, number)
         if not path.is_file() or path.stat().st_size != size:  # reading beyond the end of a map ends the process
             raise ShardError(f"{path} is not there or not whole: {advice}")
-    return Shards(folder)
+    return Shards(folder, shard_starts(record))
+
+
+def shard_starts(record: dict) -> list[int]:
+    """First row of each shard: imported ones have as many rows each as their source file had left."""
+    if "shard_rows" in record:
+        return np.cumsum([0, *record["shard_rows"]])[:-1].tolist()
+    return list(range(0, record["rows"], ROWS_PER_SHARD))
 
 
 def shards_folder(tsv_path: Path) -> Path:
@@ -155,6 +166,8 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
     table = read_table(tsv_path, ["image", "prompt"])
     check_rows(tsv_path, table)
     folder, images = shards_folder(tsv_path), table["image"]
+    if "shard_rows" in (paths.read_record(record_path(folder)) or {}):
+        raise ShardError(f"{folder} was imported without image files; to pack otherwise, import with another --pack")
     written, jobs = [], []
     for number, start in enumerate(range(0, len(images), ROWS_PER_SHARD)):
         names = images.slice(start, ROWS_PER_SHARD).to_pylist()
@@ -165,29 +178,13 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
         record_path(folder).unlink(missing_ok=True)
     with progress_bar(len(images), "image", f"packing {tsv_path.name}", disable=not progress) as bar:
         bar.update(len(images) - sum(len(names) for _, names, _ in jobs))
-        # not fork: a notebook's process may hold threads of PyTorch
-        workers, context = min(num_workers or os.cpu_count() or 1, len(jobs) or 1), multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, start_worker) as pool:
-            try:
-                for done in as_completed([pool.submit(write_shard, *job) for job in jobs]):
-                    bar.update(done.result())
-            except BrokenProcessPool as error:
-                raise ShardError(
-                    f"a process was ended, maybe for lack of memory; give fewer --workers ({error})"
-                ) from error
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        for done in processes.run(write_shard, jobs, min(num_workers or os.cpu_count() or 1, len(jobs) or 1)):
+            bar.update(done)
     for path in set(folder.glob("*.arrow")) - set(written):  # of a longer table
         path.unlink()
     record = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images), **asdict(encoding)}
     paths.write_json(record_path(folder), record | {"shard_bytes": [path.stat().st_size for path in written]})
     return folder
-
-
-def start_worker() -> None:
-    children.end_with_parent()  # else it would wait for work for ever
-    torch.set_num_threads(1)
 
 
 def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
@@ -204,9 +201,14 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
     except (transforms.ImageError, FileNotFoundError) as error:
         tsv_path = path.parent.with_suffix(".tsv")
         raise ShardError(f"{error}; kutils check {tsv_path} finds all such images") from error
+    write_images(path, encoded, facts)
+    return len(names)
+
+
+def write_images(path: Path, encoded: Sequence[bytes] | pa.Array, facts: dict) -> None:
+    """Write the contents of image files as one shard."""
     schema = arrow.with_facts(pa.schema({"image": pa.large_binary()}), facts)
     arrow.write_batches(path, schema, [pa.record_batch([pa.array(encoded, pa.large_binary())], schema=schema)])
-    return len(names)
 
 
 def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:

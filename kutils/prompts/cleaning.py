@@ -174,9 +174,7 @@ class Cleaner:
         """
         candidates = []
         for entry in entries:
-            too_long = len(entry.text) > MAX_CHARACTERS
-            text, kinds = ("", []) if too_long else tidy(entry.text)
-            flaw = entry.flaw or ("too many characters" if too_long else self.flaw(text))
+            text, kinds, flaw = self.examine(entry)
             candidates.append((entry, text, kinds, flaw, prompt_key(text)))
         new = [text for _, text, _, flaw, key in candidates if not flaw and key not in self.seen]
         num_tokens = dict(zip(new, self.count_tokens(new), strict=True)) if self.count_tokens and new else {}
@@ -198,6 +196,12 @@ class Cleaner:
             self.seen.add(key)
             self.prompts.append(text)
             self.sources.append(source)
+
+    def examine(self, entry: Entry) -> tuple[str, list[str], str]:
+        """An entry's tidied text, the kinds of change, and why it is not kept whatever the others are, or ""."""
+        too_long = len(entry.text) > MAX_CHARACTERS
+        text, kinds = ("", []) if too_long else tidy(entry.text)
+        return text, kinds, entry.flaw or ("too many characters" if too_long else self.flaw(text))
 
     def flaw(self, text: str) -> str:
         """Why a tidied prompt is not kept whatever the others are; empty if nothing speaks against it."""

@@ -100,12 +100,16 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence]) -> None:
             raise TableError(
                 f"{path}: {name} of row {broken} holds a tab or line break: {arrays[name][broken].as_py()!r}"
             )
-    table = pa.table(arrays)
     with paths.atomic_path(path) as temporary, temporary.open("wb") as stream:
         stream.write(("\t".join(columns) + "\n").encode())
-        for batch in table.to_batches(max_chunksize=100_000):  # Arrow's own writer refuses unquoted values with a quote
-            rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-            stream.write("".join("\t".join(row) + "\n" for row in rows).encode())
+        for batch in pa.table(arrays).to_batches(max_chunksize=100_000):
+            stream.write(encode_rows(batch))
+
+
+def encode_rows(batch: pa.RecordBatch) -> bytes:
+    """Lines of a TSV, no value of which holds a tab or line break; Arrow's own writer refuses quotes without quoting."""
+    rows = zip(*(pc.cast(column, pa.string()).to_pylist() for column in batch.columns), strict=True)
+    return "".join("\t".join(row) + "\n" for row in rows).encode()
 
 
 def holds(path: Path | str, table: pa.Table) -> bool:
@@ -118,9 +122,13 @@ def hash_prompts(prompts: pa.Array | pa.ChunkedArray) -> str:
     """Hex SHA-256 of the prompts in row order, one per line."""
     digest = hashlib.sha256()
     for start in range(0, len(prompts), 100_000):
-        lines = prompts.slice(start, 100_000).to_pylist()
-        digest.update("".join(line + "\n" for line in lines).encode())
+        add_lines(digest, prompts.slice(start, 100_000))
     return digest.hexdigest()
+
+
+def add_lines(digest, texts: pa.Array | pa.ChunkedArray) -> None:
+    """Go on with the digest of `hash_prompts`, block by block."""
+    digest.update("".join(line + "\n" for line in texts.to_pylist()).encode())
 
 
 def folds_hash(prompts: pa.Array | Sequence[str], folds: np.ndarray) -> str:

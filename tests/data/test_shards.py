@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from fixtures.datasets import make_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kutils.data import datasets, shards, transforms, validation_check
+from kutils.data import datasets, processes, shards, transforms, validation_check
 from kutils.data.datasets import EpochSampler, TrainingImages, ValidationImages, load_datasets
 from kutils.data.shards import Encoding, ShardError, pack
 from kutils.runs import folders
@@ -35,34 +34,11 @@ def inputs(workspace, monkeypatch):
     return workspace / "input"
 
 
-class Here:
-    """A pool that works in this process, which is patched and starts at once."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_):
-        pass
-
-
 @pytest.fixture
 def packed(inputs, monkeypatch):
     """Pack a data set in this process."""
-    monkeypatch.setattr(shards, "ProcessPoolExecutor", Here)
+    here = lambda function, jobs, *_: (function(*job) for job in jobs)  # noqa: E731
+    monkeypatch.setattr(processes, "run", here)
     return lambda encoding=LOSSLESS, name="toy": pack(inputs / f"{name}.tsv", encoding, progress=False)
 
 
