@@ -1,8 +1,8 @@
 """Packs the images of a data set at the size of training into few large files, `input/<name>.shards/`.
 
 `kutils shards input/<name>.tsv --size 448` writes them, and so does `kutils import --pack 448`. Training on `<name>`
-then reads them in place of the image files. Table, embeddings and folds stay what they are. A shard is an Arrow file that is
-memory-mapped. Row i is in shard i // ROWS_PER_SHARD, unless the record names the rows of each shard.
+then reads them in place of the image files. Table, embeddings and folds stay what they are. A shard is a memory-mapped
+Arrow file. Row i is in shard i // ROWS_PER_SHARD, unless the record names the rows of each shard.
 """
 
 import argparse

@@ -107,7 +107,7 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence]) -> None:
 
 
 def encode_rows(batch: pa.RecordBatch) -> bytes:
-    """Lines of a TSV, no value of which holds a tab or line break; Arrow's own writer refuses quotes without quoting."""
+    """Lines of a TSV; no value may hold a tab or line break. Arrow's own writer refuses quotes without quoting."""
     rows = zip(*(pc.cast(column, pa.string()).to_pylist() for column in batch.columns), strict=True)
     return "".join("\t".join(row) + "\n" for row in rows).encode()
 
