@@ -157,7 +157,7 @@ if len(there):
 
 # %% [markdown]
 # ## What is next?
-# Embeddings and folds; then the data set can be trained on.
+# Folds, and embeddings where the prompts file has none; then the data set can be trained on.
 
 # %%
 print(f"papermill notebooks/prepare_data.ipynb working/runs/prepare_data.ipynb -p dataset {output}")

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.system import arrow, paths
-from kutils.system.embedding_files import EMBEDDING_DIM, checked_blocks
-from kutils.system.tables import check_rows, folds_hash, read_table
+from kutils.system.embedding_files import EMBEDDING_DIM, checked_blocks, describe_mismatch
+from kutils.system.tables import DataError, check_rows, folds_hash, read_table
 
 VERSION = 1  # of the file; another version is built anew
 NUM_FOLDS = 10
@@ -80,6 +80,8 @@ def build(root: Path, names: Sequence[str], wanted: dict) -> pa.Table:
     for name in names:
         table = read_table(root / f"{name}.tsv", ["image", "prompt", "fold"])
         check_rows(root / f"{name}.tsv", table)
+        if problem := describe_mismatch(root / f"{name}.tsv", table["prompt"]):
+            raise DataError(problem)
         folds = table["fold"].to_numpy()
         set_sums, set_counts = sum_by_fold(root / f"{name}.npy", folds)
         sums, counts = sums + set_sums, counts + set_counts

@@ -41,6 +41,7 @@ def generate_images(
     size: int = 128,
     num_workers: int = 0,
     columns: Mapping[str, pa.Array] | None = None,
+    prompts_path: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Make `<output>_images/` and `<output>.tsv` from prompts by the built-in renderer.
@@ -52,12 +53,12 @@ def generate_images(
         output: the data set's name below `input/`, as in `input/shapes`.
         size: side of the images, px.
         num_workers: processes; 0: one per core.
-        columns, overwrite: as in `ImageSet`.
+        columns, prompts_path, overwrite: as in `ImageSet`.
     Returns: path of the table, its rows in the order of the prompts.
     Raises: GenerateError for repeated prompts or a data set that was made from something else; ShapesError naming the
         first prompt that cannot be drawn, before any image is made.
     """
-    image_set = ImageSet(Path(output), prompts, images_per_prompt, SUFFIXES["shapes"], columns or {})
+    image_set = ImageSet(Path(output), prompts, images_per_prompt, SUFFIXES["shapes"], columns or {}, prompts_path)
     if size < 1:
         raise GenerateError(f"size={size}: it must be at least 1")
     for prompt in prompts:
@@ -125,8 +126,8 @@ def generate_by_diffusion(image_set: ImageSet, settings: DiffusionSettings, over
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kutils generate",
-        description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/. Embed and group it next. "
-        "Run again, it makes what is missing.",
+        description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/, and OUTPUT.npy where "
+        "the prompts are embedded in float32. Run again, it makes what is missing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -182,7 +183,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
         if args.backend != "diffusers":
             raise GenerateError("only --backend diffusers makes images on several ranks; start this without torchrun")
     prompts, columns = read_prompts(args.prompts)
-    image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], SUFFIXES[args.backend], columns)
+    suffix = SUFFIXES[args.backend]
+    image_set = ImageSet(args.output, prompts, counts["images_per_prompt"], suffix, columns, args.prompts)
     settings = DiffusionSettings(**options) if args.backend == "diffusers" else None
     if settings and not args.table_only:
         generate_by_diffusion(image_set, settings, args.overwrite)
@@ -195,7 +197,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
         print(f"{image_set.tsv_path} {told}: {len(image_set) - len(missing):,} of {len(image_set):,} images are there")
     else:
         options["num_workers"] = options.pop("workers", 0)
-        generate_images(prompts, args.output, **counts, **options, columns=columns, overwrite=args.overwrite)
+        options |= {"columns": columns, "prompts_path": args.prompts, "overwrite": args.overwrite}
+        generate_images(prompts, args.output, **counts, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kutils.system import paths
+from kutils.system.embedding_files import is_embedded, take_embeddings
 from kutils.system.tables import hash_prompts, read_table, write_table
 
 PROMPTS_PER_FOLDER = 1000  # a folder with millions of files is slow to list
@@ -115,6 +116,7 @@ class ImageSet:
         prompts: distinct texts.
         suffix: of the image files, with the dot.
         columns: what the table says of each prompt besides: `source`, and `fold` (int8) where there are folds already.
+        prompts_path: the prompts file, whose embeddings become those of the data set; None if there is no such file.
     Raises: GenerateError for no prompt, a prompt that is there twice, or no image of each.
     """
 
@@ -123,6 +125,7 @@ class ImageSet:
     images_per_prompt: int
     suffix: str
     columns: Mapping[str, pa.Array] = field(default_factory=dict, repr=False)
+    prompts_path: Path | None = None
 
     def __post_init__(self):
         if self.images_per_prompt < 1:
@@ -207,7 +210,7 @@ class ImageSet:
             )
 
     def update_table(self, missing: np.ndarray, *, overwrite: bool = False) -> bool:
-        """Write the table of the images that are there, with the folds of their prompts, or -1.
+        """Write the table of the images that are there, with the folds of their prompts, or -1, and its embeddings.
 
         A former table that holds nothing but what is written here is replaced: one of half of the images, or from
         before the prompts had folds. One of the same images that has folds or columns of its own stays.
@@ -218,6 +221,24 @@ class ImageSet:
         Returns: whether it was written.
         Raises: GenerateError for a table of other images with something of its own; nothing is changed then.
         """
+        is_new = self.replace_table(missing, overwrite)
+        self.take_embeddings()
+        return is_new
+
+    def take_embeddings(self) -> None:
+        """Copy the embeddings of the prompts file, where it has some in float32 and the table has none of its prompts.
+
+        Those in bfloat16 are close enough to find near-duplicates, and not exact enough to train on.
+        """
+        if self.prompts_path is None or is_embedded(self.tsv_path):
+            return
+        source = self.prompts_path.with_suffix(".npy")
+        record = paths.read_record(source.with_suffix(".npy.json")) or {}
+        if "dtype" not in record and take_embeddings(self.prompts_path, self.tsv_path):
+            print(f"{self.tsv_path.with_suffix('.npy')}: embeddings copied from {source}", flush=True)
+
+    def replace_table(self, missing: np.ndarray, overwrite: bool) -> bool:
+        """Write the table as `update_table` says; returns whether it was written."""
         images = np.delete(np.arange(len(self)), missing)
         if not len(images):
             raise GenerateError(f"{self.folder} holds no image of these prompts, so there is no table to write")

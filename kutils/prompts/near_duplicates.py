@@ -155,9 +155,8 @@ def deduplicate_table(
     for path, part in parts.items():
         if path not in there:  # else it may have folds by now
             write_table(path, dict(zip(part.column_names, part.columns, strict=True)))
-    for path, mask in ((kept_path, keep), (rest_path, ~keep)):
-        if mask.any():
-            take_embeddings(tsv_path, np.flatnonzero(mask), path)
+    for path in parts:
+        take_embeddings(tsv_path, path)
     every = pa.chunked_array([chunk for prompts in (*known, table["prompt"]) for chunk in prompts.chunks])
     rows = np.flatnonzero(~keep)[:: max(1, int((~keep).sum()) // EXAMPLES)][:EXAMPLES]
     report = {"kept": int(keep.sum()), "rest": int((~keep).sum())}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kutils.system import paths
 from kutils.system.progress import progress_bar
@@ -60,25 +61,34 @@ def open_embeddings(path: Path, num_rows: int) -> np.ndarray:
     return map_embeddings(path, num_rows)
 
 
-def take_embeddings(tsv_path: Path | str, rows: np.ndarray, target_path: Path | str) -> None:
-    """Write `<name>.npy` beside a table whose rows are those rows of another, embedded one: nothing is encoded again.
+def take_embeddings(source_path: Path | str, target_path: Path | str) -> bool:
+    """Write `<name>.npy` beside a table by copying, for each row, the embedding that another table has of its prompt.
 
-    Does nothing where it is not known what the other's embeddings are of, or whose those at the target are.
+    Embeddings without a record are of unknown prompts: none are taken from such a file, and none are replaced.
 
     Args:
-        rows: int [n], at least one.
+        source_path: the embedded table, in which the prompts of the target occur, in any order and number.
+        target_path: the table that needs embeddings.
+    Returns: whether the target has these embeddings now; False if the source has no embeddings of its own prompts with
+        a record, if it lacks a prompt of the target, or if the target's embeddings have no record.
     """
-    source_path, npy_path = Path(tsv_path).with_suffix(".npy"), Path(target_path).with_suffix(".npy")
-    record_path = npy_path.with_suffix(".npy.json")
-    record, former = paths.read_record(source_path.with_suffix(".npy.json")), paths.read_record(record_path)
-    if record is None or (npy_path.is_file() and former is None):
-        return
-    record |= {"rows": len(rows), "prompts_sha256": hash_prompts(read_table(target_path, ["prompt"])["prompt"])}
-    if npy_path.is_file() and former == record:
-        return
+    source_path, target_path = Path(source_path), Path(target_path)
+    source_npy, target_npy = source_path.with_suffix(".npy"), target_path.with_suffix(".npy")
+    record_path = target_npy.with_suffix(".npy.json")
+    record, previous = paths.read_record(source_npy.with_suffix(".npy.json")), paths.read_record(record_path)
+    if record is None or (target_npy.is_file() and previous is None):
+        return False
+    available, prompts = (read_table(path, ["prompt"])["prompt"] for path in (source_path, target_path))
+    rows = pc.index_in(prompts, value_set=available)
+    if not len(rows) or rows.null_count or describe_mismatch(source_path, available):
+        return False
+    record |= {"rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
+    if target_npy.is_file() and previous == record:
+        return True
     record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
-    copy_rows(np.load(source_path, mmap_mode="r"), rows, npy_path)
+    copy_rows(map_embeddings(source_npy, len(available)), rows.to_numpy(), target_npy)
     paths.write_json(record_path, record)
+    return True
 
 
 def copy_rows(embeddings: np.ndarray, rows: np.ndarray, npy_path: Path) -> None:
@@ -96,6 +106,12 @@ def reserve(path: Path) -> None:
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+
+
+def is_embedded(tsv_path: Path) -> bool:
+    """Whether a table has an .npy beside it, and no record says that this is of other prompts."""
+    is_there = tsv_path.with_suffix(".npy").is_file()
+    return is_there and not describe_mismatch(tsv_path, read_table(tsv_path, ["prompt"])["prompt"])
 
 
 def describe_mismatch(tsv_path: Path, prompts: pa.ChunkedArray) -> str:

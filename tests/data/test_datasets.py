@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kutils.data import datasets
 from kutils.data.datasets import DataError, EpochSampler, TrainingImages, ValidationImages, load_datasets
+from kutils.system.paths import write_json
 from kutils.system.tables import TableError, folds_hash, read_table, write_table
 
 
@@ -54,6 +55,8 @@ def spoil(workspace, what):
     np.save(npy, embeddings)
     if what == "truncated":
         npy.write_bytes(npy.read_bytes()[:5000])
+    if what == "other prompts":
+        write_json(npy.with_suffix(".npy.json"), {"rows": 80, "prompts_sha256": "of other prompts"})
     if what == "missing":
         npy.unlink()
     if what == "header":
@@ -73,6 +76,7 @@ def spoil(workspace, what):
         ("dimension", ["float32 [80, 383]"]),
         ("dtype", ["float64 [80, 384]"]),
         ("truncated", ["toy.npy cannot be read"]),
+        ("other prompts", ["toy.npy is of other prompts, or in another order", "gen_prompt_embedding.py"]),
         ("missing", ["'toy': toy.npy not in", "gen_prompt_embedding.py input/toy.tsv"]),
         ("header", ["no rows"]),
     ],

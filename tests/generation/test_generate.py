@@ -8,13 +8,16 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+from fixtures.datasets import unit_rows
 from PIL import Image
 
 from kutils.data import datasets
 from kutils.generation import generate, shapes
 from kutils.generation.image_sets import ImageSet
+from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
-from kutils.system.tables import TableError, read_table, write_table
+from kutils.system.paths import read_record, write_json
+from kutils.system.tables import TableError, hash_prompts, read_table, write_table
 
 PROMPTS = ["a red apple", 'two "blue" hats, in falling snow', "a cat under a starry night sky"]
 
@@ -58,6 +61,56 @@ def test_what_is_missing_is_made_again_and_the_rest_is_kept(tmp_path, monkeypatc
     monkeypatch.setattr(generate, "render_missing", None)  # nothing is left to make
     generate.generate_images(PROMPTS, tmp_path / "set", images_per_prompt=2, size=32)
     assert read_table(tmp_path / "set.tsv", ["fold"])["fold"].to_pylist() == [3] * 6
+
+
+@pytest.fixture
+def embedded(tmp_path):
+    """A prompts file with two rows of one prompt, and embeddings that are as good as an encoder's."""
+    table = {"prompt": [*PROMPTS, PROMPTS[0]], "source": ["me"] * 4}
+    write_table(tmp_path / "p.tsv", table)
+    np.save(tmp_path / "p.npy", unit_rows(3)[[0, 1, 2, 0]])
+    record = {"encoder": "all-MiniLM-L6-v2", "rows": 4, "prompts_sha256": hash_prompts(pa.array(table["prompt"]))}
+    write_json(tmp_path / "p.npy.json", record)
+    return tmp_path / "p.tsv"
+
+
+def test_embeddings_of_the_prompts_become_those_of_the_data_set(embedded, capsys):
+    path, command = embedded.with_name("set.tsv"), [str(embedded), "--output", str(embedded.with_name("set"))]
+    command += ["--images-per-prompt", "2", "--size", "32", "--workers", "1"]
+    generate.main(command)
+    assert "set.npy: embeddings copied from" in capsys.readouterr().out
+    np.testing.assert_array_equal(np.load(path.with_suffix(".npy")), unit_rows(3)[[0, 0, 1, 1, 2, 2]])
+    embedding.embed_table(path)  # the same encoder has nothing to do
+    generate.main(command)
+    said = capsys.readouterr().out
+    assert "set.npy is up to date (6 rows)" in said and "copied" not in said
+
+    (embedded.parent / "set_images/00000/0000001_0.jpg").unlink()
+    generate.main([*command[:-4], "--table-only"])  # five images: another table
+    np.testing.assert_array_equal(np.load(path.with_suffix(".npy")), unit_rows(3)[[0, 0, 1, 2, 2]])
+    table = read_table(path, [])
+    write_table(path, dict(zip(table.column_names, table.columns, strict=True)) | {"fold": [1, 1, 1, 1, 1]})
+    path.with_suffix(".npy").unlink()
+    generate.main([*command[:-4], "--table-only"])  # the table stays, and gets its embeddings
+    np.testing.assert_array_equal(np.load(path.with_suffix(".npy")), unit_rows(3)[[0, 0, 1, 2, 2]])
+    assert set(read_table(path, ["fold"])["fold"].to_pylist()) == {1}
+
+
+@pytest.mark.parametrize("case", ["of another encoder", "without a record", "bfloat16"])
+def test_embeddings_that_are_there_stay_and_rounded_ones_are_not_taken(embedded, case):
+    path, npy, record = (embedded.with_name(f"set{suffix}") for suffix in (".tsv", ".npy", ".npy.json"))
+    generate.generate_images(PROMPTS, embedded.with_name("set"), images_per_prompt=1, size=32, num_workers=1)
+    if case == "bfloat16":
+        source = embedded.with_suffix(".npy.json")
+        write_json(source, read_record(source) | {"dtype": "bfloat16"})
+    else:
+        np.save(npy, unit_rows(3, seed=5))
+    if case == "of another encoder":
+        write_json(record, {"encoder": "mine", "rows": 3, "prompts_sha256": hash_prompts(pa.array(PROMPTS))})
+    before = files_of(embedded.parent)
+    columns = {"images_per_prompt": 1, "size": 32, "prompts_path": embedded}
+    assert generate.generate_images(PROMPTS, embedded.with_name("set"), **columns) == path
+    assert files_of(embedded.parent) == before
 
 
 def test_another_data_set_of_the_same_name_is_not_touched(tmp_path):

@@ -433,23 +433,38 @@ def test_script_runs_from_any_folder(tmp_path):
     assert np.abs(np.load(tmp_path / "one.npy")[:, COMPETITION["dimensions"]] - truth).max() < 1e-5
 
 
-def test_embeddings_of_chosen_rows_come_along(tmp_path, minilm):
+def test_embeddings_of_a_table_come_along_to_others_of_its_prompts(tmp_path):
     texts = [f"a {thing} on a hill" for thing in ("cat", "dog", "house", "tree", "boat")]
-    write_table(tmp_path / "all.tsv", {"prompt": texts})
-    embedding.embed_table(tmp_path / "all.tsv", minilm, progress=False)
-    rows = np.array([3, 0, 4])
-    write_table(tmp_path / "some.tsv", {"prompt": [texts[row] for row in rows]})
-    embedding_files.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    whole, some = tmp_path / "all.tsv", tmp_path / "some.tsv"
+    make_table(whole, texts)
+    embedding.embed_table(whole, FakeEncoder(), progress=False)
+    rows = [3, 0, 3, 4]
+    make_table(some, [texts[row] for row in rows])
+    assert embedding_files.take_embeddings(whole, some)
     np.testing.assert_array_equal(np.load(tmp_path / "some.npy"), np.load(tmp_path / "all.npy")[rows])
     before = (tmp_path / "some.npy").stat().st_mtime_ns
-    embedding.embed_table(tmp_path / "some.tsv", minilm, progress=False)
-    embedding_files.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
+    asked = FakeEncoder()
+    embedding.embed_table(some, asked, progress=False)
+    assert embedding_files.take_embeddings(whole, some) and asked.asked == []
     assert (tmp_path / "some.npy").stat().st_mtime_ns == before  # known to be of these prompts
+    make_table(some, texts[:2])  # another table now
+    assert not embedding_files.is_embedded(some) and embedding_files.take_embeddings(whole, some)
+    np.testing.assert_array_equal(np.load(tmp_path / "some.npy"), np.load(tmp_path / "all.npy")[:2])
 
-    (tmp_path / "some.npy.json").unlink()  # someone else's by now
-    embedding_files.take_embeddings(tmp_path / "all.tsv", rows[::-1], tmp_path / "some.tsv")
-    assert (tmp_path / "some.npy").stat().st_mtime_ns == before
-    (tmp_path / "all.npy.json").unlink()
-    (tmp_path / "some.npy").unlink()
-    embedding_files.take_embeddings(tmp_path / "all.tsv", rows, tmp_path / "some.tsv")
-    assert not (tmp_path / "some.npy").exists()
+
+@pytest.mark.parametrize("change", ["no record", "record of other prompts", "a prompt more", "no rows", "their own"])
+def test_embeddings_that_may_be_of_other_prompts_are_not_taken(tmp_path, change):
+    whole, some, theirs = tmp_path / "all.tsv", tmp_path / "some.tsv", tmp_path / "some.npy"
+    make_table(whole, ["a", "b", "c"])
+    embedding.embed_table(whole, FakeEncoder(), progress=False)
+    make_table(some, {"a prompt more": ["c", "d"], "no rows": []}.get(change, ["c", "a"]))
+    if change == "no record":
+        (tmp_path / "all.npy.json").unlink()
+    if change == "record of other prompts":
+        make_table(whole, ["c", "b", "a"])  # the .npy is in the former order
+    if change == "their own":
+        np.save(theirs, np.ones((2, 384), np.float32))
+    before = theirs.read_bytes() if change == "their own" else None
+    assert not embedding_files.take_embeddings(whole, some)
+    assert not (tmp_path / "some.npy.json").exists()
+    assert (theirs.read_bytes() if theirs.exists() else None) == before
