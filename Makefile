@@ -36,12 +36,24 @@ help: ## this list
 
 env: $(stamp) ## the environment in .venv, exact versions of constraints.txt (PYTHON=python3.12 chooses another Python)
 
+# $(1) a Python of an environment, $(2) pip's arguments. Wheels stay in pip's cache folder (PIP_CACHE_DIR moves it), so that
+# another clone downloads nothing; pip's own cache would hold nothing where an index forbids it.
+define install
+@wheels=$$($(1) -m pip cache dir)/kutils-wheels; \
+	echo "1 of 2: downloading what is not in $$wheels yet (3 GB in all): 2 to 5 minutes the first time"; \
+	$(1) -m pip wheel --no-cache-dir --wheel-dir "$$wheels" "setuptools>=77" $(2) | sed -un 's/^ *\(Downloading .*)\)$$/  \1/p'; \
+	rm -f "$$wheels"/kutils-*.whl; \
+	echo "2 of 2: installing, 7 GB: 1 to 3 minutes"; \
+	$(1) -m pip install --quiet --no-index --find-links "$$wheels" $(2)
+endef
+
 $(stamp): requirements.txt constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-		{ echo "error: $(PYTHON) is no Python 3.11 to 3.13; choose one: make env PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; version = sys.version_info[:2]; name = "Python {}.{}".format(*version); \
+		version < (3, 11) and sys.exit("error: $(PYTHON) is " + name + "; 3.11 or newer is needed: make env PYTHON=python3.12"); \
+		version > (3, 13) and print("warning: the tests ran on Python 3.11 to 3.13, not yet on " + name)'
 	$(PYTHON) -m venv .venv
-	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet -r requirements.txt -e '.[dev]' -c constraints.txt
+	@$(bin)/python -m pip install --quiet --upgrade pip
+	$(call install,$(bin)/python,-r requirements.txt -e '.[dev]' -c constraints.txt)
 	@touch $@
 
 demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 10 minutes (SCALE=full: 40)
@@ -99,7 +111,7 @@ kaggle-env: .venv-kaggle/requirements-are-installed ## Python 3.13 with Kaggle's
 		if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null; then break; fi; python=; done; \
 	test -n "$$python" || { echo "error: no Python 3.13; name one: make kaggle-env PYTHON313=PATH" >&2; exit 1; }; \
 	"$$python" -m venv .venv-kaggle
-	.venv-kaggle/bin/python -m pip install --quiet -r $<
+	$(call install,.venv-kaggle/bin/python,-r $<)
 	@touch $@
 
 test-kernel: env $(if $(KAGGLE_PYTHON),,kaggle-env) ## the kernels as Kaggle runs them, without network (root): 8 minutes
