@@ -77,9 +77,10 @@ def read_metadata(path: Path) -> dict:
     return values
 
 
-def refuse(path: Path, faults: list[str]) -> None:
+def refuse(where: Path | str, faults: list[str]) -> None:
+    """Raise a KaggleError with all faults, if there are any."""
     if faults:
-        raise KaggleError(f"{path}: {'; '.join(faults)}")
+        raise KaggleError(f"{where}: {'; '.join(faults)}")
 
 
 def check_kernel(folder: Path, allow_internet: bool) -> dict:

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import papermill
@@ -23,7 +25,7 @@ from kutils.__main__ import run as run_command
 from kutils.data import prompt_bank
 from kutils.ensemble import fit
 from kutils.ensemble.members import Member, read_config
-from kutils.kaggle import client, packing, submission
+from kutils.kaggle import api, packing, submission
 from kutils.kaggle.packing import KaggleError
 from kutils.models import checkpoints, networks
 from kutils.runs import folders
@@ -221,9 +223,8 @@ def test_the_training_kernel_carries_its_parameters(repository, settings):
 def stub(tmp_path_factory, monkeypatch):
     """The state of a stub that the client speaks to, without waiting between two questions."""
     with kaggle_stub.serve() as (state, address):
-        for name, value in kaggle_stub.environment(address, tmp_path_factory.mktemp("home")).items():
-            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+        kaggle_stub.send_client_here(monkeypatch, address, tmp_path_factory.mktemp("home"))
+        monkeypatch.setattr(api, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
         yield state
 
 
