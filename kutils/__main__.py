@@ -38,7 +38,7 @@ STEPS = {
         "ask": ("kutils.ensemble.trained_models", "print the prompts that trained models see in an image"),
     },
     "Kaggle": {
-        "kaggle": ("kutils.kaggle.packing", "upload code and weights, push kernels, submit"),
+        "kaggle": ("kutils.kaggle.sending", "upload code and weights, push kernels, submit"),
     },
     "the whole": {
         "demo": ("kutils.demo", "run the whole pipeline at small scale, and print the scores"),

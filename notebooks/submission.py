@@ -81,7 +81,7 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(f
 
 # %%
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
-submission.keep_former(output_path)
+submission.set_previous_aside(output_path)
 submission.write_submission(output_path, ids, within_budget.mean_embeddings(fitted, len(ids)))
 files = weight_files.find_checkpoints(fitted.files(), folders, beside=ensemble_path)
 checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
@@ -105,7 +105,7 @@ print(f"{submission.check_submission(output_path, ids):,} rows are as the compet
 unreadable = {path.name: reason for path, reason in state.unreadable.items()}
 told = {"images": len(ids), "gpus": torch.cuda.device_count(), "seconds": state.seconds, "weights": state.weights}
 told |= {"left_out": state.dropped, "unreadable": unreadable}
-paths.write_json(submission.report_path(output_path), told)
+paths.write_json(submission.submission_report_path(output_path), told)
 for name, reason in unreadable.items():
     print(f"it holds the mean embedding for {name}: {reason}")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kutils.kaggle.api import known_secrets, masked, poll, signed_in
-from kutils.kaggle.metadata import KaggleError, check_dataset, check_kernel, contents, differences, refuse
+from kutils.kaggle.metadata import KaggleError, check_dataset, check_kernel, compare_metadata, contents, refuse
 from kutils.system import paths
 
 
@@ -101,7 +101,11 @@ def push_kernel(
     pushed = Pushed(ref, saved.version_number, saved.url)
     if not re.search(rf"/{re.escape(ref)}(?:[/?#]|$)", pushed.url, re.I):
         raise KaggleError(f"Kaggle saved {ref} elsewhere, at {pushed.url}: title, id and id_no do not belong together")
-    for state in poll(f"kernel {ref}", lambda: differences(values, pull_metadata(ref)), wait_seconds, poll_seconds):
+
+    def state_of_saved() -> str:
+        return compare_metadata(values, pull_metadata(ref))
+
+    for state in poll(f"kernel {ref}", state_of_saved, wait_seconds, poll_seconds):
         if state == "saved as described":
             return pushed
     raise KaggleError(

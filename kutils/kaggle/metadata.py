@@ -26,11 +26,14 @@ NO_DATA = ("__pycache__", ".git", ".cache", ".huggingface", ".ipynb_checkpoints"
 
 
 class KaggleError(ValueError):
-    """What Kaggle or its client refused, or would; the message says what to do."""
+    """Kaggle or its client refuses something, or would; the message says what to do."""
 
 
 def check_dataset(folder: Path, message: str) -> str:
-    """The data set's owner/slug. Raises: KaggleError naming all that the folder has wrong."""
+    """Check the folder of a data set; returns its owner/slug.
+
+    Raises: KaggleError naming everything that is wrong with the folder.
+    """
     path = folder / "dataset-metadata.json"
     values = read_metadata(path)
     ref, title, licences = (values.get(key) or "" for key in ("id", "title", "licenses"))
@@ -53,18 +56,18 @@ def check_dataset(folder: Path, message: str) -> str:
 
 
 def contents(folder: Path) -> list[Path]:
-    """What becomes a file or an archive of the data set."""
+    """The entries of a folder that become files or archives of the data set."""
     apart = re.compile(r"dataset-metadata\.json|dataset-cover-image\.\w+")
     return sorted(entry for entry in folder.iterdir() if not apart.fullmatch(entry.name))
 
 
 def all_below(entry: Path) -> list[Path]:
-    """A file, or a folder and all that the client sees in it: it follows no links to folders."""
+    """A file, or a folder and everything below it. Like the client, this follows no links to folders."""
     return [entry] + [Path(base, name) for base, folders, files in os.walk(entry) for name in folders + files]
 
 
 def read_metadata(path: Path) -> dict:
-    """Raise KaggleError if the file is no JSON object, or still holds a placeholder for the user's name."""
+    """Read a JSON object; KaggleError if the file is none, or still holds a placeholder for the user's name."""
     try:
         text = path.read_text(encoding="utf-8")
         values = dict(json.loads(text))
@@ -84,7 +87,10 @@ def refuse(where: Path | str, faults: list[str]) -> None:
 
 
 def check_kernel(folder: Path, allow_internet: bool) -> dict:
-    """The kernel's metadata. Raises: KaggleError naming all that it, or the notebook, has wrong."""
+    """Check the folder of a kernel; returns its metadata.
+
+    Raises: KaggleError naming everything that is wrong with the metadata or the notebook.
+    """
     path = folder / "kernel-metadata.json"
     values = read_metadata(path)
     refuse(path, [f"{key} is missing" for key in REQUIRED_KEYS if not values.get(key)])
@@ -122,14 +128,14 @@ def slugify(title: str) -> str:
 
 
 def described(values: dict) -> dict[str, bool | str | set[str]]:
-    """What decides over a run, in one spelling: true or false, the machine, the sources."""
+    """What a run depends on, in one spelling: the flags, the machine, the sources."""
     flags = {key: str(values.get(key, default)).lower() == "true" for key, default in FLAGS.items()}
     sources = {key: {source_name(key, name) for name in values.get(key) or []} for key in SOURCES}
     return flags | {"machine_shape": values.get("machine_shape") or ""} | sources
 
 
 def source_name(key: str, name: str) -> str:
-    """Kaggle may report `datasets/owner/slug` for `owner/slug`, or leave out a version."""
+    """A source in one spelling: Kaggle may report `datasets/owner/slug` for `owner/slug`, or leave out a version."""
     parts = name.lower().split("/")
     if key == "competition_sources":
         return parts[-1]
@@ -139,16 +145,16 @@ def source_name(key: str, name: str) -> str:
     return "/".join(parts[1:3] if prefixed else parts[:2])
 
 
-def differences(values: dict, held: dict) -> str:
-    """What Kaggle holds otherwise than the metadata says; `saved as described` if there is nothing.
+def compare_metadata(wanted: dict, saved: dict) -> str:
+    """How the metadata that Kaggle has saved differs from the wanted; `saved as described` if it does not.
 
-    Kaggle reports the machine of the last session, so that none is no difference.
+    Kaggle reports the machine of the last session. Before the first one it reports none, which is no difference.
     """
-    found, held = [], described(held)
-    for key, wanted in described(values).items():
-        if isinstance(wanted, set):
-            found += [f"{source} is not in {key}" for source in sorted(wanted - held[key])]
-            found += [f"{source} is in {key} unasked" for source in sorted(held[key] - wanted)]
-        elif held[key] != wanted and held[key] != "":
-            found.append(f"{key} is {held[key]}, not {wanted}")
-    return "; ".join(found) or "saved as described"
+    faults, saved = [], described(saved)
+    for key, value in described(wanted).items():
+        if isinstance(value, set):
+            faults += [f"{source} is not in {key}" for source in sorted(value - saved[key])]
+            faults += [f"{source} is in {key} unasked" for source in sorted(saved[key] - value)]
+        elif saved[key] != value and saved[key] != "":
+            faults.append(f"{key} is {saved[key]}, not {value}")
+    return "; ".join(faults) or "saved as described"

@@ -17,14 +17,17 @@ COLUMNS = SUBMISSION_HEADER.split(",")
 CHUNK_IMAGES = 256  # written and compared at once: 98,304 rows
 BLOCK_BYTES = 1 << 20  # read at once
 DECIMALS = 6  # of a value; they move a unit vector by 1e-5 at most
+<<<<<<< HEAD
 
 
 class SubmissionError(ValueError):
     """A submission that would not be scored; the message names the line or image."""
+=======
+>>>>>>> 7e019cd (What is laid out for Kaggle and what is sent stand in two files; errors of submissions that nothing catches are ValueError)
 
 
 def write_submission(path: Path | str, ids: Sequence[str], embeddings: np.ndarray) -> None:
-    """Write `imgId_eId,val`, 384 rows per image, chunk by chunk; the former file stays until the new one is whole.
+    """Write `imgId_eId,val`, 384 rows per image, chunk by chunk; a previous file stays until the new one is whole.
 
     16,000 images (6.1 M rows, 142 MB) take 2 s and 30 MB of memory.
 
@@ -32,11 +35,11 @@ def write_submission(path: Path | str, ids: Sequence[str], embeddings: np.ndarra
         path: the CSV file; replaced if it is there.
         ids: file names without extension, in the order of the rows.
         embeddings: float32 [n, 384], finite, unit rows.
-    Raises: SubmissionError for ids that repeat or cannot stand in a CSV, or rows that are not finite unit vectors.
+    Raises: ValueError for ids that repeat or cannot stand in a CSV, or rows that are not finite unit vectors.
     """
     check_ids(ids)
     if embeddings.shape != (len(ids), EMBEDDING_DIM):
-        raise SubmissionError(f"{len(ids)} images with embeddings {list(embeddings.shape)}, not [n, {EMBEDDING_DIM}]")
+        raise ValueError(f"{len(ids)} images with embeddings {list(embeddings.shape)}, not [n, {EMBEDDING_DIM}]")
     check_unit(embeddings, ids, "the embeddings")
     schema = pa.schema([(COLUMNS[0], pa.string()), (COLUMNS[1], pa.float64())])
     options = csv.WriteOptions(include_header=False, quoting_style="none", batch_size=65_536)
@@ -49,21 +52,21 @@ def write_submission(path: Path | str, ids: Sequence[str], embeddings: np.ndarra
                 writer.write_batch(pa.record_batch([keys, pa.array(values)], schema=schema))
 
 
-def report_path(path: Path) -> Path:
-    """Where a finished run tells, beside its submission, what it is made of: `<name>_report.json`."""
+def submission_report_path(path: Path) -> Path:
+    """The file beside a submission in which a finished run lists models, weights and times: `<name>_report.json`."""
     return path.with_name(f"{path.stem}_report.json")
 
 
-def keep_former(path: Path) -> None:
-    """Move a former submission and its report to `<name>.bak`, before a new run begins.
+def set_previous_aside(path: Path) -> None:
+    """Move a previous submission and its report to `<name>.bak`, before a new run begins.
 
-    One without a report, of a run that did not finish, does not take the place of a finished one there.
+    Without a report it is of a run that did not finish, and does not replace a finished one there.
     """
-    report = report_path(path)
+    report = submission_report_path(path)
     if report.is_file() or not Path(f"{path}.bak").exists():
-        for former in (path, report):
-            if former.is_file():
-                former.replace(f"{former}.bak")
+        for previous in (path, report):
+            if previous.is_file():
+                previous.replace(f"{previous}.bak")
 
 
 def row_ids(ids: Sequence[str]) -> pa.Array:
@@ -74,62 +77,61 @@ def row_ids(ids: Sequence[str]) -> pa.Array:
 
 
 def check_submission(path: Path | str, ids: Sequence[str]) -> int:
-    """Read a submission back and hold it to what the competition scores; in blocks, 150 MB of memory.
+    """Read a submission back and check everything that the competition asks of it; in blocks, 150 MB of memory.
 
     Args:
         path: the CSV file.
         ids: file names without extension of all images, in order.
     Returns: number of rows, 384 per image.
-    Raises: SubmissionError naming the line or image: another header, missing or surplus rows, an id out of place, a
+    Raises: ValueError naming the line or image: another header, missing or surplus rows, an id out of place, a
         value that is no finite number, an embedding that is not of unit length.
     """
     check_ids(ids)
     path = Path(path)
     if not path.is_file():
-        raise SubmissionError(f"{path} is not there")
+        raise ValueError(f"{path} is not there")
     with path.open("rb") as stream:
         header = stream.readline(200).decode(errors="replace").rstrip("\r\n")
     if header != SUBMISSION_HEADER:
-        raise SubmissionError(f"{path}: the first line is {header!r}, not {SUBMISSION_HEADER!r}")
+        raise ValueError(f"{path}: the first line is {header!r}, not {SUBMISSION_HEADER!r}")
     num_rows, expected_rows = 0, len(ids) * EMBEDDING_DIM
     for start, keys, values in read_images(path):
-        wanted = row_ids(ids[start : start + CHUNK_IMAGES])
-        common = min(len(keys), len(wanted))
-        differing = pc.index(pc.equal(keys[:common], wanted[:common]), False).as_py()
+        expected = row_ids(ids[start : start + CHUNK_IMAGES])
+        common = min(len(keys), len(expected))
+        differing = pc.index(pc.equal(keys[:common], expected[:common]), False).as_py()
         if differing >= 0:
             line = start * EMBEDDING_DIM + differing + 2
-            raise SubmissionError(f"{path}, line {line}: the id is {keys[differing]}, not {wanted[differing]}")
+            raise ValueError(f"{path}, line {line}: the id is {keys[differing]}, not {expected[differing]}")
         num_rows += len(keys)
-        if len(keys) != len(wanted):
+        if len(keys) != len(expected):
             break
         check_unit(values.reshape(-1, EMBEDDING_DIM), ids[start:], str(path))
     if num_rows != expected_rows:
         more = "more than" if num_rows > expected_rows else "not"
-        raise SubmissionError(
-            f"{path} has {num_rows:,} rows, {more} {len(ids):,} x {EMBEDDING_DIM} = {expected_rows:,}"
-        )
+        raise ValueError(f"{path} has {num_rows:,} rows, {more} {len(ids):,} x {EMBEDDING_DIM} = {expected_rows:,}")
     return num_rows
 
 
 def read_images(path: Path) -> Iterator[tuple[int, pa.Array, np.ndarray]]:
-    """Rows of a submission by whole chunks of images: number of the first image, ids, float64 values (NaN: no number).
+    """Read a submission in whole chunks of images.
 
-    Raises: SubmissionError for a line that is no `text,number`.
+    Yields: number of the first image, ids of the rows, float64 values (NaN where there is no number).
+    Raises: ValueError for a line that is no `text,number`.
     """
     convert = csv.ConvertOptions(column_types={COLUMNS[0]: pa.string(), COLUMNS[1]: pa.float64()})
     chunk, start = CHUNK_IMAGES * EMBEDDING_DIM, 0
-    kept = pa.table({COLUMNS[0]: pa.array([], pa.string()), COLUMNS[1]: pa.array([], pa.float64())})
+    waiting = pa.table({COLUMNS[0]: pa.array([], pa.string()), COLUMNS[1]: pa.array([], pa.float64())})
     try:
         reader = csv.open_csv(path, csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES), convert_options=convert)
         for batch in reader:
-            kept = pa.concat_tables([kept, pa.Table.from_batches([batch])])
-            while len(kept) >= chunk:
-                yield start, *columns_of(kept.slice(0, chunk))
-                kept, start = kept.slice(chunk), start + CHUNK_IMAGES
+            waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+            while len(waiting) >= chunk:
+                yield start, *columns_of(waiting.slice(0, chunk))
+                waiting, start = waiting.slice(chunk), start + CHUNK_IMAGES
     except pa.ArrowInvalid as error:
-        raise SubmissionError(f"{path} cannot be read as {SUBMISSION_HEADER}: {error}") from error
-    if len(kept):
-        yield start, *columns_of(kept)
+        raise ValueError(f"{path} cannot be read as {SUBMISSION_HEADER}: {error}") from error
+    if len(waiting):
+        yield start, *columns_of(waiting)
 
 
 def columns_of(table: pa.Table) -> tuple[pa.Array, np.ndarray]:
@@ -138,28 +140,28 @@ def columns_of(table: pa.Table) -> tuple[pa.Array, np.ndarray]:
 
 
 def read_ids(path: Path | str) -> list[str]:
-    """The images of a submission in its order, by every 384th id; `check_submission` says whether the rest is right."""
+    """The images of a submission in its order, by every 384th id; `check_submission` checks the others."""
     keys = itertools.chain.from_iterable(keys[::EMBEDDING_DIM].to_pylist() for _, keys, _ in read_images(Path(path)))
     return [key.rpartition("_")[0] for key in keys]
 
 
 def check_ids(ids: Sequence[str]) -> None:
-    """Raise SubmissionError for an id that is empty, repeated or would break the CSV."""
+    """Raise ValueError for an id that is empty, repeated or would break the CSV."""
     if len(set(ids)) < len(ids):
         repeated = next(name for number, name in enumerate(ids) if name in ids[:number])
-        raise SubmissionError(f"two images have the id {repeated!r}; an id names one image")
+        raise ValueError(f"two images have the id {repeated!r}; an id names one image")
     broken = [name for name in ids if not name or set(name) & set(',"\r\n')]
     if broken:
-        raise SubmissionError(f"{broken[0]!r} cannot be an id in a CSV file; rename the image")
+        raise ValueError(f"{broken[0]!r} cannot be an id in a CSV file; rename the image")
 
 
 def check_unit(embeddings: np.ndarray, ids: Sequence[str], where: str) -> None:
-    """Raise SubmissionError naming the first image whose embedding is not finite or not of unit length."""
+    """Raise ValueError naming the first image whose embedding is not finite or not of unit length."""
     lengths = np.linalg.norm(embeddings, axis=1)
     bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT_TOLERANCE))  # NaN compares false
     if not len(bad):
         return
-    unknown = np.flatnonzero(~np.isfinite(embeddings[bad[0]]))
-    if len(unknown):
-        raise SubmissionError(f"{where}: the value {ids[bad[0]]}_{unknown[0]} is no finite number")
-    raise SubmissionError(f"{where}: the embedding of {ids[bad[0]]} has length {lengths[bad[0]]:.4f}, not 1")
+    not_finite = np.flatnonzero(~np.isfinite(embeddings[bad[0]]))
+    if len(not_finite):
+        raise ValueError(f"{where}: the value {ids[bad[0]]}_{not_finite[0]} is no finite number")
+    raise ValueError(f"{where}: the embedding of {ids[bad[0]]} has length {lengths[bad[0]]:.4f}, not 1")

@@ -37,8 +37,8 @@ def stub(tmp_path_factory, monkeypatch, capsys, no_client):
         kaggle_stub.send_client_here(monkeypatch, address, home)
         state.home = home
         yield state
-    shown = capsys.readouterr()
-    assert TOKEN not in shown.out + shown.err
+    printed = capsys.readouterr()
+    assert TOKEN not in printed.out + printed.err
 
 
 @contextlib.contextmanager
@@ -46,9 +46,9 @@ def refused(*parts):
     """A KaggleError that says all the parts, and not the token."""
     with pytest.raises(KaggleError) as caught:
         yield
-    told = str(caught.value)
-    assert all(part in told for part in parts), told
-    assert TOKEN not in told
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert TOKEN not in message
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_new_data_set_holds_what_the_folder_holds(stub, folder, capsys, absent
 
 @needs_client
 def test_a_version_replaces_the_content_and_is_waited_for(stub, folder, capsys):
-    """Kaggle says `ready` of the former version until the new one is processed."""
+    """Kaggle says `ready` of the previous version until the new one is processed."""
     known = stub.add_dataset(DATASET)
     client.upload_dataset(folder, "--quiet", **FAST)  # a message like an option
     assert set(known.versions[1]) == {"kutils.zip", "conf.zip", "notes.txt"}
@@ -438,7 +438,7 @@ def test_a_kernel_that_is_not_there(stub):
 
 
 @needs_client
-def test_output_replaces_a_former_one_and_keeps_it(pushed, tmp_path):
+def test_output_replaces_a_previous_one_which_stays_as_bak(pushed, tmp_path):
     pushed.outputs = {"submission.csv": b"imgId_eId,val\n", "inner/log.txt": b"x" * 3000, "empty.txt": b""}
     pushed.log = "it ran\n"
     target = tmp_path / "results" / "output"
@@ -456,7 +456,7 @@ def test_output_replaces_a_former_one_and_keeps_it(pushed, tmp_path):
 
 
 @needs_client
-def test_output_that_does_not_come_leaves_the_former_one(pushed, tmp_path):
+def test_output_that_does_not_come_leaves_the_previous_one(pushed, tmp_path):
     target = tmp_path / "output"
     target.mkdir()
     (target / "mine.txt").touch()

@@ -67,7 +67,7 @@ def packed(tmp_path_factory):
         subprocess.run(["git", "-C", clone, *identity, *command], check=True)
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "repository_root", lambda: clone)
+        patch.setattr(paths, "code_root", lambda: clone)
         settings = packing.read_settings(user=USER)
         settings.train["parameters"] = {}
         for name, networks in (("tiny", TINY), ("heavy", HEAVY)):

@@ -25,8 +25,8 @@ from kutils.__main__ import run as run_command
 from kutils.data import prompt_bank
 from kutils.ensemble import fit
 from kutils.ensemble.members import Member, read_config
-from kutils.kaggle import api, packing, submission
-from kutils.kaggle.packing import KaggleError
+from kutils.kaggle import api, packing, sending, submission
+from kutils.kaggle.metadata import KaggleError
 from kutils.models import checkpoints, networks
 from kutils.runs import folders
 from kutils.system import paths
@@ -50,7 +50,7 @@ def repository(tmp_path, monkeypatch):
     (root / "kutils" / "kaggle.json").write_text('{"key": "secret"}')
     with (root / "kutils" / "system" / "paths.py").open("a") as stream:
         stream.write("# not committed\n")
-    monkeypatch.setattr(paths, "repository_root", lambda: root)
+    monkeypatch.setattr(paths, "code_root", lambda: root)
     monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
     return root
 
@@ -129,7 +129,7 @@ def test_the_code_is_what_was_committed(repository, settings, capsys):
 
 def test_the_code_tells_its_commit_where_there_is_no_repository(repository, settings, monkeypatch):
     folder = packing.stage_code(settings)
-    monkeypatch.setattr(paths, "repository_root", lambda: folder)
+    monkeypatch.setattr(paths, "code_root", lambda: folder)
     assert folders.git_commit() == (folder / "COMMIT").read_text().strip() and len(folders.git_commit()) == 40
 
 
@@ -277,7 +277,7 @@ def test_what_ran_badly_is_not_submitted(repository, stub, capsys):
     assert run("push") == 1
     assert "left out a fold 0: it failed: no CUDA" in capsys.readouterr().err
     assert run("submit") == 1
-    assert "nobody looked at the output of version 1" in capsys.readouterr().err
+    assert "the output of version 1" in capsys.readouterr().err
     stub.outputs["submission.csv"] = b"imgId_eId,val\naa_0,0.1\n"
     assert run("push") == 1
     assert "has 1 rows" in capsys.readouterr().err
@@ -324,13 +324,13 @@ def test_a_kernel_that_nobody_waited_for_is_checked_later(repository, stub, caps
 def test_a_dry_run_shows_and_sends_nothing(repository, fitted, stub, capsys, command):
     assert run(*command, "--dry-run") == 0
     said = capsys.readouterr().out
-    assert f'"id": "{OWNER}/kutils-' in said and "would run: kaggle" in said and not stub.requests
+    assert f'"id": "{OWNER}/kutils-' in said and "would do the same as: kaggle" in said and not stub.requests
     assert "metadata.json" in said
 
 
 def test_the_dry_run_of_a_submission(repository, stub, capsys):
     pushed = {"ref": f"{OWNER}/kutils-submission", "version": 3, "url": "u", "commit": "c" * 40, "checked": True}
-    paths.write_json(packing.pushed_path("submission"), pushed)
+    paths.write_json(sending.pushed_path("submission"), pushed)
     assert run("submit", "--dry-run") == 0
     said = capsys.readouterr().out
     assert f"stable-diffusion-image-to-prompts -k {OWNER}/kutils-submission -v 3 -f submission.csv" in said
@@ -344,9 +344,11 @@ def test_ids_are_read_in_order(tmp_path):
     assert submission.read_ids(tmp_path / "s.csv") == ids
 
 
-def test_the_command_helps(capsys):
+def test_the_command_helps_without_the_client(capsys):
+    """Kaggle's package signs in when it is imported: nothing may import it that sends nothing."""
     for command in ("code", "weights", "push", "submit"):
         with pytest.raises(SystemExit):
-            packing.main([command, "--help"])
+            sending.main([command, "--help"])
         assert "--dry-run" in capsys.readouterr().out
-    assert sys.modules.get("kaggle") is None  # the client authenticates when it is imported
+    code = "import sys; sys.modules['kaggle'] = None; from kutils.kaggle import client"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,6 @@ from fixtures.ensembles import by_hand, save_images, write_ensemble
 
 from kutils.ensemble.members import Member
 from kutils.kaggle import submission
-from kutils.kaggle.submission import SubmissionError
 from kutils.models import checkpoints, networks
 from kutils.system import paths
 
@@ -73,7 +72,7 @@ def test_what_cannot_be_scored_is_not_written(written, ids, change, said):
     before, embeddings = written.read_bytes(), unit_rows(3)
     for place, value in change.items():
         embeddings[place] = value
-    with pytest.raises(SubmissionError) as caught:
+    with pytest.raises(ValueError) as caught:
         submission.write_submission(written, ids, embeddings)
     assert said in str(caught.value) and written.read_bytes() == before
 
@@ -102,13 +101,13 @@ def test_what_cannot_be_scored_is_not_written(written, ids, change, said):
 def test_the_check_finds(written, change, said):
     lines = written.read_text().splitlines()
     written.write_text("".join(f"{line}\n" for line in change(lines)))
-    with pytest.raises(SubmissionError) as caught:
+    with pytest.raises(ValueError) as caught:
         submission.check_submission(written, IDS)
     assert said in str(caught.value)
 
 
 def test_the_check_of_nothing(tmp_path):
-    with pytest.raises(SubmissionError, match="is not there"):
+    with pytest.raises(ValueError, match="is not there"):
         submission.check_submission(tmp_path / "submission.csv", IDS)
 
 
@@ -134,22 +133,22 @@ print(time.time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss -
 
 def test_a_finished_submission_outlives_the_runs_that_fail_after_it(tmp_path):
     path, report = tmp_path / "submission.csv", tmp_path / "submission_report.json"
-    submission.keep_former(path)
+    submission.set_previous_aside(path)
     assert not list(tmp_path.iterdir())
     path.write_text("good")
     report.write_text("of the good one")
     for attempt in ("first failure", "second failure"):
-        submission.keep_former(path)
+        submission.set_previous_aside(path)
         assert not report.exists() and (tmp_path / "submission.csv.bak").read_text() == "good"
         assert (tmp_path / "submission_report.json.bak").read_text() == "of the good one"
         path.write_text(attempt)  # the fallback that is written first
     path.write_text("better")
     report.write_text("of the better one")
-    submission.keep_former(path)
+    submission.set_previous_aside(path)
     assert (tmp_path / "submission.csv.bak").read_text() == "better" and not path.exists()
     other = tmp_path / "other.csv"  # somebody's own file, no run of ours
     other.write_text("mine")
-    submission.keep_former(other)
+    submission.set_previous_aside(other)
     assert (tmp_path / "other.csv.bak").read_text() == "mine"
 
 
