@@ -17,13 +17,6 @@ COLUMNS = SUBMISSION_HEADER.split(",")
 CHUNK_IMAGES = 256  # written and compared at once: 98,304 rows
 BLOCK_BYTES = 1 << 20  # read at once
 DECIMALS = 6  # of a value; they move a unit vector by 1e-5 at most
-<<<<<<< HEAD
-
-
-class SubmissionError(ValueError):
-    """A submission that would not be scored; the message names the line or image."""
-=======
->>>>>>> 7e019cd (What is laid out for Kaggle and what is sent stand in two files; errors of submissions that nothing catches are ValueError)
 
 
 def write_submission(path: Path | str, ids: Sequence[str], embeddings: np.ndarray) -> None:
