@@ -84,9 +84,7 @@ data_plots.prompt_map(points, labels, title=f"{len(points):,} prompts by similar
 
 # %%
 twins = explored.near_duplicates(count=4)
-images = list(zip(twins["image_a"], twins["image_b"], strict=True))
-prompts = list(zip(twins["prompt_a"], twins["prompt_b"], strict=True))
-image_plots.pairs(images, prompts, twins["cosine"])
+image_plots.pairs(twins)
 html_tables.show(twins[["cosine", "fold_a", "fold_b", "prompt_a", "prompt_b"]])
 
 # %% [markdown]
@@ -138,8 +136,7 @@ if there:
 
 # %%
 if there and len(validated.single_models) > 1:
-    shown, told = explored.disagreement(fold)
-    image_plots.disagreement(shown["image"], told, shown["agreement"])
+    image_plots.disagreement(explored.disagreement(fold))
 
 # %% [markdown]
 # ## What do they see in an image of yours?

@@ -117,4 +117,4 @@ if result:
 # %%
 if result:
     shown = examples.best_and_worst(table, run.recipe, count=4)
-    image_plots.best_and_worst(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"], count=4)
+    image_plots.best_and_worst(shown)

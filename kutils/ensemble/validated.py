@@ -18,10 +18,6 @@ from kutils.training.out_of_fold import PredictionsError, read_predictions
 MEAN = "ensemble of equal weights"  # where none was fitted
 
 
-class ExplorationError(ValueError):
-    """Something to look at that is not there; the message says how to make it."""
-
-
 @dataclass(frozen=True)
 class Validated:
     """Rows that were validated on by several models, and what each predicted for them."""
@@ -59,20 +55,20 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
             continue
         try:
             found[folder] = predictions_of(data, folder, fold)
-        except (EnsembleError, PredictionsError, ExplorationError) as error:
+        except (EnsembleError, PredictionsError) as error:
             notes.append(f"{folder.name} is left out: {error}")
             continue
         own = found[folder][0]
         rows = own if rows is None else np.intersect1d(rows, own)
     names = ", ".join(folder.name for folder in found)
     if not found:
-        raise ExplorationError(
+        raise EnsembleError(
             f"no finished run was validated on fold {fold} of {', '.join(data.names)}; train one: papermill "
             f"notebooks/train.ipynb working/runs/train_tiny_convnext_fold{fold}.ipynb -p model tiny_convnext "
             f"-p fold {fold}" + "".join(f"\n  {note}" for note in notes)
         )
     if not len(rows):
-        raise ExplorationError(f"{names} were validated on different images; choose some of them by models=")
+        raise EnsembleError(f"{names} were validated on different images; choose some of them by models=")
     most = max(len(own) for own, _ in found.values())
     if len(rows) < most:
         notes.append(f"{names} are compared on the {len(rows):,} images of fold {fold} that all were validated on")
@@ -97,17 +93,17 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
 def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows int64 [n] of the data sets and a run's predictions of them, float32 [n, 384].
 
-    Raises: PredictionsError if they are not there or damaged; ExplorationError if they are of other data.
+    Raises: PredictionsError if they are not there or damaged; EnsembleError if they are of other data.
     """
     saved = read_predictions(folder, fold)
     hashes = json.loads(saved["folds_hash"])
     if missing := sorted(set(hashes) - set(data.names)):
-        raise ExplorationError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
+        raise EnsembleError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
     if any(data.folds_hashes[name] != value for name, value in hashes.items()):
-        raise ExplorationError("prompts were assigned to other folds since; train it again")
+        raise EnsembleError("prompts were assigned to other folds since; train it again")
     rows = data.rows_of(saved["dataset"], saved["row"])
     if rows.max() >= len(data) or data.hash_targets(rows) != saved["targets_hash"]:
-        raise ExplorationError("its data sets have other rows or prompts now; train it again")
+        raise EnsembleError("its data sets have other rows or prompts now; train it again")
     return rows, saved["embeddings"]
 
 
@@ -120,18 +116,18 @@ def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.nd
 def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.ndarray, float]:
     """What the ensemble fitted last predicts for rows, float32 [n, 384], and its score on those its fit has not seen.
 
-    Raises: ExplorationError where none was fitted on these rows; an error of `ensemble` where a member is gone.
+    Raises: EnsembleError where none was fitted on these rows; an error of `ensemble` where a member is gone.
     """
     found = trained_models.find_ensemble()
     if found is None or fold != FIT_FOLD:
-        raise ExplorationError(f"none was fitted on fold {fold}")
+        raise EnsembleError(f"none was fitted on fold {fold}")
     path, fitted = found
     families, common = load_predictions(fitted.families)
     if not set(common["dataset"]) <= set(data.names):
-        raise ExplorationError(f"{path.name} was fitted on other data sets")
+        raise EnsembleError(f"{path.name} was fitted on other data sets")
     own_rows = data.rows_of(common["dataset"], common["row"])
     if not np.isin(rows, own_rows).all():
-        raise ExplorationError(f"{path.name} was fitted on other images")
+        raise EnsembleError(f"{path.name} was fitted on other images")
     bank = PromptBank.load(path.with_name(fitted.neighbours_bank)) if fitted.neighbours_bank else None
     for family, members in fitted.families.items():
         member = next(member for member in members if member.fold == FIT_FOLD)

@@ -147,4 +147,4 @@ def command(run: FinishedRun, processes: int) -> str:
     if found := recipe_of(run):
         path, recipe = shown_path(found[0]), found[1]
         changes = [f"{key}={as_text(getattr(run.recipe, key))}" for key in changed_keys(run, recipe)]
-    return f"{start} kutils.training.train " + shlex.join(["--config", str(path), "--fold", str(run.fold), *changes])
+    return f"{start} kutils train " + shlex.join(["--config", str(path), "--fold", str(run.fold), *changes])

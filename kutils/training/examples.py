@@ -58,13 +58,18 @@ def validation_table(recipe: Recipe, fold: int, run_folder: Path) -> pd.DataFram
 
 
 def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
-    """The `count` worst and best rows of a validation table, one per prompt, with what the network took them for.
+    """The best and the worst predictions of a validation table, and what the network took their images for.
 
-    Returns: the table's columns, and `nearest`: the prompt of all data sets, or of MOST_PROMPTS drawn of more, that is
-        nearest to the prediction.
+    Args:
+        table: of `validation_table`; the worse half of its rows can be among the worst, the others among the best.
+        count: best and worst rows, each of another prompt; fewer where there are not as many.
+    Returns: rows of the table, the best first, then the worst first, with two columns more: best (bool), and nearest:
+        the prompt nearest to the prediction, of all data sets, or of MOST_PROMPTS drawn of more.
     """
-    distinct = table.drop_duplicates("prompt")
-    shown = pd.concat([distinct.head(count), distinct.tail(count)]).drop_duplicates("prompt")
+    half = len(table) // 2
+    worst = table[:half].drop_duplicates("prompt").head(count)
+    best = table[half:][::-1].drop_duplicates("prompt").head(count)
+    chosen = pd.concat([best.assign(best=True), worst.assign(best=False)])
     bank = PromptBank.from_datasets(recipe.datasets, most=MOST_PROMPTS)
-    indices, _ = bank.nearest(np.stack(shown["embedding"]), k=1)
-    return shown.assign(nearest=bank.texts(indices[:, 0]))
+    indices, _ = bank.nearest(np.stack(chosen["embedding"]), k=1)
+    return chosen.assign(nearest=bank.texts(indices[:, 0]))

@@ -15,7 +15,6 @@ from kutils.views.figures import (
     GREY,
     ORANGE,
     SMALL_FONT,
-    PlotError,
     check_same_length,
     despine,
     finite,
@@ -31,7 +30,7 @@ MOST_LABELS = 10  # of a map that are told apart
 
 @styled()
 def prompt_lengths(prompts: Sequence[str]) -> Figure:
-    """Histogram of words per prompt. Raises: PlotError for no prompt."""
+    """Histogram of words per prompt. Raises: ValueError for no prompt."""
     words = finite([len(prompt.split()) for prompt in prompts], "prompts")
     width = -(-int(words.max()) // 60) or 1
     figure, (axes,) = new_axes()
@@ -53,7 +52,7 @@ def fold_report(report: dict) -> Figure:
 
     Args:
         report: of `grouping.assign_folds` or `grouping.read_report`.
-    Raises: PlotError for a report without folds.
+    Raises: ValueError for a report without folds.
     """
     folds = report.get("folds") or []
     check_same_length(folds=folds)
@@ -86,14 +85,14 @@ def prompt_map(points: np.ndarray, labels: Sequence[str] | Mapping[str, Sequence
         labels: one per point; or several sets of them side by side: title of the panel -> labels. The ten that most
             points have are told apart, the others are grey.
         title: of the figure.
-    Raises: PlotError for no point, another number of labels, or a point that is not finite.
+    Raises: ValueError for no point, another number of labels, or a point that is not finite.
     """
     panels = labels if isinstance(labels, Mapping) else {"": labels}
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
-        raise PlotError(f"points are [n, 2], not {list(points.shape)}")
+        raise ValueError(f"points are [n, 2], not {list(points.shape)}")
     if not panels:
-        raise PlotError("nothing to draw: no labels")
+        raise ValueError("nothing to draw: no labels")
     for name, values in panels.items():
         check_same_length(**{"points": points, f"labels {name}".strip(): values})
     finite(points, "coordinates")
@@ -140,7 +139,7 @@ def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
 def image_statistics(image_paths: Sequence) -> Figure:
     """Histograms of images' brightness and contrast: mean and standard deviation of the gray levels of each.
 
-    Raises: PlotError for no image; OSError for one that cannot be read.
+    Raises: ValueError for no image; OSError for one that cannot be read.
     """
     grays = (np.asarray(Image.open(path).convert("L"), np.float32) for path in image_paths)
     values = np.array([(gray.mean(), gray.std()) for gray in grays]).reshape(-1, 2)
@@ -166,7 +165,7 @@ def image_counts(reports: Sequence[dict]) -> Figure:
 
     Args:
         reports: of `check.check_datasets`.
-    Raises: PlotError for no report, or none with an image that decodes.
+    Raises: ValueError for no report, or none with an image that decodes.
     """
     check_same_length(reports=reports)
     prompts, sizes = Counter(), Counter()

@@ -17,7 +17,8 @@ from kutils.data.datasets import PromptImages, load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.data.transforms import decode_rgb
 from kutils.ensemble import blending, trained_models
-from kutils.ensemble.validated import MEAN, ExplorationError, Validated, read_validated
+from kutils.ensemble.members import EnsembleError
+from kutils.ensemble.validated import MEAN, Validated, read_validated
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
 from kutils.prompts.encoder import EncoderError, TextEncoder, load_encoder
@@ -91,12 +92,12 @@ class Exploration:
         Args:
             most: prompts that are drawn by lot; 2,000 take ten seconds.
         Returns: float32 [m, 2]; and for panels `fold` and `source` the label of each point.
-        Raises: ExplorationError for less than four prompts.
+        Raises: ValueError for less than four prompts.
         """
         random = np.random.default_rng(seed)
         chosen = np.sort(random.permutation(len(self.bank))[:most])
         if len(chosen) < 4:
-            raise ExplorationError(f"{len(chosen)} prompts make no map")
+            raise ValueError(f"{len(chosen)} prompts make no map")
         perplexity = min(30.0, (len(chosen) - 1) / 3)
         embeddings = self.bank.vectors(chosen)
         points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
@@ -140,14 +141,14 @@ class Exploration:
             words: a prompt.
             fold: look among the prompts of this fold; -1: among all.
         Returns: columns image, prompt, cosine, fold; the nearest first.
-        Raises: ExplorationError for no words, a fold without prompts, or words that nothing can stand for.
+        Raises: ValueError for no words, a fold without prompts, or words that nothing can stand for.
         """
         if not words.strip():
-            raise ExplorationError("type some words to look for")
+            raise ValueError("type some words to look for")
         folds = self.data.folds[self.bank.rows]
         elsewhere = folds != fold if fold >= 0 else None
         if elsewhere is not None and elsewhere.all():
-            raise ExplorationError(f"no prompt is in fold {fold}")
+            raise ValueError(f"no prompt is in fold {fold}")
         query = self.embed_words(words)
         indices, cosines = self.bank.nearest(query, count, exclude=elsewhere)
         rows = self.bank.rows[indices[0]]
@@ -163,7 +164,7 @@ class Exploration:
         for word in words.split():
             held += pc.match_substring(self.bank.prompts, word, ignore_case=True).to_numpy()
         if not held.any():
-            raise ExplorationError(f"no prompt holds one of the words {words!r}")
+            raise ValueError(f"no prompt holds one of the words {words!r}")
         return blending.unit(self.bank.vectors(np.flatnonzero(held == held.max())[:MOST_HOLDING]).mean(axis=0)[None])
 
     @functools.cached_property
@@ -181,7 +182,7 @@ class Exploration:
         """Whether there are predictions of this fold; if not, says how to make them."""
         try:
             print(*self.validated(fold).notes, sep="\n")
-        except ExplorationError as error:
+        except EnsembleError as error:
             print(error)
             return False
         return True
@@ -193,7 +194,7 @@ class Exploration:
     def validated(self, fold: int) -> Validated:
         """The predictions of a fold by all runs that were validated on its rows, and by their ensemble.
 
-        Raises: ExplorationError where no run has predicted rows of these data sets.
+        Raises: ValueError where no run has predicted rows of these data sets.
         """
         if fold not in self.folds:
             self.folds[fold] = read_validated(self.data, fold, folders.find_finished(self.run_names))
@@ -207,7 +208,7 @@ class Exploration:
             sort: worst, best, random, or disagreement: those on which the models differ most.
         Returns: columns position (among the rows of the fold), image, prompt, cosine, nearest (prompt to the
             prediction), agreement.
-        Raises: ExplorationError for an unknown model or sort.
+        Raises: ValueError for an unknown model or sort.
         """
         of = self.validated(fold)
         model = model or of.best
@@ -233,22 +234,22 @@ class Exploration:
         }
         return pd.DataFrame(found)
 
-    def disagreement(self, fold: int, count: int = 4) -> tuple[pd.DataFrame, list[dict[str, str]]]:
-        """Images on which the models differ most, and for each: model -> the nearest prompt to its prediction.
+    def disagreement(self, fold: int, count: int = 4) -> pd.DataFrame:
+        """Images on which the models differ most.
 
-        Raises: ExplorationError where there are fewer than two models.
+        Returns: as `examples`, and nearest_by_model: model -> the nearest prompt to its prediction.
+        Raises: ValueError where there are fewer than two models.
         """
         of = self.validated(fold)
         names = of.single_models
         if len(names) < 2:
-            raise ExplorationError("one model has nobody to disagree with; train another")
-        shown = self.examples(fold, sort="disagreement", count=count)
-        texts: list[dict[str, str]] = [{} for _ in range(len(shown))]
+            raise ValueError("one model has nobody to disagree with; train another")
+        rows = self.examples(fold, sort="disagreement", count=count)
+        prompts = {}
         for name in names:
-            indices, _ = self.bank.nearest(of.predictions[name][shown["position"]], k=1)
-            for text, prompt in zip(texts, self.bank.texts(indices[:, 0]), strict=True):
-                text[name] = prompt
-        return shown, texts
+            indices, _ = self.bank.nearest(of.predictions[name][rows["position"]], k=1)
+            prompts[name] = self.bank.texts(indices[:, 0])
+        return rows.assign(nearest_by_model=pd.DataFrame(prompts).to_dict("records"))
 
     def slice_scores(self, fold: int, by: str) -> pd.DataFrame:
         """Mean cosine of every model by prompt length (words), source, kind, or similarity to the training prompts."""
@@ -264,7 +265,7 @@ class Exploration:
         A model that cannot be asked any more is left out, and said.
 
         Returns: model -> columns rank, cosine, prompt of the nearest prompts.
-        Raises: ImageError naming a file that cannot be read; ExplorationError where no model can be asked.
+        Raises: ImageError naming a file that cannot be read; ValueError where no model can be asked.
         """
         of = self.validated(fold)
         decode_rgb(image)  # what is wrong with the image is not the models' fault
@@ -281,7 +282,7 @@ class Exploration:
                 print(f"{name} is left out: {error}")
         single = [told[name] for name in of.folders if name in told]
         if not single:
-            raise ExplorationError("none of the models can be asked; train one again")
+            raise ValueError("none of the models can be asked; train one again")
         if "ensemble" not in told and len(single) > 1:
             told[MEAN] = blending.average([rows[None] for rows in single])[0]
         order = sorted(told, key=lambda name: name in of.folders)  # ensembles first
@@ -303,4 +304,4 @@ def first_of_each(codes: np.ndarray) -> np.ndarray:
 
 def check_choice(what: str, chosen: str, known: Mapping | Sequence) -> None:
     if chosen not in known:
-        raise ExplorationError(f"{what} is {chosen!r}; it can be {', '.join(map(str, known))}")
+        raise ValueError(f"{what} is {chosen!r}; it can be {', '.join(map(str, known))}")

@@ -77,10 +77,6 @@ LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches, in SMALL_FONT
 SMALL_FONT = 9.5
 
 
-class PlotError(ValueError):
-    """Nothing to draw, or lists that do not go together."""
-
-
 @contextmanager
 def styled() -> Iterator[None]:
     """What is drawn inside has the style: `with styled():`, or `@styled()` above a function that draws.
@@ -209,21 +205,21 @@ def errors_shown() -> Iterator[None]:
 
 
 def check_same_length(**lists: Sequence) -> None:
-    """Raise PlotError for empty lists, or lists of different lengths."""
+    """Raise ValueError for empty lists, or lists of different lengths."""
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        raise PlotError(f"one of each is needed: {', '.join(f'{count} {name}' for name, count in lengths.items())}")
+        raise ValueError(f"one of each is needed: {', '.join(f'{count} {name}' for name, count in lengths.items())}")
     if 0 in lengths.values():
-        raise PlotError(f"nothing to draw: no {' and no '.join(lengths)}")
+        raise ValueError(f"nothing to draw: no {' and no '.join(lengths)}")
 
 
 def finite(values, what: str) -> np.ndarray:
-    """float64 [n]; PlotError if there are none, or one is not finite."""
+    """float64 [n]; ValueError if there are none, or one is not finite."""
     values = np.asarray(values, np.float64).ravel()
     if not len(values):
-        raise PlotError(f"nothing to draw: no {what}")
+        raise ValueError(f"nothing to draw: no {what}")
     if not np.isfinite(values).all():
-        raise PlotError(f"{what} number {int(np.argmax(~np.isfinite(values)))} is not finite")
+        raise ValueError(f"{what} number {int(np.argmax(~np.isfinite(values)))} is not finite")
     return values
 
 

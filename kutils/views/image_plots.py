@@ -14,7 +14,6 @@ from kutils.views.figures import (
     GREEN,
     ORANGE,
     SMALL_FONT,
-    PlotError,
     check_same_length,
     despine,
     finite,
@@ -38,7 +37,7 @@ def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Fig
         images: paths, Pillow images or uint8 [H, W, 3] arrays; a file that cannot be read leaves an empty tile.
         titles: one text per image, such as its prompt; long ones are wrapped and cut after five lines.
         columns: images side by side.
-    Raises: PlotError for no image, or another number of titles.
+    Raises: ValueError for no image, or another number of titles.
     """
     check_same_length(images=images, titles=titles)
     texts = [wrap(title) for title in titles]
@@ -50,129 +49,107 @@ def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Fig
 
 
 @styled()
-def predictions(
-    images: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], columns: int = 4
-) -> Figure:
+def predictions(rows: pd.DataFrame, columns: int = 4) -> Figure:
     """Predictions in the order given: image, cosine, true prompt, and the nearest prompt of a bank.
 
     Args:
-        images, prompts, nearest, cosines: as for `best_and_worst`.
+        rows: columns image (as the images of `image_grid`), prompt, nearest, cosine (of prediction and true prompt).
         columns: images side by side.
-    Raises: PlotError for no image, lists of different lengths, or a cosine that is not finite.
+    Raises: ValueError for no row, or a cosine that is not finite.
     """
-    check_same_length(images=images, prompts=prompts, nearest_prompts=nearest, cosines=cosines)
-    texts = true_and_nearest(prompts, nearest)
+    finite(rows["cosine"], "cosines")
+    texts = true_and_nearest(rows)
     figure, all_axes = new_tiles(len(texts), columns, count_lines(texts))
-    for axes, image, cosine, text in zip(all_axes, images, finite(cosines, "cosines"), texts, strict=False):
-        show_tile(axes, image, f"cosine {cosine:.3f}", text)
+    for axes, row, text in zip(all_axes, rows.itertuples(), texts, strict=False):
+        show_tile(axes, row.image, f"cosine {row.cosine:.3f}", text)
     return figure
 
 
 @styled()
-def best_and_worst(
-    image_paths: Sequence, prompts: Sequence[str], nearest: Sequence[str], cosines: Sequence[float], count: int = 4
-) -> Figure:
+def best_and_worst(rows: pd.DataFrame) -> Figure:
     """The best predictions above the worst: image, cosine, true prompt, and the nearest prompt of a bank.
 
     Args:
-        image_paths: as the images of `image_grid`, in any order.
-        prompts: the true prompts.
-        nearest: for each prediction, the prompt nearest to it.
-        cosines: of prediction and true prompt.
-        count: images per row; fewer where there are less than twice as many.
-    Raises: PlotError for no image, or lists of different lengths.
+        rows: of `examples.best_and_worst`: as for `predictions`, and `best`, a bool.
+    Raises: ValueError for no row, or a cosine that is not finite.
     """
-    check_same_length(images=image_paths, prompts=prompts, nearest_prompts=nearest, cosines=cosines)
-    image_paths, prompts, nearest = list(image_paths), list(prompts), list(nearest)
-    cosines = finite(cosines, "cosines")
-    order = np.argsort(-cosines, kind="stable")
-    count = min(count, -(-len(order) // 2))
-    texts = true_and_nearest(prompts, nearest)
-    figure, all_axes = new_tiles(2 * count, count, count_lines(texts))
-    best, worst = order[:count], order[max(count, len(order) - count) :][::-1]
-    for name, color, chosen, row in (("best", GREEN, best, 0), ("worst", ORANGE, worst, count)):
-        for axes, index in zip(all_axes[row:], chosen, strict=False):
-            title = f"{name}: cosine {cosines[index]:.3f}"
-            show_tile(axes, image_paths[index], title, texts[index], color=color)
+    finite(rows["cosine"], "cosines")
+    columns = int(rows["best"].value_counts().max())
+    figure, all_axes = new_tiles(2 * columns, columns, count_lines(true_and_nearest(rows)))
+    for name, color, group, place in (
+        ("best", GREEN, rows[rows["best"]], 0),
+        ("worst", ORANGE, rows[~rows["best"]], columns),
+    ):
+        for axes, row, text in zip(all_axes[place:], group.itertuples(), true_and_nearest(group), strict=False):
+            show_tile(axes, row.image, f"{name}: cosine {row.cosine:.3f}", text, color=color)
     return figure
 
 
-def true_and_nearest(prompts: Sequence[str], nearest: Sequence[str]) -> list[str]:
+def true_and_nearest(rows: pd.DataFrame) -> list[str]:
     """The text below each predicted image."""
-    return [f"{wrap(f'true: {a}')}\n{wrap(f'nearest: {b}')}" for a, b in zip(prompts, nearest, strict=True)]
+    pairs = zip(rows["prompt"], rows["nearest"], strict=True)
+    return [f"{wrap(f'true: {true}')}\n{wrap(f'nearest: {nearest}')}" for true, nearest in pairs]
 
 
 @styled()
-def pairs(images: Sequence[tuple], prompts: Sequence[tuple[str, str]], cosines: Sequence[float]) -> Figure:
+def pairs(rows: pd.DataFrame) -> Figure:
     """Pairs of similar prompts: their two images side by side, the prompts below, the cosine above.
 
     Args:
-        images: of each pair, as the images of `image_grid`.
-        prompts: of each pair.
-        cosines: of the two prompts' embeddings.
-    Raises: PlotError for no pair, lists of different lengths, or a cosine that is not finite.
+        rows: of `Exploration.near_duplicates`: columns image_a and image_b (as the images of `image_grid`), prompt_a,
+            prompt_b, and cosine, of the two prompts' embeddings.
+    Raises: ValueError for no pair, or a cosine that is not finite.
     """
-    check_same_length(images=images, prompts=prompts, cosines=cosines)
-    cosines = finite(cosines, "cosines")
-    texts = [wrap(prompt) for pair in prompts for prompt in pair]
-    figure, all_axes = new_tiles(len(texts), 4 if len(prompts) > 1 else 2, count_lines(texts))
-    shown = [image for pair in images for image in pair]
-    for number, (axes, image, text) in enumerate(zip(all_axes, shown, texts, strict=False)):
-        pair, second = divmod(number, 2)
-        title = f"pair {pair + 1}" if second else f"pair {pair + 1}: cosine {cosines[pair]:.3f}"
-        show_tile(axes, image, title, text)
+    finite(rows["cosine"], "cosines")
+    texts = [wrap(prompt) for row in rows.itertuples() for prompt in (row.prompt_a, row.prompt_b)]
+    figure, all_axes = new_tiles(len(texts), 4 if len(rows) > 1 else 2, count_lines(texts))
+    for number, row in enumerate(rows.itertuples()):
+        titles = (f"pair {number + 1}: cosine {row.cosine:.3f}", f"pair {number + 1}")
+        for side, image in enumerate((row.image_a, row.image_b)):
+            place = 2 * number + side
+            show_tile(all_axes[place], image, titles[side], texts[place])
     return figure
 
 
 @styled()
-def ranked_images(
-    images: Sequence, prompts: Sequence[str], cosines: Sequence[float], columns: int = 5, title: str = ""
-) -> Figure:
-    """The results of a search, best first: rank and cosine above each image, its prompt below.
+def ranked_images(rows: pd.DataFrame, columns: int = 5, title: str = "") -> Figure:
+    """The results of a search: rank and cosine above each image, its prompt below.
 
     Args:
-        images: as the images of `image_grid`, in any order.
-        prompts: of the images.
-        cosines: of the images, or their prompts, and what was looked for.
+        rows: of `Exploration.search`, best first: columns image (as the images of `image_grid`), prompt, and cosine, of
+            the prompt and what was searched for.
         columns: images side by side.
-        title: what was looked for.
-    Raises: PlotError for no image, lists of different lengths, or a cosine that is not finite.
+        title: what was searched for.
+    Raises: ValueError for no image, or a cosine that is not finite.
     """
-    check_same_length(images=images, prompts=prompts, cosines=cosines)
-    cosines = finite(cosines, "cosines")
-    images, texts = list(images), [wrap(prompt, 32) for prompt in prompts]
-    figure, all_axes = new_tiles(len(images), columns, count_lines(texts), width=2.6, title=title)
-    for rank, (axes, index) in enumerate(zip(all_axes, np.argsort(-cosines, kind="stable"), strict=False), start=1):
-        show_tile(axes, images[index], f"{rank}: cosine {cosines[index]:.3f}", texts[index])
+    finite(rows["cosine"], "cosines")
+    texts = [wrap(prompt, 32) for prompt in rows["prompt"]]
+    figure, all_axes = new_tiles(len(rows), columns, count_lines(texts), width=2.6, title=title)
+    for rank, (axes, row, text) in enumerate(zip(all_axes, rows.itertuples(), texts, strict=False), start=1):
+        show_tile(axes, row.image, f"{rank}: cosine {row.cosine:.3f}", text)
     return figure
 
 
 @styled()
-def disagreement(images: Sequence, texts: Sequence[Mapping[str, str]], agreement: Sequence[float]) -> Figure:
-    """Images that models read differently, least agreement first: what each model takes one for, in its colour.
+def disagreement(rows: pd.DataFrame) -> Figure:
+    """Images that models read differently: what each model takes one for, in its colour.
 
     Args:
-        images: as the images of `image_grid`.
-        texts: of each image: model -> the prompt nearest to its prediction.
-        agreement: of each image: mean cosine between the models' predictions.
-    Raises: PlotError for no image, lists of different lengths, or an agreement that is not finite.
+        rows: of `Exploration.disagreement`: columns image (as the images of `image_grid`), agreement (mean cosine
+            between the models' predictions), and nearest_by_model: model -> the prompt nearest to its prediction.
+    Raises: ValueError for no image, or an agreement that is not finite.
     """
-    check_same_length(images=images, texts=texts, agreement=agreement)
-    agreement, images = finite(agreement, "agreements"), list(images)
-    for number, each in enumerate(texts):
-        if not each:
-            raise PlotError(f"image number {number} has no model's text")
-    said = [{model: wrap(prompt, lines=3) for model, prompt in each.items()} for each in texts]
-    points = max(sum(LINE_POINTS * (count_lines([prompt]) + 1.8) for prompt in each.values()) for each in said)
-    figure, all_axes = new_tiles(len(images), 4, math.ceil(points / 72 / LINE_INCHES))
-    for axes, index in zip(all_axes, np.argsort(agreement, kind="stable"), strict=False):
-        show_tile(axes, images[index], f"agreement {agreement[index]:.3f}", "")
+    finite(rows["agreement"], "agreements")
+    texts = [{model: wrap(prompt, lines=3) for model, prompt in each.items()} for each in rows["nearest_by_model"]]
+    points = max(sum(LINE_POINTS * (count_lines([prompt]) + 1.8) for prompt in each.values()) for each in texts)
+    figure, all_axes = new_tiles(len(rows), 4, math.ceil(points / 72 / LINE_INCHES))
+    place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": SMALL_FONT}
+    for axes, row, each in zip(all_axes, rows.itertuples(), texts, strict=False):
+        show_tile(axes, row.image, f"agreement {row.agreement:.3f}", "")
         below = 5.0  # points under the image
-        for model, prompt in said[index].items():
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": SMALL_FONT}
-            axes.annotate(
-                model, (0, 0), (0, -below), color=model_color(model), fontweight="bold", parse_math=False, **place
-            )
+        for model, prompt in each.items():
+            name_style = {"color": model_color(model), "fontweight": "bold", "parse_math": False}
+            axes.annotate(model, (0, 0), (0, -below), **name_style, **place)
             axes.annotate(prompt, (0, 0), (0, -below - 1.2 * LINE_POINTS), parse_math=False, **place)
             below += LINE_POINTS * (count_lines([prompt]) + 1.8)
     return figure
@@ -185,7 +162,7 @@ def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
     Args:
         image: as the images of `image_grid`.
         tables: model -> columns `rank`, `cosine`, `prompt`, nearest first.
-    Raises: PlotError for no model, an empty table, or a cosine that is not finite.
+    Raises: ValueError for no model, an empty table, or a cosine that is not finite.
     """
     check_same_length(models=list(tables))
     named = {model: finite(table["cosine"], f"cosines of {model}") for model, table in tables.items()}

@@ -1,6 +1,7 @@
 """Writes `report.html` of a finished run: scores, curves, best and worst images, speed, configuration.
 
-`kutils report [RUN ...]` writes that page, `report.html`, into the run's folder; training does so at its end.
+`kutils report [RUN ...]` writes it; so does training at its end. The page is the template `report.html`; here are the
+values that it is filled with.
 """
 
 import argparse
@@ -8,7 +9,6 @@ import csv
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,277 +19,191 @@ from kutils.runs import finished, folders
 from kutils.runs.finished import FinishedRun
 from kutils.system import paths
 from kutils.training import examples, profiling, slices
-from kutils.training.examples import UNREADABLE
 from kutils.views import html_page, html_tables, score_plots, training_plots
 
 EXAMPLES = 4  # best, and as many worst
-MOST_UNREADABLE = 100  # that are listed
-
-
-# ---------------------------------------------------------------- the report of a run
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a run's predictions are worth now: `validation_table`, and the slices of its rows; or why they cannot be."""
-
-    table: pd.DataFrame | None = None
-    labels: pd.DataFrame | None = None
-    data: datasets.PromptImages | None = None
-    missing: str = ""
-
-
-def read_validation(run: FinishedRun) -> Validation:
-    """Compare a run's predictions with the data in `input/`, which may have changed or gone since."""
-    try:
-        table = examples.validation_table(run.recipe, run.fold, run.folder)
-        data = datasets.load_datasets(run.recipe.datasets)
-        return Validation(table, slices.labels(data, table["row"].to_numpy(), run.fold), data)
-    except UNREADABLE as error:
-        return Validation(missing=f"Not shown: {error}")
+MOST_UNREADABLE = 100  # images in the table of those that could not be read
 
 
 def write_report(folder: Path) -> Path:
     """Write `<run folder>/report.html`, one file that needs nothing else; replaced if it is there.
 
-    What cannot be shown, since data sets have changed or images are gone, is said in its place.
+    Where data sets have changed or images are gone, the page says so in place of what it would show.
 
     Raises: ValueError for a folder without a finished run, ConfigError for a configuration that cannot be read.
     """
     run = finished.read_run(Path(folder))
-    validation = read_validation(run)
-    sections = {
-        "Training": training_section(run),
-        "Scores": scores_section(run, validation),
-        "Scores by slice": slices_section(run, validation),
-        "Best and worst": examples_section(run, validation),
-        "Speed": speed_section(run),
-        "Unreadable images": unreadable_section(run),
-        "Configuration": configuration_section(run),
-        "Environment": environment_section(run),
-        "Run it again": again_section(run),
-    }
+    values = [headline_values, training_values, validation_values, speed_values, unreadable_values]
+    values += [configuration_values, environment_values, command_values]
+    page = html_page.render(
+        "report.html", run=run, result=run.result, **{name: value for of in values for name, value in of(run).items()}
+    )
     with paths.atomic_path(run.folder / "report.html") as temporary:
-        temporary.write_text(html_page.page(run.name, lead(run), sections), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return run.folder / "report.html"
 
 
-def lead(run: FinishedRun) -> str:
-    result, recipe = run.result, run.recipe
-    clean = result.cosine_similarity_clean
-    numbers = {"cosine similarity": f"{result.cosine_similarity:.4f}"}
-    if clean is not None:
-        numbers["on clean rows"] = f"{clean:.4f}"
-    numbers |= {"mean prompt (baseline)": f"{result.mean_prompt_baseline:.4f}", "gain": f"{run.result.gain:+.4f}"}
-    resumed = f" (last resumed {run.environment['resumed']})" if "resumed" in run.environment else ""
-    told = (
-        f"{recipe.model}, stage {recipe.stage}, fold {run.fold}: epoch {result.best_epoch} of {result.epochs} "
-        f"was best, on {result.validation_rows:,} validation images of {', '.join(recipe.datasets)}. Started "
-        f"{run.environment.get('started', 'at an unknown time')}{resumed}, trained for {duration(result.seconds)}."
-    )
-    return html_page.paragraph(told) + html_page.numbers(numbers)
+def headline_values(run: FinishedRun) -> dict:
+    """The numbers at the top, and the table of scores."""
+    result, base = run.result, run.result.mean_prompt_baseline
+    headline = {"cosine similarity": f"{result.cosine_similarity:.4f}"}
+    scores = {"all rows": (result.validation_rows, result.cosine_similarity)}
+    if result.cosine_similarity_clean is not None:
+        headline["on clean rows"] = f"{result.cosine_similarity_clean:.4f}"
+        scores["clean rows"] = (result.clean_rows, result.cosine_similarity_clean)
+    headline |= {"mean prompt (baseline)": f"{base:.4f}", "gain": f"{result.gain:+.4f}"}
+    scores["mean prompt (baseline)"] = (result.validation_rows, base)
+    frame = pd.DataFrame(scores, ["images", "cosine"]).T.astype({"images": int}).rename_axis("what")
+    frame["over the mean prompt"] = frame["cosine"] - base
+    return {"headline": headline, "score_table": html_tables.table(frame, {"over the mean prompt": "{:+.4f}"})}
 
 
-def training_section(run: FinishedRun) -> str:
-    if not any("loss" in line for line in run.metrics):
-        return html_page.paragraph("Not shown: metrics.jsonl holds no logged update.", "note")
-    result = run.result
+def training_values(run: FinishedRun) -> dict:
+    """The curves, and the scores after every epoch."""
     losses = [line["loss"] for line in run.metrics if "loss" in line]
-    figure = training_plots.learning_curve(run.folder / "metrics.jsonl", baseline=result.mean_prompt_baseline)
-    alt = (
-        f"Curves over {result.updates:,} updates: the training loss goes from {losses[0]:.3f} to {losses[-1]:.3f}, "
-        f"the validation cosine reaches {result.cosine_similarity:.4f} in epoch {result.best_epoch}; the mean "
-        f"prompt has {result.mean_prompt_baseline:.4f}."
-    )
-    scored = pd.DataFrame([line for line in run.metrics if "cosine_similarity" in line])
-    names = {
+    if not losses:
+        return {"losses": losses}
+    columns = {
         "epoch": "epoch",
         "step": "updates",
         "cosine_similarity": "cosine",
         "cosine_similarity_clean": "clean rows",
     }
-    scored = scored[[name for name in names if name in scored and scored[name].notna().any()]].rename(columns=names)
-    table = html_tables.table(scored, caption="After every epoch")
-    return html_page.figure(figure, alt) + f"<details><summary>Numbers</summary>{html_page.scrolling(table)}</details>"
+    scored = pd.DataFrame([line for line in run.metrics if "cosine_similarity" in line], columns=list(columns))
+    scored = scored.dropna(axis="columns", how="all").rename(columns=columns)
+    return {
+        "losses": losses,
+        "learning_curve": training_plots.learning_curve(
+            run.folder / "metrics.jsonl", baseline=run.result.mean_prompt_baseline
+        ),
+        "epochs": html_tables.table(scored, caption="After every epoch"),
+    }
 
 
-def scores_section(run: FinishedRun, validation: Validation) -> str:
-    result, base = run.result, run.result.mean_prompt_baseline
-    scores = {"all rows": (result.validation_rows, result.cosine_similarity)}
-    if result.cosine_similarity_clean is not None:
-        scores["clean rows"] = (result.clean_rows, result.cosine_similarity_clean)
-    scores["mean prompt (baseline)"] = (result.validation_rows, base)
-    frame = pd.DataFrame(scores, ["images", "cosine"]).T.astype({"images": int})
-    frame = frame.rename_axis("what")
-    frame["over the mean prompt"] = frame["cosine"] - base
-    told = html_page.paragraph(
-        "Mean cosine of predicted and true prompt embedding. Clean rows have no similar training prompt; the mean "
-        "prompt is the score of one answer for all images.",
-        "faint",
-    )
-    shown = told + html_page.scrolling(html_tables.table(frame, {"over the mean prompt": "{:+.4f}"}))
-    if validation.table is None:
-        return shown + html_page.paragraph(validation.missing, "note")
-    cosines = validation.table["cosine"]
-    low, middle, high = cosines.quantile([0.05, 0.5, 0.95])
-    alt = (
-        f"Histogram of {len(cosines):,} cosines: median {middle:.3f}, 5 % are below {low:.3f}, 5 % above {high:.3f}, "
-        f"from {cosines.min():.3f} to {cosines.max():.3f}."
-    )
-    return shown + html_page.figure(score_plots.similarity_histogram(cosines), alt, alt)
+def validation_values(run: FinishedRun) -> dict:
+    """Scores of the single images, by slice and with examples; or what is missing, where data or predictions are gone.
 
-
-def slices_section(run: FinishedRun, validation: Validation) -> str:
-    if validation.table is None:
-        return html_page.paragraph(validation.missing, "note")
-    cosines = validation.table[["cosine"]].rename(columns={"cosine": run.name})
-    tables = {name: slices.mean_scores(cosines, validation.labels[name]) for name in validation.labels}
-    told = html_page.paragraph(
-        "In what is the model good? Validation images by words of the prompt, by its source and kind, and by its "
-        "cosine similarity to the nearest training prompt.",
-        "faint",
-    )
-    figure = ""
-    if any(len(table) > 1 for table in tables.values()):
-        drawn = score_plots.slice_scores(tables, {run.name: run.result.cosine_similarity})
-        ends = [
-            f"by {name}, best for {table[run.name].idxmax()} ({table[run.name].max():.4f}) and worst for "
-            f"{table[run.name].idxmin()} ({table[run.name].min():.4f})"
-            for name, table in tables.items()
-            if len(table) > 1
-        ]
-        figure = html_page.figure(drawn, f"Mean cosine of each slice: {'; '.join(ends)}.")
-    shown = []
-    for name, table in tables.items():
-        table = table.rename(columns={run.name: "cosine"})
-        table["over all rows"] = (table["cosine"] - cosines[run.name].astype(float).mean()).round(4) + 0.0  # no -0.0000
-        shown.append(html_tables.table(table, {"over all rows": "{:+.4f}"}, caption=f"By {name}"))
-    return told + figure + f"<div class='tables'>{html_page.scrolling(*shown)}</div>"
-
-
-def examples_section(run: FinishedRun, validation: Validation) -> str:
-    if validation.table is None:
-        return html_page.paragraph(validation.missing, "note")
-    shown = examples.best_and_worst(validation.table, run.recipe, EXAMPLES).iloc[::-1]
-    content = html_page.paragraph(
-        "Validation images, each prompt once; nearest is the prompt of all data sets closest to the prediction, of "
-        f"{examples.MOST_PROMPTS:,} drawn where there are more.",
-        "faint",
-    )
-    best = min(EXAMPLES, -(-len(shown) // 2))
-    for kind, title, rows in (("good", "Best", shown[:best]), ("bad", "Worst", shown[best:][::-1])):
-        pictures = [
-            html_page.picture(
-                thumbnail(validation.data, row.row),
-                f"Validation image of the prompt: {row.prompt}",
-                kind,
-                f"cosine {row.cosine:.3f}",
-                [f"true: {row.prompt}", f"nearest: {row.nearest}"],
-            )
-            for row in rows.itertuples()
-        ]
-        if pictures:
-            content += f"<h3>{title}</h3><div class='gallery'>{''.join(pictures)}</div>"
-    return content
-
-
-def thumbnail(data: datasets.PromptImages, row: int) -> Image.Image | str:
-    """A row's image, or what is to be said where it cannot be read."""
+    The data in `input/` may have changed since the run, and then its predictions are of other rows.
+    """
     try:
-        return Image.fromarray(data.decode_image(row).permute(1, 2, 0).numpy())
+        table = examples.validation_table(run.recipe, run.fold, run.folder)
+        data = datasets.load_datasets(run.recipe.datasets)
+        labels = slices.labels(data, table["row"].to_numpy(), run.fold)
+    except examples.UNREADABLE as error:
+        return {"missing": f"Not shown: {error}"}
+    cosines = table["cosine"]
+    low, median, high = cosines.quantile([0.05, 0.5, 0.95])
+    histogram = score_plots.similarity_histogram(cosines)
+    values = {"missing": "", "cosines": cosines, "histogram": histogram, "low": low, "median": median, "high": high}
+    chosen = examples.best_and_worst(table, run.recipe, EXAMPLES)
+    pictures = pd.DataFrame([thumbnail(data, row) for row in chosen["row"]], chosen.index, ["uri", "problem"])
+    chosen = chosen.join(pictures)
+    return (
+        values
+        | slice_values(run, cosines, labels)
+        | {
+            "best": list(chosen[chosen["best"]].itertuples()),
+            "worst": list(chosen[~chosen["best"]].itertuples()),
+            "most_prompts": examples.MOST_PROMPTS,
+        }
+    )
+
+
+def slice_values(run: FinishedRun, cosines: pd.Series, labels: pd.DataFrame) -> dict:
+    """The mean cosine of every slice: a figure where there are several, and a table of each slicing."""
+    means = {name: slices.mean_scores(cosines.to_frame(run.name), labels[name]) for name in labels}
+    several = {name: table[run.name] for name, table in means.items() if len(table) > 1}
+    extremes = [(name, each.idxmax(), each.max(), each.idxmin(), each.min()) for name, each in several.items()]
+    tables = []
+    for name, table in means.items():
+        table = table.rename(columns={run.name: "cosine"})
+        table["over all rows"] = (table["cosine"] - cosines.astype(float).mean()).round(4) + 0.0  # no -0.0000
+        tables.append(html_tables.table(table, {"over all rows": "{:+.4f}"}, caption=f"By {name}"))
+    return {
+        "extremes": extremes,
+        "slice_tables": tables,
+        "slice_figure": score_plots.slice_scores(means, {run.name: run.result.cosine_similarity}) if several else None,
+    }
+
+
+def thumbnail(data: datasets.PromptImages, row: int) -> tuple[str, str]:
+    """A row's image as a data URI, and why it cannot be read; one of them is empty."""
+    try:
+        return html_page.thumbnail(Image.fromarray(data.decode_image(row).permute(1, 2, 0).numpy())), ""
     except (transforms.ImageError, OSError) as error:
-        return str(error)
+        return "", str(error)
 
 
-def speed_section(run: FinishedRun) -> str:
+def speed_values(run: FinishedRun) -> dict:
+    """Images per second and the share of time without data, and what to change where that is much."""
     pace, waiting = run.pace
     if not pace > 0:
-        return html_page.paragraph("Not shown: metrics.jsonl tells no speed.", "note")
-    epochs = run.result.epochs
+        return {"speed_numbers": {}}
     facts = {
         "images per second": f"{pace:,.0f}",
         "waiting for data": f"{waiting:.1%}",
-        "trained for": duration(run.result.seconds),
-        "per epoch, evaluation included": duration(run.result.seconds / epochs),
+        "trained for": html_page.duration(run.result.seconds),
+        "per epoch, evaluation included": html_page.duration(run.result.seconds / run.result.epochs),
         "updates": f"{run.result.updates:,}",
     }
-    if held := [line["gpu_memory_gb"] for line in run.metrics if "gpu_memory_gb" in line]:
+    if memory := [line["gpu_memory_gb"] for line in run.metrics if "gpu_memory_gb" in line]:
         total = f" of {run.environment['gpu_gb']:.0f} GB" if "gpu_gb" in run.environment else " GB"
-        facts["GPU memory, at most"] = f"{max(held):.1f}{total}"
+        facts["GPU memory, at most"] = f"{max(memory):.1f}{total}"
     advice = ""
     if waiting > profiling.MUCH_WAITING:
-        machine = (run.environment.get(name) for name in ("cores", "ranks_per_machine"))  # of runs before: not told
-        advice = html_page.paragraph(profiling.advice(run.recipe, waiting, *machine), "note")
-    alt = f"Images per second over the updates, {pace:,.0f} on average; {waiting:.1%} of the time is spent waiting."
-    return html_page.numbers(facts) + advice + html_page.figure(training_plots.throughput(run), alt)
+        machine = (run.environment.get(name) for name in ("cores", "ranks_per_machine"))  # older runs lack them
+        advice = profiling.advice(run.recipe, waiting, *machine)
+    return {"speed_numbers": facts, "advice": advice, "throughput": training_plots.throughput(run)}
 
 
-def unreadable_section(run: FinishedRun) -> str:
-    """Training images that could not be read; nothing where all could."""
+def unreadable_values(run: FinishedRun) -> dict:
+    """The training images that could not be read."""
     path = run.folder / "unreadable_images.tsv"
-    if not run.result.unreadable_images:
-        return ""
-    told = html_page.paragraph(
-        f"{run.result.unreadable_images:,} training images could not be read; others were trained on instead. "
-        f"kutils check {' '.join(f'input/{name}.tsv' for name in run.recipe.datasets)} sets them apart.",
-        "note",
-    )
     if not path.is_file():
-        return told
+        return {"unreadable_table": ""}
     frame = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE)
-    return told + html_page.scrolling(html_tables.table(frame.head(MOST_UNREADABLE)))
+    return {"unreadable_table": html_tables.table(frame.head(MOST_UNREADABLE))}
 
 
-def configuration_section(run: FinishedRun) -> str:
-    """Every key, and what the recipe file says where the run has something else."""
-    frame = pd.DataFrame({"this run": pd.Series(dataclasses.asdict(run.recipe)).map(finished.as_text)}).rename_axis(
-        "key"
-    )
-    found = finished.recipe_of(run)
-    if found is None:
-        told = html_page.paragraph("The recipe file of this run is not there any more.", "faint")
-        return told + html_page.scrolling(html_tables.table(frame))
-    name, differs = str(finished.shown_path(found[0])), finished.changed_keys(run, found[1])
-    frame[name] = pd.Series(dataclasses.asdict(found[1])).map(finished.as_text)
-    told = f"{len(differs)} of {len(frame)} keys differ from {name}{': ' if differs else ''}{', '.join(differs)}."
-    changed = html_page.scrolling(html_tables.table(frame.loc[differs], caption="What differs")) if differs else ""
-    frame.insert(1, "changed", ["changed" if key in differs else "" for key in frame.index])
-    every = html_page.scrolling(html_tables.table(frame))
-    return html_page.paragraph(told) + changed + f"<details><summary>All keys</summary>{every}</details>"
+def configuration_values(run: FinishedRun) -> dict:
+    """Every key of the run, beside its recipe file where that is still there."""
+    frame = pd.DataFrame({"this run": pd.Series(dataclasses.asdict(run.recipe)).map(finished.as_text)})
+    frame, name, changed = frame.rename_axis("key"), "", []
+    if recipe_file := finished.recipe_of(run):
+        path, recipe = recipe_file
+        name, changed = str(finished.shown_path(path)), finished.changed_keys(run, recipe)
+        frame[name] = pd.Series(dataclasses.asdict(recipe)).map(finished.as_text)
+    differing = html_tables.table(frame.loc[changed], caption="What differs") if changed else ""
+    if name:
+        frame.insert(1, "changed", ["changed" if key in changed else "" for key in frame.index])
+    return {
+        "recipe_name": name,
+        "changed": changed,
+        "num_keys": len(frame),
+        "changed_keys": differing,
+        "all_keys": html_tables.table(frame),
+    }
 
 
-def environment_section(run: FinishedRun) -> str:
-    shown = {name: value for name, value in run.environment.items() if name not in ("packages", "overrides")}
-    shown |= run.environment.get("packages", {})
-    if not shown:
-        return html_page.paragraph("Not shown: environment.json is gone.", "note")
-    frame = pd.DataFrame({"value": {name: str(value) for name, value in shown.items()}}).rename_axis("what")
-    return html_page.scrolling(html_tables.table(frame))
+def environment_values(run: FinishedRun) -> dict:
+    """Machine, command and versions of packages."""
+    values = {name: value for name, value in run.environment.items() if name not in ("packages", "overrides")}
+    values |= run.environment.get("packages", {})
+    frame = pd.DataFrame({"value": {name: str(value) for name, value in values.items()}}).rename_axis("what")
+    return {"environment_table": html_tables.table(frame) if values else ""}
 
 
-def again_section(run: FinishedRun) -> str:
+def command_values(run: FinishedRun) -> dict:
     """The commands that make the same run, from a clone."""
     ranks = run.environment.get("ranks", 1)
-    revision, changed, _ = (run.environment.get("git_commit") or "").partition("+")
-    lines = [f"git checkout {revision}"] if revision else []
-    note = html_page.paragraph("The working tree held changes that are in no commit.", "note") if changed else ""
-    other, told = (1, "with one process") if ranks > 1 else (8, "on eight GPUs")
-    advice = (
-        f"The same {told}, the global batch of {run.recipe.global_batch_size} staying as it is. In a folder where the "
-        "run is there already, add resume=never (it moves the former run aside) or prefix=NAME."
-    )
-    return (
-        html_page.commands([*lines, finished.command(run, ranks)])
-        + note
-        + html_page.paragraph(advice)
-        + html_page.commands([finished.command(run, other)])
-    )
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    revision, uncommitted, _ = (run.environment.get("git_commit") or "").partition("+")
+    other = 1 if ranks > 1 else 8
+    return {
+        "commands": [*([f"git checkout {revision}"] if revision else []), finished.command(run, ranks)],
+        "uncommitted": bool(uncommitted),
+        "other_ranks": other,
+        "other_command": finished.command(run, other),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -300,16 +214,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="name in working/runs/, also with *, or folder (default: the last one)"
     )
-    arguments = parser.parse_args(argv)
-    found = folders.find_finished(arguments.runs)
-    if not found:
+    names = parser.parse_args(argv).runs
+    run_folders = folders.find_finished(names)
+    if not run_folders:
         raise ValueError("no finished run in working/runs/")
     failed = False
-    for folder in found if arguments.runs else found[-1:]:
+    for folder in run_folders if names else run_folders[-1:]:
         try:
             print(write_report(folder))
-        except UNREADABLE as error:
-            told = f"one of its files has no {error}" if isinstance(error, KeyError) else error
-            print(f"error: {folder}: {told}", file=sys.stderr)
+        except examples.UNREADABLE as error:
+            reason = f"one of its files has no {error}" if isinstance(error, KeyError) else error
+            print(f"error: {folder}: {reason}", file=sys.stderr)
             failed = True
     return int(failed)

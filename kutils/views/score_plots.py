@@ -15,7 +15,6 @@ from kutils.views.figures import (
     COLORS,
     ORANGE,
     TEXT,
-    PlotError,
     check_same_length,
     despine,
     finite,
@@ -37,12 +36,12 @@ def similarity_histogram(cosines: Sequence[float] | Mapping[str, Sequence[float]
         cosines: in [-1, 1]; or name -> cosines.
         threshold: drawn as a line, with the share of each set that lies at or above it.
     Returns: the figure.
-    Raises: PlotError for an empty set or a value that is not finite.
+    Raises: ValueError for an empty set or a value that is not finite.
     """
     named = cosines if isinstance(cosines, Mapping) else {"": cosines}
     sets = {name: finite(values, "cosines") for name, values in named.items()}
     if not sets:
-        raise PlotError("nothing to draw: no cosines")
+        raise ValueError("nothing to draw: no cosines")
     low, high = min(values.min() for values in sets.values()), max(values.max() for values in sets.values())
     if high - low < 0.01:  # equal but for rounding, such as duplicates
         low, high = low - 0.05, high + 0.05
@@ -106,7 +105,7 @@ def bar_scores(
     Args:
         scores: name -> mean cosine similarity.
         baseline: the mean-prompt baseline; None: bars start at 0.
-    Raises: PlotError for no score, or one that is not finite.
+    Raises: ValueError for no score, or one that is not finite.
     """
     start = 0.0 if baseline is None else baseline
     told = [f"{value:.4f}" + ("" if baseline is None else f" ({value - start:+.4f})") for value in scores.values()]
@@ -118,7 +117,7 @@ def bar_scores(
 
 @styled()
 def weights(values: Mapping[str, float]) -> Figure:
-    """One bar per ensemble weight. Raises: PlotError for no weight, or one that is not finite."""
+    """One bar per ensemble weight. Raises: ValueError for no weight, or one that is not finite."""
     told = [f"{value:.3f}" for value in values.values()]
     figure, axes = bars(values, told, color=[model_color(name) for name in values])
     axes.set(title="Ensemble weights", xlabel="weight")
@@ -127,7 +126,7 @@ def weights(values: Mapping[str, float]) -> Figure:
 
 @styled()
 def timing(seconds: Mapping[str, float], title: str = "Time", unit: str = "seconds") -> Figure:
-    """One bar per duration. Raises: PlotError for no duration, or one that is not finite."""
+    """One bar per duration. Raises: ValueError for no duration, or one that is not finite."""
     told = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in seconds.values()]
     figure, axes = bars(seconds, told, color=[model_color(name) for name in seconds])
     axes.set(title=title, xlabel=unit)
@@ -137,7 +136,7 @@ def timing(seconds: Mapping[str, float], title: str = "Time", unit: str = "secon
 
 @styled()
 def counts(values: Mapping[str, int], title: str, unit: str) -> Figure:
-    """One bar per number of things, such as prompts per reason. Raises: PlotError for no number."""
+    """One bar per number of things, such as prompts per reason. Raises: ValueError for no number."""
     figure, axes = bars(values, [f"{value:,}" for value in values.values()], color=BLUE)
     axes.set(title=title, xlabel=unit)
     thousands(axes.xaxis)
@@ -150,7 +149,7 @@ def benchmark_ratios(entries: Sequence[dict]) -> Figure:
 
     Args:
         entries: `kutils.benchmarks.measuring.read_results`; those without a ratio are left out.
-    Raises: PlotError where none has one.
+    Raises: ValueError where none has one.
     """
     compared = [item for item in entries if item["ratio"]]
     check_same_length(entries=compared)
@@ -169,11 +168,11 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
     Args:
         tables: name of the slicing -> what `slices.mean_scores` returns.
         means: model -> mean cosine over all rows.
-    Raises: PlotError where no slicing tells two slices apart.
+    Raises: ValueError where no slicing tells two slices apart.
     """
     tables = {name: table for name, table in tables.items() if len(table) > 1}
     if not tables:
-        raise PlotError("nothing to draw: every slicing puts all rows into one slice")
+        raise ValueError("nothing to draw: every slicing puts all rows into one slice")
     rows = -(-len(tables) // 2)
     panel = 1.3 + 0.36 * max(len(table) for table in tables.values())
     figure, all_axes = new_axes(min(2, len(tables)), rows, width=13, height=max(3.4, rows * panel + 0.25 * len(means)))

@@ -16,7 +16,6 @@ from kutils.views.figures import (
     GREEN,
     GREY,
     ORANGE,
-    PlotError,
     check_same_length,
     despine,
     legend_below,
@@ -34,13 +33,13 @@ def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> F
     Args:
         metrics_path: the run's metrics.jsonl.
         baseline: the mean-prompt baseline, drawn as a line.
-    Raises: PlotError if nothing has been logged yet.
+    Raises: ValueError if nothing has been logged yet.
     """
     lines = read_metrics(Path(metrics_path))
     logged = [line for line in lines if "loss" in line]
     scored = [line for line in lines if "cosine_similarity" in line]
     if not logged:
-        raise PlotError(f"nothing to draw: {metrics_path} has no logged update yet")
+        raise ValueError(f"nothing to draw: {metrics_path} has no logged update yet")
     steps, losses = [line["step"] for line in logged], np.array([line["loss"] for line in logged])
     figure, (loss_axes, rate_axes, score_axes) = new_axes(3, width=13, height=4.2, share_x=True)
 
@@ -88,7 +87,7 @@ def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
 def run_curves(finished: Sequence[FinishedRun]) -> Figure:
     """Training loss and validation cosine of several runs over the share of their training that is done.
 
-    Raises: PlotError for no run.
+    Raises: ValueError for no run.
     """
     check_same_length(runs=finished)
     figure, (loss_axes, score_axes) = new_axes(2, width=13, height=4 + 0.22 * len(finished))
@@ -118,7 +117,7 @@ def run_curves(finished: Sequence[FinishedRun]) -> Figure:
 def throughput(run: FinishedRun) -> Figure:
     """Images per second and the share of time spent waiting for data, over a run's updates.
 
-    Raises: PlotError for a run that has logged neither.
+    Raises: ValueError for a run that has logged neither.
     """
     logged = [line for line in run.metrics if "images_per_second" in line]
     check_same_length(log_lines=logged)

@@ -115,9 +115,8 @@ def search(explored, words: str, fold: int = -1, count: int = 10) -> None:
     """
 
     def show(words: str, fold: int, count: int) -> Sequence:
-        found = explored.search(words, fold, count)
         title = f"nearest prompts to {words!r}" + (f" in fold {fold}" if fold >= 0 else "")
-        return [image_plots.ranked_images(found["image"], found["prompt"], found["cosine"], title=title)]
+        return [image_plots.ranked_images(explored.search(words, fold, count), title=title)]
 
     folds = [("all", -1), *((str(fold), fold) for fold in range(10))]
     live(
@@ -133,8 +132,7 @@ def examples(explored, fold: int, model: str = "", sort: str = "worst", count: i
 
     def show(fold: int, model: str, sort: str, count: int) -> Sequence:
         shown = explored.examples(fold, model, sort, count)
-        drawn = image_plots.predictions(shown["image"], shown["prompt"], shown["nearest"], shown["cosine"])
-        return [drawn, html_tables.show(shown[["prompt", "nearest", "cosine", "agreement"]])]
+        return [image_plots.predictions(shown), html_tables.show(shown[["prompt", "nearest", "cosine", "agreement"]])]
 
     def offer(change) -> None:
         """The models of another fold are others; none where its runs are of other data, which the view then says."""

@@ -22,7 +22,7 @@ from kutils.system import paths
 from kutils.system.tables import read_table, write_table
 from kutils.training import train
 from kutils.views import exploration, widgets
-from kutils.views.exploration import Exploration, ExplorationError
+from kutils.views.exploration import Exploration
 
 NOTEBOOK = paths.repository_root() / "notebooks" / "explore.ipynb"
 NETWORKS = {"convnext": "test_convnext", "vit": "test_vit"}
@@ -115,14 +115,15 @@ def test_examples_come_in_the_order_asked_for(world, sort):
 def test_disagreement_tells_what_each_model_took_an_image_for(world):
     explored = Exploration.open("toy")
     of = explored.validated(0)
-    shown, told = explored.disagreement(0, count=2)
     table = np.load(world / "input" / "toy.npy")
-    for row, texts in zip(shown.itertuples(), told, strict=True):
-        assert list(texts) == RUNS
-        for name, text in texts.items():
+    rows = explored.disagreement(0, count=2)
+    assert len(rows) == 2 and rows["agreement"].is_monotonic_increasing
+    for row in rows.itertuples():
+        assert list(row.nearest_by_model) == RUNS
+        for name, text in row.nearest_by_model.items():
             nearest = int(np.argmax(table @ of.predictions[name][row.position])) // 2
             assert text == f'toy prompt "{nearest}, with a comma'
-    with pytest.raises(ExplorationError, match="nobody to disagree with"):
+    with pytest.raises(ValueError, match="nobody to disagree with"):
         explored.disagreement(1)
 
 
@@ -133,7 +134,7 @@ def test_slices_of_all_images_weigh_to_the_score(world):
         assert scores["images"].sum() == 8
         for name, score in explored.validated(0).mean_scores().items():
             assert np.average(scores[name], weights=scores["images"]) == pytest.approx(score, abs=1e-6)
-    with pytest.raises(ExplorationError, match="slice is 'colour'; it can be words, source, kind, similarity"):
+    with pytest.raises(ValueError, match="slice is 'colour'; it can be words, source, kind, similarity"):
         explored.slice_scores(0, "colour")
 
 
@@ -141,7 +142,7 @@ def test_search_finds_the_nearest_prompts_and_only_those_of_a_fold(world, monkey
     explored = Exploration.open("toy")
     table = np.load(world / "input" / "toy.npy")[::2]
     query = unit_rows(1, seed=5)
-    monkeypatch.setattr(exploration.prompts, "encode_prompts", lambda texts, encoder, progress: query)
+    monkeypatch.setattr(exploration.embedding, "encode_prompts", lambda texts, encoder, progress: query)
     monkeypatch.setattr(exploration, "load_encoder", lambda: "an encoder")
     cosines = (table @ query[0]).ravel()
     for fold in (-1, 3):
@@ -152,7 +153,7 @@ def test_search_finds_the_nearest_prompts_and_only_those_of_a_fold(world, monkey
         assert [path.name for path in found["image"]] == [f"{number:04d}_0.png" for number in expected]
         assert found["fold"].tolist() == [number % 10 for number in expected]
         np.testing.assert_allclose(found["cosine"], cosines[expected], atol=1e-6)
-    with pytest.raises(ExplorationError, match="type some words"):
+    with pytest.raises(ValueError, match="type some words"):
         explored.search("  ")
 
 
@@ -285,7 +286,7 @@ def test_without_a_text_encoder_prompts_that_hold_the_words_stand_for_them(world
     explored = Exploration.open("toy")
     assert explored.search('"17, PROMPT', count=1)["prompt"].tolist() == ['toy prompt "17, with a comma']
     assert capsys.readouterr().out.count("no text encoder (No module named 'sentence_transformers')") == 1
-    with pytest.raises(ExplorationError, match="no prompt holds one of the words 'zebra'"):
+    with pytest.raises(ValueError, match="no prompt holds one of the words 'zebra'"):
         explored.search("zebra")
 
 
@@ -333,7 +334,7 @@ def test_runs_of_other_data_are_left_out_and_named(broken, capsys):
 def test_controls_change_what_is_shown_and_say_what_is_wrong():
     """In a notebook: a plain output is replaced when a control changes; an error does not end it."""
     first = """
-from kutils import widgets
+from kutils.views import widgets
 from IPython.display import Markdown
 asked = []
 def show(words, count):

@@ -29,12 +29,6 @@ EYES = {
 XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
 
 
-@pytest.fixture(autouse=True)
-def no_figure_left_open():
-    yield
-    plt.close("all")
-
-
 def linear(color: str) -> np.ndarray:
     rgb = np.array(colors.to_rgb(color))
     return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -170,6 +164,20 @@ def test_a_large_grid_becomes_a_small_file():
     assert len(large) <= figures.MOST_BYTES
     sharp = Image.open(io.BytesIO(figures.png(score_plots.weights({"a": 1.0}))))
     assert round(sharp.info["dpi"][0]) == figures.DPI and Image.open(io.BytesIO(large)).info["dpi"][0] < figures.DPI
+
+
+def test_saving_closes(tmp_path):
+    before = len(plt.get_fignums())
+    figures.save(score_plots.weights({"a": 1.0}), tmp_path / "new" / "w.png")
+    assert Image.open(tmp_path / "new" / "w.png").width > 400 and len(plt.get_fignums()) == before
+
+
+def test_an_error_of_a_figure_is_shown_and_costs_nothing(capsys):
+    with figures.errors_shown():
+        score_plots.timing({})
+    assert "ValueError" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt), figures.errors_shown():
+        raise KeyboardInterrupt
 
 
 SHOWN = {

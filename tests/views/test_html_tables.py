@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kutils.views import html_tables
+from kutils.views import html_page, html_tables
 
 FRAME = pd.DataFrame(
     {
@@ -86,9 +86,9 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_notebook_shows_it():
-    shown = html_tables.show(FRAME, caption="runs")
-    assert shown._repr_html_() == html_tables.sortable(FRAME, caption="runs")
-    assert "http" not in shown.data and shown.data.count("<script>") == 1
+    page = html_tables.show(FRAME, caption="runs")._repr_html_()
+    assert str(html_tables.table(FRAME, caption="runs")) in page
+    assert "http" not in page and page.count("<script>") == page.count("<style>") == 1 and "table.sortable" in page
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
@@ -102,7 +102,8 @@ for (const column of [1, 1, 2, 2, 0, 3]) { heads[column].click(); told.push(orde
 heads[2].dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true }));
 told.push(order(), [...heads].map((head) => head.getAttribute("aria-sort")).join(" "));
 document.title = told.join("|");"""
-    page = html_tables.sortable(FRAME) + html_tables.SCRIPT + f"<script>{script}</script>"  # brought along twice
+    again = f"<script>{html_page.source('tables.js')}</script>"  # as every table of a notebook brings it along
+    page = f"{html_tables.show(FRAME).data}{again}<script>{script}</script>"
     (tmp_path / "page.html").write_text(f"<!doctype html><meta charset='utf-8'>{page}", encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
