@@ -137,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--temperature", type=temperatures, default=shown[1], help=f"to choose from (default: {shown[1]})"
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)"
+    )
     args = parser.parse_args(argv)
     for folder in folders.find_finished(args.runs):
         print(measure(folder, args.k, args.temperature, device=args.device).describe(), flush=True)

@@ -238,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources.add_argument("--datasets", metavar="A,B", help="data sets of input/ (default: those of the models)")
     sources.add_argument("--prompts", type=Path, metavar="FILE.tsv", help="prompts file with its .npy beside it")
     parser.add_argument("-k", type=int, default=5, help="prompts per image (default: 5)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write image, model, rank, cosine, prompt there too")
     run(parser.parse_args(argv))
     return 0

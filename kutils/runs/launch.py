@@ -301,8 +301,9 @@ def interrupt(manager, done: concurrent.futures.Future) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="dist_train.sh",
-        description="Train every fold of a recipe on the GPUs of this machine, one fold after the other.",
+        prog="kutils train-folds",
+        description="Train every fold of a recipe on the GPUs of this machine, one fold after the other: what "
+        "`bash dist_train.sh` runs.",
         epilog=f"{HELP}\n\nkeys of a recipe, for key=value:\n{recipes.describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,0 +1,319 @@
+"""The one command: what it lists, how it answers what is wrong, and whose code it runs."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kutils import UNCHANGED
+from kutils import __main__ as command
+from kutils.system import children, paths
+from kutils.system.paths import repository_root
+
+ROOT = repository_root()
+NAMES = sorted(command.COMMANDS)
+BAD_INPUTS = {  # what a user can put right, for each command
+    "sources": ["none.txt", "--output", "out.tsv"],
+    "templates": ["--join", "none.tsv", "--count", "5", "--output", "out.tsv"],
+    "embed": ["none.tsv"],
+    "dedup": ["none.tsv", "--kept", "kept.tsv", "--rest", "rest.tsv"],
+    "folds": ["none.tsv"],
+    "generate": ["none.tsv", "--output", "out"],
+    "check": ["none.tsv"],
+    "shards": ["none.tsv"],
+    "pretrained": ["folder", "no_model"],
+    "train": ["--config", "none.yaml", "--fold", "0"],
+    "train-folds": ["1", "none.yaml"],
+    "evaluate": ["--config", "none.yaml", "--fold", "0"],
+    "predict": ["--config", "none.yaml", "--checkpoint", "none.pth", "--images", "none", "--output", "out.npz"],
+    "report": ["none"],
+    "ensemble": ["fit", "--config", "none.yaml"],
+    "neighbours": ["none"],
+    "bank": ["--prompts", "none.tsv", "--output", "out.arrow"],
+    "ask": ["none.png"],
+    "kaggle": ["code", "--dry-run", "--user", "no/name"],
+    "demo": [],  # takes nothing that could be wrong: here without a clone
+}
+
+
+def run_python(*arguments, environment=None, **options):
+    """Run this Python, with no kutils on its search path but what the environment or current folder brings."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | (environment or {})
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def in_a_folder(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    return workspace
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_the_overview_lists_every_command_in_a_third_of_a_second():
+    durations = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = run_python("-m", "kutils", "--help", cwd=ROOT)
+        durations.append(time.monotonic() - began)
+    assert done.returncode == 0 and min(durations) < 0.3
+    for name in NAMES:
+        assert re.search(rf"^  {name} +[a-z].{{20,}}$", done.stdout, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_every_key_with_its_default(name, capsys, monkeypatch):
+    parsers = []
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "parse_args", lambda self, *rest: parsers.append(self) or parse(self, *rest)
+    )
+    with pytest.raises(SystemExit) as ended:
+        command.run(name, ["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: kutils {name} ")
+    for parser in parsers:  # with the parsers of its subcommands
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+                continue
+            text = parser._get_formatter()._expand_help(action) if action.help else ""
+            assert re.search(r"[a-z]{2}", text.partition("(default")[0]), f"{parser.prog}: {action.dest} has no help"
+            nothing = action.default in (None, "", [], argparse.SUPPRESS) or action.default is False
+            if action.option_strings and not nothing:
+                assert f"default: {action.default}" in text, f"{parser.prog}: {action.dest}: {text}"
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_input_ends_in_one_line(name, in_a_folder, capsys, monkeypatch):
+    if name == "demo":
+        monkeypatch.setattr(paths, "code_root", lambda: in_a_folder)
+    assert command.run(name, BAD_INPUTS[name]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:7] for line in lines].count("error: ") == 1 and lines[-1].startswith("error: "), lines
+    assert not re.search("Traceback|Error:", "\n".join(lines)) and re.search("none|no_|no/|clone", lines[-1]), lines
+    monkeypatch.setenv("KUTILS_DEBUG", "1")
+    with pytest.raises((ValueError, OSError, children.CommandFailed)):
+        command.run(name, BAD_INPUTS[name])
+
+
+def test_a_bad_input_of_a_process(tmp_path):
+    environment, arguments = {"PYTHONPATH": str(ROOT)}, ["-m", "kutils", "generate", "none.tsv", "--output", "x"]
+    done = run_python(*arguments, environment=environment, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: none.tsv is not there\n")
+    done = run_python(*arguments, environment=environment | {"KUTILS_DEBUG": "1"}, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "none.tsv is not there" in done.stderr
+
+
+def test_a_wrong_command_names_the_nearest(capsys):
+    for wrong, message in (
+        ("trian", "error: there is no command 'trian'; did you mean 'train'? `kutils --help` lists all\n"),
+        ("xyz", "error: there is no command 'xyz'; `kutils --help` lists all\n"),
+    ):
+        assert command.main([wrong, "--fold", "0"]) == 2
+        assert capsys.readouterr().err == message
+
+
+def test_errors_that_every_rank_meets_are_printed_by_the_first(in_a_folder, capsys, monkeypatch):
+    waits = []
+    monkeypatch.setattr(command.time, "sleep", waits.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert command.run("generate", BAD_INPUTS["generate"]) == 1
+    assert capsys.readouterr().err == "" and waits == [command.FIRST_RANK_SECONDS]
+    monkeypatch.setattr(command, "have_joined", lambda: True)  # from here on it may be this rank's own
+    monkeypatch.setattr("kutils.system.devices.leave_ranks", lambda: None)
+    assert command.run("generate", BAD_INPUTS["generate"]) == 1
+    assert capsys.readouterr().err == "error: none.tsv is not there\n" and len(waits) == 1
+
+
+def test_an_interrupt_ends_in_one_line(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kutils.data.checking.main", interrupted)
+    assert command.run("check", []) == 130
+    assert capsys.readouterr().err == "error: stopped by a signal; start the same command again to go on\n"
+
+
+# ---------------------------------------------------------------- what was typed before
+
+MODULES = {  # what stood after `python -m kutils.`, and the command that does it now
+    **{f"{name} --key 'a b'": f"{name} --key 'a b'" for name in UNCHANGED},
+    "prompts input/x.tsv": "embed input/x.tsv",
+    "prompt_bank": "bank",
+    "retrieval a.png": "ask a.png",
+    "launch 8 conf/x.yaml": "train-folds 8 conf/x.yaml",
+    "grouping folds a.tsv": "folds a.tsv",
+    "grouping dedup a.tsv": "dedup a.tsv",
+    "grouping": "folds",
+}
+
+
+@pytest.mark.parametrize("before", MODULES)
+def test_a_module_that_was_a_command_names_the_new_one(before):
+    module, *arguments = shlex.split(before)
+    done = run_python("-u", "-m", f"kutils.{module}", *arguments, cwd=ROOT)
+    name = MODULES[before].split()[0]
+    message = f"error: -m kutils.{module} is gone; it is now -m kutils {name}, or: kutils {MODULES[before]}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message) and name in NAMES
+
+
+def test_other_modules_are_looked_up_as_ever():
+    assert "No module named kutils.trian" in run_python("-m", "kutils.trian", cwd=ROOT).stderr
+    assert "No module named kutils.data.__main__" in run_python("-m", "kutils.data", cwd=ROOT).stderr
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_name_the_new_command_once():
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run_python(*ranks, "-m", "kutils.train", cwd=ROOT)
+    assert done.returncode != 0 and done.stderr.count("error: -m kutils.train is gone; it is now -m kutils train") == 1
+
+
+# ---------------------------------------------------------------- whose code runs
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Another clone, whose command prints its arguments."""
+    clone = tmp_path / "another" / "clone"
+    for folder in ("kutils", "conf", "working", "input"):
+        (clone / folder).mkdir(parents=True)
+    (clone / "kutils" / "__init__.py").touch()
+    (clone / "kutils" / "__main__.py").write_text("import sys\nprint('the clone', *sys.argv[1:])\nsys.exit(3)")
+    shutil.copy(ROOT / "working" / "dist_train.sh", clone / "working")
+    return clone
+
+
+# our command as an editable install of this repository brings it
+INSTALLED = f"import sys; sys.path.append({str(ROOT)!r}); from kutils.__main__ import main; sys.exit(main())"
+
+
+def test_a_command_runs_the_clone_that_it_is_typed_in(clone):
+    for folder in (clone / "working", clone):  # in the second, Python itself would find it
+        done = run_python("-P", "-c", INSTALLED, "generate", "x y", cwd=folder)
+        assert (done.returncode, done.stdout) == (3, "the clone generate x y\n"), done.stderr
+    done = run_python("-P", "-c", INSTALLED, "generate", "--help", cwd=clone.parent)
+    assert done.returncode == 0 and done.stdout.startswith("usage: kutils generate")
+
+
+def test_a_command_runs_the_code_that_was_asked_for(clone):
+    """As children of a run do, wherever the run was started."""
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    done = run_python("-m", "kutils", "generate", "--help", environment=environment, cwd=clone)
+    assert done.returncode == 0 and done.stdout.startswith("usage: kutils generate")
+
+
+def test_a_package_in_the_current_folder_does_not_keep_the_clone_around_it_from_running(clone):
+    shutil.copytree(ROOT / "kutils", clone / "working" / "kutils", ignore=shutil.ignore_patterns("__pycache__"))
+    done = run_python("-m", "kutils", "generate", cwd=clone / "working")
+    assert (done.returncode, done.stdout) == (3, "the clone generate\n"), done.stderr
+
+
+def test_dist_train_runs_the_clone_that_it_stands_in(clone, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
+    script = [clone / "working" / "dist_train.sh", "8", "conf/x.yaml"]
+    for folder in (ROOT, clone, clone / "working", tmp_path):
+        done = subprocess.run(["bash", *script], cwd=folder, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (3, "the clone train-folds 8 conf/x.yaml\n"), done.stderr
+
+
+def test_children_run_the_code_of_their_parent(clone, capfd, monkeypatch):
+    monkeypatch.chdir(clone)
+    assert children.run_module("kutils", "generate", "--help")
+    assert "usage: kutils generate" in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------- without a clone
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder that holds kutils as a wheel installs it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "repository"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "kutils", copy / "kutils", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder / "site-packages"]
+    subprocess.run([*pip, "install", *options, copy], check=True, timeout=120)
+    return folder / "site-packages"
+
+
+def test_a_wheel_holds_every_module(site):
+    for path in (ROOT / "kutils").rglob("*.py"):
+        assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+    assert {path.name for path in site.iterdir()} <= {"kutils", "kutils-0.1.0.dist-info", "bin"}
+    assert "kutils" in {path.name for path in (site / "bin").iterdir()}
+
+
+SEVERAL = """
+import json, sys
+from kutils.__main__ import run
+for arguments in json.loads(sys.argv[1]):
+    print(run(arguments[0], arguments[1:]), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def installed(site, tmp_path):
+    """Run commands of the installed package in an empty folder: lines of stderr, an exit status after each command."""
+
+    def run(*commands: str) -> list[str]:
+        environment = {"PYTHONPATH": str(site), "KUTILS_INPUT": "", "KUTILS_WORKING": ""}
+        arguments = json.dumps([shlex.split(command) for command in commands])
+        return run_python("-c", SEVERAL, arguments, environment=environment, cwd=tmp_path).stderr.splitlines()
+
+    before = files_of(site)
+    yield run
+    assert files_of(site) == before, "it wrote beside the package"
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+def test_what_needs_a_clone_says_so(installed, site, tmp_path):
+    commands = {
+        "train --config conf/tiny_vit_stage1.yaml --fold 0": "conf",
+        "train-folds 1 conf/tiny_vit_stage1.yaml": "conf",
+        "pretrained folder": "conf",
+        "demo": "notebooks",
+        "kaggle code --dry-run": "kernel-metadata",
+    }
+    lines = installed(*commands, "generate --shapes-dataset tiny")
+    assert lines[1::2] == ["1"] * 6
+    for line, missing in zip(lines[::2], commands.values(), strict=False):
+        assert line.startswith(f"error: this needs a clone: {missing} is not beside the package in {site}; clone the")
+    folder = tmp_path / "input"
+    assert lines[-2].startswith(
+        f"error: kutils is installed without a clone, and {folder} is not there: make that fold"
+    )
+    assert "KUTILS_INPUT" in lines[-2] and "KUTILS_WORKING" in lines[-2] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_installed_package_works_in_the_current_folder(installed, tmp_path):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "working").mkdir()
+    shutil.copy(ROOT / "conf" / "tiny_vit_stage1.yaml", tmp_path / "own.yaml")
+    make = "generate --shapes-dataset tiny --num-prompts 60 --images-per-prompt 1 --size 32"
+    lines = installed(make, "train --config own.yaml --fold 0 device=cpu datasets=none")
+    assert "0" in lines and (tmp_path / "input" / "tiny.folds.json").is_file(), lines
+    assert "data set 'none': none.tsv and none.npy not in" in "".join(lines[-8:]) and lines[-1] == "1", lines
