@@ -1,4 +1,4 @@
-"""Words errors for their user."""
+"""Writes error messages for the user."""
 
 
 def first_line(error: Exception) -> str:
