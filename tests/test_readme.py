@@ -21,6 +21,7 @@ from kutils.system.paths import repository_root
 ROOT = repository_root()
 MOST_LINES = {
     "README.md": 150,
+    "notebooks/README.md": 70,
     "conf/README.md": 110,
     "input/README.md": 120,
     "working/README.md": 60,
@@ -199,6 +200,12 @@ def test_every_command_and_every_target_for_users_stands_on_a_page():
     everything = "".join(PAGES.values())
     targets = re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE)
     assert [name for name in targets if not re.search(rf"\bmake {name}\b", everything)] == []
+
+
+def test_the_page_of_notebooks_has_each_with_its_parameters():
+    table = rows(PAGES["notebooks/README.md"], "notebook")
+    page = {cells[0].strip("`"): set(re.findall(r"`(\w+)`", cells[2])) for cells in table}
+    assert page == {path.stem: values(path.stem) for path in (ROOT / "notebooks").glob("*.py")}
 
 
 def test_the_page_of_recipes_has_every_key():
