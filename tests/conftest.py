@@ -3,6 +3,7 @@
 import os
 
 from fixtures.datasets import TINY, make_dataset, use_folders
+from fixtures.ranks import Ranks
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch processes side by side would spin away each other's time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +28,20 @@ def tiny_recipe():
 def no_traces(tmp_path_factory, monkeypatch):
     """Nothing that a test works out lands in the repository's `working/`."""
     monkeypatch.setenv("KUTILS_WORKING", str(tmp_path_factory.mktemp("working")))
+
+
+@pytest.fixture
+def start_ranks(tmp_path_factory):
+    """Start `python -m MODULE` or a script, as one process or as ranks; what still runs at the end is killed."""
+    started = []
+
+    def start_one(target, *arguments, num_ranks: int = 1, cwd=None) -> Ranks:
+        started.append(Ranks(target, arguments, num_ranks, tmp_path_factory.mktemp("output"), cwd))
+        return started[-1]
+
+    yield start_one
+    for ranks in started:
+        ranks.kill()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 import contextlib
 import gc
-import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -269,17 +266,9 @@ def test_help_lists_every_key(capsys):
     assert "--fallback" in shown and "num_workers" in shown and "input_size" in shown
 
 
-def test_two_ranks_write_what_one_writes(command, images, model_and_recipe):
+def test_two_ranks_write_what_one_writes(command, images, model_and_recipe, start_ranks):
     arguments, output = command
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, "kutils", "predict", *arguments, "--batch-size", "4"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    start_ranks("kutils", "predict", *arguments, "--batch-size", "4", num_ranks=2).run()
     np.testing.assert_allclose(np.load(output)["embeddings"], by_hand(*model_and_recipe, images[:12]), atol=1e-6)
 
 

@@ -2,9 +2,9 @@
 
 import errno
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -272,10 +272,6 @@ def test_a_model_that_makes_nothing_is_stopped(make, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the command, cut and on several ranks
 
 
-def run(*command, **options):
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
 def test_errors_are_one_line(arguments, tmp_path, monkeypatch, capsys):
     for changes, message in (
         ({"size": 60}, "error: --size 60: give a multiple of 8"),
@@ -319,27 +315,22 @@ def test_a_full_disk_costs_no_image(arguments, make, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-def test_a_run_that_was_cut_goes_on(arguments, make, tmp_path, number):
+def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
     prompts = [f"prompt {row}" for row in range(150)]
     command = arguments(prompts)
     folder = tmp_path / "input" / "set_images"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "kutils", "generate", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    child = start_ranks("kutils", "generate", *command)
     deadline = time.monotonic() + 120
     while len(list(folder.rglob("0*.webp"))) < 10:
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()
+        assert child.running and time.monotonic() < deadline, child.stderr
         time.sleep(0.02)
-    child.send_signal(number)
-    said = child.communicate(timeout=60)[1]
+    os.kill(child.pids[0], number)
+    code = child.wait(60)
     kept = files_of(folder)
     assert 10 <= len([name for name in kept if ".partial" not in name]) < 300
     if number == signal.SIGTERM:
-        assert child.returncode == 130 and "error: stopped by a signal; start the same command again" in said
-        assert "Traceback" not in said and not [name for name in kept if ".partial" in name]
+        assert code == 130 and "error: stopped by a signal; start the same command again" in child.stderr
+        assert "Traceback" not in child.stderr and not [name for name in kept if ".partial" in name]
     whole = {name: content for name, content in kept.items() if ".partial" not in name}
     for name in whole:
         Image.open(folder / "00000" / name).load()  # whole
@@ -370,12 +361,11 @@ sys.exit(run("generate", sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_ranks_share_the_work_and_one_that_fails_loses_nothing(arguments, make, tmp_path):
+def test_ranks_share_the_work_and_one_that_fails_loses_nothing(arguments, make, start_ranks, tmp_path):
     prompts = [f"prompt {row}" for row in range(9)]  # 18 images: 9 each, in batches of 3
     (tmp_path / "fails.py").write_text(RANK_1_FAILS)
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run(*ranks, str(tmp_path / "fails.py"), *arguments(prompts))
-    assert done.returncode != 0
+    done = start_ranks(tmp_path / "fails.py", *arguments(prompts), num_ranks=2)
+    assert done.wait() != 0
     assert "error: rank 1 failed; what is made is kept, and the same command makes the rest" in done.stderr
     assert "illegal memory access" in done.stderr
     folder = tmp_path / "input" / "set_images"
@@ -384,9 +374,8 @@ def test_ranks_share_the_work_and_one_that_fails_loses_nothing(arguments, make, 
     assert not (tmp_path / "input" / "set.tsv").exists()
     kept = files_of(folder)
 
-    done = run(*ranks, "-m", "kutils", "generate", *arguments(prompts))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("18 images of 9 prompts, 6 of them new") == 1  # rank 0 alone speaks
+    said = start_ranks("kutils", "generate", *arguments(prompts), num_ranks=2).run()
+    assert said.count("18 images of 9 prompts, 6 of them new") == 1  # rank 0 alone speaks
     assert kept.items() <= files_of(folder).items()
     make("alone", prompts=prompts, batch_size=1)
     assert_alike(pixels_of(folder), pixels_of(tmp_path / "input" / "alone_images"))

@@ -379,7 +379,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:2 of")
-def test_two_ranks_and_a_run_that_was_cut_give_the_same_bytes(tmp_path, monkeypatch, minilm):
+def test_two_ranks_and_a_run_that_was_cut_give_the_same_bytes(tmp_path, monkeypatch, minilm, start_ranks):
     monkeypatch.setattr(embedding, "CHUNK_PROMPTS", 16)
     texts = mixed_prompts(68) * 2  # 80 distinct ones: five chunks
     files = {name: tmp_path / name / "set.tsv" for name in ("whole", "cut")}
@@ -399,13 +399,10 @@ def test_two_ranks_and_a_run_that_was_cut_give_the_same_bytes(tmp_path, monkeypa
     monkeypatch.setattr(minilm, "encode", end_after_one)
     with pytest.raises(KeyboardInterrupt):
         embedding.embed_table(files["cut"], minilm, device="cpu", dtype="bfloat16", progress=False)
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(REPOSITORY / "tests" / "fixtures" / "embed_on_ranks.py"), "16", str(tmp_path)]
-    command = [*ranks, *script, str(files["cut"]), "--device", "cpu", "--dtype", "bfloat16"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("rows embedded") == 1
+    script = REPOSITORY / "tests" / "fixtures" / "embed_on_ranks.py"
+    options = ["--device", "cpu", "--dtype", "bfloat16"]
+    said = start_ranks(script, 16, tmp_path, files["cut"], *options, num_ranks=2).run()
+    assert said.count("rows embedded") == 1
     by_rank = [(tmp_path / f"rank{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     distinct = list(dict.fromkeys(texts))
     assert by_rank == [distinct[16:32] + distinct[48:64], distinct[32:48] + distinct[64:]]

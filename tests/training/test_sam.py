@@ -1,8 +1,5 @@
 """SAM: along the gradient and back, exactly, whatever happens in between."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -135,14 +132,10 @@ def test_an_update_counts_each_batch_once_in_batch_statistics(tiny_recipe, sam_g
 
 
 @pytest.mark.slow
-def test_two_ranks_perturb_by_their_own_gradient_or_by_the_average():
+def test_two_ranks_perturb_by_their_own_gradient_or_by_the_average(start_ranks):
     """The ranks check their weights against gradients worked out in float64: tests/fixtures/sam_on_ranks.py."""
-    script = Path(sam_on_ranks.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines().count("all cases agree") == 2
+    said = start_ranks(Path(sam_on_ranks.__file__), num_ranks=2).run()
+    assert said.splitlines().count("all cases agree") == 2
 
 
 @pytest.mark.parametrize("sam_gradient", ["local", "averaged"])
