@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -547,28 +544,19 @@ def test_help_shows_every_default(main, defaults, capsys):
         assert f"(default: {default})" in " ".join(text.split())
 
 
-def run(folder: Path, *arguments: str, launcher: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "kutils", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def run_on_ranks(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return run(folder, *arguments, launcher=["-m", "torch.distributed.run", "--nproc-per-node", "2"])
-
-
-def test_commands_from_a_shell(tables):
+def test_commands_from_a_shell(tables, start_ranks):
     folder = tables[0].parent
-    done = run(folder, "folds", "one.tsv", "two.tsv", "--threshold", "0.7", "--folds", "10", "--method", "partition")
-    assert done.returncode == 0, done.stderr
-    assert "300 distinct prompts; folds by partition at cosine >= 0.7" in done.stdout
+
+    def run(*arguments, num_ranks=1):
+        return start_ranks("kutils", *arguments, num_ranks=num_ranks, cwd=folder).run()
+
+    said = run("folds", "one.tsv", "two.tsv", "--threshold", "0.7", "--folds", "10", "--method", "partition")
+    assert "300 distinct prompts; folds by partition at cosine >= 0.7" in said
     assert read_report(tables[0])["method"] == "partition"
     alone = [path.read_bytes() for path in tables]
-    done = run_on_ranks(folder, "folds", "one.tsv", "two.tsv", "--seed", "1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("300 distinct prompts") == 1
+    assert run("folds", "one.tsv", "two.tsv", "--seed", "1", num_ranks=2).count("300 distinct prompts") == 1
     together = [path.read_bytes() for path in tables]
-    assert run(folder, "folds", "one.tsv", "two.tsv", "--seed", "1").returncode == 0
+    run("folds", "one.tsv", "two.tsv", "--seed", "1")
     assert [path.read_bytes() for path in tables] == together != alone
 
     tables[1].with_suffix(".npy").unlink()
@@ -577,7 +565,6 @@ def test_commands_from_a_shell(tables):
 
     prompts = ["a red apple on a table", "a castle on a hill", "a red apple on the table", "a castle on a hill"]
     write_table(folder / "p.tsv", {"prompt": prompts, "source": list("abcd")})
-    done = run(folder, "dedup", "p.tsv", "--threshold", "0.9", "--kept", "kept.tsv", "--rest", "rest.tsv")
-    assert done.returncode == 0, done.stderr
+    run("dedup", "p.tsv", "--threshold", "0.9", "--kept", "kept.tsv", "--rest", "rest.tsv")
     assert (folder / "kept.tsv").read_text() == "prompt\tsource\na red apple on a table\ta\na castle on a hill\tb\n"
     assert (folder / "rest.tsv").read_text() == "prompt\tsource\na red apple on the table\tc\na castle on a hill\td\n"
