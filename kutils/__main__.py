@@ -85,13 +85,13 @@ def run(command: str, arguments: list[str]) -> int:
         return 130
     finally:
         if have_joined():
-            sys.modules["kutils.system.devices"].leave_ranks()
+            sys.modules["kutils.system.ranks"].leave_ranks()
 
 
 def have_joined() -> bool:
     """Whether this process is one of several ranks that have found each other."""
-    devices = sys.modules.get("kutils.system.devices")  # a command that has not loaded it brings no torch
-    return devices is not None and devices.dist.is_initialized()
+    ranks = sys.modules.get("kutils.system.ranks")  # a command that has not loaded it brings no torch
+    return ranks is not None and ranks.dist.is_initialized()
 
 
 def write_report(run_folder: Path) -> None:

@@ -133,7 +133,7 @@ def test_errors_that_every_rank_meets_are_printed_by_the_first(in_a_folder, caps
     assert command.run("generate", BAD_INPUTS["generate"]) == 1
     assert capsys.readouterr().err == "" and waits == [command.FIRST_RANK_SECONDS]
     monkeypatch.setattr(command, "have_joined", lambda: True)  # from here on it may be this rank's own
-    monkeypatch.setattr("kutils.system.devices.leave_ranks", lambda: None)
+    monkeypatch.setattr("kutils.system.ranks.leave_ranks", lambda: None)
     assert command.run("generate", BAD_INPUTS["generate"]) == 1
     assert capsys.readouterr().err == "error: none.tsv is not there\n" and len(waits) == 1
 

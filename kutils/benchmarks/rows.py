@@ -27,9 +27,10 @@ from kutils.benchmarks.measuring import BenchmarkError, entry, peak_megabytes, p
 from kutils.data import datasets, transforms, validation_check
 from kutils.models import networks
 from kutils.runs import launch, recipes
-from kutils.system import devices, paths, tables
+from kutils.system import paths, tables
 from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
+from kutils.system.ranks import Ranks
 from kutils.training import losses, optimizers
 
 MADE_SETS = {  # rows and images per prompt, as published: 5,059,104 rows of 3,378,588 prompts
@@ -147,9 +148,7 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
     paths.write_json(
         *validation_check.checked_record(data, data.validation_rows(0))
     )  # a former run has seen all: 16 minutes
-    validation_check.check_images(
-        pictures, data.validation_rows(0), NUM_WORKERS, devices.Ranks(0, 1, torch.device("cpu"))
-    )
+    validation_check.check_images(pictures, data.validation_rows(0), NUM_WORKERS, Ranks(0, 1, torch.device("cpu")))
     loader = DataLoader(
         training_images,
         batch_sampler=itertools.islice(batches, NUM_BATCHES),

@@ -22,8 +22,8 @@ from kutils.models import networks
 from kutils.runs import recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import devices
-from kutils.system.devices import Ranks
 from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.ranks import Ranks
 from kutils.training import engine, optimizers
 
 ON_GPU = ("convnext_large", "convnext_xxlarge", "vit_large", "eva02_large_clsavg", "eva02_large_clsonly")

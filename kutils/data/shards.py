@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kutils.data import processes, transforms
-from kutils.system import arrow, paths
+from kutils.data import transforms
+from kutils.system import arrow, paths, processes
 from kutils.system.progress import progress_bar
 from kutils.system.tables import DataError, check_rows, hash_prompts, read_table
 
@@ -178,7 +179,9 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
         record_path(folder).unlink(missing_ok=True)
     with progress_bar(len(images), "image", f"packing {tsv_path.name}", disable=not progress) as bar:
         bar.update(len(images) - sum(len(names) for _, names, _ in jobs))
-        for done in processes.run(write_shard, jobs, min(num_workers or os.cpu_count() or 1, len(jobs) or 1)):
+        workers = min(num_workers or os.cpu_count() or 1, len(jobs) or 1)
+        one_thread = functools.partial(torch.set_num_threads, 1)
+        for done in processes.run_jobs(write_shard, jobs, workers, prepare=one_thread):
             bar.update(done)
     for path in set(folder.glob("*.arrow")) - set(written):  # of a longer table
         path.unlink()

@@ -11,7 +11,7 @@ from kutils.data.datasets import PromptImages
 from kutils.data.index import cache_path, fingerprint
 from kutils.data.shards import record_path, shards_folder
 from kutils.system import paths
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 from kutils.system.tables import DataError
 
 MOST_LISTED = 10  # bad rows, or images that cannot be read

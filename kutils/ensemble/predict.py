@@ -29,6 +29,7 @@ from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
 from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
+from kutils.system.ranks import join_ranks
 
 BATCH_SIZE = 64
 TTA = ("none", "flip", "five_crops")  # views of an image: itself; and mirrored; and corners and centre enlarged
@@ -209,7 +210,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise PredictionError(f"{arguments.images} holds no image")
     fallback = fit.load_ensemble(arguments.fallback).mean_embedding if arguments.fallback else None
     model, _, _ = checkpoints.load_model(arguments.checkpoint, recipe)
-    ranks = devices.join_ranks(recipe.device)
+    ranks = join_ranks(recipe.device)
     pixels = PixelCache(images, recipe.input_size, num_workers=recipe.num_workers)
     local = predict(
         model,

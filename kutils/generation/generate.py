@@ -117,10 +117,10 @@ def make_shapes_dataset(
 def generate_by_diffusion(image_set: ImageSet, settings: DiffusionSettings, overwrite: bool) -> None:
     """Make a data set by `kutils.generation.sampling`, as one rank of torchrun or alone."""
     from kutils.generation import sampling
-    from kutils.system import devices  # these load PyTorch; rendering does without
+    from kutils.system.ranks import join_workers  # these load PyTorch; rendering does without
 
     children.interrupt_once()
-    sampling.generate_images(image_set, settings, devices.join_workers(settings.device), overwrite=overwrite)
+    sampling.generate_images(image_set, settings, join_workers(settings.device), overwrite=overwrite)
 
 
 def make_parser() -> argparse.ArgumentParser:

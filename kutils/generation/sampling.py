@@ -19,8 +19,8 @@ from kutils.generation import diffusion
 from kutils.generation.diffusion import DiffusionError, Sampler
 from kutils.generation.image_sets import RECORD, DiffusionSettings, ImageSet
 from kutils.system import paths
-from kutils.system.devices import Ranks
 from kutils.system.progress import progress_bar
+from kutils.system.ranks import Ranks
 from kutils.system.tables import write_table
 
 WAITING_BATCHES = 4  # made and not yet saved, at most: a slow disk must not fill the memory

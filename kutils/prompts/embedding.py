@@ -19,6 +19,7 @@ from kutils.system import devices, paths
 from kutils.system.chunks import ChunkFiles
 from kutils.system.embedding_files import EMBEDDING_DIM, reserve
 from kutils.system.progress import progress_bar
+from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import hash_prompts, read_table
 
 CHUNK_PROMPTS = 4096  # distinct ones, sorted by length within; all that a kill costs, and what ranks are dealt
@@ -96,7 +97,7 @@ def embed_table(
     dtype: str = "float32",
     overwrite: bool = False,
     progress: bool = True,
-    ranks: devices.Ranks | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `<name>.npy` beside `<name>.tsv`: float32 [rows, 384], one row per row of the table, atomically.
 
@@ -117,7 +118,7 @@ def embed_table(
     Raises: TableError, PromptError (naming the line), EncoderError; OSError on a full disk, mostly before the work.
     """
     check_dtype(dtype)
-    ranks = ranks or devices.Ranks(0, 1, devices.pick_device(device))
+    ranks = ranks or Ranks(0, 1, devices.pick_device(device))
     tsv_path = Path(tsv_path)
     npy_path, record_path = tsv_path.with_suffix(".npy"), tsv_path.with_suffix(".npy.json")
     prompts = read_table(tsv_path, ["prompt"])["prompt"]
@@ -170,7 +171,7 @@ def encode_chunks(
     encoder: TextEncoder,
     batch_size: int,
     dtype: str,
-    ranks: devices.Ranks,
+    ranks: Ranks,
     progress: bool,
 ) -> None:
     """Encode the chunks that are missing, dealt over the ranks; returns on all ranks when all chunks are there."""
@@ -255,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: give 1 or more")
     options = {"device": args.device, "batch_size": args.batch_size, "dtype": args.dtype, "overwrite": args.overwrite}
-    ranks = devices.join_workers(args.device)
+    ranks = join_workers(args.device)
     for path in args.files:
         embed_table(path, getattr(args, "encoder", None), ranks=ranks, **options)
     return 0

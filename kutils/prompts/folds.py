@@ -21,8 +21,9 @@ from kutils.prompts.partition import (
 )
 from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
 from kutils.system import paths
-from kutils.system.devices import Ranks, join_workers, pick_device
+from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
+from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import check_rows, folds_hash, read_table, write_table
 
 MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints

@@ -12,8 +12,9 @@ import pyarrow as pa
 from kutils.prompts.embedding import embed_table
 from kutils.prompts.encoder import DTYPES
 from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
-from kutils.system.devices import Ranks, join_workers, pick_device
+from kutils.system.devices import pick_device
 from kutils.system.embedding_files import open_embeddings, take_embeddings
+from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import holds, read_table, write_table
 
 EXAMPLES = 3  # of near-duplicates that are shown

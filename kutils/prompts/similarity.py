@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kutils.system import paths
-from kutils.system.devices import Ranks, autocast_dtype, pick_device
+from kutils.system.devices import autocast_dtype, pick_device
 from kutils.system.embedding_files import UNIT_TOLERANCE
 from kutils.system.progress import progress_bar
+from kutils.system.ranks import Ranks
 
 BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # on the CPU a block's products stay in the cache
 GROUP = 64  # rows whose largest cosine is looked at first: most groups hold nothing, and one comparison says so

@@ -18,7 +18,7 @@ from kutils.models import checkpoints
 from kutils.runs import recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks, join_ranks
 from kutils.training import engine, out_of_fold
 
 
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{path} is no {suffix} file")
         if path is not None and path.exists():
             raise ValueError(f"{path} exists; remove it or give another name")
-    ranks = devices.join_ranks(recipe.device)
+    ranks = join_ranks(recipe.device)
     ranks.barrier()  # all have looked at the files before one of them writes
     score = evaluate(
         recipe,

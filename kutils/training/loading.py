@@ -7,7 +7,7 @@ import torch
 from kutils.data import datasets
 from kutils.runs.recipes import Recipe
 from kutils.system import children, paths
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 
 # batches that a worker is ahead: of 32 images of 384 px, 8 workers hold 227 MB. A device as fast as the loader that
 # pauses now and then waits 7.7 % of the time; 7.4 % with 4, 5.5 % with 8

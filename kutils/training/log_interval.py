@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd.profiler import record_function
 
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 
 
 class Interval:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kutils.data.datasets import PromptImages
 from kutils.system import paths
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 
 BLOCK = 4096  # rows per rank that are gathered at a time
 NAMES = ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")  # of the arrays that readers need

@@ -8,7 +8,7 @@ import torch
 
 from kutils.data import datasets
 from kutils.models import checkpoints
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 
 
 def check_same_folder(folder: Path, ranks: Ranks) -> None:

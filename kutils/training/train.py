@@ -23,7 +23,8 @@ from kutils.models import checkpoints, networks
 from kutils.runs import finished, folders, recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import children, devices, progress
-from kutils.system.devices import Ranks, device_name, machine_facts
+from kutils.system.devices import device_name, machine_facts
+from kutils.system.ranks import Ranks, join_ranks, leave_ranks
 from kutils.training import engine, optimizers, out_of_fold, profiling
 from kutils.training.loading import batch_split, check_bad_images, loader_options
 from kutils.training.log_interval import Interval
@@ -136,8 +137,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> finished.RunResu
     step, earlier_seconds = state["step"], state["seconds"]
     total_steps = recipe.epochs * sampler.steps_per_epoch
     if ranks.is_main:
-        machine = machine_facts(ranks)
-        facts = {"fold": fold, "ranks": ranks.world_size, "device": device_name(ranks), "dtype": str(dtype)}
+        machine = machine_facts(ranks.device)
+        facts = {"fold": fold, "ranks": ranks.world_size, "device": device_name(ranks.device), "dtype": str(dtype)}
         folders.start(folder, recipe, **origin, **facts, **machine)
         metrics, board = (
             folders.Metrics(folder / "metrics.jsonl", step, state["epoch"]),
@@ -147,8 +148,9 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> finished.RunResu
             f"{recipe.prefix}, fold {fold}: {sampler.num_prompts:,} training prompts with {len(training_rows):,} "
             f"images, {len(validation_rows):,} validation images, mean-prompt baseline {baseline:.4f}\n"
             f"{recipe.epochs} epochs of {sampler.steps_per_epoch:,} updates of {recipe.global_batch_size} images = "
-            f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {device_name(ranks)} in "
-            f"{str(dtype).removeprefix('torch.')}" + (f"; going on after update {step:,}" if step else ""),
+            f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on "
+            f"{device_name(ranks.device)} in {str(dtype).removeprefix('torch.')}"
+            + (f"; going on after update {step:,}" if step else ""),
             flush=True,
         )
         shown = progress.Progress(total_steps, step, machine.get("gpu_gb"))
@@ -315,9 +317,9 @@ def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], obje
     os.register_at_fork(after_in_child=os.setpgrp)
     recipe = recipes.load_recipe(arguments.config, arguments.overrides)
     path = finished.shown_path(recipes.find_config(arguments.config))
-    ranks = devices.join_ranks(recipe.device)
+    ranks = join_ranks(recipe.device)
     train(recipe, arguments.fold, ranks, config=str(path), overrides=arguments.overrides)
-    devices.leave_ranks()
+    leave_ranks()
     if ranks.is_main and when_finished:  # the others need not wait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for `watch_for_sigterm`'s signal any more
         when_finished(recipe.run_folder(arguments.fold))

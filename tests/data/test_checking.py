@@ -16,7 +16,7 @@ from kutils.data.datasets import DataError, load_datasets
 from kutils.data.shards import Encoding, pack
 from kutils.prompts import embedding
 from kutils.system import paths
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 from kutils.system.tables import folds_hash, hash_prompts, read_table, write_table
 
 

@@ -14,12 +14,12 @@ from fixtures.datasets import make_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kutils.data import datasets, processes, shards, transforms, validation_check
+from kutils.data import datasets, shards, transforms, validation_check
 from kutils.data.datasets import EpochSampler, TrainingImages, ValidationImages, load_datasets
 from kutils.data.shards import Encoding, ShardError, pack
 from kutils.runs import folders
-from kutils.system import arrow
-from kutils.system.devices import Ranks
+from kutils.system import arrow, processes
+from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
 from kutils.training import resume, train
 
@@ -37,8 +37,8 @@ def inputs(workspace, monkeypatch):
 @pytest.fixture
 def packed(inputs, monkeypatch):
     """Pack a data set in this process."""
-    here = lambda function, jobs, *_: (function(*job) for job in jobs)  # noqa: E731
-    monkeypatch.setattr(processes, "run", here)
+    here = lambda function, jobs, *_, **__: (function(*job) for job in jobs)  # noqa: E731
+    monkeypatch.setattr(processes, "run_jobs", here)
     return lambda encoding=LOSSLESS, name="toy": pack(inputs / f"{name}.tsv", encoding, progress=False)
 
 

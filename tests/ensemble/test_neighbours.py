@@ -12,7 +12,7 @@ from kutils.__main__ import run as run_command
 from kutils.data.datasets import load_datasets
 from kutils.ensemble import blending, neighbours
 from kutils.ensemble.members import EnsembleError
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 from kutils.training import out_of_fold
 
 

@@ -21,7 +21,7 @@ from kutils.generation import diffusion, generate, sampling
 from kutils.generation.diffusion import DiffusionError, Sampler
 from kutils.generation.image_sets import DiffusionSettings, GenerateError, ImageSet, image_seed
 from kutils.system import paths
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
 
 PROMPTS = ['a "red" cat', "two dogs", "a cat, in the rain", "x"]

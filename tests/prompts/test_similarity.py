@@ -8,7 +8,7 @@ from fixtures.prompts import brute_force, cosines, neighbourhoods
 
 from kutils.prompts import similarity
 from kutils.prompts.similarity import GroupingError, kept_strips, similar_pairs
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 
 DTYPES = ["bfloat16", "float16", "float32"]
 

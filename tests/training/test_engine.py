@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kutils.models.networks import PromptEmbedder, build_model
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 from kutils.training import engine, optimizers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

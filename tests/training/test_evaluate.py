@@ -109,7 +109,7 @@ def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path):
 import sys, torch
 from pathlib import Path
 from kutils import predictions
-from kutils.system.devices import Ranks
+from kutils.system.ranks import Ranks
 try:
     with predictions.gathered(Ranks(0, 1, torch.device("cpu")), torch.ones(4000, 384), 4000, Path(sys.argv[1])):
         print("written")

@@ -11,12 +11,12 @@ import torch
 
 from kutils.data import datasets
 from kutils.runs import folders
-from kutils.system import devices
 from kutils.system import devices as system_devices
+from kutils.system.ranks import Ranks
 from kutils.training import engine, profiling, train
 from kutils.training.log_interval import Interval
 
-ALONE = devices.Ranks(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def marks(path):

@@ -20,7 +20,7 @@ from kutils.data import datasets, transforms, validation_check
 from kutils.models import checkpoints
 from kutils.runs.folders import read_metrics
 from kutils.runs.recipes import load_recipe
-from kutils.system import devices
+from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
 from kutils.training import engine, train
 
@@ -177,7 +177,7 @@ def test_a_validation_image_that_broke_after_it_was_checked_is_named(workspace, 
     path = recipe_file(epochs=1, num_workers=1)
     data = datasets.load_datasets(["toy"])
     rows = data.validation_rows(0)
-    validation_check.check_images(data, rows, 0, devices.Ranks(0, 1, torch.device("cpu")))
+    validation_check.check_images(data, rows, 0, Ranks(0, 1, torch.device("cpu")))
     record, _ = validation_check.checked_record(data, rows)
     broken = data.image_path(int(rows[3]))
     content = broken.read_bytes()

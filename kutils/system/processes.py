@@ -1,47 +1,52 @@
-"""Runs the work on a data set in processes, which end with this one and report what they have done."""
+"""Runs jobs in processes that end with this one, and counts what they have done so far."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-import torch
-
 from kutils.system import children
 from kutils.system.tables import DataError
 
 LOOK_SECONDS = 0.5  # between two looks at what the processes have done
-counted = None  # in a process of `run`: what all have done together
+counter = None  # in a process of `run_jobs`: what all of them have done together
 
 
-def start_worker(shared) -> None:
-    global counted
-    counted = shared
+def start_job_process(shared, prepare: Callable[[], object] | None) -> None:
+    global counter
+    counter = shared
     children.end_with_parent()  # else it would wait for work for ever
-    torch.set_num_threads(1)
+    if prepare:
+        prepare()
 
 
 def count(number: int) -> None:
-    """Say in a process that so many more images are done."""
-    if counted is not None:
-        with counted.get_lock():
-            counted.value += number
+    """Add what a job has just done to what all have done; nothing happens outside of `run_jobs`."""
+    if counter is not None:
+        with counter.get_lock():
+            counter.value += number
 
 
-def run(
-    function: Callable, jobs: Iterable[tuple], num_workers: int, advance: Callable[[int], object] = lambda _: None
+def run_jobs(
+    function: Callable,
+    jobs: Iterable[tuple],
+    num_workers: int,
+    *,
+    advance: Callable[[int], object] = lambda number: None,
+    prepare: Callable[[], object] | None = None,
 ) -> Iterator:
     """Call a function with each job's arguments, in processes; yields its results as they come.
 
     Args:
         num_workers: processes.
-        advance: is called with the numbers that the function has reported by `count`.
+        advance: is called with the numbers that the function has given to `count` since the last call.
+        prepare: is called first in each process.
     Raises: what the function raises; DataError where a process was ended.
     """
     # not fork: a notebook's process may hold threads of PyTorch
     context = multiprocessing.get_context("spawn")
     shared, seen = context.Value("q", 0), 0
-    with ProcessPoolExecutor(num_workers, context, start_worker, (shared,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, start_job_process, (shared, prepare)) as pool:
         try:
             pending = {pool.submit(function, *job) for job in jobs}
             while pending:
