@@ -51,10 +51,10 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 from kutils.ensemble import comparison
 from kutils.views import html_tables, score_plots, training_plots
 
-finished = comparison.select(runs)
+finished = comparison.select_runs(runs)
 chosen = comparison.pick_group(finished, group)[: max(1, most)]
-print(comparison.describe(finished))
-html_tables.show(comparison.table(finished), comparison.FORMATS, f"{len(finished)} finished runs")
+print(comparison.groups_text(finished))
+html_tables.show(comparison.runs_table(finished), html_tables.RUN_FORMATS, f"{len(finished)} finished runs")
 
 # %% [markdown]
 # ## How did they get there?
@@ -73,7 +73,7 @@ score_plots.bar_scores(scores, baseline=chosen[0].result.mean_prompt_baseline, t
 # Keys of the configuration that not all runs have the same value for; names and what changes no result are left out.
 
 # %%
-html_tables.show(comparison.differences(chosen), caption="Configurations")
+html_tables.show(comparison.configurations(chosen), caption="Configurations")
 
 # %% [markdown]
 # ## Is the best one really better?
@@ -83,7 +83,7 @@ html_tables.show(comparison.differences(chosen), caption="Configurations")
 
 # %%
 same = comparison.same_rows(chosen)
-html_tables.show(same.against_best(), comparison.DIFFERENCE_FORMATS, f"{len(same.cosines):,} images")
+html_tables.show(same.against_best(), html_tables.DIFFERENCE_FORMATS, f"{len(same.cosines):,} images")
 
 # %% [markdown]
 # ## In what is each one good?
@@ -95,4 +95,4 @@ if any(len(part) > 1 for part in sliced.values()):
     score_plots.slice_scores(sliced, same.cosines.astype(float).mean().to_dict())
 
 # %%
-html_tables.show(comparison.joined(sliced), caption="Mean cosine by slice")
+html_tables.show(comparison.join_slices(sliced), caption="Mean cosine by slice")

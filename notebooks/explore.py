@@ -59,7 +59,7 @@ from kutils.views import data_plots, html_tables, image_plots, score_plots, widg
 from kutils.views.exploration import Exploration
 
 explored = Exploration.open(datasets, models)
-print(explored.describe())
+print(explored.summary())
 score_plots.counts(explored.sources(), title="Images by source", unit="images");
 
 # %% [markdown]
@@ -110,7 +110,7 @@ widgets.search(explored, search, search_fold, count)
 # %%
 if there := explored.has_models(fold):
     validated = explored.validated(fold)
-    score_plots.bar_scores(validated.mean_scores().to_dict(), baseline=validated.baseline)
+    score_plots.bar_scores(validated.scores(), baseline=validated.baseline)
     score_plots.similarity_histogram(dict(validated.cosines.items()))
 
 # %% [markdown]

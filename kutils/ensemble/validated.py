@@ -1,5 +1,6 @@
 """Aligns several models' predictions of the same validation rows, and adds those of their ensemble."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ MEAN = "ensemble of equal weights"  # where none was fitted
 
 @dataclass(frozen=True)
 class Validated:
-    """Rows that were validated on by several models, and what each predicted for them."""
+    """Several models' predictions of the validation rows that they have in common."""
 
     fold: int
     rows: np.ndarray  # int64 [n] of the data sets
     predictions: dict[str, np.ndarray]  # model -> float32 [n, 384], unit rows
     cosines: pd.DataFrame  # [n, models]: of prediction and prompt
     baseline: float  # mean cosine of the mean training prompt with these rows' prompts
-    folders: dict[str, Path]  # model -> its run; not of ensembles
+    folders: dict[str, Path]  # model -> its run; without ensembles
     notes: list[str]  # what a reader of the scores should know
 
     @property
@@ -42,52 +43,67 @@ class Validated:
         """Mean cosine between the single models' predictions of each row, [n]; NaN where there is one model."""
         return blending.agreement({name: self.predictions[name] for name in self.folders})
 
-    def mean_scores(self) -> pd.Series:
+    def scores(self) -> dict[str, float]:
         """Model -> mean cosine, the best first."""
-        return self.cosines.mean().sort_values(ascending=False)
+        return self.cosines.mean().sort_values(ascending=False).to_dict()
 
 
 def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Validated:
-    """The predictions of a fold that finished runs left behind, as far as they are of these data sets."""
-    rows, found, notes = None, {}, []
-    for folder in folders:
-        if finished.read_result(folder).fold != fold:
-            continue
-        try:
-            found[folder] = predictions_of(data, folder, fold)
-        except (EnsembleError, PredictionsError) as error:
-            notes.append(f"{folder.name} is left out: {error}")
-            continue
-        own = found[folder][0]
-        rows = own if rows is None else np.intersect1d(rows, own)
-    names = ", ".join(folder.name for folder in found)
-    if not found:
+    """Read what finished runs predicted for a fold of these data sets, and add the predictions of their ensemble.
+
+    Raises: EnsembleError where no run has predicted the fold's rows, or no row is predicted by all of them.
+    """
+    runs, notes = read_runs(data, fold, folders)
+    names = ", ".join(runs)
+    if not runs:
         raise EnsembleError(
             f"no finished run was validated on fold {fold} of {', '.join(data.names)}; train one: papermill "
             f"notebooks/train.ipynb working/runs/train_tiny_convnext_fold{fold}.ipynb -p model tiny_convnext "
             f"-p fold {fold}" + "".join(f"\n  {note}" for note in notes)
         )
+    rows = functools.reduce(np.intersect1d, (own_rows for own_rows, _ in runs.values()))
     if not len(rows):
         raise EnsembleError(f"{names} were validated on different images; choose some of them by models=")
-    most = max(len(own) for own, _ in found.values())
-    if len(rows) < most:
+    if len(rows) < max(len(own_rows) for own_rows, _ in runs.values()):
         notes.append(f"{names} are compared on the {len(rows):,} images of fold {fold} that all were validated on")
-    predictions = {folder.name: take_rows(rows, *values) for folder, values in found.items()}
+    predictions = {name: take_rows(rows, *values) for name, values in runs.items()}
     if len(predictions) > 1:
-        try:
-            together, score = read_ensemble(data, fold, rows)
-        except ValueError as error:  # none was fitted, a member is gone, other folds now, ...
-            predictions[MEAN] = blending.average(list(predictions.values()))
-            notes.append(f"instead of a fitted ensemble, predictions are averaged: {error}")
-        else:
-            predictions["ensemble"] = together
-            notes.append(
-                f"the weights of the ensemble were fitted on half of these images; on the others it has {score:.4f}"
-            )
+        name, together, note = predict_together(data, fold, rows, list(predictions.values()))
+        predictions[name] = together
+        notes.append(note)
     targets = data.targets(rows)
     cosines = pd.DataFrame({name: np.einsum("nd,nd->n", values, targets) for name, values in predictions.items()})
     baseline = float((targets @ data.training_mean(fold)).mean(dtype=np.float64))
-    return Validated(fold, rows, predictions, cosines, baseline, {folder.name: folder for folder in found}, notes)
+    run_folders = {folder.name: folder for folder in folders if folder.name in runs}
+    return Validated(fold, rows, predictions, cosines, baseline, run_folders, notes)
+
+
+def read_runs(
+    data: PromptImages, fold: int, folders: Sequence[Path]
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+    """Run -> what `predictions_of` reads, of the runs of a fold; and a note for each run that is left out."""
+    runs, notes = {}, []
+    for folder in folders:
+        if finished.read_result(folder).fold != fold:
+            continue
+        try:
+            runs[folder.name] = predictions_of(data, folder, fold)
+        except (EnsembleError, PredictionsError) as error:
+            notes.append(f"{folder.name} is left out: {error}")
+    return runs, notes
+
+
+def predict_together(
+    data: PromptImages, fold: int, rows: np.ndarray, predictions: Sequence[np.ndarray]
+) -> tuple[str, np.ndarray, str]:
+    """Name, predictions and a note: of the ensemble fitted last, or of equal weights where there is none."""
+    try:
+        together, score = read_ensemble(data, fold, rows)
+    except ValueError as error:  # none was fitted, a member is gone, other folds now, ...
+        note = f"instead of a fitted ensemble, predictions are averaged: {error}"
+        return MEAN, blending.average(predictions), note
+    note = f"the weights of the ensemble were fitted on half of these images; on the others it has {score:.4f}"
+    return "ensemble", together, note
 
 
 def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,20 +124,20 @@ def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndar
 
 
 def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values [n, D] of the wanted rows, in their order."""
+    """Those of the values [n, D], one for each of `rows`, that belong to the wanted rows, in the wanted order."""
     order = np.argsort(rows)
     return values[order[np.searchsorted(rows[order], wanted)]]
 
 
 def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """What the ensemble fitted last predicts for rows, float32 [n, 384], and its score on those its fit has not seen.
+    """Predictions of rows by the ensemble fitted last, float32 [n, 384], and its score on the rows not used in its fit.
 
     Raises: EnsembleError where none was fitted on these rows; an error of `ensemble` where a member is gone.
     """
-    found = trained_models.find_ensemble()
-    if found is None or fold != FIT_FOLD:
+    latest = trained_models.find_ensemble()
+    if latest is None or fold != FIT_FOLD:
         raise EnsembleError(f"none was fitted on fold {fold}")
-    path, fitted = found
+    path, fitted = latest
     families, common = load_predictions(fitted.families)
     if not set(common["dataset"]) <= set(data.names):
         raise EnsembleError(f"{path.name} was fitted on other data sets")

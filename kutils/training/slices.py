@@ -17,29 +17,29 @@ SLICES = ("words", "source", "kind", "similarity")
 MOST_BINS = 6  # of words per prompt
 BIN_WIDTHS = (1, 2, 5, 10, 20, 50, 100)
 KINDS = ("sentence", "phrases", "tags")
-MOST_NAMES = 20  # of sources, or of kinds, that are told apart
+MOST_NAMES = 20  # slices by source, or by kind; the rest is "others"
 OTHERS = "others"
 PHRASES, TAGS = 2, 6  # comma-separated parts of a prompt, at least
 COSINES = (0.5, 0.6, 0.7, 0.8, 0.9)
-BLOCK = 65_536  # training prompts that are copied at a time: 100 MB
+BLOCK = 65_536  # training prompts in memory at a time: 100 MB
 
 
-def labels(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000) -> pd.DataFrame:
-    """Say for each row in which slice it is, by its prompt.
+def label_rows(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000) -> pd.DataFrame:
+    """Sort rows into slices by their prompts, in four ways.
 
     Args:
         data: the data sets of a recipe.
         rows: int [n], of the data set list.
-        fold: the one that was held out; all other rows are training rows.
-        most: distinct prompts whose nearest training prompt is looked for; of more, so many are drawn.
+        fold: the validation fold; all other rows are training rows.
+        most: distinct prompts whose nearest training prompt is searched for; of more, so many are drawn.
     Returns: one row per given row, four ordered categoricals:
         words: of the prompt, at most MOST_BINS bins of a round width chosen for these prompts;
-        source: the column `source` of the row's TSV, or the name of the data set; of more than MOST_NAMES the most
-            common are told apart, and the rest is "others", the last of them;
+        source: the column `source` of the row's TSV, or the name of the data set; of more than MOST_NAMES, the rare
+            ones are "others", the last slice;
         kind: the column `kind` of the row's TSV; where there is none, "sentence" (no comma), "phrases" (2 to 5 parts
             between commas) or "tags" (6 parts or more); more than MOST_NAMES as for sources;
-        similarity: cosine of the prompt and the nearest training prompt, all of them compared; missing where it was
-            not drawn, or where there is nothing to train on.
+        similarity: cosine of the prompt and the nearest of all training prompts; missing where the prompt was not
+            drawn, or where there is no training row.
     Raises: TableError for a TSV that cannot be read any more.
     """
     rows = np.asarray(rows)
@@ -55,14 +55,14 @@ def labels(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000) ->
     )
 
 
-def mean_scores(cosines: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
-    """The mean score of every slice.
+def slice_means(cosines: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
+    """Average cosines over every slice.
 
     Args:
         cosines: a row per image and a column per model.
-        labels: the slice of each of these images, in their order; an image without one is left out.
-    Returns: index: slices that hold an image, in the order of the labels; columns: images (their number), and each
-        model's mean cosine.
+        labels: the slice of each image, in the same order; an image without one is left out.
+    Returns: index: slices with at least one image, in the order of the categories; columns: images (their number), and
+        each model's mean cosine.
     Raises: ValueError if there are not as many labels as rows.
     """
     if len(cosines) != len(labels):
@@ -76,37 +76,36 @@ def mean_scores(cosines: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
 
 
 def prompt_kinds(prompts: pa.ChunkedArray) -> np.ndarray:
-    """object [n]: "sentence", "phrases" or "tags", by the number of parts between commas that hold a character."""
+    """object [n]: "sentence", "phrases" or "tags", by the number of parts between commas that are not blank."""
     parts = pc.count_substring_regex(prompts, r"[^,\s][^,]*").to_numpy()
     return np.array(KINDS, object)[np.digitize(parts, (PHRASES, TAGS))]
 
 
 def table_columns(data: PromptImages, rows: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Source and kind of each row, object [n] both, where the TSVs tell them; else the set's name and `kinds`."""
+    """Source and kind of each row, object [n] both: of the TSVs; where they have none, the set's name and `kinds`."""
     number, local = data.origin(rows)
-    found = {"source": np.array(data.names, object)[number], "kind": kinds.copy()}
+    columns = {"source": np.array(data.names, object)[number], "kind": kinds.copy()}
     for index in np.unique(number):
-        own = number == index
+        of_set = number == index
         table = read_table(data.root / f"{data.names[index]}.tsv", [])
-        for name in found.keys() & set(table.column_names):
-            told = table[name].take(pa.array(local[own])).to_numpy(zero_copy_only=False)
-            found[name][own] = np.where(told == "", found[name][own], told)
-    return found["source"], found["kind"]
+        for name in columns.keys() & set(table.column_names):
+            values = table[name].take(pa.array(local[of_set])).to_numpy(zero_copy_only=False)
+            columns[name][of_set] = np.where(values == "", columns[name][of_set], values)
+    return columns["source"], columns["kind"]
 
 
 def common_names(values: np.ndarray, first: Sequence[str] = ()) -> pd.Categorical:
-    """Those of `first`, then the MOST_NAMES most common by name; "others" for all else, last."""
-    counted = Counter(values.tolist())
-    common = sorted(counted, key=lambda name: (-counted[name], name))[:MOST_NAMES]
+    """Categories: those of `first`, then the MOST_NAMES most common by name, and last "others" for the rest."""
+    counts = Counter(values.tolist())
+    common = sorted(counts, key=lambda name: (-counts[name], name))[:MOST_NAMES]
     names = [*first, *sorted(set(common) - {*first, OTHERS})]
-    others = [OTHERS] if set(counted) - set(names) else []
-    return pd.Categorical(
-        pd.Series(values).where(pd.Series(values).isin(names), OTHERS), [*names, *others], ordered=True
-    )
+    others = [OTHERS] if set(counts) - set(names) else []
+    series = pd.Series(values)
+    return pd.Categorical(series.where(series.isin(names), OTHERS), [*names, *others], ordered=True)
 
 
 def bin_words(words: np.ndarray) -> pd.Categorical:
-    """Bins of one width that the shortest and the longest twentieth of prompts may leave: the ends are open."""
+    """Bins of one width for the middle 90 % of prompts; the first and the last bin take the rest."""
     if not len(words):
         return pd.Categorical([], [], ordered=True)
     low, high = (int(value) for value in np.percentile(words, [5, 95], method="nearest"))
@@ -129,7 +128,7 @@ def bin_cosines(cosines: np.ndarray) -> pd.Categorical:
 
 
 def nearest_training_cosines(data: PromptImages, rows: np.ndarray, fold: int, most: int) -> np.ndarray:
-    """Cosine of each row's prompt and the nearest prompt outside of the fold: float32 [n], NaN where not looked for."""
+    """Cosine of each row's prompt and the nearest training prompt: float32 [n]; NaN for a prompt that is not drawn."""
     codes, first, numbers = np.unique(data.prompt_codes[rows], return_index=True, return_inverse=True)
     chosen = np.arange(len(codes))
     if most < len(codes):
@@ -137,10 +136,10 @@ def nearest_training_cosines(data: PromptImages, rows: np.ndarray, fold: int, mo
     training = data.training_rows(fold)
     _, once = np.unique(data.prompt_codes[training], return_index=True)
     training = np.sort(training[once])  # a prompt counts once; in the order of the files
-    found = np.full(len(codes), np.nan, np.float32)
+    cosines = np.full(len(codes), np.nan, np.float32)
     queries = data.targets(rows[first[chosen]])
     for start in range(0, len(training), BLOCK):
         block = training[start : start + BLOCK]
         bank = PromptBank(data.prompts.take(pa.array(block)), data.targets(block))
-        found[chosen] = np.fmax(found[chosen], bank.nearest(queries, k=1)[1][:, 0])
-    return found[numbers]
+        cosines[chosen] = np.fmax(cosines[chosen], bank.nearest(queries, k=1)[1][:, 0])
+    return cosines[numbers]

@@ -47,7 +47,7 @@ def environment() -> jinja2.Environment:
     return templates
 
 
-def render(template: str, **values) -> Markup:
+def fill_template(template: str, **values) -> Markup:
     """Fill a template; every text among the values is escaped, unless it is HTML by its type, Markup."""
     return Markup(environment().get_template(template).render(values).strip() + "\n")
 

@@ -13,6 +13,8 @@ from markupsafe import Markup
 from kutils.views import html_page
 
 Format = str | Callable[[object], str]
+RUN_FORMATS = {"gain": "{:+.4f}", "seconds": "{:,.0f}", "images/s": "{:,.0f}", "waiting": "{:.1%}"}  # of `runs_table`
+DIFFERENCE_FORMATS = dict.fromkeys(("difference", "low", "high"), "{:+.4f}") | {"wins": "{:.1%}"}  # of `against_best`
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class Column:
 
 
 def show(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, caption: str = ""):
-    """A table with all that it needs to be sorted, as an object that a notebook displays; see `table`."""
+    """A table with all that it needs to be sorted, as an object that a notebook displays; see `html_table`."""
     from IPython.display import HTML  # not needed by what is not a notebook
 
-    return HTML(str(html_page.render("sortable.html", table=table(frame, formats, caption))))
+    return HTML(str(html_page.fill_template("sortable.html", table=html_table(frame, formats, caption))))
 
 
-def table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, caption: str = "") -> Markup:
+def html_table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, caption: str = "") -> Markup:
     """A table alone, for a page that holds `tables.css` and `tables.js` once.
 
     A click on a column's head, or Enter on it, sorts by that column: numbers and dates by size, ordered categories in
@@ -58,7 +60,7 @@ def table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, capt
         make_column(frame[name], formats.get(name), "td" if number else first)
         for number, name in enumerate(frame.columns)
     ]
-    return html_page.render("table.html", columns=columns, num_rows=len(frame), caption=caption)
+    return html_page.fill_template("table.html", columns=columns, num_rows=len(frame), caption=caption)
 
 
 def make_column(values: pd.Series, form: Format | None, tag: str) -> Column:

@@ -35,7 +35,7 @@ def write_report(folder: Path) -> Path:
     run = finished.read_run(Path(folder))
     values = [headline_values, training_values, validation_values, speed_values, unreadable_values]
     values += [configuration_values, environment_values, command_values]
-    page = html_page.render(
+    page = html_page.fill_template(
         "report.html", run=run, result=run.result, **{name: value for of in values for name, value in of(run).items()}
     )
     with paths.atomic_path(run.folder / "report.html") as temporary:
@@ -55,7 +55,7 @@ def headline_values(run: FinishedRun) -> dict:
     scores["mean prompt (baseline)"] = (result.validation_rows, base)
     frame = pd.DataFrame(scores, ["images", "cosine"]).T.astype({"images": int}).rename_axis("what")
     frame["over the mean prompt"] = frame["cosine"] - base
-    return {"headline": headline, "score_table": html_tables.table(frame, {"over the mean prompt": "{:+.4f}"})}
+    return {"headline": headline, "score_table": html_tables.html_table(frame, {"over the mean prompt": "{:+.4f}"})}
 
 
 def training_values(run: FinishedRun) -> dict:
@@ -76,7 +76,7 @@ def training_values(run: FinishedRun) -> dict:
         "learning_curve": training_plots.learning_curve(
             run.folder / "metrics.jsonl", baseline=run.result.mean_prompt_baseline
         ),
-        "epochs": html_tables.table(scored, caption="After every epoch"),
+        "epochs": html_tables.html_table(scored, caption="After every epoch"),
     }
 
 
@@ -88,7 +88,7 @@ def validation_values(run: FinishedRun) -> dict:
     try:
         table = examples.validation_table(run.recipe, run.fold, run.folder)
         data = datasets.load_datasets(run.recipe.datasets)
-        labels = slices.labels(data, table["row"].to_numpy(), run.fold)
+        labels = slices.label_rows(data, table["row"].to_numpy(), run.fold)
     except examples.UNREADABLE as error:
         return {"missing": f"Not shown: {error}"}
     cosines = table["cosine"]
@@ -96,7 +96,7 @@ def validation_values(run: FinishedRun) -> dict:
     histogram = score_plots.similarity_histogram(cosines)
     values = {"missing": "", "cosines": cosines, "histogram": histogram, "low": low, "median": median, "high": high}
     chosen = examples.best_and_worst(table, run.recipe, EXAMPLES)
-    pictures = pd.DataFrame([thumbnail(data, row) for row in chosen["row"]], chosen.index, ["uri", "problem"])
+    pictures = pd.DataFrame([read_thumbnail(data, row) for row in chosen["row"]], chosen.index, ["uri", "problem"])
     chosen = chosen.join(pictures)
     return (
         values
@@ -111,14 +111,14 @@ def validation_values(run: FinishedRun) -> dict:
 
 def slice_values(run: FinishedRun, cosines: pd.Series, labels: pd.DataFrame) -> dict:
     """The mean cosine of every slice: a figure where there are several, and a table of each slicing."""
-    means = {name: slices.mean_scores(cosines.to_frame(run.name), labels[name]) for name in labels}
+    means = {name: slices.slice_means(cosines.to_frame(run.name), labels[name]) for name in labels}
     several = {name: table[run.name] for name, table in means.items() if len(table) > 1}
     extremes = [(name, each.idxmax(), each.max(), each.idxmin(), each.min()) for name, each in several.items()]
     tables = []
     for name, table in means.items():
         table = table.rename(columns={run.name: "cosine"})
         table["over all rows"] = (table["cosine"] - cosines.astype(float).mean()).round(4) + 0.0  # no -0.0000
-        tables.append(html_tables.table(table, {"over all rows": "{:+.4f}"}, caption=f"By {name}"))
+        tables.append(html_tables.html_table(table, {"over all rows": "{:+.4f}"}, caption=f"By {name}"))
     return {
         "extremes": extremes,
         "slice_tables": tables,
@@ -126,7 +126,7 @@ def slice_values(run: FinishedRun, cosines: pd.Series, labels: pd.DataFrame) -> 
     }
 
 
-def thumbnail(data: datasets.PromptImages, row: int) -> tuple[str, str]:
+def read_thumbnail(data: datasets.PromptImages, row: int) -> tuple[str, str]:
     """A row's image as a data URI, and why it cannot be read; one of them is empty."""
     try:
         return html_page.thumbnail(Image.fromarray(data.decode_image(row).permute(1, 2, 0).numpy())), ""
@@ -162,7 +162,7 @@ def unreadable_values(run: FinishedRun) -> dict:
     if not path.is_file():
         return {"unreadable_table": ""}
     frame = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE)
-    return {"unreadable_table": html_tables.table(frame.head(MOST_UNREADABLE))}
+    return {"unreadable_table": html_tables.html_table(frame.head(MOST_UNREADABLE))}
 
 
 def configuration_values(run: FinishedRun) -> dict:
@@ -173,7 +173,7 @@ def configuration_values(run: FinishedRun) -> dict:
         path, recipe = recipe_file
         name, changed = str(finished.shown_path(path)), finished.changed_keys(run, recipe)
         frame[name] = pd.Series(dataclasses.asdict(recipe)).map(finished.as_text)
-    differing = html_tables.table(frame.loc[changed], caption="What differs") if changed else ""
+    differing = html_tables.html_table(frame.loc[changed], caption="What differs") if changed else ""
     if name:
         frame.insert(1, "changed", ["changed" if key in changed else "" for key in frame.index])
     return {
@@ -181,7 +181,7 @@ def configuration_values(run: FinishedRun) -> dict:
         "changed": changed,
         "num_keys": len(frame),
         "changed_keys": differing,
-        "all_keys": html_tables.table(frame),
+        "all_keys": html_tables.html_table(frame),
     }
 
 
@@ -190,7 +190,7 @@ def environment_values(run: FinishedRun) -> dict:
     values = {name: value for name, value in run.environment.items() if name not in ("packages", "overrides")}
     values |= run.environment.get("packages", {})
     frame = pd.DataFrame({"value": {name: str(value) for name, value in values.items()}}).rename_axis("what")
-    return {"environment_table": html_tables.table(frame) if values else ""}
+    return {"environment_table": html_tables.html_table(frame) if values else ""}
 
 
 def command_values(run: FinishedRun) -> dict:

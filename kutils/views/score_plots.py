@@ -166,7 +166,7 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
     """Mean cosine of every slice, a dot per model, beside each model's mean over all rows (a line).
 
     Args:
-        tables: name of the slicing -> what `slices.mean_scores` returns.
+        tables: name of the slicing -> what `slices.slice_means` returns.
         means: model -> mean cosine over all rows.
     Raises: ValueError where no slicing tells two slices apart.
     """

@@ -1,7 +1,7 @@
 """Gives the views of `explore` their controls, and draws them again when a control changes.
 
-Results are plain outputs of the notebook, which the controls replace: an executed notebook shows them anywhere, also
-where no kernel runs.
+Results are plain outputs of the notebook, and a control replaces them. So an executed notebook shows them where no
+kernel runs, too.
 """
 
 import contextlib
@@ -18,7 +18,9 @@ from IPython import get_ipython
 from IPython.display import Markdown, display
 from PIL import ExifTags, Image, ImageOps
 
+from kutils.training import slices
 from kutils.views import html_tables, image_plots, score_plots
+from kutils.views.exploration import SORTS, Exploration
 from kutils.views.figures import DescribedFigure
 
 STATIC = "The controls of this view ({}) work where a kernel runs; its parameters choose what is shown here."
@@ -28,33 +30,35 @@ def live(show: Callable[..., Sequence], *others: ipywidgets.Widget, **controls: 
     """Show what `show` returns for the controls' values, now and whenever one of them changes.
 
     Args:
-        show: called with the value of each control; returns figures, tables or texts, always as many. What it raises
-            for the first values is raised here; later an error is told beside the controls, which stay usable.
-        others: controls that stand beside and have callbacks of their own.
-        controls: by the name of the argument.
-    Returns: what holds the controls, and below them what the last change took or what was wrong with it.
+        show: called with the value of each control; returns figures, tables or texts, the same number at each call. An
+            error at the first call is raised; a later one is shown below the controls, which stay usable.
+        others: controls beside these, with callbacks of their own.
+        controls: by the name of the argument of `show`.
+    Returns: a box of the controls and a line below them, with the time that the last change took, or its error.
     """
-    told = ipywidgets.HTML()
-    box = ipywidgets.VBox([ipywidgets.HBox([*controls.values(), *others], layout={"flex_flow": "row wrap"}), told])
+    message = ipywidgets.HTML()
+    box = ipywidgets.VBox([ipywidgets.HBox([*controls.values(), *others], layout={"flex_flow": "row wrap"}), message])
     view = {
         "application/vnd.jupyter.widget-view+json": {"model_id": box.model_id, "version_major": 2, "version_minor": 0}
     }
     labels = ", ".join(control.description or name for name, control in controls.items())
     display(view | {"text/plain": STATIC.format(labels)}, raw=True)
-    handles = [display(data, metadata=metadata, raw=True, display_id=True) for data, metadata in drawn(show, controls)]
+    handles = [
+        display(data, metadata=metadata, raw=True, display_id=True) for data, metadata in bundles(show, controls)
+    ]
 
     def update(change) -> None:
-        began = time.monotonic()
-        told.value = "<em>working ...</em>"
+        started = time.monotonic()
+        message.value = "<em>working ...</em>"
         try:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                items = drawn(show, controls)
-            told.value = f"<em>{time.monotonic() - began:.1f} s</em> {escape(printed.getvalue())}"
+                items = bundles(show, controls)
+            message.value = f"<em>{time.monotonic() - started:.1f} s</em> {escape(printed.getvalue())}"
         except Exception as error:  # any: a callback's traceback would be lost, and the view stay at "working ..."
             plt.close("all")
             items = [({"text/plain": ""}, {})] * len(handles)
             kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-            told.value = f"<strong>{escape(f'{kind}{error}')}</strong>"
+            message.value = f"<strong>{escape(f'{kind}{error}')}</strong>"
         for handle, (data, metadata) in zip(handles, items, strict=True):
             handle.update(data, metadata=metadata, raw=True)
 
@@ -63,16 +67,16 @@ def live(show: Callable[..., Sequence], *others: ipywidgets.Widget, **controls: 
     return box
 
 
-def drawn(show: Callable[..., Sequence], controls: Mapping[str, ipywidgets.Widget]) -> list[tuple[dict, dict]]:
-    """Data and metadata, by MIME type, of what is shown for the controls' values; figures are closed."""
-    bundles = []
+def bundles(show: Callable[..., Sequence], controls: Mapping[str, ipywidgets.Widget]) -> list[tuple[dict, dict]]:
+    """Data and metadata, by MIME type, of each item that `show` returns for the controls' values; closes figures."""
+    items = []
     for item in show(**{name: control.value for name, control in controls.items()}):
-        if isinstance(item, DescribedFigure):  # which would display itself, and could not be replaced
-            bundles.append(item._repr_mimebundle_())
+        if isinstance(item, DescribedFigure):  # it would display itself, and a control could not replace it
+            items.append(item._repr_mimebundle_())
             plt.close(item)
         else:
-            bundles.append(get_ipython().display_formatter.format(item))
-    return bundles
+            items.append(get_ipython().display_formatter.format(item))
+    return items
 
 
 def escape(text: str) -> str:
@@ -82,36 +86,36 @@ def escape(text: str) -> str:
 # ---------------------------------------------------------------- controls
 
 
-def text(label: str, value: str, hint: str = "") -> ipywidgets.Text:
-    """A line of text that takes effect by Enter, or when it is left."""
+def text_field(label: str, value: str, hint: str = "") -> ipywidgets.Text:
+    """A line of text; it takes effect by Enter, or when the focus leaves it."""
     return ipywidgets.Text(
         value, description=label, placeholder=hint, continuous_update=False, layout={"width": "28em"}
     )
 
 
-def choice(label: str, options: Sequence, value) -> ipywidgets.Dropdown:
-    """One of several; options are values or (shown text, value). ValueError for a value that is none of them."""
+def dropdown(label: str, options: Sequence, value) -> ipywidgets.Dropdown:
+    """One of several options, each a value or (text, value). Raises ValueError for a value that is none of them."""
     values = [option[1] if isinstance(option, tuple) else option for option in options]
     if value not in values:
         raise ValueError(f"{label} is {value!r}; it can be {', '.join(map(str, values))}")
     return ipywidgets.Dropdown(options=options, value=value, description=label)
 
 
-def number(label: str, value: int, most: int) -> ipywidgets.IntSlider:
-    """1 to `most`; takes effect when the handle is released."""
+def slider(label: str, value: int, most: int) -> ipywidgets.IntSlider:
+    """A number from 1 to `most`; it takes effect when the handle is released."""
     return ipywidgets.IntSlider(value, 1, max(value, most), description=label, continuous_update=False)
 
 
 # ---------------------------------------------------------------- views
 
 
-def search(explored, words: str, fold: int = -1, count: int = 10) -> None:
-    """Words, and the images of the nearest prompts; `explored` is an `exploration.Exploration`, here and below.
+def search(explored: Exploration, words: str, fold: int = -1, count: int = 10) -> None:
+    """Search prompts by words: images of the nearest prompts.
 
     Args:
-        words: looked for first.
-        fold: whose prompts; -1: of all.
-        count: prompts that are shown.
+        words: of the first search.
+        fold: search among the prompts of this fold; -1: among all.
+        count: number of prompts.
     """
 
     def show(words: str, fold: int, count: int) -> Sequence:
@@ -121,80 +125,79 @@ def search(explored, words: str, fold: int = -1, count: int = 10) -> None:
     folds = [("all", -1), *((str(fold), fold) for fold in range(10))]
     live(
         show,
-        words=text("search", words, "words, then Enter"),
-        fold=choice("fold", folds, fold),
-        count=number("images", count, 30),
+        words=text_field("search", words, "words, then Enter"),
+        fold=dropdown("fold", folds, fold),
+        count=slider("images", count, 30),
     )
 
 
-def examples(explored, fold: int, model: str = "", sort: str = "worst", count: int = 8) -> None:
-    """Validation images with their prompts and what a model took them for, in a chosen order."""
+def examples(explored: Exploration, fold: int, model: str = "", sort: str = "worst", count: int = 8) -> None:
+    """Show validation images with their prompts and the prompts nearest to a model's predictions, sorted."""
 
     def show(fold: int, model: str, sort: str, count: int) -> Sequence:
-        shown = explored.examples(fold, model, sort, count)
-        return [image_plots.predictions(shown), html_tables.show(shown[["prompt", "nearest", "cosine", "agreement"]])]
+        rows = explored.examples(fold, model, sort, count)
+        return [image_plots.predictions(rows), html_tables.show(rows[["prompt", "nearest", "cosine", "agreement"]])]
 
-    def offer(change) -> None:
-        """The models of another fold are others; none where its runs are of other data, which the view then says."""
+    def update_models(change) -> None:
+        """Offer the models of another fold; where its runs are of other data, `show` raises the error."""
         with contextlib.suppress(ValueError):
             models.options = model_options(change["new"])
 
     def model_options(fold: int) -> list[tuple[str, str]]:
         return [("the best", ""), *((name, name) for name in explored.validated(fold).predictions)]
 
-    folds, models = choice("fold", explored.validated_folds(), fold), choice("model", model_options(fold), model)
-    folds.observe(offer, names="value")
-    orders, counts = choice("sort", explored.sorts, sort), number("images", count, 24)
-    live(show, fold=folds, model=models, sort=orders, count=counts)
+    folds, models = dropdown("fold", explored.validated_folds(), fold), dropdown("model", model_options(fold), model)
+    folds.observe(update_models, names="value")
+    live(show, fold=folds, model=models, sort=dropdown("sort", SORTS, sort), count=slider("images", count, 24))
 
 
-def slice_scores(explored, fold: int, by: str = "words") -> None:
-    """Mean cosine of every model over parts of the validation images."""
+def slice_scores(explored: Exploration, fold: int, by: str = "words") -> None:
+    """Show the mean cosine of every model over parts of the validation images."""
 
     def show(by: str) -> Sequence:
-        scores, means = explored.slice_scores(fold, by), explored.validated(fold).mean_scores().to_dict()
+        scores, means = explored.slice_scores(fold, by), explored.validated(fold).scores()
         if len(scores) == 1:
             return [Markdown(f"All images are of one slice by {by}."), html_tables.show(scores)]
         return [score_plots.slice_scores({by: scores}, means), html_tables.show(scores)]
 
-    live(show, by=choice("slice", explored.slicings, by))
+    live(show, by=dropdown("slice", slices.SLICES, by))
 
 
-def own_image(explored, fold: int, image: str = "", count: int = 8) -> None:
-    """An image of one's own, by its path or uploaded: the nearest prompts to what each model and the ensemble see.
+def own_image(explored: Exploration, fold: int, image: str = "", count: int = 8) -> None:
+    """Show the prompts nearest to what each model and the ensemble predict for an image, given by path or uploaded.
 
     Args:
-        fold: whose models are asked.
+        fold: of the models.
         image: a file; empty: the validation image of fold `fold` that the models agree on least.
         count: prompts per model.
     """
     folder = Path(tempfile.mkdtemp(prefix="kutils_"))
-    shown = Path(image) if image else explored.examples(fold, sort="disagreement", count=1)["image"][0]
-    if not isinstance(shown, Path):  # packed, and not a file
-        shown.save(folder / "example.png")
-        shown = folder / "example.png"
+    first = Path(image) if image else explored.examples(fold, sort="disagreement", count=1)["image"][0]
+    if not isinstance(first, Path):  # a packed image is no file
+        first.save(folder / "example.png")
+        first = folder / "example.png"
     upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="upload")
-    path = text("path", str(shown), "an image file")
+    path = text_field("path", str(first), "an image file")
 
     def show(path: str, count: int) -> Sequence:
-        seen = upright(Path(path), folder)
-        return [image_plots.neighbours(seen, explored.ask(seen, fold, count))]
+        turned = upright(Path(path), folder)
+        return [image_plots.neighbours(turned, explored.ask(turned, fold, count))]
 
-    def take(change) -> None:
-        """An upload becomes a file, whose path is asked about."""
+    def save_upload(change) -> None:
+        """Write an uploaded file into a folder of its own, since two may have one name; its path starts `show`."""
         for file in change["new"]:
-            target = Path(tempfile.mkdtemp(dir=folder)) / Path(file["name"]).name  # the name of a former one, maybe
+            target = Path(tempfile.mkdtemp(dir=folder)) / Path(file["name"]).name
             target.write_bytes(file["content"])
             path.value = str(target)
 
-    upload.observe(take, names="value")
-    live(show, upload, path=path, count=number("prompts", count, 20))
+    upload.observe(save_upload, names="value")
+    live(show, upload, path=path, count=slider("prompts", count, 20))
 
 
 def upright(path: Path, folder: Path) -> Path:
-    """The image file, or a copy in `folder` that is turned as its EXIF record asks: a photo may lie on its side.
+    """The path itself, or that of a copy in `folder`, turned as the photo's EXIF record asks.
 
-    Data sets are read without that, as the competition's were.
+    Images of data sets are read without turning, as the competition's were.
     """
     with Image.open(path) as image:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:

@@ -23,19 +23,19 @@ def cosines(root, name, fold=0):
 
 
 def test_runs_of_other_rows_are_another_group(finished):
-    chosen = comparison.select()
+    chosen = comparison.select_runs()
     first, second = (read_result(finished / "working" / "runs" / f"{name}_fold0") for name in ("first", "second"))
     order = ["first_fold0", "second_fold0"]
     if second.cosine_similarity > first.cosine_similarity:
         order.reverse()
     assert [run.name for run in chosen] == [*order, "first_fold1"]
-    table = comparison.table(chosen)
+    table = comparison.runs_table(chosen)
     assert table["rows"].tolist() == ["A", "A", "B"] and table["fold"].tolist() == [0, 0, 1]
     assert table.loc["first_fold0", "cosine"] == first.cosine_similarity
     gain = first.cosine_similarity - first.mean_prompt_baseline
     assert table.loc["first_fold0", "gain"] == pytest.approx(gain)
     assert all(pd.api.types.is_numeric_dtype(table[name]) for name in ("cosine", "gain", "seconds", "images/s"))
-    told = comparison.describe(chosen).splitlines()
+    told = comparison.groups_text(chosen).splitlines()
     assert told[0].startswith("A: fold 0, 12 rows of toy: ") and told[1].startswith("B: fold 1, 12 rows")
     assert "do not compare" in told[2]
     assert [run.name for run in comparison.pick_group(chosen)] == order
@@ -51,9 +51,9 @@ def test_the_same_fold_of_other_data_is_another_group(finished):
     with np.load(path) as saved:
         content = dict(saved)
     np.savez(path, **content | {"targets_hash": "another"})
-    assert comparison.table(comparison.select("*_fold0"))["rows"].tolist() == ["A", "A", "B"]
+    assert comparison.runs_table(comparison.select_runs("*_fold0"))["rows"].tolist() == ["A", "A", "B"]
     path.unlink()  # without predictions a run is alone
-    assert comparison.table(comparison.select("*_fold0"))["rows"].tolist() == ["A", "A", "B"]
+    assert comparison.runs_table(comparison.select_runs("*_fold0"))["rows"].tolist() == ["A", "A", "B"]
 
 
 def test_other_images_of_the_same_prompts_are_another_group(finished):
@@ -63,7 +63,7 @@ def test_other_images_of_the_same_prompts_are_another_group(finished):
     shutil.copytree(finished / "working" / "runs" / "first_fold0", folder)
     config = folder / "config.yaml"
     config.write_text(re.sub(r"datasets:.*\n(- toy\n)?", "datasets: [redrawn]\n", config.read_text()))
-    table = comparison.table(comparison.select("*_fold0"))
+    table = comparison.runs_table(comparison.select_runs("*_fold0"))
     assert table.loc["third_fold0", "data sets"] == "redrawn" and sorted(table["rows"]) == ["A", "A", "B"]
 
 
@@ -71,7 +71,7 @@ def test_two_folders_of_one_name_are_refused(finished):
     elsewhere = finished / "elsewhere" / "first_fold0"
     shutil.copytree(finished / "working" / "runs" / "first_fold0", elsewhere)
     with pytest.raises(ValueError, match=rf"2 runs are named first_fold0 \(.*{elsewhere}\)"):
-        comparison.select(f"first_fold0,{elsewhere}")
+        comparison.select_runs(f"first_fold0,{elsewhere}")
 
 
 def test_an_image_without_a_prediction_is_left_out(finished, capsys):
@@ -80,31 +80,31 @@ def test_an_image_without_a_prediction_is_left_out(finished, capsys):
         content = dict(saved)
     content["embeddings"][3] = np.nan
     np.savez(path, **content)
-    same = comparison.same_rows(comparison.pick_group(comparison.select()))
+    same = comparison.same_rows(comparison.pick_group(comparison.select_runs()))
     assert len(same.cosines) == len(same.labels) == len(same.prompts) == 11
     assert "1 images are left out" in capsys.readouterr().out
     np.testing.assert_allclose(same.cosines["second_fold0"], np.delete(cosines(finished, "second_fold0"), 3), atol=1e-6)
 
 
 def test_runs_are_chosen_by_name(finished):
-    names = [run.name for run in comparison.select("first_fold1, first_fold0")]
+    names = [run.name for run in comparison.select_runs("first_fold1, first_fold0")]
     assert names == ["first_fold1", "first_fold0"]
     with pytest.raises(ValueError, match="no finished run 'frst'"):
-        comparison.select("frst")
+        comparison.select_runs("frst")
     shutil.rmtree(finished / "working" / "runs")
     with pytest.raises(ValueError, match="no finished run yet"):
-        comparison.select()
+        comparison.select_runs()
 
 
 def test_only_keys_that_differ_are_shown(finished):
-    frame = comparison.differences(comparison.select("first_fold0,second_fold0"))
+    frame = comparison.configurations(comparison.select_runs("first_fold0,second_fold0"))
     assert sorted(frame.index) == ["lr", "seed"]
     assert frame.loc["lr", "second_fold0"] == "0.0001" and frame.loc["seed", "second_fold0"] == "3"
-    assert comparison.differences(comparison.select("first*")).empty  # folds differ, configurations do not
+    assert comparison.configurations(comparison.select_runs("first*")).empty  # folds differ, configurations do not
 
 
 def test_the_difference_is_of_the_same_images(finished):
-    same = comparison.same_rows(comparison.pick_group(comparison.select()))
+    same = comparison.same_rows(comparison.pick_group(comparison.select_runs()))
     own = {name: cosines(finished, name) for name in same.cosines}
     for name, values in own.items():
         np.testing.assert_allclose(same.cosines[name], values, atol=1e-6)
@@ -124,17 +124,17 @@ def test_the_difference_is_of_the_same_images(finished):
     short = np.arange(12) // 2 % 2 == 0  # prompts 0, 10, 20, ... in turn
     assert sliced["kind"].loc["short", best] == pytest.approx(own[best][short].mean(), abs=1e-6)
     assert sliced["kind"].loc["long", "images"] == 6
-    joined = comparison.joined(sliced)
+    joined = comparison.join_slices(sliced)
     assert list(joined)[:3] == ["by", "slice", "images"] and len(joined) == sum(map(len, sliced.values()))
 
 
 def test_runs_that_cannot_be_compared_row_by_row_are_refused(finished):
     with pytest.raises(ValueError, match="were validated on different rows"):
-        comparison.same_rows(comparison.select("first*"))
+        comparison.same_rows(comparison.select_runs("first*"))
     path = paths.input_dir() / "toy.npy"
     np.save(path, np.roll(np.load(path), 2, axis=0))
     with pytest.raises(DataError, match="was made for other validation rows"):
-        comparison.same_rows(comparison.select("*_fold0"))
+        comparison.same_rows(comparison.select_runs("*_fold0"))
 
 
 def test_letters_of_groups():
@@ -149,6 +149,6 @@ def test_the_notebook_shows_all_of_it(finished):
     assert "A: fold 0, 12 rows of toy" in said and "do not compare" in said
     outputs = [output.get("data", {}) for cell in executed for output in cell.get("outputs", [])]
     shown = ["".join(each["text/html"]) for each in outputs if "text/html" in each]
-    assert len(shown) == 4 and all("<table class='sortable'>" in each for each in shown)
+    assert len(shown) == 4 and all('<table class="sortable">' in each for each in shown)
     score = read_result(finished / "working" / "runs" / "second_fold0").cosine_similarity
     assert f">{score:.4f}</td>" in shown[0] and "lr</th>" in shown[1]

@@ -20,14 +20,14 @@ def test_rows_are_sorted_by_their_prompts(workspace):
     write_table(path, columns)
     data = datasets.load_datasets(["toy", "other"])
     rows = data.validation_rows(2)
-    found = slices.labels(data, rows, 2)
+    found = slices.label_rows(data, rows, 2)
     prompts = data.prompts.take(rows).to_pylist()
     assert len(found) == len(rows) == 8 + 2 and list(found) == list(slices.SLICES)
     assert found["source"].tolist() == ["toy"] * 8 + ["other"] * 2  # an empty source is none
     assert found["kind"].tolist() == ["phrases"] * 8 + ["tags", "phrases"]
     assert [len(prompt.split()) for prompt in prompts] == [6] * 8 + [6, 6]
     assert set(found["words"]) == {"1 or more"}
-    told = slices.labels(data, data.validation_rows(3), 3)
+    told = slices.label_rows(data, data.validation_rows(3), 3)
     assert told["source"].tolist() == ["toy"] * 8 + ["web"] * 2
     assert told["kind"].tolist() == ["phrases"] * 8 + ["caption", "phrases"]
     assert told["kind"].cat.categories.tolist() == ["sentence", "phrases", "tags", "caption"]
@@ -44,7 +44,7 @@ def test_similarity_is_that_of_the_nearest_training_prompt(workspace):
     np.save(path, embeddings)
     data = datasets.load_datasets(["toy"])
     rows = data.validation_rows(0)
-    found = slices.labels(data, rows, 0)["similarity"]
+    found = slices.label_rows(data, rows, 0)["similarity"]
     assert found.tolist() == ["0.9 or more"] * 2 + ["0.6 to 0.7"] * 2 + ["below 0.5"] * 4
     assert found.cat.ordered and found.cat.categories[0] == "below 0.5"
 
@@ -52,7 +52,7 @@ def test_similarity_is_that_of_the_nearest_training_prompt(workspace):
     expected = (embeddings[rows].astype(np.float64) @ training.T).max(axis=1)
     np.testing.assert_allclose(slices.nearest_training_cosines(data, rows, 0, 4), expected, atol=1e-6)
     some = slices.nearest_training_cosines(data, rows, 0, most=3)  # of the four prompts
-    assert np.isnan(some).sum() == 2 and slices.labels(data, rows, 0, most=3)["similarity"].isna().sum() == 2
+    assert np.isnan(some).sum() == 2 and slices.label_rows(data, rows, 0, most=3)["similarity"].isna().sum() == 2
     np.testing.assert_allclose(some[~np.isnan(some)], expected[~np.isnan(some)], atol=1e-6)
 
 
@@ -99,15 +99,15 @@ def test_bins_of_words_hold_every_prompt(words, names):
         assert int(low) <= count and (name.endswith("or more") or count <= int(high))
 
 
-def test_mean_scores_by_hand():
+def test_means_by_hand():
     cosines = pd.DataFrame({"a": [0.1, 0.2, 0.6, 0.9], "b": [0.5, 0.5, 0.5, 0.1]}, dtype=np.float32)
     names = pd.Categorical(["tags", "sentence", "tags", None], slices.KINDS, ordered=True)
-    means = slices.mean_scores(cosines, pd.Series(names, index=[7, 8, 9, 10], name="kind"))
+    means = slices.slice_means(cosines, pd.Series(names, index=[7, 8, 9, 10], name="kind"))
     assert means.index.tolist() == ["sentence", "tags"] and means.index.name == "kind"
     assert means["images"].tolist() == [1, 2] and list(means) == ["images", "a", "b"]
     np.testing.assert_allclose(means[["a", "b"]], [[0.2, 0.5], [0.35, 0.5]], atol=1e-6)
     with pytest.raises(ValueError, match="3 labels for 4 rows"):
-        slices.mean_scores(cosines, pd.Series(names[:3]))
+        slices.slice_means(cosines, pd.Series(names[:3]))
 
 
 def test_few_names_are_told_apart():

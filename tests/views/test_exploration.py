@@ -77,7 +77,7 @@ def test_models_stand_side_by_side_on_the_same_rows(world):
         expected = (embeddings * targets[rows]).sum(axis=1)[np.argsort(rows)]
         np.testing.assert_allclose(of.cosines[run], expected, atol=1e-6)
         score = read_result(world / "working" / "runs" / run).cosine_similarity
-        assert of.mean_scores()[run] == pytest.approx(score, abs=1e-6)
+        assert of.scores()[run] == pytest.approx(score, abs=1e-6)
     together = of.predictions[RUNS[0]] + of.predictions[RUNS[1]]
     together /= np.linalg.norm(together, axis=1, keepdims=True)
     np.testing.assert_allclose(of.predictions[validated.MEAN], together, atol=1e-6)
@@ -123,7 +123,7 @@ def test_disagreement_tells_what_each_model_took_an_image_for(world):
         for name, text in row.nearest_by_model.items():
             nearest = int(np.argmax(table @ of.predictions[name][row.position])) // 2
             assert text == f'toy prompt "{nearest}, with a comma'
-    with pytest.raises(ValueError, match="nobody to disagree with"):
+    with pytest.raises(ValueError, match="there is one model alone"):
         explored.disagreement(1)
 
 
@@ -132,7 +132,7 @@ def test_slices_of_all_images_weigh_to_the_score(world):
     for by in ("words", "source", "kind", "similarity"):
         scores = explored.slice_scores(0, by)
         assert scores["images"].sum() == 8
-        for name, score in explored.validated(0).mean_scores().items():
+        for name, score in explored.validated(0).scores().items():
             assert np.average(scores[name], weights=scores["images"]) == pytest.approx(score, abs=1e-6)
     with pytest.raises(ValueError, match="slice is 'colour'; it can be words, source, kind, similarity"):
         explored.slice_scores(0, "colour")
@@ -271,7 +271,7 @@ def test_the_fitted_ensemble_is_shown_with_what_its_fit_has_not_seen(broken, cap
     image = broken / "input" / "toy_images" / "0001_0.png"
     assert list(explored.ask(image, 0)) == ["ensemble", "convnext_fold0", "vit_fold0"]
     next((broken / "working" / "models" / "vit").glob("*fold0_best*.pth")).unlink()  # the rest goes on
-    explored.asked.clear()
+    explored.predicted.clear()
     assert list(explored.ask(image, 0)) == ["convnext_fold0"]
     said = capsys.readouterr().out
     assert "ensemble is left out: " in said and "vit_fold0 is left out: " in said
@@ -286,7 +286,7 @@ def test_without_a_text_encoder_prompts_that_hold_the_words_stand_for_them(world
     explored = Exploration.open("toy")
     assert explored.search('"17, PROMPT', count=1)["prompt"].tolist() == ['toy prompt "17, with a comma']
     assert capsys.readouterr().out.count("no text encoder (No module named 'sentence_transformers')") == 1
-    with pytest.raises(ValueError, match="no prompt holds one of the words 'zebra'"):
+    with pytest.raises(ValueError, match="no prompt contains one of the words 'zebra'"):
         explored.search("zebra")
 
 
@@ -311,7 +311,7 @@ def test_a_photo_is_turned_as_its_record_asks(tmp_path):
 
 def test_a_value_that_is_no_choice_is_named():
     with pytest.raises(ValueError, match="sort is 'bst'; it can be worst, best"):
-        widgets.choice("sort", ["worst", "best"], "bst")
+        widgets.dropdown("sort", ["worst", "best"], "bst")
 
 
 def test_runs_of_other_data_are_left_out_and_named(broken, capsys):
@@ -343,7 +343,7 @@ def show(words, count):
         raise ValueError("no <words>")
     print("looked up")
     return [Markdown(f"{words} {count}"), "second"]
-words, count = widgets.text("words", "cat"), widgets.number("images", 2, 5)
+words, count = widgets.text_field("words", "cat"), widgets.slider("images", 2, 5)
 box = widgets.live(show, words=words, count=count)
 """
     second = 'words.value = "dog"\ncount.value = 4'

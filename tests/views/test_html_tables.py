@@ -45,7 +45,7 @@ def texts(row):
 
 
 def test_a_table_says_what_the_frame_holds():
-    parsed = Cells(html_tables.table(FRAME, {"score": "{:.2f}"}, caption="<runs>"))
+    parsed = Cells(html_tables.html_table(FRAME, {"score": "{:.2f}"}, caption="<runs>"))
     head, *rows = parsed.rows
     assert texts(head) == ["run", "score", "rows", "size"]
     assert all(attributes["aria-sort"] == "none" and attributes["tabindex"] == "0" for _, attributes in head)
@@ -63,16 +63,16 @@ def test_a_table_says_what_the_frame_holds():
 
 def test_an_index_with_names_is_the_first_column():
     frame = FRAME.set_index("run")
-    head, *rows = Cells(html_tables.table(frame, {"rows": lambda count: f"{count} rows"})).rows
+    head, *rows = Cells(html_tables.html_table(frame, {"rows": lambda count: f"{count} rows"})).rows
     assert texts(head) == ["run", "score", "rows", "size"]
     assert rows[0][0][1] == {"scope": "row"} and texts(rows[1]) == ["a & b", "", "1200 rows", "small"]
-    assert texts(Cells(html_tables.table(frame.rename_axis(None))).rows[0]) == ["", "score", "rows", "size"]
+    assert texts(Cells(html_tables.html_table(frame.rename_axis(None))).rows[0]) == ["", "score", "rows", "size"]
 
 
 def test_a_prompt_is_no_formula():
     """What JupyterLab's MathJax looks for are delimiters within one text, and a tag ends a text."""
     frame = pd.DataFrame({"$a$": [r"$5 or $6, \(x\) & \begin{b}"]})
-    page = html_tables.table(frame, caption="$c$")
+    page = html_tables.html_table(frame, caption="$c$")
     within = "".join(part.partition(">")[2] + "\n" for part in page.split("<")).splitlines()
     assert "5 or " in within and not any(len(text) > 1 for text in within if "$" in text or "\\" in text)
     assert page.count("<span>$</span>") == 6 and page.count("<span>\\</span>") == 3
@@ -80,14 +80,14 @@ def test_a_prompt_is_no_formula():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no column 'scores' in a table of run, score, rows, size"):
-        html_tables.table(FRAME, {"scores": "{:.2f}"})
+        html_tables.html_table(FRAME, {"scores": "{:.2f}"})
     with pytest.raises(ValueError, match="two columns of one name in a table of a, a"):
-        html_tables.table(pd.DataFrame([[1, 2]], columns=["a", "a"]))
+        html_tables.html_table(pd.DataFrame([[1, 2]], columns=["a", "a"]))
 
 
 def test_a_notebook_shows_it():
     page = html_tables.show(FRAME, caption="runs")._repr_html_()
-    assert str(html_tables.table(FRAME, caption="runs")) in page
+    assert str(html_tables.html_table(FRAME, caption="runs")) in page
     assert "http" not in page and page.count("<script>") == page.count("<style>") == 1 and "table.sortable" in page
 
 

@@ -287,7 +287,7 @@ def test_a_second_start_writes_what_is_missing_and_an_error_costs_no_run(finishe
     def broken(*arguments, **values):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(html_page, "render", broken)
+    monkeypatch.setattr(html_page, "fill_template", broken)
     capsys.readouterr()
     assert run_command("train", arguments) == 0 and not (folder / "report.html").exists()
     assert f"no report (RuntimeError: no room); make it with: kutils report {folder}" in capsys.readouterr().out
