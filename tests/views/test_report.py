@@ -127,7 +127,7 @@ def test_the_histogram_says_its_quantiles(reported, monkeypatch):
     use_folders(monkeypatch, reported)
     page = read_page(reported / "working" / "runs" / "first_fold0")
     run = read_run(reported / "working" / "runs" / "first_fold0")
-    ordered = sorted(examples.validation_table(run.recipe, 0, run.predictions_path)["cosine"])
+    ordered = sorted(examples.validation_table(run.recipe, 0, run.folder)["cosine"])
     assert len(ordered) == 12  # between two values the quantiles are interpolated: places 0.55, 5.5 and 10.45
     low, middle, high = (
         ordered[place] + share * (ordered[place + 1] - ordered[place])
