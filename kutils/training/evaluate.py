@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from kutils.data import datasets
 from kutils.models import checkpoints
@@ -20,6 +19,7 @@ from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
 from kutils.system.ranks import Ranks, join_ranks
 from kutils.training import engine, out_of_fold
+from kutils.training.loading import validation_loader
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,7 @@ def evaluate(
         raise ValueError(f"no row of {', '.join(recipe.datasets)} is in fold {fold}")
     network, _, facts = checkpoints.load_model(checkpoint, recipe)
     network.to(ranks.device, memory_format=torch.channels_last)
-    loader = DataLoader(
-        datasets.ValidationImages(data, rows, recipe.input_size),
-        sampler=range(ranks.rank, len(rows), ranks.world_size),
-        batch_size=recipe.max_local_batch_size,
-        num_workers=recipe.num_workers,
-        collate_fn=datasets.collate,
-        pin_memory=ranks.device.type == "cuda",
-    )
+    loader = validation_loader(data, rows, recipe, ranks)
     dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
     found = engine.evaluate(
         network, loader, recipe, dtype, ranks, total=len(rows), keep_features=features_path is not None

@@ -18,6 +18,7 @@ from kutils.data.shards import shards_folder
 from kutils.runs import finished
 from kutils.runs.recipes import Recipe
 from kutils.system import paths
+from kutils.training.meter import Interval
 
 PARTS = ("waiting for data", "augmentation and copy", "forward", "backward", "optimiser")  # labels in the trace
 EVALUATION = "evaluation"  # the label of what is between updates and no part of any
@@ -48,6 +49,9 @@ class UpdateProfiler:
             say: shows a text to the user.
         """
         self.folder, self.device, self.say, self.done = folder, device, say, 0
+        self.profile = None
+        if not num_updates:
+            return
         self.num_updates = min(num_updates, left)
         spare = left - self.num_updates
         recorded = min(WARMUP[1], spare)
@@ -56,7 +60,6 @@ class UpdateProfiler:
         if left < num_updates + sum(WARMUP):
             say(f"updates left: {left}; profiled: {self.num_updates}, after a warm-up of {self.first}")
         if not self.num_updates:
-            self.profile = None
             return
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with warnings.catch_warnings():
@@ -215,11 +218,11 @@ class DataWait:
         self.waited = self.seconds = 0.0
         self.updates, self.told = 0, False
 
-    def add(self, report: dict) -> float | None:
-        """Count a log interval, as `Interval.close` reports it; the share of time, once, the first time it is much."""
-        self.waited += report["data_wait"] * report["seconds"]
-        self.seconds += report["seconds"]
-        self.updates += report["updates"]
+    def add(self, interval: Interval) -> float | None:
+        """Count a log interval; the share of time, once, the first time it is much."""
+        self.waited += interval.data_wait * interval.seconds
+        self.seconds += interval.seconds
+        self.updates += interval.updates
         if self.told or (self.seconds < JUDGED_SECONDS and self.updates < JUDGED_UPDATES):
             return None
         share = self.waited / self.seconds

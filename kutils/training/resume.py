@@ -1,14 +1,142 @@
-"""Reads the saved state of an interrupted run, and checks that it belongs to what is trained now."""
+"""Saves how far a run has come, and continues an interrupted one from there."""
 
+import dataclasses
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from kutils.data import datasets
 from kutils.models import checkpoints
+from kutils.runs import finished, folders
+from kutils.runs.finished import RunResult
+from kutils.runs.recipes import Recipe
 from kutils.system.ranks import Ranks
+from kutils.training.meter import Interval
+
+
+@dataclass
+class State:
+    """How far a run has come, over all its starts."""
+
+    started: float = field(default_factory=time.monotonic)  # on this machine's clock; earlier starts move it back
+    epoch: int = 0  # epochs that are done, evaluation included
+    step: int = 0  # updates that are done
+    best: float = -1.0  # validation cosine
+    best_epoch: int = 0  # from 1
+    best_clean: float | None = None  # validation cosine of the best epoch over clean rows
+    seen: int = 0  # training images
+    bad: list[tuple[int, str]] = field(default_factory=list)  # those that could not be read: row and reason
+    block_rows: int = 0  # rows that lie together on the disk, which decides the order of training
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def count(self, interval: Interval) -> None:
+        """Add the images of a log interval."""
+        self.seen += interval.images
+        self.bad += interval.bad
+
+    def to_file(self) -> dict:
+        """The values that `resume.pt` keeps under these names."""
+        values = dataclasses.asdict(self) | {"seconds": self.seconds}
+        del values["started"]
+        return values
+
+
+class ResumeFile:
+    """`resume.pt` of a run folder: the state of a run, with weights, optimiser, loss scaler and random numbers."""
+
+    def __init__(self, run_folder: Path, network, optimizer, scaler, ranks: Ranks):
+        self.path, self.ranks = run_folder / "resume.pt", ranks
+        self.parts = {"model": network, "optimizer": optimizer, "scaler": scaler}
+
+    def exists(self) -> bool:
+        return self.path.is_file()
+
+    def load(self, state: State, data: datasets.PromptImages) -> None:
+        """Restore the state, and what the parts held, of a run that was cut; without a file nothing changes."""
+        block_rows = 0  # what files say that do not name it
+        if self.exists():
+            content = checkpoints.read(self.path)
+            for name, part in self.parts.items():
+                part.load_state_dict(content.pop(name))
+            self.restore_random(content.pop("random"), content.pop("world_size"))
+            state.started -= content.pop("seconds")
+            block_rows = content.pop("block_rows", block_rows)
+            for name, value in content.items():
+                setattr(state, name, value)
+            if block_rows != data.block_rows and self.ranks.is_main:
+                print(
+                    "warning: images were packed or unpacked since the run was cut: in the epoch it goes on with, some "
+                    "prompts come twice and others not",
+                    flush=True,
+                )
+        state.block_rows = data.block_rows
+
+    def restore_random(self, random: list[dict], world_size: int) -> None:
+        """Restore torch's generators, which drop path draws from, if the number of ranks is still the same."""
+        ranks = self.ranks
+        if world_size == ranks.world_size:
+            torch.set_rng_state(random[ranks.rank]["cpu"])
+            if ranks.device.type == "cuda" and "cuda" in random[ranks.rank]:
+                torch.cuda.set_rng_state(random[ranks.rank]["cuda"], ranks.device)
+        elif ranks.is_main:
+            print(
+                f"warning: cut with {world_size} ranks, going on with {ranks.world_size}: drop path is drawn anew",
+                flush=True,
+            )
+
+    def save(self, state: State) -> None:
+        """Write all that the next start needs; to be called by every rank."""
+        random = self.ranks.gather_objects(random_state(self.ranks))
+        if self.ranks.is_main:
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            common = {"random": random, "world_size": self.ranks.world_size}
+            checkpoints.save(self.path, {**state.to_file(), **parts, **common})
+
+    def remove(self) -> None:
+        """Delete the file: it is four times the size of the checkpoint, and a finished run needs it no more."""
+        self.path.unlink(missing_ok=True)
+
+
+def random_state(ranks: Ranks) -> dict:
+    """torch's generators of this rank; augmentation and sampling need none, they are keyed by seed, epoch and row."""
+    state = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return state
+
+
+# ---------------------------------------------------------------- before anything is loaded
+
+
+def check_start(recipe: Recipe, fold: int, ranks: Ranks) -> RunResult | None:
+    """Look at the run's folder: whether the run may start, and whether it has finished.
+
+    With resume=never a former run is moved aside first.
+
+    Returns: the result of a finished run, else None.
+    Raises: ValueError if the folder holds a run of another configuration, a checkpoint of this name belongs to another
+        run, or not all nodes see the folder.
+    """
+    folder, best_path = recipe.run_folder(fold), recipe.checkpoint_path(fold)
+    if recipe.resume == "never" and ranks.is_main:
+        last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
+        if aside := folders.move_aside(folder, [best_path, last_path]):
+            print(f"the former run is now {aside}", flush=True)
+    ranks.barrier()
+    check_same_folder(folder, ranks)
+    folders.check_same_configuration(folder, recipe)
+    folders.check_no_foreign_checkpoint(folder, best_path)
+    result = finished.read_result(folder)
+    if result and ranks.is_main:
+        print(f"already finished: {result.summary()}\n(resume=never trains it again)", flush=True)
+        (folder / "resume.pt").unlink(missing_ok=True)  # of a run that was killed after its result
+    return result
 
 
 def check_same_folder(folder: Path, ranks: Ranks) -> None:
@@ -28,41 +156,3 @@ def check_same_folder(folder: Path, ranks: Ranks) -> None:
             f"ranks {', '.join(map(str, blind))} do not see what rank 0 writes to {folder}: the nodes must share "
             "working/runs and working/models, or be given such places by run_dir= and model_dir="
         )
-
-
-def random_state(ranks: Ranks) -> dict:
-    """torch's generators of this rank; augmentation and sampling need none, they are keyed by seed, epoch and row."""
-    state = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return state
-
-
-def load_resume(path: Path, network, optimizer, scaler, ranks: Ranks) -> dict:
-    """Put a cut run's state back; returns epoch, step, best score and counts."""
-    content = checkpoints.read(path)
-    network.load_state_dict(content.pop("model"))
-    optimizer.load_state_dict(content.pop("optimizer"))
-    scaler.load_state_dict(content.pop("scaler"))
-    random, world_size = content.pop("random"), content.pop("world_size")
-    if world_size == ranks.world_size:
-        torch.set_rng_state(random[ranks.rank]["cpu"])
-        if ranks.device.type == "cuda" and "cuda" in random[ranks.rank]:
-            torch.cuda.set_rng_state(random[ranks.rank]["cuda"], ranks.device)
-    elif ranks.is_main:
-        print(
-            f"warning: cut with {world_size} ranks, going on with {ranks.world_size}: drop path is drawn anew",
-            flush=True,
-        )
-    return content
-
-
-def check_order(state: dict, data: datasets.PromptImages, ranks: Ranks) -> None:
-    """Say so where images were packed, or unpacked, since a run was cut: the rest of its epoch has another order."""
-    if state["block_rows"] != data.block_rows and ranks.is_main:
-        print(
-            "warning: images were packed or unpacked since the run was cut: in the epoch it goes on with, some prompts "
-            "come twice and others not",
-            flush=True,
-        )
-    state["block_rows"] = data.block_rows

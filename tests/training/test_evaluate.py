@@ -11,10 +11,10 @@ import pytest
 import torch
 from fixtures.datasets import make_dataset
 
+from kutils import __main__
 from kutils.models import checkpoints
 from kutils.models.networks import build_model
 from kutils.system.tables import read_table, write_table
-from kutils.training import evaluate, train
 
 
 @pytest.fixture
@@ -22,12 +22,12 @@ def trained(workspace, tiny_recipe):
     """A finished run of fold 0: its recipe file and its result."""
     path = workspace / "tiny.yaml"
     path.write_text(tiny_recipe(max_local_batch_size=4).to_yaml())
-    assert train.main(["--config", str(path), "--fold", "0"]) == 0
+    assert __main__.run("train", ["--config", str(path), "--fold", "0"]) == 0
     return path, json.loads((workspace / "working" / "runs" / "tiny_fold0" / "result.json").read_text())
 
 
 def run(path, *arguments):
-    return evaluate.main(["--config", str(path), *map(str, arguments)])
+    return __main__.run("evaluate", ["--config", str(path), *map(str, arguments)])
 
 
 def test_it_gives_the_score_and_the_predictions_of_training(trained, workspace, capsys):
@@ -108,10 +108,10 @@ def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
-from kutils import predictions
+from kutils.training import out_of_fold
 from kutils.system.ranks import Ranks
 try:
-    with predictions.gathered(Ranks(0, 1, torch.device("cpu")), torch.ones(4000, 384), 4000, Path(sys.argv[1])):
+    with out_of_fold.gathered(Ranks(0, 1, torch.device("cpu")), torch.ones(4000, 384), 4000, Path(sys.argv[1])):
         print("written")
 except OSError as error:
     print(error.strerror)
@@ -126,7 +126,8 @@ except OSError as error:
 def test_two_ranks_keep_every_row_in_order(trained, workspace):
     """40 x 2 images of all folds, in blocks of three per rank, none of which 2 ranks divide evenly at the end."""
     path, _ = trained
-    code = "import sys\nfrom kutils import evaluate, predictions\npredictions.BLOCK = 3\nsys.exit(evaluate.main())"
+    code = "import sys\nfrom kutils.training import evaluate, out_of_fold\n"
+    code += "out_of_fold.BLOCK = 3\nsys.exit(evaluate.main())"
     (workspace / "small_blocks.py").write_text(code)
     checkpoint = workspace / "working" / "models" / "tiny" / "tiny_fold0_best_cossim.pth"
     arguments = ["--config", str(path), "--fold", "all", "--checkpoint", str(checkpoint)]

@@ -14,7 +14,7 @@ from kutils.runs import folders
 from kutils.system import devices as system_devices
 from kutils.system.ranks import Ranks
 from kutils.training import engine, profiling, train
-from kutils.training.log_interval import Interval
+from kutils.training.meter import Interval, Meter
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -179,17 +179,18 @@ def test_costly_operations_count_by_their_own_time():
 # ---------------------------------------------------------------- waiting
 
 
-def report(share, seconds=1.0, updates=1):
-    return {"data_wait": share, "seconds": seconds, "updates": updates}
+def interval(share, seconds=1.0, updates=1):
+    counts = {"loss": 0.5, "images": 8, "bad": [], "gpu_memory_gb": None, "first": False}
+    return Interval(data_wait=share, seconds=seconds, updates=updates, **counts)
 
 
 def test_waiting_is_judged_over_20_seconds_or_updates_and_told_once():
     wait = profiling.DataWait()
-    assert [wait.add(report(share)) for share in [1.0] + 18 * [0.0]] == 19 * [None]
-    assert wait.add(report(0.9)) is None  # 1.9 of 20 s
-    assert [wait.add(report(0.2, 9.0, 3)) for _ in range(2)] == [None, None]
-    assert wait.add(report(0.5, 2.0, 1)) == pytest.approx((0.2 * 18 + 0.5 * 2) / 20)
-    assert all(wait.add(report(1.0, 100.0, 100)) is None for _ in range(3))
+    assert [wait.add(interval(share)) for share in [1.0] + 18 * [0.0]] == 19 * [None]
+    assert wait.add(interval(0.9)) is None  # 1.9 of 20 s
+    assert [wait.add(interval(0.2, 9.0, 3)) for _ in range(2)] == [None, None]
+    assert wait.add(interval(0.5, 2.0, 1)) == pytest.approx((0.2 * 18 + 0.5 * 2) / 20)
+    assert all(wait.add(interval(1.0, 100.0, 100)) is None for _ in range(3))
 
 
 @pytest.mark.parametrize(
@@ -261,18 +262,18 @@ class Event:
 
 def test_a_wait_counts_as_far_as_the_gpu_had_nothing_to_do(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("kutils.training.log_interval.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("kutils.training.meter.time.monotonic", lambda: now[0])
     points = iter([2.0, 5.0, 6.0, 9.0, 9.0, 10.0, 13.0, 14.0])  # the GPU begins and is done, update by update
-    monkeypatch.setattr("kutils.training.log_interval.mark", lambda device: Event(next(points)))
-    interval = Interval(torch.device("cpu"))
+    monkeypatch.setattr("kutils.training.meter.mark", lambda device: Event(next(points)))
+    meter = Meter(torch.device("cpu"))
     batch = [{"row": torch.arange(4), "bad": []}]
     for waited in (2.0, 3.0, 0.5, 1.0):
-        with interval.waiting():
+        with meter.waiting():
             now[0] += waited
-        interval.add(torch.tensor(0.5), batch)
+        meter.add(torch.tensor(0.5), batch)
     # nothing done before: 2; 5 to 6: 1 of 3; 9 to 9: 0 of 0.5; 10 to 13, where the host did more than wait: 1
-    assert interval.waited() == pytest.approx(2 + 1 + 0 + 1)
+    assert meter.waited() == pytest.approx(2 + 1 + 0 + 1)
     now[0] = 16.0
-    closed = interval.close(ALONE, step=4)
-    assert closed["data_wait"] == pytest.approx(4 / 16) and closed["updates"] == 4 and closed["seconds"] == 16
-    assert "gpu_memory_gb" not in closed and np.isclose(closed["images_per_second"], 1)
+    closed = meter.close(ALONE, step=4)
+    assert closed.data_wait == pytest.approx(4 / 16) and closed.updates == 4 and closed.seconds == 16 and closed.first
+    assert closed.gpu_memory_gb is None and np.isclose(closed.images_per_second, 1)
