@@ -80,21 +80,17 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     ranks.barrier()
     resume_file.load(state, data)
     total_steps = recipe.epochs * sampler.steps_per_epoch
+    device_name = devices.device_name(ranks.device)
     if ranks.is_main:
-        facts = {
-            "fold": fold,
-            "ranks": ranks.world_size,
-            "device": devices.device_name(ranks.device),
-            "dtype": str(dtype),
-        }
+        facts = {"fold": fold, "ranks": ranks.world_size, "device": device_name, "dtype": str(dtype)}
         folders.start(folder, recipe, **origin, **facts, **devices.machine_facts(ranks.device))
     log = RunLog(folder, recipe, state, total_steps, ranks)
     log.say(
         f"{recipe.prefix}, fold {fold}: {sampler.num_prompts:,} training prompts with {len(training_rows):,} images, "
         f"{len(validation_rows):,} validation images, mean-prompt baseline {baseline:.4f}\n"
         f"{recipe.epochs} epochs of {sampler.steps_per_epoch:,} updates of {recipe.global_batch_size} images = "
-        f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {devices.device_name(ranks.device)} "
-        f"in {str(dtype).removeprefix('torch.')}" + (f"; going on after update {state.step:,}" if state.step else "")
+        f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {device_name} in "
+        f"{str(dtype).removeprefix('torch.')}" + (f"; going on after update {state.step:,}" if state.step else "")
     )
     num_profiled = recipe.profile_steps if ranks.is_main else 0
     profiler = profiling.UpdateProfiler(folder, num_profiled, total_steps - state.step, ranks.device, log.say)
