@@ -86,7 +86,7 @@ from kutils.data import checking
 
 tsv_paths = [paths.input_dir() / f"{name}.tsv" for name in names]
 checked = checking.check_datasets(tsv_paths, images=check_images)
-print(checking.format_report(checked))
+print(checking.format_checks(checked))
 
 # %% [markdown]
 # ## How large are the images, and how many has a prompt?
@@ -100,7 +100,7 @@ data_plots.image_counts([item.report for item in checked]);
 # Random images with their prompts; where one has nothing to do with the other, image paths and rows have slipped.
 
 # %%
-images, prompts = preparation.examples(names, count=8)
+images, prompts = preparation.random_examples(names, count=8)
 image_plots.image_grid(images, prompts, columns=4);
 
 # %% [markdown]
@@ -127,7 +127,7 @@ score_plots.similarity_histogram(preparation.cosines_between(bank), threshold=th
 # all rows: training reports both.
 
 # %%
-print(folds.format_report(report))
+print(folds.format_leakage(report))
 data_plots.fold_report(report);
 
 # %% [markdown]

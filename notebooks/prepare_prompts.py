@@ -64,7 +64,7 @@ from kutils.views import data_plots, score_plots
 lists = preparation.prompt_lists(name)
 options = {"column": column, "num_prompts": num_prompts, "overwrite": overwrite}
 cleaned = preparation.collect_prompts(lists, sources, **options)
-print(cleaning.format_report(cleaned))
+print(cleaning.format_cleaning(cleaned))
 
 # %%
 dropped = {reason: case["count"] for reason, case in cleaned["dropped"].items()}
@@ -95,7 +95,7 @@ from kutils.prompts import folds
 files = [lists.kept, *earlier]
 keep = preparation.have_folds(earlier)
 report = folds.assign_folds(files, threshold, None if keep else num_folds, method, keep=keep)
-print(folds.format_report(report))
+print(folds.format_leakage(report))
 
 # %%
 data_plots.fold_report(report);

@@ -148,7 +148,9 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
     paths.write_json(
         *validation_check.checked_record(data, data.validation_rows(0))
     )  # a former run has seen all: 16 minutes
-    validation_check.check_images(pictures, data.validation_rows(0), NUM_WORKERS, Ranks(0, 1, torch.device("cpu")))
+    validation_check.check_validation_images(
+        pictures, data.validation_rows(0), NUM_WORKERS, Ranks(0, 1, torch.device("cpu"))
+    )
     loader = DataLoader(
         training_images,
         batch_sampler=itertools.islice(batches, NUM_BATCHES),

@@ -38,7 +38,7 @@ def embedded_prompts(prompts_path: str, count: int) -> tuple[list[str], np.ndarr
     path = Path(prompts_path)
     if not prompts_path:
         path = paths.working_dir() / "benchmark" / f"prompts_{count}.tsv"
-        texts = grammar.generate_prompts(count, seed=0)
+        texts = grammar.compose_prompts(count, seed=0)
         write_table(path, {"prompt": texts, "source": ["templates"] * len(texts)})
     embeddings = np.load(embedding.embed_table(path, dtype="bfloat16"), mmap_mode="r")
     rows = np.random.default_rng(0).permutation(len(embeddings))[:count]

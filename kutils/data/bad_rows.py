@@ -1,4 +1,7 @@
-"""Finds rows that cannot be trained on: unreadable images, empty prompts, one image with two prompts."""
+"""Finds rows that cannot be trained on (unreadable images, empty prompts, one image with two prompts), and moves them.
+
+The good rows of `<name>.tsv` become the data set `<name>.checked`, the bad ones go to `<name>.quarantine.tsv`.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,61 +11,65 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.data import image_files
-from kutils.data.datasets import last_values
-from kutils.data.quarantine import ADDED_COLUMNS
-from kutils.system.tables import DataError, read_table, unusable
+from kutils.data.datasets import last_values, read_clean_mark
+from kutils.system import embedding_files, paths
+from kutils.system.embedding_files import map_embeddings
+from kutils.system.tables import folds_hash, hash_prompts, holds, read_table, unusable, write_table
+
+ADDED_COLUMNS = ("line", "reason")  # of the quarantine
 
 
-class Rows:
-    """Rows of several data sets, one after the other, and what is wrong with each.
+class PooledRows:
+    """The rows of several data sets, one after the other, each with the reason why it is bad.
 
     Args:
-        tsv_paths: of the data sets, all in one folder; image paths are relative to it.
-    Raises: TableError for a table that cannot be read; DataError for one without rows, with a column that the
-        quarantine adds, or in another folder.
+        tsv_paths: the data sets, all in one folder; image paths are relative to it.
+    Raises: ValueError for a table that cannot be read, without rows, in another folder, or with a column that the
+        quarantine adds.
     """
 
     def __init__(self, tsv_paths: Sequence[Path]):
         self.paths, self.root = list(tsv_paths), tsv_paths[0].parent
         for path in self.paths:
             if path.parent.resolve() != self.root.resolve():
-                raise DataError(
+                raise ValueError(
                     f"{path} is not in {self.root}: data sets that are trained on together lie in one folder"
                 )
         self.tables = [read_table(path, ["image", "prompt", "fold"]) for path in self.paths]
         for path, table in zip(self.paths, self.tables, strict=True):
             if not table.num_rows:
-                raise DataError(f"{path} has a header and no rows")
+                raise ValueError(f"{path} has a header and no rows")
             if taken := [name for name in ADDED_COLUMNS if name in table.column_names]:
-                raise DataError(f"{path} has a column {taken[0]!r}, which the quarantine adds; rename it")
-        self.starts = np.cumsum([0, *(table.num_rows for table in self.tables)])
+                raise ValueError(f"{path} has a column {taken[0]!r}, which the quarantine adds; rename it")
+        self.starts = np.cumsum([0, *(table.num_rows for table in self.tables)])  # int64 [sets + 1]
         self.images = self.column("image")
         self.folds = np.concatenate([table["fold"].to_numpy() for table in self.tables])
         self.prompt_codes = codes_of(self.column("prompt"))
-        self.bad = np.zeros(len(self), np.int32)  # number of the reason; 0: none so far
+        self.bad = np.zeros(len(self), np.int32)  # number of the reason; 0: no reason so far
         self.reasons = {"": 0}  # text -> number
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def column(self, name: str) -> pa.ChunkedArray:
+        """A column over all data sets, [rows]."""
         return pa.chunked_array([chunk for table in self.tables for chunk in table[name].chunks])
 
-    def origin(self, row: int) -> tuple[int, int]:
-        """Which data set a row is of, and its line in that table."""
+    def line_of(self, row: int) -> tuple[Path, int]:
+        """The table that a row is from, and its line there."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return number, int(row - self.starts[number]) + 2
+        return self.paths[number], int(row - self.starts[number]) + 2
 
     def read_image(self, row: int) -> bytes:
-        """Content of a row's image file; OSError if it cannot be read."""
+        """The content of a row's image file; OSError if it cannot be read."""
         return (self.root / self.images[row].as_py()).read_bytes()
 
     def good(self) -> np.ndarray:
-        """int64, the rows that nothing was found against so far."""
+        """int64 [good], ascending: the rows without a reason so far."""
         return np.flatnonzero(self.bad == 0)
 
-    def set_bad(self, rows: np.ndarray, reason: str) -> None:
-        """Note why rows are bad; what was noted before stays."""
+    def mark_bad(self, rows: np.ndarray, reason: str) -> None:
+        """Give rows (int64 [n]) a reason; a row that has one keeps it."""
         self.bad[rows[self.bad[rows] == 0]] = self.reasons.setdefault(reason, len(self.reasons))
 
 
@@ -72,77 +79,144 @@ def codes_of(texts: pa.ChunkedArray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found beside the bad rows, over all data sets."""
+class ImageFindings:
+    """What decoding the images has shown, over all data sets."""
 
-    looked_at: np.ndarray  # int64, ascending: rows whose images were looked at
-    decoded: np.ndarray  # int64, ascending: those that decode
-    facts: np.ndarray  # image_facts.FACTS of `decoded`
-    same_path: np.ndarray  # bool [rows]: another row has the same image path, and the same prompt
-    same_content: np.ndarray  # bool [rows]: or another file of the same content
+    examined: np.ndarray  # int64, ascending: rows whose images were read
+    decoded: np.ndarray  # int64, ascending: rows whose images decode
+    facts: np.ndarray  # image_files.FACTS of `decoded`
+    same_path: np.ndarray  # bool [rows]: another row has the same image path and the same prompt
+    same_content: np.ndarray  # bool [rows]: another row has a copy of the image and the same prompt
 
 
-def find_bad_rows(rows: Rows, images: int, num_workers: int, progress: bool) -> Found:
-    """Note in `rows` what is wrong with each; the first reason stays.
+def find_bad_rows(rows: PooledRows, images: int, num_workers: int, progress: bool) -> ImageFindings:
+    """Mark in `rows` all that cannot be trained on, each with its first reason.
 
     Args:
-        images: to decode, drawn at random; 0: all.
-        num_workers: decoding processes.
+        images: number of images to decode, drawn at random; 0: all.
+        num_workers: processes that decode.
         progress: show a bar.
     """
     for table, start in zip(rows.tables, rows.starts, strict=False):
-        for column, found, advice in unusable(table):
-            rows.set_bad(start + np.flatnonzero(found.to_numpy()), f"{column} cannot be used: {advice}")
+        for column, is_bad, advice in unusable(table):
+            rows.mark_bad(start + np.flatnonzero(is_bad.to_numpy()), f"{column} cannot be used: {advice}")
     named = rows.good()
     same_path = np.zeros(len(rows), bool)
-    same_path[named] = compare(rows, named, codes_of(rows.images.take(pa.array(named))), "the same image path")
-    looked_at = rows.good()
-    if 0 < images < len(looked_at):
-        looked_at = np.sort(np.random.default_rng(0).choice(looked_at, images, replace=False))
-    scan = image_files.scan(rows.read_image, looked_at, num_workers, progress)
+    path_codes = codes_of(rows.images.take(pa.array(named)))
+    same_path[named] = mark_shared_images(rows, named, path_codes, "the same image path")
+    examined = rows.good()
+    if 0 < images < len(examined):
+        examined = np.sort(np.random.default_rng(0).choice(examined, images, replace=False))
+    scan = image_files.scan(rows.read_image, examined, num_workers, progress)
     numbers = np.array([rows.reasons.setdefault(text, len(rows.reasons)) for text in scan.texts], np.int32)
-    rows.bad[looked_at] = numbers[scan.facts["reason"]]
-    decoded, facts = looked_at[scan.decoded], scan.facts[scan.decoded]
+    rows.bad[examined] = numbers[scan.facts["reason"]]
+    decoded, facts = examined[scan.decoded], scan.facts[scan.decoded]
     same_content = np.zeros(len(rows), bool)
-    same_content[decoded] = compare(rows, decoded, image_files.same_content(facts), "an image of the same content")
-    return Found(looked_at, decoded, facts, same_path, same_content & ~same_path)
+    content_codes = image_files.content_codes(facts)
+    same_content[decoded] = mark_shared_images(rows, decoded, content_codes, "an image of the same content")
+    return ImageFindings(examined, decoded, facts, same_path, same_content & ~same_path)
 
 
-def compare(rows: Rows, chosen: np.ndarray, keys: np.ndarray, what: str) -> np.ndarray:
-    """Note the rows that share their image with a row of another prompt: which of them is right cannot be told.
+def mark_shared_images(rows: PooledRows, chosen: np.ndarray, image_codes: np.ndarray, what: str) -> np.ndarray:
+    """Mark rows whose image also belongs to another prompt: nothing says which prompt is right.
 
     Args:
         chosen: int64 [n], the rows to compare.
-        keys: int [n], the same number for the same image.
-        what: they share, for the reason.
+        image_codes: int [n], the same number for the same image.
+        what: they share; the reason begins with it.
     Returns: bool [n], rows that share their image with rows of the same prompt only.
     """
     codes = rows.prompt_codes[chosen]
-    last = last_values(keys, chosen)
+    last = last_values(image_codes, chosen)
     differs = rows.prompt_codes[last] != codes
-    other = np.full(keys.max(initial=-1) + 1, -1, np.int64)  # per image, a row whose prompt is not the last row's
-    other[keys[differs]] = chosen[differs]
-    torn = other[keys] >= 0
-    partners = np.where(differs, last, other[keys])
-    for row, partner in zip(chosen[torn, None], partners[torn], strict=True):  # each row as an array of one
-        number, line = rows.origin(partner)
-        rows.set_bad(row, f"{what} as line {line} of {rows.paths[number].name}, which has another prompt")
-    return (np.bincount(keys)[keys] > 1) & ~torn
+    other = np.full(image_codes.max(initial=-1) + 1, -1, np.int64)  # per image a row of another prompt than its last
+    other[image_codes[differs]] = chosen[differs]
+    is_bad = other[image_codes] >= 0
+    partners = np.where(differs, last, other[image_codes])
+    for row, partner in zip(chosen[is_bad, None], partners[is_bad], strict=True):  # each row as an array of one
+        path, line = rows.line_of(partner)
+        rows.mark_bad(row, f"{what} as line {line} of {path.name}, which has another prompt")
+    return (np.bincount(image_codes)[image_codes] > 1) & ~is_bad
 
 
-def torn_prompts(rows: Rows) -> np.ndarray:
-    """bool [rows]: the row's prompt is in two folds, wherever; rows without a fold do not count."""
+def in_two_folds(rows: PooledRows) -> np.ndarray:
+    """bool [rows]: the row's prompt is in two folds, maybe in two data sets; rows without a fold do not count."""
     assigned = np.flatnonzero(rows.folds >= 0)
     codes = rows.prompt_codes[assigned]
     differs = last_values(codes, rows.folds[assigned]) != rows.folds[assigned]
-    torn = np.zeros(rows.prompt_codes.max() + 1, bool)
-    torn[codes[differs]] = True
-    return torn[rows.prompt_codes]
+    is_torn = np.zeros(rows.prompt_codes.max() + 1, bool)
+    is_torn[codes[differs]] = True
+    return is_torn[rows.prompt_codes]
 
 
-def split(rows: Rows, found: Found) -> Iterator[tuple[slice, int, np.ndarray]]:
-    """For each data set its rows, the number of images looked at, and the facts about those that decode."""
+def by_dataset(rows: PooledRows, findings: ImageFindings) -> Iterator[tuple[slice, int, np.ndarray]]:
+    """For each data set its rows, the number of images examined, and the FACTS of those that decode."""
     for start, end in zip(rows.starts, rows.starts[1:], strict=False):
-        looked_at = np.searchsorted(found.looked_at, [start, end])
-        first, last = np.searchsorted(found.decoded, [start, end])
-        yield slice(int(start), int(end)), int(looked_at[1] - looked_at[0]), found.facts[first:last]
+        examined = np.searchsorted(findings.examined, [start, end])
+        first, last = np.searchsorted(findings.decoded, [start, end])
+        yield slice(int(start), int(end)), int(examined[1] - examined[0]), findings.facts[first:last]
+
+
+def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], with_embeddings: bool) -> str:
+    """Write `<name>.quarantine.tsv` and the data set `<name>.checked`; nothing if no row is bad.
+
+    The quarantine has the table's columns, the line and the reason. `<name>.checked` has the good rows with their
+    embeddings and marks of clean rows. Its table is written last, so that it only exists once all of it does. If it
+    exists with the same rows, it stays as it is; with other rows it is replaced. `<name>` itself is never changed.
+
+    Args:
+        path: of the TSV.
+        table: its content.
+        bad: int32 [rows], number of the reason; 0: the row is good.
+        reasons: texts by number.
+        with_embeddings: copy the embeddings, because they fit the table.
+    Returns: what was done, as a sentence.
+    Raises: OSError on a full disk.
+    """
+    quarantine, checked = path.with_suffix(".quarantine.tsv"), path.with_suffix(".checked.tsv")
+    rows, good = np.flatnonzero(bad), np.flatnonzero(bad == 0)
+    if not len(rows):
+        names = [file.name for file in (quarantine, checked) if file.is_file()]
+        note = f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} of an earlier check" if names else ""
+        return f"{path}: no bad rows, so that nothing is set apart{note}"
+    lines, texts = pa.array(rows + 2), pa.array(reasons).take(pa.array(bad[rows]))
+    bad_rows = table.take(pa.array(rows))
+    for name, values in zip(ADDED_COLUMNS, (lines, texts), strict=True):
+        bad_rows = bad_rows.append_column(name, values)
+    write_table(quarantine, bad_rows)
+    if not len(good):
+        return f"{path}: all rows are bad, and in {quarantine}"
+    good_rows = table.take(pa.array(good))
+    if checked.is_file() and holds(checked, good_rows.select(["image", "prompt"])):  # its folds may be others by now
+        return f"{path}: {len(rows):,} bad rows in {quarantine}; {checked} has the others already, and stays as it is"
+    for suffix in (".tsv", ".npy", ".npy.json", ".clean.npz", ".folds.json"):
+        checked.with_suffix(suffix).unlink(missing_ok=True)
+    if with_embeddings:
+        copy_embeddings(path, checked, good, good_rows["prompt"], len(bad))
+    clean = read_clean_mark(path.with_suffix(".clean.npz"), len(bad), hash_of(table))
+    if clean is not None:
+        with paths.atomic_path(checked.with_suffix(".clean.npz")) as temporary:
+            np.savez(temporary, clean=clean[good], folds_hash=np.array(hash_of(good_rows)))
+    write_table(checked, good_rows)
+    result = f"{path}: {len(rows):,} bad rows in {quarantine}, the other {len(good):,} are the data set {checked.stem}"
+    return result if with_embeddings else f"{result}, not embedded yet: python input/gen_prompt_embedding.py {checked}"
+
+
+def hash_of(table: pa.Table) -> str:
+    """`folds_hash` of a table's columns."""
+    return folds_hash(table["prompt"], table["fold"].to_numpy())
+
+
+def copy_embeddings(path: Path, checked: Path, good: np.ndarray, prompts: pa.ChunkedArray, num_rows: int) -> None:
+    """Write the embeddings of the good rows beside their table, with a record where the originals have one.
+
+    Args:
+        good: int64, rows of the table at `path`, which has `num_rows`.
+        prompts: of these rows.
+    """
+    npy_path = checked.with_suffix(".npy")
+    embedding_files.copy_rows(map_embeddings(path.with_suffix(".npy"), num_rows), good, npy_path)
+    record = paths.read_record(path.with_suffix(".npy.json"))
+    if record is not None:
+        facts = {"rows": len(good), "prompts_sha256": hash_prompts(prompts)}
+        paths.write_json(npy_path.with_suffix(".npy.json"), record | facts)

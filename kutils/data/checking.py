@@ -15,20 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kutils.data import image_files
-from kutils.data.bad_rows import Rows, find_bad_rows, split, torn_prompts
-from kutils.data.quarantine import set_apart
+from kutils.data.bad_rows import PooledRows, by_dataset, find_bad_rows, in_two_folds, set_apart
 from kutils.data.validation_check import MOST_LISTED
 from kutils.prompts import embedding
 from kutils.system import embedding_files, paths
 from kutils.system.embedding_files import make_again, open_embeddings
-from kutils.system.tables import DataError
 
 SAME_COSINE = 0.999  # of a prompt embedded again; another device or precision stays above it
 ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedDataset:
     """What was found about one data set."""
 
     path: Path  # of the TSV
@@ -51,7 +49,7 @@ def check_datasets(
     verify_embeddings: int = 0,
     num_workers: int | None = None,
     progress: bool = True,
-) -> list[Checked]:
+) -> list[CheckedDataset]:
     """Look at data sets together; nothing is written.
 
     A row is bad if its image cannot be read, its prompt is empty, its image path leaves the folder, or its image (the
@@ -64,31 +62,31 @@ def check_datasets(
         input_size: of a network, px; images with a shorter side are counted.
         verify_embeddings: rows of each set whose prompts are embedded again and compared; 0: none.
         num_workers: decoding processes; None: one per core.
-    Raises: TableError or DataError for a table that cannot be read or that changes meanwhile.
+    Raises: ValueError for a table that cannot be read or that changes meanwhile.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
     status = [path.stat() for path in tsv_paths if path.is_file()]  # before they are read; the others are named then
-    rows = Rows(tsv_paths)
-    found = find_bad_rows(rows, images, num_workers or os.cpu_count() or 1, progress)
-    torn, checked = torn_prompts(rows), []
-    for path, table, before, part in zip(tsv_paths, rows.tables, status, split(rows, found), strict=True):
+    rows = PooledRows(tsv_paths)
+    findings = find_bad_rows(rows, images, num_workers or os.cpu_count() or 1, progress)
+    torn, checked = in_two_folds(rows), []
+    for path, table, before, part in zip(tsv_paths, rows.tables, status, by_dataset(rows, findings), strict=True):
         own, looked_at, facts = part
         report = {"rows": table.num_rows, "bad_rows": int((rows.bad[own] > 0).sum()), "problems": [], "warnings": []}
         report["images"] = {"looked_at": looked_at, "input_size": input_size, "decoded": len(facts)}
         report["images"] |= image_files.summarize(facts, input_size)
-        report["same_image_path"] = int(found.same_path[own].sum())
-        report["same_image_content"] = int(found.same_content[own].sum())
-        report |= describe_prompts(table)
+        report["same_image_path"] = int(findings.same_path[own].sum())
+        report["same_image_content"] = int(findings.same_content[own].sum())
+        report |= summarize_prompts(table)
         report["problems"] += fold_problems(table, torn[own], tsv_paths)
         check_embeddings(path, table, np.flatnonzero(rows.bad[own] == 0), verify_embeddings, report)
         report["warnings"] += find_warnings(report)
         if (path.stat().st_mtime_ns, path.stat().st_size) != (before.st_mtime_ns, before.st_size):
-            raise DataError(f"{path} has changed while it was checked; check it again")
-        checked.append(Checked(path, table, rows.bad[own], list(rows.reasons), report))
+            raise ValueError(f"{path} has changed while it was checked; check it again")
+        checked.append(CheckedDataset(path, table, rows.bad[own], list(rows.reasons), report))
     return checked
 
 
-def describe_prompts(table: pa.Table) -> dict:
+def summarize_prompts(table: pa.Table) -> dict:
     """Distinct prompts, how many have 1, 2, ... images, rows of every fold, and rows with control characters."""
     images = table["prompt"].value_counts().field("counts").to_numpy()
     numbers, prompts_of = np.unique(images, return_counts=True)
@@ -132,7 +130,7 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int,
         return
     try:
         embeddings = open_embeddings(npy_path, table.num_rows)
-    except DataError as error:
+    except ValueError as error:
         problem = str(error)
     else:
         problem = embedding_files.describe_mismatch(path, table["prompt"])
@@ -182,7 +180,7 @@ def find_warnings(report: dict) -> list[str]:
 # ---------------------------------------------------------------- what is told and written
 
 
-def format_report(checked: Sequence[Checked]) -> str:
+def format_checks(checked: Sequence[CheckedDataset]) -> str:
     """What was found, for a person."""
     lines = []
     for item in checked:
@@ -239,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verify_embeddings=args.verify_embeddings,
         num_workers=args.workers,
     )
-    print(format_report(checked))
+    print(format_checks(checked))
     for item in checked:
         paths.write_json(item.path.with_suffix(".check.json"), item.report)
         print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))

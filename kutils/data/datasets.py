@@ -21,7 +21,6 @@ from kutils.data.index import DatasetIndex, open_index
 from kutils.data.shards import ROWS_PER_SHARD, Shards, open_shards
 from kutils.system import paths
 from kutils.system.embedding_files import EMBEDDING_DIM, map_embeddings
-from kutils.system.tables import DataError
 
 BLOCK = 65_536  # rows of embeddings that are copied at a time
 WINDOW_BLOCKS = 32  # shards that an epoch mixes: 65,536 rows, 3 GB of images in the system's memory at 448 px
@@ -138,18 +137,18 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
     Args:
         names: data sets, in the order that row numbers follow.
         need_folds: refuse rows without a fold (-1).
-    Raises: DataError or TableError for a missing file or column, an empty prompt, an absolute image path or one with
+    Raises: ValueError for a missing file or column, an empty prompt, an absolute image path or one with
         `..`, a fold outside 0-9, a prompt in two folds, embeddings of another number of rows or dimension, with NaN or
         not of unit length; shards that are not finished or of other images.
     """
     root = paths.input_dir()
     if missing := paths.missing_datasets(names):
-        raise DataError(missing)
+        raise ValueError(missing)
     index = open_index(root, names)
     pa.default_memory_pool().release_unused()  # 2 GB in the process that has built the index of five million rows
     starts = np.cumsum([0, *index.num_rows])
     if need_folds:
-        check_folds(root, names, index, starts)
+        check_assigned_folds(root, names, index, starts)
     marks = [
         read_clean_mark(root / f"{name}.clean.npz", num_rows, index.folds_hashes[name])
         for name, num_rows in zip(names, index.num_rows, strict=True)
@@ -170,13 +169,13 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
     )
 
 
-def check_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: np.ndarray) -> None:
-    """Raise DataError for a row without a fold, or for a prompt in two, as when data sets are folded one by one."""
+def check_assigned_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: np.ndarray) -> None:
+    """Raise ValueError for a row without a fold, or for a prompt in two, as when data sets are folded one by one."""
     without = np.flatnonzero(index.folds < 0)
     if len(without):
         number = np.searchsorted(starts, without[0], side="right") - 1
         path = root / f"{names[number]}.tsv"
-        raise DataError(
+        raise ValueError(
             f"{path}, line {without[0] - starts[number] + 2}: fold is -1; assign folds first: python -m "
             f"kutils folds {path}"
         )
@@ -185,7 +184,7 @@ def check_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: n
     if len(torn):
         prompt, files = index.prompts[torn[0]].as_py(), " ".join(f"input/{name}.tsv" for name in names)
         folds = sorted({int(index.folds[torn[0]]), int(last[torn[0]])})
-        raise DataError(
+        raise ValueError(
             f"{len(np.unique(index.prompt_codes[torn])):,} prompts are in two folds, the first is {prompt!r} (folds "
             f"{folds[0]} and {folds[1]}): validation would know them from training. Assign folds to all data sets in "
             f"one call: kutils folds {files}"
@@ -242,7 +241,7 @@ class EpochSampler:
         self.num_prompts = len(starts)
         self.steps_per_epoch = self.num_prompts // global_batch_size
         if self.steps_per_epoch == 0:
-            raise DataError(
+            raise ValueError(
                 f"{self.num_prompts} training prompts do not fill one global batch of {global_batch_size}; "
                 "set a smaller global_batch_size"
             )
@@ -303,7 +302,7 @@ class TrainingImages(torch.utils.data.Dataset):
             except transforms.ImageError as error:
                 bad.append((candidate, str(error)))
         else:
-            raise DataError(f"none of {len(bad)} images could be read; the first: {bad[0][1]}")
+            raise ValueError(f"none of {len(bad)} images could be read; the first: {bad[0][1]}")
         key = (self.recipe.seed, epoch, candidate)
         if self.recipe.augment:
             image, jitter = transforms.random_crop_and_jitter(image, self.recipe.input_size, key)

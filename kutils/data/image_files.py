@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from kutils.data import transforms
 from kutils.system.progress import progress_bar
-from kutils.system.tables import DataError
 
 CHUNK = 64  # images that a worker looks at before it reports
 BLANK_DEVIATION = 2.0  # of 255: a picture whose every channel has a smaller standard deviation is blank
@@ -92,7 +91,7 @@ class ImageFacts(torch.utils.data.Dataset):
         return image_facts(partial(self.read, int(self.rows[position])))
 
 
-def join(found: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
+def collate_facts(found: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
     """FACTS [n] and reasons of n images: what a worker sends at a time."""
     facts, reasons = zip(*found, strict=True)
     return np.stack(facts), list(reasons)
@@ -110,7 +109,7 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
         ImageFacts(read, rows),
         batch_size=CHUNK,
         num_workers=min(num_workers, -(-len(rows) // CHUNK)),
-        collate_fn=join,
+        collate_fn=collate_facts,
         generator=torch.Generator(),  # the loader's own seed must not come from the generator of drop path
     )
     facts, codes, start = np.zeros(len(rows), FACTS), {"": 0}, 0
@@ -124,7 +123,9 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(f"a process was ended, maybe for lack of memory; give fewer --workers ({error})") from error
+            raise ValueError(
+                f"a process was ended, maybe for lack of memory; give fewer --workers ({error})"
+            ) from error
     return Scan(rows, facts, list(codes))
 
 
@@ -157,7 +158,7 @@ def most_frequent(names: list[str], counts: np.ndarray) -> dict[str, int]:
     return result | ({"others": int(counts[order[MOST_KINDS:]].sum())} if len(order) > MOST_KINDS else {})
 
 
-def same_content(facts: np.ndarray) -> np.ndarray:
+def content_codes(facts: np.ndarray) -> np.ndarray:
     """int64 [n], the same number for files of the same content."""
     digests = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(16), len(facts), [None, pa.py_buffer(np.ascontiguousarray(facts["digest"]))]

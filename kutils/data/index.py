@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from kutils.system import arrow, paths
 from kutils.system.embedding_files import EMBEDDING_DIM, checked_blocks, describe_mismatch
-from kutils.system.tables import DataError, check_rows, folds_hash, read_table
+from kutils.system.tables import check_rows, folds_hash, read_table
 
-VERSION = 1  # of the file; another version is built anew
+INDEX_VERSION = 1  # of the file; another version is built anew
 NUM_FOLDS = 10
 
 
@@ -40,11 +40,11 @@ def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
 
     Processes that start together build it once. Where `working/cache/` cannot be written it is kept in memory.
 
-    Raises: DataError or TableError for a set that could not be trained on, apart from its folds.
+    Raises: ValueError for a set that could not be trained on, apart from its folds.
     """
     wanted = fingerprint(root, names)
-    built = functools.cache(lambda: build(root, names, wanted))  # asked for again where it cannot be written
-    return as_index(arrow.map_once(cache_path(root, names, ".arrow"), wanted, lambda: built().to_reader()))
+    built = functools.cache(lambda: build_index(root, names, wanted))  # asked for again where it cannot be written
+    return index_of(arrow.map_once(cache_path(root, names, ".arrow"), wanted, lambda: built().to_reader()))
 
 
 def cache_path(root: Path, names: Sequence[str], suffix: str) -> Path:
@@ -57,10 +57,10 @@ def fingerprint(root: Path, names: Sequence[str]) -> dict:
     """What tells whether the files are still those that the index was built from, without reading them."""
     files = [root / f"{name}{suffix}" for name in names for suffix in (".tsv", ".npy")]
     status = [file.stat() for file in files]
-    return {"version": VERSION, "files": [[item.st_size, item.st_mtime_ns, item.st_ino] for item in status]}
+    return {"version": INDEX_VERSION, "files": [[item.st_size, item.st_mtime_ns, item.st_ino] for item in status]}
 
 
-def as_index(table: pa.Table) -> DatasetIndex:
+def index_of(table: pa.Table) -> DatasetIndex:
     facts = arrow.facts_of(table)
     return DatasetIndex(
         images=table["image"],
@@ -74,14 +74,14 @@ def as_index(table: pa.Table) -> DatasetIndex:
     )
 
 
-def build(root: Path, names: Sequence[str], wanted: dict) -> pa.Table:
+def build_index(root: Path, names: Sequence[str], wanted: dict) -> pa.Table:
     """Read and check every set; returns one chunk per column, facts in the schema's metadata."""
     tables, hashes, sums, counts = [], {}, 0.0, 0
     for name in names:
         table = read_table(root / f"{name}.tsv", ["image", "prompt", "fold"])
         check_rows(root / f"{name}.tsv", table)
         if problem := describe_mismatch(root / f"{name}.tsv", table["prompt"]):
-            raise DataError(problem)
+            raise ValueError(problem)
         folds = table["fold"].to_numpy()
         set_sums, set_counts = sum_by_fold(root / f"{name}.npy", folds)
         sums, counts = sums + set_sums, counts + set_counts

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kutils.data.datasets import DataError, load_datasets
+from kutils.data.datasets import load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.prompts import collection, embedding, grammar
 from kutils.prompts import folds as prompt_folds
-from kutils.prompts.folds import GroupingError
 from kutils.prompts.partition import leakage_report, report_warnings
 from kutils.prompts.similarity import similar_pairs
 from kutils.runs.recipes import nearest
@@ -30,9 +29,9 @@ class PromptLists(NamedTuple):
 
 
 def prompt_lists(name: str) -> PromptLists:
-    """The three files of a name. Raises: DataError for a name that is no file name."""
+    """The three files of a name. Raises: ValueError for a name that is no file name."""
     if not paths.is_safe_relative(name) or "/" in name:
-        raise DataError(f"{name!r} cannot name lists below {paths.input_dir()}")
+        raise ValueError(f"{name!r} cannot name lists below {paths.input_dir()}")
     return PromptLists(*(paths.input_dir() / f"{name}{part}.tsv" for part in (".all", ".prompts", "_part2.prompts")))
 
 
@@ -47,19 +46,19 @@ def collect_prompts(
         num_prompts: of the grammar.
         overwrite: write over another list of this name.
     Returns: the report of `sources.make_prompts_file`.
-    Raises: SourceError, TableError or ValueError, before anything is written.
+    Raises: ValueError, before anything is written.
     """
     if files:
         options = {"column": column} if column else {}
         names = [name.strip() for name in files.split(",")]
         return collection.make_prompts_file(names, lists.all, overwrite=overwrite, **options)
-    made = grammar.generate_prompts(num_prompts)
+    made = grammar.compose_prompts(num_prompts)
     collection.write_prompts(lists.all, made, [GRAMMAR] * len(made), overwrite=overwrite)
     return {"read": len(made), "kept": len(made), "dropped": {}, "changed": {}}
 
 
 def have_folds(tsv_paths: Sequence[Path]) -> bool:
-    """Whether a row of these files has a fold. Raises: TableError."""
+    """Whether a row of these files has a fold. Raises: ValueError."""
     tables = [read_table(path, ["prompt"]) for path in tsv_paths]
     return any("fold" in table.column_names and (table["fold"].to_numpy() >= 0).any() for table in tables)
 
@@ -81,7 +80,7 @@ def prepare(
         names: data sets of `input/`, folded together; threshold, num_folds, method: as in `grouping.assign_folds`.
         refold: replace folds that are there. Checkpoints of the former folds can then not be refined any more.
     Returns: the report of the folds.
-    Raises: TableError, DataError or PromptError naming file and row; GroupingError where the folds that are there are
+    Raises: ValueError naming file and row; ValueError where the folds that are there are
         not those asked for.
     """
     tsv_paths = [paths.input_dir() / f"{name}.tsv" for name in names]
@@ -89,7 +88,7 @@ def prepare(
         if not path.is_file():
             close = nearest(path.stem, [found.stem for found in path.parent.glob("*.tsv")])
             made = f"kutils generate PROMPTS.tsv --images-per-prompt 3 --output input/{path.stem}"
-            raise DataError(f"{path} is not there{close}; from a list of prompts it is made by: {made}")
+            raise ValueError(f"{path} is not there{close}; from a list of prompts it is made by: {made}")
     folds = np.concatenate([read_table(path, ["image", "prompt", "fold"])["fold"].to_numpy() for path in tsv_paths])
     for path in tsv_paths:
         record = paths.read_record(path.with_suffix(".npy.json"))
@@ -98,36 +97,36 @@ def prepare(
     if refold or (folds < 0).all():
         return prompt_folds.assign_folds(tsv_paths, threshold, num_folds, method)
     if (folds < 0).any():
-        raise GroupingError(
+        raise ValueError(
             f"{(folds < 0).sum():,} of {len(folds):,} rows have no fold and the others have one; folds are assigned to "
             "all rows together: refold=True replaces those that are there"
         )
-    if not all(prompt_folds.report_path(path).is_file() for path in tsv_paths):
+    if not all(prompt_folds.fold_report_path(path).is_file() for path in tsv_paths):
         files = " ".join(map(str, tsv_paths))
         print("no report came with these folds; they are kept as they are. To report on them, and to mark the rows")
         print(
             f"without a similar prompt in another fold:  kutils folds {files} --keep",
             flush=True,
         )
-        return measure_folds(tsv_paths, threshold)
+        return report_on_folds(tsv_paths, threshold)
     asked = {"threshold": threshold, "num_folds": num_folds, "method": method}
     for path in tsv_paths:
-        report = prompt_folds.read_report(path)
+        report = prompt_folds.read_fold_report(path)
         differing = [f"{key} {report[key]}, not {value}" for key, value in asked.items() if report[key] != value]
         if not set(names) <= set(report["datasets"]):
             differing.append(f"{', '.join(report['datasets'])} alone, not {', '.join(names)} together")
         if differing:
-            raise GroupingError(
+            raise ValueError(
                 f"{path} has folds already, made with {'; '.join(differing)}. Ask for what is there, or replace it "
                 "with refold=True (checkpoints of the former folds can then not be refined any more)"
             )
     return report
 
 
-def measure_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
+def report_on_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
     """The report of folds that are there already, whoever assigned them; nothing is written.
 
-    Raises: DataError if a prompt is in two folds.
+    Raises: ValueError if a prompt is in two folds.
     """
     load_datasets([path.stem for path in tsv_paths])
     distinct = prompt_folds.read_distinct(tsv_paths)
@@ -141,7 +140,7 @@ def measure_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
     return report | {"warnings": report_warnings(report)}
 
 
-def examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tuple[list[Path], list[str]]:
+def random_examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tuple[list[Path], list[str]]:
     """Random images of data sets, of different prompts as far as there are so many, and their prompts."""
     data = load_datasets(names, need_folds=False)
     rows = np.random.default_rng(seed).permutation(len(data))[: 20 * count]

@@ -69,7 +69,7 @@ class PromptBank:
         that cannot be written it is kept in memory. It takes 1.5 GB per million prompts, for each order of the names
         anew, since `rows` are those of the data sets in that order.
 
-        Raises: DataError or TableError as `load_datasets` does.
+        Raises: ValueError as `load_datasets` does.
         """
         data = load_datasets(names, need_folds=False)
         codes = data.prompt_codes  # in order of first appearance
@@ -89,7 +89,7 @@ class PromptBank:
     def from_table(cls, tsv_path: Path) -> "PromptBank":
         """Every row of a prompts file or data set with its .npy beside it; the embeddings are checked and mapped.
 
-        Raises: TableError, or DataError naming the row whose embedding is not of unit length.
+        Raises: ValueError naming the row whose embedding is not of unit length.
         """
         prompts = read_table(tsv_path, ["prompt"])["prompt"]
         return cls(prompts, open_embeddings(Path(tsv_path).with_suffix(".npy"), len(prompts)))
@@ -252,7 +252,7 @@ class PromptBank:
 
 
 def in_fold(bank: PromptBank, names: Sequence[str], fold: int) -> np.ndarray:
-    """bool [n]: which prompts of the bank of these data sets are of a fold; DataError where they have no folds."""
+    """bool [n]: which prompts of the bank of these data sets are of a fold; ValueError where they have no folds."""
     return load_datasets(names).folds[bank.rows] == fold
 
 

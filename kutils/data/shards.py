@@ -26,17 +26,13 @@ from torchvision.transforms import v2
 from kutils.data import transforms
 from kutils.system import arrow, paths, processes
 from kutils.system.progress import progress_bar
-from kutils.system.tables import DataError, check_rows, hash_prompts, read_table
+from kutils.system.tables import check_rows, hash_prompts, read_table
 
 VERSION = 1  # of the files; others are packed anew
 ROWS_PER_SHARD = 2048  # 90 MB of WebP at 448 px
 MOST_OPEN = 128  # shards that a process keeps mapped, each with a file descriptor; an epoch moves over 32 to 96
-FORMATS = ("webp", "jpeg", "png")
+IMAGE_FORMATS = ("webp", "jpeg", "png")
 QUALITY = 90
-
-
-class ShardError(DataError):
-    """Shards that cannot be written, or that do not fit their data set; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,12 @@ class Encoding:
     quality: int | None
 
     def __post_init__(self):
-        if self.size < 1 or self.format not in FORMATS:
-            raise ShardError(f"size {self.size}, format {self.format!r}: give 1 or more, and one of {FORMATS}")
+        if self.size < 1 or self.format not in IMAGE_FORMATS:
+            raise ValueError(f"size {self.size}, format {self.format!r}: give 1 or more, and one of {IMAGE_FORMATS}")
         allowed = (None,) if self.format == "png" else range(1, 101)
         if self.quality not in allowed:
             wanted = "leave --quality out, png loses nothing" if self.format == "png" else "give 1 to 100"
-            raise ShardError(f"quality {self.quality} of {self.format}: {wanted}")
+            raise ValueError(f"quality {self.quality} of {self.format}: {wanted}")
 
     def encode(self, image: Tensor, **options) -> bytes:
         """A file's content from uint8 [3, H, W]; the aspect ratio is kept, so that training can still crop.
@@ -106,7 +102,7 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
 
     Args:
         images: the table's image paths.
-    Raises: ShardError for shards that are not finished, of other rows, or not whole.
+    Raises: ValueError for shards that are not finished, of other rows, or not whole.
     """
     folder = shards_folder(tsv_path)
     if not folder.is_dir():
@@ -114,15 +110,15 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
     advice = f"kutils shards {tsv_path} makes what is missing; delete the folder to read image files"
     record = paths.read_record(record_path(folder))
     if record is None:
-        raise ShardError(f"{folder} is not finished: {advice}")
+        raise ValueError(f"{folder} is not finished: {advice}")
     advice = "import it again with --overwrite" if "shard_rows" in record else advice
     wanted = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images)}
     if any(record.get(key) != value for key, value in wanted.items()):
-        raise ShardError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
+        raise ValueError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
     for number, size in enumerate(record["shard_bytes"]):
         path = shard_path(folder, number)
         if not path.is_file() or path.stat().st_size != size:  # reading beyond the end of a map ends the process
-            raise ShardError(f"{path} is not there or not whole: {advice}")
+            raise ValueError(f"{path} is not there or not whole: {advice}")
     return Shards(folder, shard_starts(record))
 
 
@@ -160,7 +156,7 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
         num_workers: encoding processes; None: one per core.
         progress: show a bar of images.
     Returns: the folder.
-    Raises: ShardError for an image that cannot be read, or shards of another encoding; TableError or DataError for a
+    Raises: ValueError for an image that cannot be read, or shards of another encoding; ValueError for a
         table that cannot be used; OSError on a full disk.
     """
     tsv_path = Path(tsv_path)
@@ -168,7 +164,7 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
     check_rows(tsv_path, table)
     folder, images = shards_folder(tsv_path), table["image"]
     if "shard_rows" in (paths.read_record(record_path(folder)) or {}):
-        raise ShardError(f"{folder} was imported without image files; to pack otherwise, import with another --pack")
+        raise ValueError(f"{folder} was imported without image files; to pack otherwise, import with another --pack")
     written, jobs = [], []
     for number, start in enumerate(range(0, len(images), ROWS_PER_SHARD)):
         names = images.slice(start, ROWS_PER_SHARD).to_pylist()
@@ -195,7 +191,7 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
 
     Args:
         names: paths of the image files, relative to the folder that holds the shards' own.
-    Raises: ShardError for an image that cannot be read.
+    Raises: ValueError for an image that cannot be read.
     """
     root = path.parent.parent
     try:
@@ -203,7 +199,7 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
         encoded = [encoding.encode(transforms.decode_rgb(root / name)) for name in names]
     except (transforms.ImageError, FileNotFoundError) as error:
         tsv_path = path.parent.with_suffix(".tsv")
-        raise ShardError(f"{error}; kutils check {tsv_path} finds all such images") from error
+        raise ValueError(f"{error}; kutils check {tsv_path} finds all such images") from error
     write_images(path, encoded, facts)
     return len(names)
 
@@ -225,7 +221,7 @@ def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
 
 
 def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
-    """Whether a shard is there and holds these images as they are now; ShardError if they are encoded otherwise."""
+    """Whether a shard is there and holds these images as they are now; ValueError if they are encoded otherwise."""
     try:
         found = arrow.facts_of(arrow.map_table(path))
         wanted = shard_facts(path.parent.parent, names, encoding)
@@ -237,7 +233,7 @@ def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
         f"{key} {found.get(key)}, not {value}" for key, value in asdict(encoding).items() if found.get(key) != value
     ]
     if differing:
-        raise ShardError(f"{path.parent} is packed with {', '.join(differing)}; delete it to pack anew")
+        raise ValueError(f"{path.parent} is packed with {', '.join(differing)}; delete it to pack anew")
     return found == wanted
 
 
@@ -252,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets")
     size = "shorter side, px; smaller images keep their size. More than the recipe's input_size leaves crops sharp"
     parser.add_argument("--size", type=int, default=448, help=size)
-    parser.add_argument("--format", choices=FORMATS, default="webp", help="png loses nothing")
+    parser.add_argument("--format", choices=IMAGE_FORMATS, default="webp", help="png loses nothing")
     quality = f"1 to 100 (default: {QUALITY}; png has none)"
     parser.add_argument("--quality", type=int, default=argparse.SUPPRESS, help=quality)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes")

@@ -21,7 +21,7 @@ CROP = v2.RandomResizedCrop(size=1, scale=(0.5, 1.0), ratio=(0.9, 1.1))
 JITTER = v2.ColorJitter(brightness=0.05, contrast=0.05, saturation=0.05, hue=0.05)
 CONTRAST, SATURATION, HUE = 1, 2, 3  # numbers of torchvision's operations; brightness is 0
 CACHED_VALUES = 2**19  # float32 that are worked on at a time on a CPU: 2 MB
-GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow weigh it
+LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow weigh it
 
 
 class ImageError(ValueError):
@@ -93,14 +93,14 @@ def random_crop_and_jitter(image: Tensor, size: int, key: tuple[int, ...]) -> tu
         key: seed, epoch and row.
     Returns: uint8 [3, size, size], and float32 [8] for `color_jitter`: four factors and the order of the operations.
     """
-    box, factors, order = draw(image, key)
+    box, factors, order = draw_augmentation(image, key)
     cropped = F.resized_crop(
         image, **box, size=[size, size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
     )
     return cropped, torch.tensor(factors + order, dtype=torch.float32)
 
 
-def draw(image: Tensor, key: tuple[int, ...]) -> tuple[dict, list[float], list[int]]:
+def draw_augmentation(image: Tensor, key: tuple[int, ...]) -> tuple[dict, list[float], list[int]]:
     """Draw by torchvision's own transforms: the crop's box (top, left, height, width), the jitter factors (brightness,
     contrast, saturation, hue) and the order of these four."""
     generator = torch.default_generator  # torchvision draws from no other; torch.manual_seed takes 0.1 ms
@@ -165,7 +165,7 @@ def like(images: Tensor, values: np.ndarray) -> Tensor:
 def grey(images: Tensor) -> Tensor:
     """float32 [B, 3, H, W] to [B, 1, H, W]."""
     red, green, blue = images.split(1, dim=1)
-    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    return (red * LUMA_WEIGHTS[0]).add_(green, alpha=LUMA_WEIGHTS[1]).add_(blue, alpha=LUMA_WEIGHTS[2])
 
 
 def turn_hue(images: Tensor, shift: np.ndarray) -> None:

@@ -12,19 +12,18 @@ from kutils.data.index import cache_path, fingerprint
 from kutils.data.shards import record_path, shards_folder
 from kutils.system import paths
 from kutils.system.ranks import Ranks
-from kutils.system.tables import DataError
 
 MOST_LISTED = 10  # bad rows, or images that cannot be read
 SAMPLE = 256  # images of those that have been checked before: a second
 
 
-def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: Ranks) -> None:
+def check_validation_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: Ranks) -> None:
     """Decode the images of all rows, shared among ranks and workers; of rows that a run has found in order, a sample.
 
     What was found in order is kept below `working/cache/`, and forgotten when a table, embeddings or shards of the data
     change. (505,015 rows of 768 px take two processes 16 minutes.)
 
-    Raises: DataError on every rank, listing the first ten that cannot be read.
+    Raises: ValueError on every rank, listing the first ten that cannot be read.
     """
     path, facts = checked_record(data, rows)
     known = ranks.gather_objects(paths.read_record(path) == facts)[0]
@@ -40,7 +39,7 @@ def check_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: 
         forget_checked(data, rows)
         looked_at = sum(count for _, count in gathered)
         listed, files = "\n  ".join(found[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
-        raise DataError(
+        raise ValueError(
             f"{len(found)} of {looked_at} validation images cannot be read, and every row must be scored; make them "
             f"anew, or set their rows apart: kutils check {files}\n  {listed}"
         )

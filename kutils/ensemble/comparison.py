@@ -173,7 +173,7 @@ def same_rows(group: Sequence[FinishedRun]) -> SameRows:
 
     Rows without a prediction by one of the runs are left out; their number is printed.
 
-    Raises: DataError where the data has changed since, or is gone; ValueError where two runs' rows differ.
+    Raises: ValueError where the data has changed since, or is gone; ValueError where two runs' rows differ.
     """
     columns = {}
     for run in group:

@@ -181,7 +181,7 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns: targets float32 [n, 384]; the number of each row's prompt, int [n]; the mean training embedding, float32
         [384] of unit length.
-    Raises: DataError, or EnsembleError if the data sets are not what they were when the members were validated.
+    Raises: ValueError, or EnsembleError if the data sets are not what they were when the members were validated.
     """
     hashes = json.loads(common["folds_hash"])
     names = sorted(hashes)

@@ -110,7 +110,7 @@ def make_shapes_dataset(
     prompts = shapes.generate_prompts(num_prompts, seed)
     output = paths.input_dir() / name
     tsv_path = generate_images(prompts, output, images_per_prompt=images_per_prompt, size=size)
-    print(folds.format_report(preparation.prepare([name])))
+    print(folds.format_leakage(preparation.prepare([name])))
     return tsv_path
 
 

@@ -47,7 +47,7 @@ def image_seed(prompt: str, number: int, attempt: int = 0) -> int:
 def read_prompts(path: Path) -> tuple[list[str], dict[str, pa.Array]]:
     """The distinct prompts of a prompts file in their order, and what it says of each: `source`, `fold`.
 
-    Raises: TableError; GenerateError for no prompt, or naming the line of an empty one.
+    Raises: ValueError; GenerateError for no prompt, or naming the line of an empty one.
     """
     table = read_table(path, ["prompt"])
     prompts = table["prompt"].to_pylist()

@@ -59,7 +59,7 @@ class CleaningSettings:
             raise ValueError(f"min_latin={self.min_latin}: a share is 0 to 1")
 
 
-class Entry(NamedTuple):
+class SourceEntry(NamedTuple):
     """What a source holds at one place."""
 
     number: int  # line, row or item, from 1
@@ -163,7 +163,7 @@ class Cleaner:
         self.changed: dict[str, dict] = {}
         self.dropped: dict[str, dict] = {}
 
-    def add(self, entries: Sequence[Entry], place: str, source: str, limit: int | None = None) -> None:
+    def add(self, entries: Sequence[SourceEntry], place: str, source: str, limit: int | None = None) -> None:
         """Clean a batch of a source.
 
         Args:
@@ -189,15 +189,15 @@ class Cleaner:
             elif not flaw and num_tokens.get(text, 0) > CLIP_TOKENS:
                 flaw = "too many tokens"
             if flaw:
-                note(self.dropped, flaw, {"place": f"{place}:{entry.number}", "prompt": shown(entry.text)})
+                count_case(self.dropped, flaw, {"place": f"{place}:{entry.number}", "prompt": excerpt(entry.text)})
                 continue
             for kind in kinds:
-                note(self.changed, kind, {"before": shown(entry.text), "after": shown(text)})
+                count_case(self.changed, kind, {"before": excerpt(entry.text), "after": excerpt(text)})
             self.seen.add(key)
             self.prompts.append(text)
             self.sources.append(source)
 
-    def examine(self, entry: Entry) -> tuple[str, list[str], str]:
+    def examine(self, entry: SourceEntry) -> tuple[str, list[str], str]:
         """An entry's tidied text, the kinds of change, and why it is not kept whatever the others are, or ""."""
         too_long = len(entry.text) > MAX_CHARACTERS
         text, kinds = ("", []) if too_long else tidy(entry.text)
@@ -232,7 +232,7 @@ class Cleaner:
         }
 
 
-def note(counts: dict[str, dict], reason: str, example: dict) -> None:
+def count_case(counts: dict[str, dict], reason: str, example: dict) -> None:
     """Count a case, and remember it if it is one of the first."""
     case = counts.setdefault(reason, {"count": 0, "examples": []})
     case["count"] += 1
@@ -240,13 +240,13 @@ def note(counts: dict[str, dict], reason: str, example: dict) -> None:
         case["examples"].append(example)
 
 
-def shown(text: str) -> str:
+def excerpt(text: str) -> str:
     """A text as an example: not too long, and without surrogates, which no file takes."""
     text = text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + "..."
     return text.encode(errors="backslashreplace").decode()
 
 
-def format_report(report: dict) -> str:
+def format_cleaning(report: dict) -> str:
     """The report as text."""
     lines = [f"{report['read']:,} read, {report['kept']:,} kept"]
     for part in ("dropped", "changed"):

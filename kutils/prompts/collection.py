@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kutils.prompts.cleaning import Cleaner, CleaningSettings, format_report, load_token_counter
-from kutils.prompts.formats import COLUMNS, FORMATS, SourceError, read_source
+from kutils.prompts.cleaning import Cleaner, CleaningSettings, format_cleaning, load_token_counter
+from kutils.prompts.formats import PROMPT_COLUMNS, READERS, read_source
 from kutils.system import paths
 from kutils.system.progress import progress_bar
 from kutils.system.tables import holds, read_table, write_table
@@ -88,17 +88,17 @@ def make_prompts_file(
         overwrite: write over other content of `output`.
         options: of `gather` and `read_source`.
     Returns: the report.
-    Raises: SourceError, TableError or ValueError, before anything is written.
+    Raises: ValueError, before anything is written.
     """
     sources, output = [Path(path) for path in sources], Path(output)
     if output.resolve() in {path.resolve() for path in [*sources, *map(Path, exclude)]}:
-        raise SourceError(f"{output} is both read and written; choose another output")
+        raise ValueError(f"{output} is both read and written; choose another output")
     excluded = [prompt for path in exclude for prompt in read_table(path, ["prompt"])["prompt"].to_pylist()]
     cleaner = Cleaner(settings, load_token_counter(tokenizer) if tokenizer else None, excluded)
     told = gather(sources, cleaner, **options)
     report = {"sources": told, **cleaner.report()}
     if not cleaner.prompts:
-        raise SourceError(f"no prompt is left for {output}:\n{format_report(report)}")
+        raise ValueError(f"no prompt is left for {output}:\n{format_cleaning(report)}")
     write_prompts(output, cleaner.prompts, cleaner.sources, overwrite=overwrite)
     paths.write_json(f"{output}.report.json", report)
     return report
@@ -127,9 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="PROMPTS.tsv", **unset, help="to write")
     parser.add_argument("--name", **unset, help="for the column `source` (default: the name of each file)")
-    parser.add_argument("--column", **unset, help=f"column or key (default: the first there of {', '.join(COLUMNS)})")
     parser.add_argument(
-        "--format", default="auto", choices=("auto", *FORMATS), help="json: a list, or COCO's or VizWiz's captions"
+        "--column", **unset, help=f"column or key (default: the first there of {', '.join(PROMPT_COLUMNS)})"
+    )
+    parser.add_argument(
+        "--format", default="auto", choices=("auto", *READERS), help="json: a list, or COCO's or VizWiz's captions"
     )
     parser.add_argument("--skip-bad-lines", action="store_true", help="count bad lines and leave them out, not stop")
     parser.add_argument("--min-words", type=int, default=limits.min_words, help="shorter prompts are left out")
@@ -157,5 +159,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=args.overwrite,
         **given,
     )
-    print(format_report(report))
+    print(format_cleaning(report))
     return 0

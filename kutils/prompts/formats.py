@@ -13,77 +13,84 @@ from typing import TextIO
 import pyarrow as pa
 from pyarrow import parquet
 
-from kutils.prompts.cleaning import Entry, shown
+from kutils.prompts.cleaning import SourceEntry, excerpt
 
 PARQUET_ROWS = 10_000  # in memory at a time
-COLUMNS = ("prompt", "caption", "text", "description", "sentence")  # looked for in this order, in any case
-SUFFIXES = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+PROMPT_COLUMNS = ("prompt", "caption", "text", "description", "sentence")  # looked for in this order, in any case
+FORMAT_OF_SUFFIX = {
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
 EXPECTED = ("rejected caption", "precanned caption")  # VizWiz's own marks: left out, but nothing is wrong with the file
-
-
-class SourceError(ValueError):
-    """A source that cannot be used as it is; the message names file, line and value and says what to do."""
 
 
 def open_text(path: Path) -> TextIO:
     """A file of UTF-8 lines, gzipped or not, with or without byte-order mark; other bytes come as lone surrogates.
 
-    Raises: SourceError for the byte-order mark of UTF-16.
+    Raises: ValueError for the byte-order mark of UTF-16.
     """
     with path.open("rb") as stream:
         zipped = stream.read(2) == b"\x1f\x8b"
     opened = (gzip.open if zipped else open)(path, "rb")
     if opened.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         opened.close()
-        raise SourceError(f"{path} is UTF-16; save it as UTF-8")
+        raise ValueError(f"{path} is UTF-16; save it as UTF-8")
     return io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
-def make_entry(number: int, value: object) -> Entry:
+def make_entry(number: int, value: object) -> SourceEntry:
     """What is at one place of a source, with its flaw if it cannot be a prompt."""
     if isinstance(value, str) and value.isascii():
-        return Entry(number, value)
+        return SourceEntry(number, value)
     if value is None:
-        return Entry(number, "", "no value")
+        return SourceEntry(number, "", "no value")
     if not isinstance(value, str):
-        return Entry(number, str(value), "no text")
+        return SourceEntry(number, str(value), "no text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        return Entry(number, value, "not UTF-8")
-    return Entry(number, value)
+        return SourceEntry(number, value, "not UTF-8")
+    return SourceEntry(number, value)
 
 
 def find_column(path: Path, names: Sequence[str], asked: str | None) -> str:
-    """The column or key to read: the one that was asked for, else the first of COLUMNS that is there, in any case.
+    """The column or key to read: the one that was asked for, else the first of PROMPT_COLUMNS, in any case.
 
-    Raises: SourceError naming those that are there.
+    Raises: ValueError naming those that are there.
     """
     lower = {name.lower(): name for name in reversed(names)}
-    found = (asked if asked in names else None) if asked else next((lower[c] for c in COLUMNS if c in lower), None)
+    found = (
+        (asked if asked in names else None) if asked else next((lower[c] for c in PROMPT_COLUMNS if c in lower), None)
+    )
     if found is None:
-        lacks = f"has no column {asked!r}" if asked else f"has none of the columns {', '.join(COLUMNS)}"
+        lacks = f"has no column {asked!r}" if asked else f"has none of the columns {', '.join(PROMPT_COLUMNS)}"
         there = ", ".join(map(repr, names)) or "none"
-        raise SourceError(f"{path} {lacks}; name the right one by --column (there are: {there})")
+        raise ValueError(f"{path} {lacks}; name the right one by --column (there are: {there})")
     return found
 
 
-def read_text(path: Path, column: str | None) -> Iterator[Entry]:
+def read_text(path: Path, column: str | None) -> Iterator[SourceEntry]:
     with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
             yield make_entry(number, line.rstrip("\r\n"))
 
 
-def read_conceptual(path: Path, column: str | None) -> Iterator[Entry]:
+def read_conceptual(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Conceptual Captions: caption and URL, no header."""
     with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
             values = line.rstrip("\r\n").split("\t")
             flaw = len(values) != 2
-            yield Entry(number, line, "wrong number of columns") if flaw else make_entry(number, values[0] or None)
+            yield (
+                SourceEntry(number, line, "wrong number of columns") if flaw else make_entry(number, values[0] or None)
+            )
 
 
-def read_tsv(path: Path, column: str | None) -> Iterator[Entry]:
+def read_tsv(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Tab-separated, with a header and without quoting."""
     with open_text(path) as stream:
         header = stream.readline().rstrip("\r\n").split("\t")
@@ -91,17 +98,17 @@ def read_tsv(path: Path, column: str | None) -> Iterator[Entry]:
         for number, line in enumerate(stream, start=2):
             values = line.rstrip("\r\n").split("\t")
             if len(values) != len(header):
-                yield Entry(number, line, "wrong number of columns")
+                yield SourceEntry(number, line, "wrong number of columns")
             else:
                 yield make_entry(number, values[index] or None)
 
 
-def read_csv(path: Path, column: str | None) -> Iterator[Entry]:
+def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Comma-separated, with a header and standard quoting; a value may hold line breaks, its number is its last line.
 
     Python's reader, because it tells the line (Arrow's does not, behind a value with a line break or a bad byte).
 
-    Raises: SourceError for a quote that no line closes rightly, whatever is left out: nothing says which of the lines
+    Raises: ValueError for a quote that no line closes rightly, whatever is left out: nothing says which of the lines
         that it swallows are good.
     """
     with open_text(path) as stream:
@@ -109,7 +116,7 @@ def read_csv(path: Path, column: str | None) -> Iterator[Entry]:
         try:
             header = next(rows, [])
         except csv.Error as error:
-            raise SourceError(f"{path}, line 1: {error}") from error
+            raise ValueError(f"{path}, line 1: {error}") from error
         index = header.index(find_column(path, header, column))
         while True:
             first = rows.line_num + 1
@@ -117,31 +124,31 @@ def read_csv(path: Path, column: str | None) -> Iterator[Entry]:
                 values = next(rows, None)
             except csv.Error as error:
                 if rows.line_num > first:
-                    raise SourceError(
+                    raise ValueError(
                         f"{path}, lines {first} to {rows.line_num}: a quote opened in line {first} is not closed; "
                         f"close it, or double it where it is a part of the text ({error})"
                     ) from error
-                yield Entry(rows.line_num, str(error), "broken quoting")
+                yield SourceEntry(rows.line_num, str(error), "broken quoting")
                 continue
             if values is None:
                 return
             if len(values) not in (0, len(header)):
-                yield Entry(rows.line_num, ",".join(values), "wrong number of columns")
+                yield SourceEntry(rows.line_num, ",".join(values), "wrong number of columns")
             else:
                 yield make_entry(rows.line_num, (values[index] or None) if values else "")
 
 
-def read_parquet(path: Path, column: str | None) -> Iterator[Entry]:
+def read_parquet(path: Path, column: str | None) -> Iterator[SourceEntry]:
     try:
         table = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path} is no Parquet file, or is damaged ({error})") from error
+        raise ValueError(f"{path} is no Parquet file, or is damaged ({error})") from error
     with table:
         name = find_column(path, table.schema_arrow.names, column)
         kind = table.schema_arrow.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise SourceError(f"{path}: the column {name!r} holds {kind}, not text; name another one by --column")
+            raise ValueError(f"{path}: the column {name!r} holds {kind}, not text; name another one by --column")
         number = 0
         try:
             for batch in table.iter_batches(PARQUET_ROWS, columns=[name]):
@@ -151,10 +158,10 @@ def read_parquet(path: Path, column: str | None) -> Iterator[Entry]:
                     number += 1
                     yield make_entry(number, value and value.decode(errors="surrogateescape"))
         except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{path} is damaged behind row {number:,} ({error})") from error
+            raise ValueError(f"{path} is damaged behind row {number:,} ({error})") from error
 
 
-def read_jsonl(path: Path, column: str | None) -> Iterator[Entry]:
+def read_jsonl(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """JSON lines: an object with the key, or a text, on each."""
     key = None
     with open_text(path) as stream:
@@ -164,7 +171,7 @@ def read_jsonl(path: Path, column: str | None) -> Iterator[Entry]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
-                yield Entry(number, line, "broken JSON")
+                yield SourceEntry(number, line, "broken JSON")
                 continue
             if isinstance(value, dict):
                 key = key or find_column(path, list(value), column)
@@ -172,7 +179,7 @@ def read_jsonl(path: Path, column: str | None) -> Iterator[Entry]:
             yield make_entry(number, value)
 
 
-def read_json(path: Path, column: str | None) -> Iterator[Entry]:
+def read_json_list(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """A JSON list of objects with the key, or of texts; or captions as COCO and VizWiz have them: `annotations`.
 
     Read whole: a JSON text has no beginning that could be used without its end.
@@ -182,13 +189,13 @@ def read_json(path: Path, column: str | None) -> Iterator[Entry]:
             content = json.load(stream)
         except json.JSONDecodeError as error:
             place = f"{path}, line {error.lineno}, column {error.colno}"
-            raise SourceError(f"{place}: broken JSON ({error.msg})") from error
+            raise ValueError(f"{place}: broken JSON ({error.msg})") from error
         except RecursionError as error:
-            raise SourceError(f"{path} is nested too deeply to be a list of prompts") from error
+            raise ValueError(f"{path} is nested too deeply to be a list of prompts") from error
     items = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(items, list):
         there = f"; its keys are {', '.join(map(repr, content))}" if isinstance(content, dict) else ""
-        raise SourceError(f"{path} is neither a JSON list nor an object with a list of `annotations`{there}")
+        raise ValueError(f"{path} is neither a JSON list nor an object with a list of `annotations`{there}")
     key = None
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
@@ -202,27 +209,27 @@ def read_json(path: Path, column: str | None) -> Iterator[Entry]:
 
 
 # what the number of an entry counts, and the reader
-FORMATS: dict[str, tuple[str, Callable[[Path, str | None], Iterator[Entry]]]] = {
+READERS: dict[str, tuple[str, Callable[[Path, str | None], Iterator[SourceEntry]]]] = {
     "text": ("line", read_text),
     "csv": ("line", read_csv),
     "tsv": ("line", read_tsv),
     "conceptual": ("line", read_conceptual),
     "parquet": ("row", read_parquet),
     "jsonl": ("line", read_jsonl),
-    "json": ("item", read_json),
+    "json": ("item", read_json_list),
 }
 
 
-def recognise(path: Path) -> str:
-    """The format of a file, a key of FORMATS, by its suffix and its beginning.
+def recognise_format(path: Path) -> str:
+    """The format of a file, a key of READERS, by its suffix and its beginning.
 
-    Raises: SourceError if neither tells.
+    Raises: ValueError if neither tells.
     """
     with path.open("rb") as stream:
         if stream.read(4) == b"PAR1":
             return "parquet"
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    found = SUFFIXES.get(suffixes[-1] if suffixes else "")
+    found = FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
     if found is None or found == "tsv":
         with open_text(path) as stream:
             first, second = stream.readline(1 << 20), stream.readline(100)
@@ -235,39 +242,39 @@ def recognise(path: Path) -> str:
             except (ValueError, RecursionError):
                 complete = False
             return "jsonl" if complete and second.strip() else "json"
-        raise SourceError(f"{path}: neither its name nor its beginning tells the format; give --format")
+        raise ValueError(f"{path}: neither its name nor its beginning tells the format; give --format")
     return found
 
 
 def read_source(
     path: Path | str, *, column: str | None = None, source_format: str = "auto", skip_bad_lines: bool = False
-) -> Iterator[Entry]:
+) -> Iterator[SourceEntry]:
     """The entries of one file, in its order, a few at a time (a JSON list is read whole).
 
     Args:
-        column: name of the column or key; None: the first of COLUMNS that is there.
-        source_format: a key of FORMATS, or auto.
+        column: name of the column or key; None: the first of PROMPT_COLUMNS that is there.
+        source_format: a key of READERS, or auto.
         skip_bad_lines: give entries with a flaw instead of raising; only for files with a few bad lines among many.
-    Raises: SourceError naming file and line.
+    Raises: ValueError naming file and line.
     """
     path = Path(path)
     if not path.is_file():
-        raise SourceError(f"{path} is {'a folder; name its files' if path.is_dir() else 'not there'}")
+        raise ValueError(f"{path} is {'a folder; name its files' if path.is_dir() else 'not there'}")
     num_entries = 0
     try:
-        source_format = recognise(path) if source_format == "auto" else source_format
+        source_format = recognise_format(path) if source_format == "auto" else source_format
         if column and source_format in ("text", "conceptual"):
-            raise SourceError(f"{path} is read as {source_format}, without names of columns: leave --column out")
-        unit, reader = FORMATS[source_format]
+            raise ValueError(f"{path} is read as {source_format}, without names of columns: leave --column out")
+        unit, reader = READERS[source_format]
         for entry in reader(path, column):
             num_entries += 1
             if entry.flaw and entry.flaw not in EXPECTED and not skip_bad_lines:
-                raise SourceError(
-                    f"{path}, {unit} {entry.number}: {entry.flaw} ({shown(entry.text)[:80]!r}); correct it, or leave "
+                raise ValueError(
+                    f"{path}, {unit} {entry.number}: {entry.flaw} ({excerpt(entry.text)[:80]!r}); correct it, or leave "
                     "such entries out by --skip-bad-lines, which counts them"
                 )
             yield entry
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SourceError(f"{path} is damaged or cut off behind entry {num_entries:,} ({error})") from error
+        raise ValueError(f"{path} is damaged or cut off behind entry {num_entries:,} ({error})") from error
     if not num_entries:
-        raise SourceError(f"{path} is empty, or has a header alone")
+        raise ValueError(f"{path} is empty, or has a header alone")

@@ -26,10 +26,6 @@ JOINED_WORDS = 20  # at most, of each of the two: an image has no room for two l
 ENDS = " .,;:!-"
 
 
-class TemplateError(ValueError):
-    """Prompts that cannot be made as asked; the message says what to do."""
-
-
 def article(word: str) -> str:
     """The indefinite article before a word, by its sound: an hour, a unicorn."""
     lower = word.lower()
@@ -78,13 +74,13 @@ def compile_grammar() -> Callable[[random.Random], str]:
     return lambda rng: ARTICLE.sub(lambda found: f"{article(found[1])} {found[1]}", expand("prompt", rng))
 
 
-def generate_prompts(count: int, seed: int = 0) -> list[str]:
+def compose_prompts(count: int, seed: int = 0) -> list[str]:
     """Distinct prompts of the grammar, the same for the same seed; a longer list begins with the shorter one.
 
-    Raises: TemplateError for a negative count.
+    Raises: ValueError for a negative count.
     """
     if count < 0:
-        raise TemplateError(f"{count} prompts cannot be made")
+        raise ValueError(f"{count} prompts cannot be made")
     compose, rng = compile_grammar(), random.Random(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
@@ -105,7 +101,7 @@ def join_prompts(
         prompts: n texts.
         embeddings: float32 [n, D], their unit rows.
         num_clusters: topics, at least 2.
-    Raises: TemplateError for sizes that do not fit, or where so many prompts cannot be made of the pairs there are.
+    Raises: ValueError for sizes that do not fit, or where so many prompts cannot be made of the pairs there are.
     """
     first_row = {}
     for row, prompt in enumerate(prompts):
@@ -114,11 +110,11 @@ def join_prompts(
         distinct = list(first_row.values())
         prompts, embeddings = [prompts[row] for row in distinct], embeddings[distinct]
     if 2 <= len(prompts) < num_clusters:
-        raise TemplateError(
+        raise ValueError(
             f"only {len(prompts)} prompts for {num_clusters} clusters; give --clusters {len(prompts)} or fewer"
         )
     if count < 0 or not 2 <= num_clusters <= len(prompts) or len(embeddings) != len(prompts):
-        raise TemplateError(
+        raise ValueError(
             f"{count} prompts of {len(prompts)} with {len(embeddings)} embeddings in {num_clusters} clusters: give at "
             "least 2 clusters and a prompt for each"
         )
@@ -129,7 +125,7 @@ def join_prompts(
     sizes = np.bincount(topics[short], minlength=num_clusters).astype(object)  # integers of Python cannot overflow
     num_pairs = (sum(sizes) ** 2 - sum(sizes**2)) // 2
     if count > num_pairs // 2:
-        raise TemplateError(
+        raise ValueError(
             f"{len(short)} prompts of at most {JOINED_WORDS} words make {num_pairs:,} pairs of different clusters: ask "
             f"for half of them at most, not {count:,}"
         )
@@ -155,7 +151,7 @@ def lower_start(prompt: str) -> str:
 def join_table(tsv_path: Path | str, count: int, *, num_clusters: int = 100, seed: int = 0) -> list[str]:
     """`join_prompts` of a prompts file; embeds it first where that has not been done.
 
-    Raises: TableError, PromptError, EncoderError or TemplateError.
+    Raises: ValueError.
     """
     from kutils.prompts.embedding import embed_table  # loads PyTorch
 
@@ -184,10 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--clusters is of --join; leave it out, or give both")
     if "join" in given:
         if args.join.resolve() == args.output.resolve():
-            raise TemplateError(f"{args.output} is both read and written; choose another output")
+            raise ValueError(f"{args.output} is both read and written; choose another output")
         prompts = join_table(args.join, args.count, num_clusters=given.get("clusters", 100), seed=args.seed)
     else:
-        prompts = generate_prompts(args.count, args.seed)
+        prompts = compose_prompts(args.count, args.seed)
     source = given.get("name", "joined" if "join" in given else "templates")
     write_prompts(args.output, prompts, [source] * len(prompts), overwrite=args.overwrite)
     return 0

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.prompts.embedding import embed_table
-from kutils.prompts.encoder import DTYPES
-from kutils.prompts.similarity import GroupingError, SimilarPairs, check_threshold, kept_strips, similar_pairs
+from kutils.prompts.encoder import ENCODER_DTYPES
+from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pairs, strips_folder
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import open_embeddings, take_embeddings
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import holds, read_table, write_table
 
-EXAMPLES = 3  # of near-duplicates that are shown
+MOST_EXAMPLES = 3  # of near-duplicates that are shown
 
 
 def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
@@ -39,7 +39,7 @@ def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
     return leaders
 
 
-def in_order(pairs: SimilarPairs, order: np.ndarray) -> SimilarPairs:
+def renumber(pairs: SimilarPairs, order: np.ndarray) -> SimilarPairs:
     """Pairs of rows renumbered by their place in `order` (int [n], a permutation), with first < second again."""
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
@@ -71,18 +71,18 @@ def deduplicate(
         device, ranks, progress: as in `similar_pairs`.
     Returns: int64 [n], m + its own row for a prompt that is chosen; for one left out, whom it resembles: a row of
         `kept`, or m + a row of these. With several ranks on the main one; on the others all are chosen.
-    Raises: GroupingError for another threshold, or a row that is not finite or not of unit length.
+    Raises: ValueError for another threshold, or a row that is not finite or not of unit length.
     """
     ranks = ranks or Ranks(0, 1, pick_device(device))
     num_kept = 0 if kept is None else len(kept)
     order = np.arange(len(embeddings)) if priority is None else np.argsort(priority, kind="stable")
     options = {"ranks": ranks, "progress": progress}
     with ExitStack() as stack:  # strips of both searches are there until both are done
-        folder = stack.enter_context(kept_strips(embeddings, threshold, ranks=ranks))
-        within = in_order(similar_pairs(embeddings, threshold, folder=folder, **options), order)
+        folder = stack.enter_context(strips_folder(embeddings, threshold, ranks=ranks))
+        within = renumber(similar_pairs(embeddings, threshold, folder=folder, **options), order)
         first, second, cosine = within.first + num_kept, within.second + num_kept, within.cosine
         if num_kept:
-            folder = stack.enter_context(kept_strips(kept, threshold, "against", folder.name, ranks=ranks))
+            folder = stack.enter_context(strips_folder(kept, threshold, "against", folder.name, ranks=ranks))
             place = np.argsort(order) + num_kept
             between = similar_pairs(kept, threshold, others=embeddings, folder=folder, **options)
             first = np.concatenate([between.first, first])
@@ -122,12 +122,12 @@ def deduplicate_table(
         overwrite: write over other content of the two files; without, a second call has to lead to the same.
     Returns: kept and rest (numbers of prompts), sources (name -> [kept, rest]; where there is such a column), examples
         (a prompt left out, the one that it resembles); None on ranks that are not the main one.
-    Raises: TableError, PromptError, EncoderError or GroupingError, before anything but the embeddings is written.
+    Raises: ValueError, before anything but the embeddings is written.
     """
     check_threshold(threshold)
     files = [Path(path).resolve() for path in (tsv_path, kept_path, rest_path, *against)]
     if len(set(files)) < len(files):
-        raise GroupingError("PROMPTS.tsv, --kept, --rest and those of --against have to be different files")
+        raise ValueError("PROMPTS.tsv, --kept, --rest and those of --against have to be different files")
     ranks = ranks or Ranks(0, 1, pick_device(device))
     table = read_table(tsv_path, ["prompt", "source"] if priority else ["prompt"])
     place = rank_sources(table, priority, tsv_path) if priority else None
@@ -152,14 +152,14 @@ def deduplicate_table(
     there = [path for path, part in parts.items() if Path(path).exists() and holds(path, part)]
     for path in parts:
         if Path(path).exists() and path not in there and not overwrite:
-            raise GroupingError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
+            raise ValueError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
     for path, part in parts.items():
         if path not in there:  # else it may have folds by now
-            write_table(path, dict(zip(part.column_names, part.columns, strict=True)))
+            write_table(path, part)
     for path in parts:
         take_embeddings(tsv_path, path)
     every = pa.chunked_array([chunk for prompts in (*known, table["prompt"]) for chunk in prompts.chunks])
-    rows = np.flatnonzero(~keep)[:: max(1, int((~keep).sum()) // EXAMPLES)][:EXAMPLES]
+    rows = np.flatnonzero(~keep)[:: max(1, int((~keep).sum()) // MOST_EXAMPLES)][:MOST_EXAMPLES]
     report = {"kept": int(keep.sum()), "rest": int((~keep).sum())}
     report["examples"] = [(table["prompt"][int(row)].as_py(), every[int(leaders[row])].as_py()) for row in rows]
     if "source" in table.column_names:
@@ -171,11 +171,11 @@ def deduplicate_table(
 
 
 def rank_sources(table: pa.Table, priority: Sequence[str], tsv_path: Path | str) -> np.ndarray:
-    """int [rows]: the place of each row's source in `priority`; GroupingError for one that no row has."""
+    """int [rows]: the place of each row's source in `priority`; ValueError for one that no row has."""
     sources = table["source"].combine_chunks().dictionary_encode()
     names = sources.dictionary.to_pylist()
     if missing := [name for name in priority if name not in names]:
-        raise GroupingError(f"{tsv_path} has no prompts of the source {missing[0]!r}; it has {', '.join(names)}")
+        raise ValueError(f"{tsv_path} has no prompts of the source {missing[0]!r}; it has {', '.join(names)}")
     place = {name: number for number, name in enumerate(priority)}
     return np.array([place.get(name, len(priority)) for name in names])[sources.indices.to_numpy()]
 
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     priority = "sources whose prompts come before those of others"
     parser.add_argument("--priority", nargs="+", default=[], metavar="SOURCE", help=priority)
     dtype = "of the embedding, where it is still to be made"
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help=dtype)
+    parser.add_argument("--dtype", default="float32", choices=ENCODER_DTYPES, help=dtype)
     parser.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)

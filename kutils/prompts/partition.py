@@ -13,9 +13,9 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.model_selection import GroupKFold
 
 from kutils.prompts.near_duplicates import greedy_leaders
-from kutils.prompts.similarity import GroupingError, SimilarPairs
+from kutils.prompts.similarity import SimilarPairs
 
-METHODS = ("partition", "components", "leader", "kmeans")
+FOLD_METHODS = ("partition", "components", "leader", "kmeans")
 KMEANS_CLUSTERS = 200  # as many topics as were published for this competition; fewer where they would be tiny
 PARTITION_ATTEMPTS = 5  # seeds of METIS: on real prompts the best leaks 3 to 15 % less than their mean
 MOST_PARTS = 2000  # of new prompts that join folds: of few prompts each, and placed one by one in seconds
@@ -53,11 +53,11 @@ def folds_of_groups(groups: np.ndarray, num_rows: np.ndarray, num_folds: int) ->
         groups: int [prompts], group of each.
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
     Returns: int8 [prompts].
-    Raises: GroupingError if there are fewer groups than folds.
+    Raises: ValueError if there are fewer groups than folds.
     """
     num_groups = len(np.unique(groups))
     if num_groups < num_folds:
-        raise GroupingError(
+        raise ValueError(
             f"{num_groups} groups of similar prompts cannot fill {num_folds} folds; raise the threshold, ask for fewer "
             "folds, or use --method partition"
         )
@@ -81,17 +81,17 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
         seed: METIS takes its random numbers from the C library, so that folds repeat on one machine, not on all.
     Returns: int8 [prompts].
-    Raises: GroupingError if a fold stays empty.
+    Raises: ValueError if a fold stays empty.
     """
     graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
     attempts = range(PARTITION_ATTEMPTS)  # recursive once: k-way refinement leaks less, but leaves small parts empty
     candidates = [
-        cut(graph, num_rows, num_folds, seed * PARTITION_ATTEMPTS + attempt, attempt == 0).astype(np.int8)
+        cut_graph(graph, num_rows, num_folds, seed * PARTITION_ATTEMPTS + attempt, attempt == 0).astype(np.int8)
         for attempt in attempts
     ]
-    folds = min(candidates, key=lambda folds: cost(folds, num_rows, pairs, num_folds))
+    folds = min(candidates, key=lambda folds: fold_cost(folds, num_rows, pairs, num_folds))
     if len(np.unique(folds)) < num_folds:
-        raise GroupingError(f"{len(num_rows)} prompts did not fill {num_folds} folds; ask for fewer folds")
+        raise ValueError(f"{len(num_rows)} prompts did not fill {num_folds} folds; ask for fewer folds")
     return folds
 
 
@@ -101,7 +101,7 @@ def edge_weights(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
     return np.maximum(1, 1000 // np.minimum(degree[pairs.first], degree[pairs.second]))
 
 
-def cut(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, recursive: bool) -> np.ndarray:
+def cut_graph(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, recursive: bool) -> np.ndarray:
     """Cut a graph into parts of even weight by METIS: int [vertices]. The C library takes seed 0 for 1."""
     import pymetis  # absent where folds are only looked at, as on Kaggle
 
@@ -117,7 +117,7 @@ def cut(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, recurs
     return np.array(part.vertex_part)
 
 
-def cost(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> tuple[float, int]:
+def fold_cost(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> tuple[float, int]:
     """What makes folds worse: their unevenness where it exceeds EVEN, then the rows of leaked prompts."""
     sizes = np.bincount(folds, num_rows, num_folds)
     return max(EVEN, np.abs(sizes / sizes.mean() - 1).max()), int(num_rows[leaked_prompts(folds, pairs)].sum())
@@ -144,7 +144,7 @@ def extend_folds(
     graph = similarity_graph(len(folds), pairs, edge_weights(len(folds), pairs))
     among = graph[new][:, new]
     num_parts = min(len(new), MOST_PARTS)
-    part_of = np.arange(len(new)) if num_parts == len(new) else cut(among, num_rows[new], num_parts, seed, False)
+    part_of = np.arange(len(new)) if num_parts == len(new) else cut_graph(among, num_rows[new], num_parts, seed, False)
     rows = np.bincount(part_of, num_rows[new], num_parts)
     members = csr_array((np.ones(len(new), np.int64), (part_of, np.arange(len(new)))), (num_parts, len(new)))
     former = np.flatnonzero(folds >= 0)
@@ -164,11 +164,11 @@ def extend_folds(
         pull[:, fold] += between[[part]].toarray()[0]
     extended = folds.copy()
     extended[new] = fold_of[part_of]
-    refine(extended, new, graph, num_rows, room, seed)
+    move_prompts(extended, new, graph, num_rows, room, seed)
     return extended
 
 
-def refine(
+def move_prompts(
     folds: np.ndarray, new: np.ndarray, graph: csr_array, num_rows: np.ndarray, room: np.ndarray, seed: int
 ) -> None:
     """Move new prompts, one by one, to folds that attract them more and have room; changes `folds` and `room`."""
@@ -205,7 +205,7 @@ def assign(
     seed: int,
     embeddings: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Folds of distinct prompts by one of METHODS: int8 [prompts], each of 0 to num_folds - 1 at least once.
+    """Folds of distinct prompts by one of FOLD_METHODS: int8 [prompts], each of 0 to num_folds - 1 at least once.
 
     Args:
         embeddings: float32 [prompts, D], for kmeans alone.
@@ -287,7 +287,7 @@ def report_warnings(report: dict) -> list[str]:
     return found
 
 
-def format_report(report: dict) -> str:
+def format_leakage(report: dict) -> str:
     """The report as lines for people."""
     lines = [
         f"{report['rows']:,} rows, {report['prompts']:,} distinct prompts; folds by {report['method']} at cosine "

@@ -31,10 +31,6 @@ COPIED = 65_536  # embeddings copied at a time
 EXACTLY = 1e-12  # of float64: so that equal rows are found at 1.0
 
 
-class GroupingError(ValueError):
-    """Prompts that cannot be grouped as asked; the message says what to do."""
-
-
 class SimilarPairs(NamedTuple):
     """Pairs of rows, sorted by first, then second."""
 
@@ -83,7 +79,7 @@ def similar_pairs(
         ranks: over which the strips are dealt.
         progress: show a bar if it takes more than 5 s.
     Returns: all pairs; with several ranks on the main one, and none on the others.
-    Raises: GroupingError for another threshold, or a row that is not finite or not of unit length.
+    Raises: ValueError for another threshold, or a row that is not finite or not of unit length.
     """
     check_threshold(threshold)
     ranks = ranks or Ranks(0, 1, pick_device(device))
@@ -91,7 +87,7 @@ def similar_pairs(
     left = put_rows(embeddings, ranks.device, dtype)
     right = left if others is None else put_rows(others, ranks.device, dtype)
     if left.exact.shape[1] != right.exact.shape[1]:
-        raise GroupingError(f"rows of {left.exact.shape[1]} and of {right.exact.shape[1]} numbers cannot be compared")
+        raise ValueError(f"rows of {left.exact.shape[1]} and of {right.exact.shape[1]} numbers cannot be compared")
     block_rows = block_rows or BLOCK_ROWS[ranks.device.type]
     block_rows += -block_rows % GROUP
     tops = list(range(0, left.num_rows, block_rows))
@@ -107,18 +103,18 @@ def similar_pairs(
             for start in blocks_of[top]:
                 found.append(pairs_of_block(left, right, top, start, block_rows, threshold))
                 bar.update()
-            pairs = join(found, sort=True)
+            pairs = concatenate_pairs(found, sort=True)
             write_strip(path_of[top], pairs)
             return pairs
 
         strips = {top: pairs_of_strip(top) for top in own}
         ranks.barrier()
         if not ranks.is_main:
-            return join([])
+            return concatenate_pairs([])
         for top in set(tops) - set(own):  # of other ranks, and of a call that was cut
             kept = read_strip(path_of[top])
             strips[top] = pairs_of_strip(top) if kept is None else kept
-        return join([strips[top] for top in tops])
+        return concatenate_pairs([strips[top] for top in tops])
 
 
 def deal(tops: list[int], ranks: Ranks) -> list[int]:
@@ -130,7 +126,7 @@ def deal(tops: list[int], ranks: Ranks) -> list[int]:
 def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRows:
     """Copy embeddings to the device, block by block, in float32 (scaled to length 1) and in the faster precision."""
     if embeddings.ndim != 2:
-        raise GroupingError(f"embeddings of shape {list(embeddings.shape)} are no rows of numbers")
+        raise ValueError(f"embeddings of shape {list(embeddings.shape)} are no rows of numbers")
     num_rows, dimension = embeddings.shape
     exact = torch.zeros(num_rows + -num_rows % GROUP, dimension, device=device)
     for start in range(0, num_rows, COPIED):
@@ -145,14 +141,14 @@ def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRo
 def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
     """A float32 copy with rows of length 1.
 
-    Raises: GroupingError for a row that is not finite or not of unit length; `first_row` is the number of the first.
+    Raises: ValueError for a row that is not finite or not of unit length; `first_row` is the number of the first.
     """
     rows = torch.from_numpy(np.array(embeddings, np.float32))
     lengths = rows.norm(dim=1, keepdim=True)
     bad = (~((lengths - 1).abs() < UNIT_TOLERANCE)).nonzero()  # NaN compares false
     if len(bad):
         row = int(bad[0, 0])
-        raise GroupingError(
+        raise ValueError(
             f"row {first_row + row} of the embeddings has length {lengths[row].item()}, not 1; embed it again"
         )
     return rows.div_(lengths)
@@ -160,7 +156,7 @@ def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
 
 def check_threshold(threshold: float) -> None:
     if not 0 < threshold <= 1:
-        raise GroupingError(f"threshold {threshold} is not in (0, 1]; 0.7 groups similar prompts, 0.9 near-duplicates")
+        raise ValueError(f"threshold {threshold} is not in (0, 1]; 0.7 groups similar prompts, 0.9 near-duplicates")
 
 
 def pairs_of_block(
@@ -177,7 +173,7 @@ def pairs_of_block(
     if found is None:
         corners = [(i, j) for i in (top, top + half) for j in (start, start + half)]
         corners = [(i, j) for i, j in corners if i < left.num_rows and j < right.num_rows]
-        return join([pairs_of_block(left, right, *corner, half, threshold) for corner in corners])
+        return concatenate_pairs([pairs_of_block(left, right, *corner, half, threshold) for corner in corners])
     row, column = found
     within = (row + top < left.num_rows) & (column + start < right.num_rows)  # not of the padding
     if left is right:
@@ -250,7 +246,7 @@ def exact_products() -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = former
 
 
-def join(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
+def concatenate_pairs(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
     empty = SimilarPairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
     pairs = SimilarPairs(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
     if sort:
@@ -260,7 +256,7 @@ def join(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
 
 
 @contextmanager
-def kept_strips(embeddings: np.ndarray, *settings, ranks: Ranks | None = None) -> Iterator[Path]:
+def strips_folder(embeddings: np.ndarray, *settings, ranks: Ranks | None = None) -> Iterator[Path]:
     """A folder for the strips of these embeddings: the same one after a kill, removed when the block ends well.
 
     Args:

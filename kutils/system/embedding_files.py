@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from kutils.system import paths
 from kutils.system.progress import progress_bar
-from kutils.system.tables import DataError, hash_prompts, read_table
+from kutils.system.tables import hash_prompts, read_table
 
 EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
 UNIT_TOLERANCE = 1e-3  # of an embedding's length; float16 storage would still pass
@@ -18,14 +18,14 @@ BLOCK = 16_384  # rows of embeddings that are looked at together: 25 MB
 
 
 def map_embeddings(path: Path, num_rows: int) -> np.ndarray:
-    """Memory-map float32 [num_rows, 384]; DataError (naming the file) for anything else."""
+    """Memory-map float32 [num_rows, 384]; ValueError (naming the file) for anything else."""
     try:
         embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {make_again(path)}") from error
+        raise ValueError(f"{path} cannot be read ({error}); {make_again(path)}") from error
     if embeddings.shape != (num_rows, EMBEDDING_DIM) or embeddings.dtype != np.float32:
         found = f"{embeddings.dtype} {list(embeddings.shape)}"
-        raise DataError(f"{path} is {found}, its TSV needs float32 [{num_rows}, {EMBEDDING_DIM}]; {make_again(path)}")
+        raise ValueError(f"{path} is {found}, its TSV needs float32 [{num_rows}, {EMBEDDING_DIM}]; {make_again(path)}")
     return embeddings
 
 
@@ -37,7 +37,7 @@ def checked_blocks(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray,
     """Read all embeddings of an .npy file, and check that each has length 1.
 
     Yields: first row, rows float32 [n, 384], and their lengths [n].
-    Raises: DataError naming file and row.
+    Raises: ValueError naming file and row.
     """
     embeddings = map_embeddings(path, num_rows)
     with progress_bar(num_rows, "row", f"checking {path.name}", delay=5, leave=False) as bar:
@@ -46,7 +46,7 @@ def checked_blocks(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray,
             lengths = np.sqrt(np.einsum("nd,nd->n", block, block))
             bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT_TOLERANCE))  # NaN compares false
             if len(bad):
-                raise DataError(
+                raise ValueError(
                     f"{path}, row {start + bad[0]} (line {start + bad[0] + 2} of the TSV) has length "
                     f"{lengths[bad[0]]}, not 1; {make_again(path)}"
                 )
@@ -55,7 +55,7 @@ def checked_blocks(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray,
 
 
 def open_embeddings(path: Path, num_rows: int) -> np.ndarray:
-    """Memory-map float32 [num_rows, 384] and check every row; DataError (naming file and row) for anything else."""
+    """Memory-map float32 [num_rows, 384] and check every row; ValueError (naming file and row) for anything else."""
     for _ in checked_blocks(path, num_rows):
         pass
     return map_embeddings(path, num_rows)

@@ -6,7 +6,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from kutils.system import children
-from kutils.system.tables import DataError
 
 LOOK_SECONDS = 0.5  # between two looks at what the processes have done
 counter = None  # in a process of `run_jobs`: what all of them have done together
@@ -41,7 +40,7 @@ def run_jobs(
         num_workers: processes.
         advance: is called with the numbers that the function has given to `count` since the last call.
         prepare: is called first in each process.
-    Raises: what the function raises; DataError where a process was ended.
+    Raises: what the function raises; ValueError where a process was ended.
     """
     # not fork: a notebook's process may hold threads of PyTorch
     context = multiprocessing.get_context("spawn")
@@ -56,7 +55,9 @@ def run_jobs(
                 seen = now
                 yield from (future.result() for future in done)
         except BrokenProcessPool as error:
-            raise DataError(f"a process was ended, maybe for lack of memory; give fewer --workers ({error})") from error
+            raise ValueError(
+                f"a process was ended, maybe for lack of memory; give fewer --workers ({error})"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

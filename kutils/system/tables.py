@@ -13,10 +13,6 @@ from pyarrow import csv
 from kutils.system import paths
 
 
-class TableError(ValueError):
-    """A table that cannot be used as it is; the message names file, line and value and says what to do."""
-
-
 def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
     """Read a TSV whole. `fold` becomes int8, every other column string; columns that were not asked for come along.
 
@@ -25,12 +21,12 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
     Args:
         path: the file. The line number of row i is i + 2.
         columns: names that the header must have.
-    Raises: TableError for a missing file or column, a row of another length, bytes that are not UTF-8, a fold that is
+    Raises: ValueError for a missing file or column, a row of another length, bytes that are not UTF-8, a fold that is
         no integer of -1 to 9, or an empty line.
     """
     path = Path(path)
     if not path.is_file():
-        raise TableError(f"{path} is not there")
+        raise ValueError(f"{path} is not there")
     with path.open("rb") as stream:
         header = stream.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")
     missing = [name for name in columns if name not in header]
@@ -40,7 +36,7 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
             if missing
             else "names a column twice"
         )
-        raise TableError(f"{path} {lacks}; its first line is {' | '.join(header)} (columns are separated by tabs)")
+        raise ValueError(f"{path} {lacks}; its first line is {' | '.join(header)} (columns are separated by tabs)")
     try:
         table = csv.read_csv(
             path,
@@ -55,7 +51,7 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
                 raise pa.ArrowInvalid("fold out of range")
             table = table.set_column(header.index("fold"), "fold", folds)
     except pa.ArrowInvalid as error:
-        raise TableError(f"{path}: {first_bad_line(path, header) or error}") from error
+        raise ValueError(f"{path}: {first_bad_line(path, header) or error}") from error
     return table.combine_chunks()
 
 
@@ -83,21 +79,23 @@ def first_bad_line(path: Path, header: Sequence[str]) -> str | None:
     return None
 
 
-def write_table(path: Path | str, columns: Mapping[str, Sequence]) -> None:
+def write_table(path: Path | str, columns: Mapping[str, Sequence] | pa.Table) -> None:
     """Write a TSV in the format that `read_table` reads, atomically.
 
     Args:
         path: the file; replaced if it is there.
-        columns: name -> values (strings or integers; Arrow or NumPy arrays or lists), all of one length.
-    Raises: TableError for a value with a tab or line break in it.
+        columns: an Arrow table, or name -> values (strings or integers; Arrow or NumPy arrays or lists).
+    Raises: ValueError for a value with a tab or line break in it.
     """
+    if isinstance(columns, pa.Table):
+        columns = dict(zip(columns.column_names, columns.columns, strict=True))
     arrays = {}
     for name, values in columns.items():
         values = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values)
         arrays[name] = pc.cast(values, pa.string())
         broken = pc.index(pc.match_substring_regex(arrays[name], r"[\t\n\r]"), True).as_py()
         if broken >= 0:
-            raise TableError(
+            raise ValueError(
                 f"{path}: {name} of row {broken} holds a tab or line break: {arrays[name][broken].as_py()!r}"
             )
     with paths.atomic_path(path) as temporary, temporary.open("wb") as stream:
@@ -146,18 +144,14 @@ def folds_hash(prompts: pa.Array | Sequence[str], folds: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-class DataError(ValueError):
-    """A data set that cannot be trained on; the message names file and row and says what to do."""
-
-
 def check_rows(path: Path, table: pa.Table) -> None:
-    """Raise DataError for the first row that training could not use, apart from its fold."""
+    """Raise ValueError for the first row that training could not use, apart from its fold."""
     if table.num_rows == 0:
-        raise DataError(f"{path} has a header and no rows")
+        raise ValueError(f"{path} has a header and no rows")
     for column, bad, advice in unusable(table):
         row = pc.index(bad, True).as_py()
         if row >= 0:
-            raise DataError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")
+            raise ValueError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")
 
 
 def unusable(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray, str]]:

@@ -35,7 +35,7 @@ def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[n
 def validation_table(recipe: Recipe, fold: int, run_folder: Path) -> pd.DataFrame:
     """One row per validation image, worst first: row, image (path), prompt, cosine, clean, and the predicted embedding.
 
-    Raises: DataError if the predictions were made for other data than lies in `input/` now.
+    Raises: ValueError if the predictions were made for other data than lies in `input/` now.
     """
     data = datasets.load_datasets(recipe.datasets)
     rows = data.validation_rows(fold)
@@ -43,7 +43,7 @@ def validation_table(recipe: Recipe, fold: int, run_folder: Path) -> pd.DataFram
     embeddings = saved["embeddings"]
     if saved["targets_hash"] != data.hash_targets(rows):
         path = predictions_path(run_folder, fold)
-        raise datasets.DataError(f"{path} was made for other validation rows than those of fold {fold} now")
+        raise ValueError(f"{path} was made for other validation rows than those of fold {fold} now")
     table = pd.DataFrame(
         {
             "row": rows,

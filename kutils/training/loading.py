@@ -22,11 +22,11 @@ MOST_BAD_IMAGES = 0.001  # share of unreadable training images that stops a run,
 
 
 def split_rows(data: PromptImages, fold: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training rows and validation rows of a fold; DataError if there are none of either."""
+    """Training rows and validation rows of a fold; ValueError if there are none of either."""
     training, validation = data.training_rows(fold), data.validation_rows(fold)
     if not len(validation) or not len(training):
         have = sorted({int(value) for value in np.unique(data.folds)})
-        raise datasets.DataError(f"fold {fold} leaves nothing to train or to validate on; the data holds folds {have}")
+        raise ValueError(f"fold {fold} leaves nothing to train or to validate on; the data holds folds {have}")
     return training, validation
 
 

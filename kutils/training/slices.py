@@ -40,7 +40,7 @@ def label_rows(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000
             between commas) or "tags" (6 parts or more); more than MOST_NAMES as for sources;
         similarity: cosine of the prompt and the nearest of all training prompts; missing where the prompt was not
             drawn, or where there is no training row.
-    Raises: TableError for a TSV that cannot be read any more.
+    Raises: ValueError for a TSV that cannot be read any more.
     """
     rows = np.asarray(rows)
     prompts = data.prompts.take(pa.array(rows))

@@ -76,7 +76,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     check_space(recipe, fold, network)
     resume_file = resume.ResumeFile(folder, network, optimizer, scaler, ranks)
     if not resume_file.exists():
-        validation_check.check_images(data, validation_rows, recipe.num_workers, ranks)
+        validation_check.check_validation_images(data, validation_rows, recipe.num_workers, ranks)
     ranks.barrier()
     resume_file.load(state, data)
     total_steps = recipe.epochs * sampler.steps_per_epoch

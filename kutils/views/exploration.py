@@ -21,7 +21,7 @@ from kutils.ensemble.members import EnsembleError
 from kutils.ensemble.validated import MEAN, Validated, read_validated
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
-from kutils.prompts.encoder import EncoderError, TextEncoder, load_encoder
+from kutils.prompts.encoder import TextEncoder, load_encoder
 from kutils.runs import finished, folders, launch, recipes
 from kutils.system import paths
 from kutils.training import slices
@@ -51,7 +51,7 @@ class Exploration:
             names: data sets separated by commas; empty: those of the run finished last, or else `shapes`, which is made
                 where it is missing.
             models: finished runs separated by commas, `*` matches any part of a name; empty: all.
-        Raises: DataError or TableError for data sets that cannot be used, ValueError for a run that is not there.
+        Raises: ValueError or ValueError for data sets that cannot be used, ValueError for a run that is not there.
         """
         run_names = tuple(recipes.split_names(models))
         runs = folders.find_finished(run_names)
@@ -127,8 +127,8 @@ class Exploration:
     def fold_report(self) -> dict | None:
         """Read the report on the folds of the first data set; None where it is missing or outdated."""
         try:
-            return prompt_folds.read_report(paths.input_dir() / f"{self.data.names[0]}.tsv")
-        except prompt_folds.GroupingError as error:
+            return prompt_folds.read_fold_report(paths.input_dir() / f"{self.data.names[0]}.tsv")
+        except ValueError as error:
             print(f"no figure of the folds: {error}")
             return None
 
@@ -172,7 +172,7 @@ class Exploration:
         """all-MiniLM-L6-v2; None, and a line that says so, where it is not installed."""
         try:
             return load_encoder()
-        except (EncoderError, ImportError) as error:
+        except (ValueError, ImportError) as error:
             print(f"words are searched for by the prompts that contain them: no text encoder ({error})")
             return None
 

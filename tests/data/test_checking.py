@@ -12,7 +12,7 @@ from PIL import Image
 
 from kutils.data import bad_rows, checking, image_files, validation_check
 from kutils.data.checking import check_datasets
-from kutils.data.datasets import DataError, load_datasets
+from kutils.data.datasets import load_datasets
 from kutils.data.shards import Encoding, pack
 from kutils.prompts import embedding
 from kutils.system import paths
@@ -177,11 +177,11 @@ def test_unreadable_images_are_named_with_their_reason(inputs, num_workers):
 def test_training_asks_for_validation_images(inputs):
     alone = Ranks(0, 1, torch.device("cpu"))
     data = load_datasets(["toy"])
-    validation_check.check_images(data, np.arange(80), 0, alone)
+    validation_check.check_validation_images(data, np.arange(80), 0, alone)
     break_images(inputs / "toy_images")
-    with pytest.raises(DataError, match=r"(?s)5 of 80 validation .*kutils check input/toy.tsv\n.*0000_1.png is empty"):
-        validation_check.check_images(data, np.arange(80), 0, alone)
-    validation_check.check_images(data, np.arange(5, 80), 0, alone)
+    with pytest.raises(ValueError, match=r"(?s)5 of 80 validation .*kutils check input/toy.tsv\n.*0000_1.png is empty"):
+        validation_check.check_validation_images(data, np.arange(80), 0, alone)
+    validation_check.check_validation_images(data, np.arange(5, 80), 0, alone)
 
 
 def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_change(inputs, monkeypatch):
@@ -192,7 +192,7 @@ def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_c
         return scan(read, rows, num_workers)
 
     def look(rows=range(40)):
-        validation_check.check_images(load_datasets(["toy"]), np.array(rows, np.int32), 0, alone)
+        validation_check.check_validation_images(load_datasets(["toy"]), np.array(rows, np.int32), 0, alone)
         return looked_at[-1]
 
     monkeypatch.setattr(image_files, "scan", spy)
@@ -201,7 +201,7 @@ def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_c
     content = broken.read_bytes()
     broken.write_bytes(b"")
     for _ in range(2):  # nothing is remembered of images that are not in order
-        with pytest.raises(DataError, match="1 of 40 validation images"):
+        with pytest.raises(ValueError, match="1 of 40 validation images"):
             look()
         assert looked_at[-1] == list(range(40))
     broken.write_bytes(content)
@@ -220,7 +220,7 @@ def test_validation_images_found_in_order_are_looked_at_in_part_until_the_data_c
     shutil.rmtree(inputs / "toy.shards")
     assert len(look()) == 40 and len(look()) == 10
     (inputs / "toy_images").rename(inputs / "elsewhere")
-    with pytest.raises(DataError, match="10 of 10 validation images"):
+    with pytest.raises(ValueError, match="10 of 10 validation images"):
         look()
     (inputs / "elsewhere").rename(inputs / "toy_images")
     assert len(look()) == 40  # no more known to be in order
@@ -234,7 +234,7 @@ def test_ranks_share_the_sample(inputs, monkeypatch):
     monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value, value])  # as if both had said it
     for _ in range(2):
         for rank in (1, 0):
-            validation_check.check_images(data, np.arange(41), 0, Ranks(rank, 2, torch.device("cpu")))
+            validation_check.check_validation_images(data, np.arange(41), 0, Ranks(rank, 2, torch.device("cpu")))
     assert [len(rows) for rows in looked_at] == [20, 21, 5, 5]
     assert all((rows % 2 == rank).all() for rows, rank in zip(looked_at, (1, 0, 1, 0), strict=True))
 
@@ -250,7 +250,9 @@ def test_where_nothing_can_be_written_every_run_looks_at_all(inputs, monkeypatch
     monkeypatch.setattr(paths, "write_json", refuse)
     monkeypatch.setattr(validation_check, "SAMPLE", 3)
     for _ in range(2):
-        validation_check.check_images(load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu")))
+        validation_check.check_validation_images(
+            load_datasets(["toy"]), np.arange(8), 0, Ranks(0, 1, torch.device("cpu"))
+        )
     assert looked_at == [8, 8]
 
 
@@ -289,8 +291,8 @@ def test_the_same_image_of_the_same_prompt_is_a_warning(inputs):
 
 def test_three_prompts_of_one_image_are_all_bad_and_point_at_another(inputs):
     """Prompts A, B, A: no row may be missed, and none be told that it differs from itself."""
-    rows = bad_rows.Rows([inputs / "toy.tsv"])  # rows 0 and 1 have one prompt, row 2 another
-    same = bad_rows.compare(rows, np.array([0, 1, 2, 4, 5]), np.array([0, 0, 0, 1, 1]), "it")
+    rows = bad_rows.PooledRows([inputs / "toy.tsv"])  # rows 0 and 1 have one prompt, row 2 another
+    same = bad_rows.mark_shared_images(rows, np.array([0, 1, 2, 4, 5]), np.array([0, 0, 0, 1, 1]), "it")
     assert same.tolist() == [False, False, False, True, True]
     texts = {text: number for number, text in enumerate(rows.reasons)}
     assert rows.bad[:3].tolist() == [
@@ -298,8 +300,8 @@ def test_three_prompts_of_one_image_are_all_bad_and_point_at_another(inputs):
         texts["it as line 4 of toy.tsv, which has another prompt"],
         texts["it as line 3 of toy.tsv, which has another prompt"],
     ]
-    rows = bad_rows.Rows([inputs / "toy.tsv"])
-    bad_rows.compare(rows, np.array([0, 2, 1]), np.array([0, 0, 0]), "it")
+    rows = bad_rows.PooledRows([inputs / "toy.tsv"])
+    bad_rows.mark_shared_images(rows, np.array([0, 2, 1]), np.array([0, 0, 0]), "it")
     assert (rows.bad > 0).sum() == 3 and len(set(rows.reasons)) == 3
 
 
@@ -315,7 +317,7 @@ def test_an_image_is_compared_over_all_data_sets(inputs):
 def test_data_sets_of_two_folders_are_refused(inputs, tmp_path):
     """Equal image paths would be other files."""
     make_dataset(tmp_path / "elsewhere", "more")
-    with pytest.raises(DataError, match=r"more.tsv is not in .*input: data sets that are trained on together"):
+    with pytest.raises(ValueError, match=r"more.tsv is not in .*input: data sets that are trained on together"):
         check_datasets([inputs / "toy.tsv", tmp_path / "elsewhere" / "more.tsv"], progress=False)
 
 
@@ -327,14 +329,14 @@ def test_a_sample_of_images(inputs):
 
 
 def test_an_image_that_vanishes_meanwhile_is_a_bad_row(inputs, monkeypatch):
-    whole = bad_rows.Rows.read_image
+    whole = bad_rows.PooledRows.read_image
 
     def vanishing(rows, row):
         if row == 3:
             (inputs / "toy_images" / "0007_0.png").unlink()
         return whole(rows, row)
 
-    monkeypatch.setattr(bad_rows.Rows, "read_image", vanishing)
+    monkeypatch.setattr(bad_rows.PooledRows, "read_image", vanishing)
     assert found(examine(inputs / "toy.tsv")) == {14: "image: No such file or directory"}
 
 
@@ -346,7 +348,7 @@ def test_a_table_that_changes_meanwhile_is_an_error(inputs, monkeypatch):
         return whole(*arguments)
 
     monkeypatch.setattr(image_files, "scan", slow)
-    with pytest.raises(DataError, match=r"toy.tsv has changed while it was checked"):
+    with pytest.raises(ValueError, match=r"toy.tsv has changed while it was checked"):
         examine(inputs / "toy.tsv")
 
 

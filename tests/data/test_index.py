@@ -14,7 +14,7 @@ from fixtures.datasets import make_dataset
 from kutils.data import index
 from kutils.data.datasets import load_datasets
 from kutils.system.paths import repository_root
-from kutils.system.tables import DataError, read_table, write_table
+from kutils.system.tables import read_table, write_table
 
 ROOT = repository_root()
 
@@ -117,7 +117,7 @@ def test_bad_data_leaves_no_index(workspace):
     embeddings = np.load(workspace / "input" / "toy.npy")
     embeddings[70, 3] = np.inf
     np.save(workspace / "input" / "toy.npy", embeddings)
-    with pytest.raises(DataError, match="row 70") as caught:
+    with pytest.raises(ValueError, match="row 70") as caught:
         load_datasets(["toy"])
     assert index_files(workspace) == [".lock"]
     embeddings[70] = embeddings[0]

@@ -8,11 +8,9 @@ import pytest
 from fixtures.datasets import make_dataset
 
 from kutils.data import preparation
-from kutils.data.datasets import DataError
 from kutils.data.prompt_bank import PromptBank
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
-from kutils.prompts.folds import GroupingError
 from kutils.system.tables import read_table, write_table
 
 
@@ -52,14 +50,16 @@ def test_folds_made_elsewhere_are_kept_and_measured(inputs, capsys):
     assert "kept as they are" in capsys.readouterr().out
     assert [fold["rows"] for fold in report["folds"]] == [8] * 10
     assert [fold["leaked"] for fold in report["folds"]] == [1, 1] + [0] * 8
-    assert report["leaked_share"] == 2 / 40 and "folds by their maker" in prompt_folds.format_report(report)
+    assert report["leaked_share"] == 2 / 40 and "folds by their maker" in prompt_folds.format_leakage(report)
 
 
 def test_a_prompt_in_two_folds_is_an_error(inputs):
     folds = folds_of(inputs / "toy.tsv").copy()
     folds[5] = 9  # row 4 has the same prompt and fold 2
     set_folds(inputs / "toy.tsv", folds)
-    with pytest.raises(DataError, match=r"1 prompts are in two folds.*toy prompt .*folds 2 and 9.*folds input/toy.tsv"):
+    with pytest.raises(
+        ValueError, match=r"1 prompts are in two folds.*toy prompt .*folds 2 and 9.*folds input/toy.tsv"
+    ):
         preparation.prepare(["toy"])
 
 
@@ -67,7 +67,7 @@ def test_folds_that_are_there_are_not_replaced_unless_asked(inputs):
     path = inputs / "toy.tsv"
     preparation.prepare(["toy"], num_folds=4, refold=True)
     kept = path.read_bytes()
-    with pytest.raises(GroupingError, match=r"num_folds 4, not 5; method partition, not leader.*refold=True"):
+    with pytest.raises(ValueError, match=r"num_folds 4, not 5; method partition, not leader.*refold=True"):
         preparation.prepare(["toy"], num_folds=5, method="leader")
     assert path.read_bytes() == kept
     assert preparation.prepare(["toy"], num_folds=5, method="leader", refold=True)["num_folds"] == 5
@@ -75,12 +75,12 @@ def test_folds_that_are_there_are_not_replaced_unless_asked(inputs):
     folds = folds_of(path).copy()
     folds[:3] = -1
     set_folds(path, folds)
-    with pytest.raises(GroupingError, match="3 of 80 rows have no fold and the others have one"):
+    with pytest.raises(ValueError, match="3 of 80 rows have no fold and the others have one"):
         preparation.prepare(["toy"], num_folds=5, method="leader")
 
 
 def test_a_data_set_that_is_not_there_is_named_with_the_nearest(inputs):
-    with pytest.raises(DataError, match=r"tay.tsv is not there; did you mean 'toy'\?; .*--output input/tay"):
+    with pytest.raises(ValueError, match=r"tay.tsv is not there; did you mean 'toy'\?; .*--output input/tay"):
         preparation.prepare(["toy", "tay"])
 
 
@@ -90,7 +90,7 @@ def test_data_sets_are_folded_together(inputs):
     assert report["rows"] == 140 and set(report["datasets"]) == {"toy", "more"}
     assert preparation.prepare(["toy"])["rows"] == 140  # one of them alone: as it was folded
     preparation.prepare(["toy"], refold=True)
-    with pytest.raises(GroupingError, match=r"toy alone, not toy, more together"):
+    with pytest.raises(ValueError, match=r"toy alone, not toy, more together"):
         preparation.prepare(["toy", "more"])
 
 
@@ -103,12 +103,12 @@ def test_outdated_embeddings_are_made_again(inputs):
 
 
 def test_examples_are_of_different_prompts(inputs):
-    images, embedding = preparation.examples(["toy"], count=8)
+    images, embedding = preparation.random_examples(["toy"], count=8)
     assert len(set(embedding)) == 8
     table = read_table(inputs / "toy.tsv", ["image", "prompt"])
     image_of = dict(zip(table["image"].to_pylist(), table["prompt"].to_pylist(), strict=True))
     assert [image_of[str(path.relative_to(inputs))] for path in images] == embedding
-    assert len(preparation.examples(["toy"], count=100)[0]) == 40
+    assert len(preparation.random_examples(["toy"], count=100)[0]) == 40
 
 
 def test_cosines_between_prompts_against_all_pairs():
@@ -127,7 +127,7 @@ def test_lists_of_a_name_are_in_input(inputs):
     lists = preparation.prompt_lists("mine")
     assert [path.name for path in lists] == ["mine.all.tsv", "mine.prompts.tsv", "mine_part2.prompts.tsv"]
     assert {path.parent for path in lists} == {inputs}
-    with pytest.raises(DataError, match=r"'\.\./mine' cannot name lists below"):
+    with pytest.raises(ValueError, match=r"'\.\./mine' cannot name lists below"):
         preparation.prompt_lists("../mine")
 
 

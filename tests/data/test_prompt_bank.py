@@ -9,7 +9,6 @@ import pytest
 from fixtures.datasets import make_dataset, unit_rows
 
 from kutils.data import prompt_bank
-from kutils.data.datasets import DataError
 from kutils.data.prompt_bank import PromptBank
 from kutils.system.progress import progress_bar
 from kutils.system.tables import write_table
@@ -256,11 +255,11 @@ def test_bank_of_a_prompts_file(tmp_path):
     bank = PromptBank.from_table(tmp_path / "p.tsv")
     assert bank.texts([0, 1]) == ["a cat", "a dog"] and np.array_equal(bank.vectors([0, 1]), unit_rows(2))
     np.save(tmp_path / "p.npy", unit_rows(3))
-    with pytest.raises(DataError, match=r"p.npy is float32 \[3, 384\], its TSV needs float32 \[2, 384\]"):
+    with pytest.raises(ValueError, match=r"p.npy is float32 \[3, 384\], its TSV needs float32 \[2, 384\]"):
         PromptBank.from_table(tmp_path / "p.tsv")
     for bad in (np.nan, 2.0):
         np.save(tmp_path / "p.npy", unit_rows(2) * np.float32([[1], [bad]]))
-        with pytest.raises(DataError, match=r"p.npy, row 1 \(line 3 of the TSV\) has length (nan|[12])"):
+        with pytest.raises(ValueError, match=r"p.npy, row 1 \(line 3 of the TSV\) has length (nan|[12])"):
             PromptBank.from_table(tmp_path / "p.tsv")
 
 

@@ -9,7 +9,6 @@ import pytest
 from fixtures.notebooks import assert_readable, execute, figures, printed
 
 from kutils.data import datasets
-from kutils.data.datasets import DataError
 from kutils.ensemble import comparison
 from kutils.runs.finished import read_result
 from kutils.system import paths
@@ -133,7 +132,7 @@ def test_runs_that_cannot_be_compared_row_by_row_are_refused(finished):
         comparison.same_rows(comparison.select_runs("first*"))
     path = paths.input_dir() / "toy.npy"
     np.save(path, np.roll(np.load(path), 2, axis=0))
-    with pytest.raises(DataError, match="was made for other validation rows"):
+    with pytest.raises(ValueError, match="was made for other validation rows"):
         comparison.same_rows(comparison.select_runs("*_fold0"))
 
 

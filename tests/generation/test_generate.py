@@ -17,7 +17,7 @@ from kutils.generation.image_sets import ImageSet
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
 from kutils.system.paths import read_record, write_json
-from kutils.system.tables import TableError, hash_prompts, read_table, write_table
+from kutils.system.tables import hash_prompts, read_table, write_table
 
 PROMPTS = ["a red apple", 'two "blue" hats, in falling snow', "a cat under a starry night sky"]
 
@@ -204,7 +204,7 @@ def test_prompts_come_with_their_sources_and_folds(tmp_path):
     path.write_text("prompt\tsource\nb\tx\n \ty\n")
     with pytest.raises(generate.GenerateError, match=r"p.tsv, line 3: the prompt is empty"):
         generate.read_prompts(path)
-    with pytest.raises(TableError, match="is not there"):
+    with pytest.raises(ValueError, match="is not there"):
         generate.read_prompts(tmp_path / "none.tsv")
 
 
@@ -302,11 +302,11 @@ def test_embedded_data_set_is_ready_for_training(workspace):
     path = generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
     data = datasets.load_datasets(["little"])
     assert len(data) == 120 and set(data.folds.tolist()) == set(range(10))
-    assert prompt_folds.read_report(path)["prompts"] == 60
+    assert prompt_folds.read_fold_report(path)["prompts"] == 60
     before = files_of(workspace / "input")
     generate.make_shapes_dataset("little", num_prompts=60, images_per_prompt=2, size=32)
     assert files_of(workspace / "input") == before
-    report_path, own = prompt_folds.report_path(path), np.arange(120) // 2 % 3
+    report_path, own = prompt_folds.fold_report_path(path), np.arange(120) // 2 % 3
     report_path.unlink()
     table = read_table(path, ["image", "prompt"])
     write_table(path, {"image": table["image"], "prompt": table["prompt"], "fold": own})

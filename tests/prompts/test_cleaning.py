@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from kutils.prompts.cleaning import (
     Cleaner,
     CleaningSettings,
-    Entry,
+    SourceEntry,
     count_words,
     foreign_language,
-    format_report,
+    format_cleaning,
     latin_share,
     load_token_counter,
     prompt_key,
@@ -27,7 +27,7 @@ COMPETITION = json.loads((fixtures.DATA / "competition_embeddings.json").read_te
 
 def clean(*prompts, settings=None, **options):
     cleaner = Cleaner(settings, **options)
-    cleaner.add([Entry(number, prompt) for number, prompt in enumerate(prompts, start=1)], "file", "source")
+    cleaner.add([SourceEntry(number, prompt) for number, prompt in enumerate(prompts, start=1)], "file", "source")
     return cleaner
 
 
@@ -131,7 +131,7 @@ def test_what_is_kept_and_dropped_is_what_was_read(texts):
     assert cleaner.num_read == len(texts) == len(cleaner.prompts) + sum(reasons(cleaner).values())
     assert clean(*cleaner.prompts).prompts == cleaner.prompts  # cleaned again, nothing changes
     json.dumps(cleaner.report(), ensure_ascii=False).encode()
-    format_report(cleaner.report()).encode()
+    format_cleaning(cleaner.report()).encode()
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_duplicates_by_case_white_space_and_end():
 
 def test_the_first_source_wins_and_an_excluded_prompt_is_said_to_be_so():
     cleaner = Cleaner(excluded=["a green dog runs"])
-    cleaner.add([Entry(1, "a red dog runs"), Entry(2, "A green dog runs.")], "a.txt", "a")
-    cleaner.add([Entry(1, "A RED DOG RUNS"), Entry(2, "a blue dog runs")], "b.txt", "b")
+    cleaner.add([SourceEntry(1, "a red dog runs"), SourceEntry(2, "A green dog runs.")], "a.txt", "a")
+    cleaner.add([SourceEntry(1, "A RED DOG RUNS"), SourceEntry(2, "a blue dog runs")], "b.txt", "b")
     assert list(zip(cleaner.prompts, cleaner.sources, strict=True)) == [
         ("a red dog runs", "a"),
         ("a blue dog runs", "b"),
@@ -227,7 +227,7 @@ def test_three_examples_per_reason_and_damaged_text():
     assert dropped["too few words"]["count"] == 6
     assert [case["prompt"] for case in dropped["too few words"]["examples"]] == ["0", "1", "2"]
     assert dropped["damaged characters"]["count"] == 1
-    text = format_report(cleaner.report())
+    text = format_cleaning(cleaner.report())
     assert "7 read, 0 kept" in text and "file:6  'a caf\ufffd at night'" in text
 
 

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from kutils.prompts import collection
 from kutils.prompts.cleaning import Cleaner, CleaningSettings
-from kutils.prompts.formats import SourceError, read_source, recognise
+from kutils.prompts.formats import read_source, recognise_format
 from kutils.system import paths
 from kutils.system.tables import read_table, write_table
 
@@ -50,7 +50,7 @@ def test_lines_columns_and_values_arrive_as_they_are(tmp_path, suffix, bom, end)
         ),
     }
     for source_format, path in found.items():
-        assert recognise(path) == source_format
+        assert recognise_format(path) == source_format
         assert texts(path) == PROMPTS, source_format
 
 
@@ -99,7 +99,7 @@ def test_a_csv_value_with_a_line_break_keeps_the_lines_right(tmp_path):
 )
 def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, name, content, said):
     path = write(tmp_path / name, content)
-    with pytest.raises(SourceError, match=said) as caught:
+    with pytest.raises(ValueError, match=said) as caught:
         list(read_source(path))
     assert "--skip-bad-lines" in str(caught.value)
     entries = list(read_source(path, skip_bad_lines=True))
@@ -117,7 +117,7 @@ def test_a_quote_that_swallows_lines_is_named_by_its_first(tmp_path, skip_bad_li
     path = write(tmp_path / "a.csv", 'prompt,id\n"two\nlines",1\n"' + "".join(good) + closing)
     entries = read_source(path, skip_bad_lines=skip_bad_lines)
     assert next(entries).text == "two\nlines"
-    with pytest.raises(SourceError, match=rf"a.csv, lines {lines}: a quote opened in line 4 is not closed"):
+    with pytest.raises(ValueError, match=rf"a.csv, lines {lines}: a quote opened in line 4 is not closed"):
         next(entries)
 
 
@@ -130,11 +130,11 @@ def test_damaged_parquet_is_named(tmp_path):
     column = parquet.read_metadata(path).row_group(1).column(0)
     middle = column.data_page_offset + column.total_compressed_size // 2
     path.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
-    with pytest.raises(SourceError, match=r"a.parquet is damaged behind row \d+ \("):
+    with pytest.raises(ValueError, match=r"a.parquet is damaged behind row \d+ \("):
         list(read_source(path))
     footer = int.from_bytes(whole[-8:-4], "little")
     path.write_bytes(whole[: -8 - footer] + b"\xff" * footer + whole[-8:])
-    with pytest.raises(SourceError, match=r"a.parquet is no Parquet file, or is damaged"):
+    with pytest.raises(ValueError, match=r"a.parquet is no Parquet file, or is damaged"):
         list(read_source(path))
 
 
@@ -142,19 +142,19 @@ def test_utf_16_is_named_and_a_link_alone_makes_conceptual_captions(tmp_path):
     for encoding in ("utf-16", "utf-16-be"):
         content = ("\ufeff" * (encoding != "utf-16") + "a cat\n").encode(encoding)
         for name in ("a.txt", "a.csv", "a.txt.gz"):
-            with pytest.raises(SourceError, match=rf"{name} is UTF-16; save it as UTF-8"):
+            with pytest.raises(ValueError, match=rf"{name} is UTF-16; save it as UTF-8"):
                 list(read_source(write(tmp_path / name, content)))
-    assert recognise(write(tmp_path / "a.tsv", "prompt\thttp_status\na cat\t200\n")) == "tsv"
+    assert recognise_format(write(tmp_path / "a.tsv", "prompt\thttp_status\na cat\t200\n")) == "tsv"
 
 
 def test_null_and_bad_bytes_in_parquet_are_named(tmp_path):
     parquet.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match=r"a.parquet, row 2: no value"):
+    with pytest.raises(ValueError, match=r"a.parquet, row 2: no value"):
         list(read_source(tmp_path / "a.parquet"))
     offsets, data = pa.array([0, 1, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff\xfe")
     broken = pa.StringArray.from_buffers(2, offsets, data)
     parquet.write_table(pa.table({"prompt": broken}), tmp_path / "b.parquet")
-    with pytest.raises(SourceError, match=r"b.parquet, row 2: not UTF-8"):
+    with pytest.raises(ValueError, match=r"b.parquet, row 2: not UTF-8"):
         list(read_source(tmp_path / "b.parquet"))
 
 
@@ -175,21 +175,21 @@ def test_null_and_bad_bytes_in_parquet_are_named(tmp_path):
     ],
 )
 def test_a_source_that_cannot_be_read_says_what_to_do(tmp_path, name, content, options, said):
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(ValueError, match=said):
         list(read_source(write(tmp_path / name, content), **options))
 
 
 def test_files_that_are_none_or_cut_off(tmp_path):
-    with pytest.raises(SourceError, match="not there"):
+    with pytest.raises(ValueError, match="not there"):
         list(read_source(tmp_path / "missing.txt"))
-    with pytest.raises(SourceError, match="name its files"):
+    with pytest.raises(ValueError, match="name its files"):
         list(read_source(tmp_path))
     whole = gzip.compress("".join(f"prompt number {number}\n" for number in range(20_000)).encode())
     (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match=r"damaged or cut off behind entry [\d,]+"):
+    with pytest.raises(ValueError, match=r"damaged or cut off behind entry [\d,]+"):
         list(read_source(tmp_path / "cut.txt.gz"))
     parquet.write_table(pa.table({"prompt": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(SourceError, match="holds int64, not text"):
+    with pytest.raises(ValueError, match="holds int64, not text"):
         list(read_source(tmp_path / "numbers.parquet"))
 
 
@@ -201,7 +201,7 @@ def test_large_files_are_not_held_whole(tmp_path):
     bad = write(tmp_path / "bad.jsonl", '"a cat"\n' * 3 + "broken\n")
     entries = read_source(bad)
     assert [next(entries).text for _ in range(3)] == ["a cat"] * 3  # line 4 has not been looked at
-    with pytest.raises(SourceError, match="line 4"):
+    with pytest.raises(ValueError, match="line 4"):
         next(entries)
 
 
@@ -308,7 +308,7 @@ def test_what_lies_behind_the_limit_is_not_read(tmp_path):
     told = collection.gather([source, tmp_path / "missing.txt"], cleaner, limit=2, progress=False)
     assert cleaner.num_read == 3
     assert told == [{"file": str(source), "source": "a", "read": 3, "kept": 2}]
-    with pytest.raises(SourceError, match=r"missing\.txt is not there"):
+    with pytest.raises(ValueError, match=r"missing\.txt is not there"):
         collection.gather([source, tmp_path / "missing.txt"], Cleaner(), limit=5, progress=False)
 
 

@@ -8,24 +8,24 @@ import pytest
 from fixtures.datasets import unit_rows
 
 from kutils.prompts import grammar
-from kutils.prompts.cleaning import Cleaner, Entry
-from kutils.prompts.grammar import TemplateError, article, generate_prompts, join_prompts, plural
+from kutils.prompts.cleaning import Cleaner, SourceEntry
+from kutils.prompts.grammar import article, compose_prompts, join_prompts, plural
 from kutils.prompts.grammar_words import PATTERNS, WORDS
 from kutils.system.tables import read_table, write_table
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    return generate_prompts(20_000, seed=3)
+    return compose_prompts(20_000, seed=3)
 
 
 def test_distinct_and_the_same_for_the_same_seed(prompts):
     assert len(set(prompts)) == 20_000
-    assert generate_prompts(500, seed=3) == prompts[:500]
-    assert len(set(generate_prompts(500, seed=4)) & set(prompts)) < 25
-    assert generate_prompts(0) == []
-    with pytest.raises(TemplateError, match="-1 prompts"):
-        generate_prompts(-1)
+    assert compose_prompts(500, seed=3) == prompts[:500]
+    assert len(set(compose_prompts(500, seed=4)) & set(prompts)) < 25
+    assert compose_prompts(0) == []
+    with pytest.raises(ValueError, match="-1 prompts"):
+        compose_prompts(-1)
 
 
 def test_the_grammar_has_hundreds_of_millions_of_prompts():
@@ -48,7 +48,7 @@ def test_every_word_and_pattern_is_used():
 
 def test_prompts_are_clean_english(prompts):
     cleaner = Cleaner()
-    cleaner.add([Entry(number, prompt) for number, prompt in enumerate(prompts)], "generated", "templates")
+    cleaner.add([SourceEntry(number, prompt) for number, prompt in enumerate(prompts)], "generated", "templates")
     report = cleaner.report()
     assert not report["changed"]
     assert set(report["dropped"]) <= {"too few words", "duplicate"} and report["kept"] > 19_000
@@ -109,7 +109,7 @@ def test_prompts_that_differ_in_case_or_punctuation_alone_are_joined_once():
     again = [prompt.upper().rstrip(".") for prompt in prompts]
     joined = join_prompts([*prompts, *again], np.concatenate([embeddings, embeddings]), 4, num_clusters=2)
     assert joined == join_prompts(prompts, embeddings, 4, num_clusters=2)
-    with pytest.raises(TemplateError, match="6 prompts of at most 20 words make 9 pairs"):
+    with pytest.raises(ValueError, match="6 prompts of at most 20 words make 9 pairs"):
         join_prompts([*prompts, *again], np.concatenate([embeddings, embeddings]), 5, num_clusters=2)
 
 
@@ -120,12 +120,12 @@ def test_joined_prompts_fit_into_the_limit_and_names_keep_their_capital():
     joined = join_prompts(prompts, embeddings, 3, num_clusters=2)  # 2 x 3 pairs are left
     assert not any("word word" in text for text in joined)
     assert grammar.lower_start("Paris at night") == "Paris at night" and grammar.lower_start("The end") == "the end"
-    with pytest.raises(TemplateError, match=r"5 prompts of at most 20 words make 6 pairs .* not 4"):
+    with pytest.raises(ValueError, match=r"5 prompts of at most 20 words make 6 pairs .* not 4"):
         join_prompts(prompts, embeddings, 4, num_clusters=2)
-    with pytest.raises(TemplateError, match="only 6 prompts for 7 clusters; give --clusters 6 or fewer"):
+    with pytest.raises(ValueError, match="only 6 prompts for 7 clusters; give --clusters 6 or fewer"):
         join_prompts(prompts, embeddings, 1, num_clusters=7)
     for count, clusters, rows in ((1, 1, 6), (1, 2, 5), (-1, 2, 6)):
-        with pytest.raises(TemplateError, match="give at least 2 clusters"):
+        with pytest.raises(ValueError, match="give at least 2 clusters"):
             join_prompts(prompts, embeddings[:rows], count, num_clusters=clusters)
 
 
@@ -133,7 +133,7 @@ def test_the_commands(tmp_path, capsys):
     output = tmp_path / "made.tsv"
     grammar.main(["--count", "30", "--seed", "7", "--output", str(output)])
     table = read_table(output, ["prompt", "source"])
-    assert table["prompt"].to_pylist() == generate_prompts(30, 7)
+    assert table["prompt"].to_pylist() == compose_prompts(30, 7)
     assert set(table["source"].to_pylist()) == {"templates"}
     with pytest.raises(ValueError, match="with other content"):
         grammar.main(["--count", "31", "--output", str(output)])

@@ -7,7 +7,7 @@ from fixtures.datasets import unit_rows
 from fixtures.prompts import brute_force, cosines, neighbourhoods
 
 from kutils.prompts import similarity
-from kutils.prompts.similarity import GroupingError, kept_strips, similar_pairs
+from kutils.prompts.similarity import similar_pairs, strips_folder
 from kutils.system.ranks import Ranks
 
 DTYPES = ["bfloat16", "float16", "float32"]
@@ -65,13 +65,13 @@ def test_a_search_goes_on_where_it_was_cut(monkeypatch, tmp_path):
         return search(left, right, top, start, *args)
 
     monkeypatch.setattr(similarity, "pairs_of_block", cut)
-    with pytest.raises(KeyboardInterrupt), kept_strips(rows, 0.7) as folder:
+    with pytest.raises(KeyboardInterrupt), strips_folder(rows, 0.7) as folder:
         similar_pairs(rows, 0.7, block_rows=64, folder=folder)
     assert [path.name for path in folder.iterdir()] == ["000000000-64.npz"]  # six blocks; the second strip has five
     similarity.strip_path(folder, 128, 64).write_bytes(b"")  # damaged
     searched.clear()
     monkeypatch.setattr(similarity, "pairs_of_block", lambda *args: searched.append(args[2:4]) or search(*args))
-    with kept_strips(rows, 0.7) as again:
+    with strips_folder(rows, 0.7) as again:
         assert again == folder
         other = similar_pairs(rows, 0.7, block_rows=128, folder=again)  # as on another device: nothing of the above
         assert all(np.array_equal(one, two) for one, two in zip(other, whole, strict=True))
@@ -80,7 +80,7 @@ def test_a_search_goes_on_where_it_was_cut(monkeypatch, tmp_path):
     assert sorted(searched) == [(top, start) for top in range(64, 350, 64) for start in range(top, 350, 64)]
     assert all(np.array_equal(one, other) for one, other in zip(pairs, whole, strict=True))
     assert not folder.exists()
-    with kept_strips(rows, 0.8) as other, kept_strips(rows[1:], 0.7) as another:
+    with strips_folder(rows, 0.8) as other, strips_folder(rows[1:], 0.7) as another:
         assert len({folder, other, another}) == 3
 
 
@@ -134,10 +134,10 @@ def test_ranks_are_dealt_what_is_missing_and_the_main_one_joins(tmp_path):
     assert {path.name[:9] for path in tmp_path.iterdir()} == {"000000064", "000000128", "000000320"}
     pairs = similar_pairs(rows, 0.7, ranks=Alone(0, 2, device), **options)
     assert all(np.array_equal(one, two) for one, two in zip(pairs, similar_pairs(rows, 0.7), strict=True))
-    with kept_strips(rows, 0.7, ranks=Alone(1, 2, device)) as folder:
+    with strips_folder(rows, 0.7, ranks=Alone(1, 2, device)) as folder:
         folder.mkdir(parents=True)
     assert folder.is_dir()  # the main rank may still read
-    with kept_strips(rows, 0.7, ranks=Alone(0, 2, device)):
+    with strips_folder(rows, 0.7, ranks=Alone(0, 2, device)):
         pass
     assert not folder.exists()
 
@@ -146,18 +146,18 @@ def test_ranks_are_dealt_what_is_missing_and_the_main_one_joins(tmp_path):
 def test_rows_that_are_no_unit_vectors_are_named(factor, length):
     rows = unit_rows(6)
     rows[4] *= factor
-    with pytest.raises(GroupingError, match=f"row 4 of the embeddings has length {length}.*embed it again"):
+    with pytest.raises(ValueError, match=f"row 4 of the embeddings has length {length}.*embed it again"):
         similar_pairs(rows, 0.7)
 
 
 def test_rows_of_other_sizes_are_refused():
-    with pytest.raises(GroupingError, match="rows of 384 and of 2 numbers cannot be compared"):
+    with pytest.raises(ValueError, match="rows of 384 and of 2 numbers cannot be compared"):
         similar_pairs(unit_rows(3), 0.7, others=np.eye(2, dtype=np.float32))
-    with pytest.raises(GroupingError, match=r"embeddings of shape \[384\] are no rows of numbers"):
+    with pytest.raises(ValueError, match=r"embeddings of shape \[384\] are no rows of numbers"):
         similar_pairs(unit_rows(1)[0], 0.7)
 
 
 @pytest.mark.parametrize("threshold", [0, -0.5, 1.1, float("nan")])
 def test_threshold_is_checked(threshold):
-    with pytest.raises(GroupingError, match=r"threshold .* is not in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"threshold .* is not in \(0, 1\]"):
         similar_pairs(unit_rows(3), threshold)

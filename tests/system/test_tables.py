@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kutils.system.tables import TableError, folds_hash, holds, read_table, write_table
+from kutils.system.tables import folds_hash, holds, read_table, write_table
 
 COLUMNS = ["image", "prompt", "fold"]
 
@@ -41,21 +41,21 @@ def test_further_columns_come_along(tmp_path):
 def test_a_bad_table_is_refused_with_file_and_line(tmp_path, body, said):
     path = tmp_path / "bad.tsv"
     path.write_text(body, newline="")
-    with pytest.raises(TableError, match=said) as caught:
+    with pytest.raises(ValueError, match=said) as caught:
         read_table(path, COLUMNS)
     assert str(path) in str(caught.value)
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"image\tprompt\tfold\na\tok\t1\na\tcaf\xe9\t1\n")
-    with pytest.raises(TableError, match=r"line 3 is not UTF-8 \(byte 5"):
+    with pytest.raises(ValueError, match=r"line 3 is not UTF-8 \(byte 5"):
         read_table(tmp_path / "a.tsv", COLUMNS)
 
 
 def test_a_value_that_would_break_the_table_is_refused_and_the_former_file_stays(tmp_path):
     path = tmp_path / "a.tsv"
     write_table(path, {"prompt": ["good"]})
-    with pytest.raises(TableError, match="row 1 holds a tab or line break: 'b\\\\tc'"):
+    with pytest.raises(ValueError, match="row 1 holds a tab or line break: 'b\\\\tc'"):
         write_table(path, {"prompt": ["a", "b\tc"]})
     assert path.read_text() == "prompt\ngood\n"
     assert list(tmp_path.iterdir()) == [path]

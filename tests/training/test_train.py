@@ -178,7 +178,7 @@ def test_a_validation_image_that_broke_after_it_was_checked_is_named(workspace, 
     path = recipe_file(epochs=1, num_workers=1)
     data = datasets.load_datasets(["toy"])
     rows = data.validation_rows(0)
-    validation_check.check_images(data, rows, 0, Ranks(0, 1, torch.device("cpu")))
+    validation_check.check_validation_images(data, rows, 0, Ranks(0, 1, torch.device("cpu")))
     record, _ = validation_check.checked_record(data, rows)
     broken = data.image_path(int(rows[3]))
     content = broken.read_bytes()
