@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import minimize
-from sklearn.cluster import MiniBatchKMeans
 
 METHODS = ("equal", "family", "dimension")
 # of the pull of `dimension` towards the weights of `family`, in cosine per squared weight; infinite: no change
@@ -78,6 +76,8 @@ def fit_family_weights(predictions: np.ndarray, targets: np.ndarray) -> np.ndarr
         targets: [n, D], unit rows.
     Returns: float64 [F].
     """
+    from scipy.optimize import minimize  # for fitting alone: where a model predicts, SciPy may be missing
+
     to_target = np.einsum("fnd,nd->nf", predictions, targets).astype(np.float64)
     products = np.einsum("fnd,gnd->nfg", predictions, predictions).astype(np.float64)
 
@@ -130,6 +130,8 @@ def fit_dimension_weights(
 
 def pulled_weights(predictions: np.ndarray, targets: np.ndarray, family_weights: np.ndarray, pull: float) -> np.ndarray:
     """Maximise mean cosine - pull * |weights - family weights|^2 with a sum of 1 in every dimension: float64 [F, D]."""
+    from scipy.optimize import minimize  # for fitting alone: where a model predicts, SciPy may be missing
+
     prior = np.repeat(family_weights[:, None], targets.shape[1], axis=1)
     if np.isinf(pull):
         return prior
@@ -163,6 +165,8 @@ def topics(targets: np.ndarray, prompts: np.ndarray, seed: int = 0) -> np.ndarra
         prompts: int [n]: which prompt a row is of.
     Returns: int [n]; of fewer than 2 * PROMPTS_PER_TOPIC prompts each is a group of its own.
     """
+    from sklearn.cluster import MiniBatchKMeans
+
     _, first, numbers = np.unique(prompts, return_index=True, return_inverse=True)
     count = min(MOST_TOPICS, len(first) // PROMPTS_PER_TOPIC)
     if count < 2:
