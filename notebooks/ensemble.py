@@ -80,7 +80,7 @@ pd.DataFrame(rows, columns=["family", "recipe", "fold", "neighbours", "network's
 # A family whose errors another one shares gets little weight, however good it is alone.
 
 # %%
-score_plots.weights(fitted.mean_weights());
+score_plots.bar_weights(fitted.mean_weights());
 
 # %% [markdown]
 # ## What would be lost without one of them?

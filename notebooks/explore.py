@@ -60,7 +60,7 @@ from kutils.views.exploration import Exploration
 
 explored = Exploration.open(datasets, models)
 print(explored.summary())
-score_plots.counts(explored.sources(), title="Images by source", unit="images");
+score_plots.bar_counts(explored.sources(), title="Images by source", unit="images");
 
 # %% [markdown]
 # ## How long are the prompts?

@@ -69,7 +69,7 @@ print(cleaning.format_cleaning(cleaned))
 # %%
 dropped = {reason: case["count"] for reason, case in cleaned["dropped"].items()}
 title = f"{cleaned['read']:,} entries read, {cleaned['kept']:,} kept; the others"
-score_plots.counts(dropped or {"dropped": 0}, title=title, unit="entries");
+score_plots.bar_counts(dropped or {"dropped": 0}, title=title, unit="entries");
 
 # %% [markdown]
 # ## How many say the same?

@@ -114,9 +114,9 @@ for name, reason in unreadable.items():
 # Seconds per model, loading included; their sum must stay within the budget.
 
 # %%
-with figures.errors_shown():
+with figures.print_errors():
     if state.seconds:
-        score_plots.timing(state.seconds, title=f"Prediction of {len(image_files):,} images")
+        score_plots.bar_times(state.seconds, title=f"Prediction of {len(image_files):,} images")
 
 # %% [markdown]
 # ## What does it mean?
@@ -124,7 +124,7 @@ with figures.errors_shown():
 # what is to be seen, as far as so few can.
 
 # %%
-with figures.errors_shown():
+with figures.print_errors():
     if bank_path(ensemble_path).is_file() and image_files:
         bank = prompt_bank.PromptBank.load(bank_path(ensemble_path))
         titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
@@ -136,7 +136,7 @@ with figures.errors_shown():
 # least sure of them.
 
 # %%
-with figures.errors_shown():
+with figures.print_errors():
     if len(state.families) > 1 and image_files:
         agreement = blending.agreement(state.families)
         least = agreement.argsort()[:8]

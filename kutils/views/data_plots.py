@@ -24,8 +24,8 @@ from kutils.views.figures import (
     thousands,
 )
 
-MOST_BARS = 8  # numbers of images per prompt, and sizes, that are told apart
-MOST_LABELS = 10  # of a map that are told apart
+MOST_BARS = 8  # of numbers of images per prompt, and of sizes; the rest is one bar, or left out
+MOST_LABELS = 10  # with a colour of their own in a map; the rest is grey
 
 
 @styled()
@@ -35,9 +35,9 @@ def prompt_lengths(prompts: Sequence[str]) -> Figure:
     width = -(-int(words.max()) // 60) or 1
     figure, (axes,) = new_axes()
     axes.hist(words, bins=np.arange(0.5, words.max() + 1.5 + width, width), color=BLUE)
-    median, most = np.median(words), np.percentile(words, 95, method="higher")
+    median, high = np.median(words), np.percentile(words, 95, method="higher")
     axes.axvline(median, color=ORANGE, label=f"median: {median:g}")
-    axes.axvline(most, color=ORANGE, linestyle="--", label=f"95% have at most {most:g}")
+    axes.axvline(high, color=ORANGE, linestyle="--", label=f"95% have at most {high:g}")
     title = f"{len(words):,} prompts, the longest of {words.max():g} words"
     axes.set(title=title, xlabel="words per prompt", ylabel="prompts")
     thousands(axes.xaxis, axes.yaxis)
@@ -51,7 +51,7 @@ def fold_report(report: dict) -> Figure:
     """Rows of every fold, and the share of its prompts that have a similar prompt in another fold.
 
     Args:
-        report: of `grouping.assign_folds` or `grouping.read_report`.
+        report: of `folds.assign_folds` or `folds.read_report`.
     Raises: ValueError for a report without folds.
     """
     folds = report.get("folds") or []
@@ -65,8 +65,8 @@ def fold_report(report: dict) -> Figure:
     leak_axes.bar(numbers, [fold["leaked_share"] for fold in folds], color=ORANGE)
     leaked = report["leaked_share"]
     leak_axes.axhline(leaked, color=BLUE, linestyle="--", label=f"all folds: {leaked:.1%}")
-    told = f"prompts with a similar one\nin another fold (cosine >= {report['threshold']:g})"
-    leak_axes.set(title="Leakage between folds", ylabel=told, ylim=(0, None))
+    leak_label = f"prompts with a similar one\nin another fold (cosine >= {report['threshold']:g})"
+    leak_axes.set(title="Leakage between folds", ylabel=leak_label, ylim=(0, None))
     thousands(size_axes.yaxis)
     leak_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     for axes in (size_axes, leak_axes):
@@ -77,31 +77,24 @@ def fold_report(report: dict) -> Figure:
 
 
 @styled()
-def prompt_map(points: np.ndarray, labels: Sequence[str] | Mapping[str, Sequence[str]], title: str) -> Figure:
-    """Prompts as points of a plane, coloured by label: folds, sources, ...
+def prompt_map(points: np.ndarray, labels: Mapping[str, Sequence[str]], title: str) -> Figure:
+    """Prompts as points of a plane, in a panel for each set of labels: folds, sources, ...
 
     Args:
         points: float [n, 2], of a projection of the prompts' embeddings.
-        labels: one per point; or several sets of them side by side: title of the panel -> labels. The ten that most
-            points have are told apart, the others are grey.
+        labels: title of the panel -> the label of each point. The ten most frequent ones have colours.
         title: of the figure.
     Raises: ValueError for no point, another number of labels, or a point that is not finite.
     """
-    panels = labels if isinstance(labels, Mapping) else {"": labels}
-    points = np.asarray(points, np.float64)
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points are [n, 2], not {list(points.shape)}")
-    if not panels:
-        raise ValueError("nothing to draw: no labels")
-    for name, values in panels.items():
-        check_same_length(**{"points": points, f"labels {name}".strip(): values})
+    check_same_length(labels=list(labels))
+    for name, values in labels.items():
+        check_same_length(**{"points": points, f"labels {name}": values})
     finite(points, "coordinates")
-    figure, all_axes = new_axes(len(panels), width=7.5 * len(panels), height=5.6)
-    for axes, (name, values) in zip(all_axes, panels.items(), strict=True):
+    figure, all_axes = new_axes(len(labels), width=7.5 * len(labels), height=5.6)
+    for axes, (name, values) in zip(all_axes, labels.items(), strict=True):
         draw_labels(axes, points, np.array([str(value) for value in values]))
-        axes.set_title(name or title, parse_math=False)
-    if "" not in panels:
-        figure.suptitle(title, parse_math=False)
+        axes.set_title(name, parse_math=False)
+    figure.suptitle(title, parse_math=False)
     figure.supxlabel(
         "Points close together are mostly similar prompts; how far apart others lie says little, and the axes have no\n"
         "unit: many dimensions are pressed into two.",
@@ -111,7 +104,7 @@ def prompt_map(points: np.ndarray, labels: Sequence[str] | Mapping[str, Sequence
 
 
 def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
-    """Scatter of [n, 2] points, a colour and a marker per label; the rarest lie on top."""
+    """Draw [n, 2] points, with a colour and a marker per label; the rarest lie on top."""
     common = [label for label, _ in Counter(labels.tolist()).most_common(MOST_LABELS)]
     size = float(np.clip(40_000 / len(points), 4, 40))
     style = {"s": size, "linewidths": 0}
@@ -127,7 +120,7 @@ def draw_labels(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
         style |= {"color": GREY, "marker": "o"}
         axes.scatter(*points[rest].T, zorder=1.9, label=f"other ({rest.sum():,})", **style)
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "markerscale": (60 / size) ** 0.5}
-    # the labels are given, since of those that Matplotlib finds by itself it leaves out what begins with "_"
+    # given labels, since Matplotlib leaves out labels that begin with "_" where it collects them itself
     legend = axes.legend(axes.collections, [each.get_label() for each in axes.collections], **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -164,7 +157,7 @@ def image_counts(reports: Sequence[dict]) -> Figure:
     """Prompts by their number of images, and images by their size, of several data sets together.
 
     Args:
-        reports: of `check.check_datasets`.
+        reports: of `checking.check_datasets`.
     Raises: ValueError for no report, or none with an image that decodes.
     """
     check_same_length(reports=reports)
@@ -177,13 +170,13 @@ def image_counts(reports: Sequence[dict]) -> Figure:
     figure, (prompt_axes, size_axes) = new_axes(2, width=11)
     numbers = sorted(prompts)
     labels = [f"{number}" if number < MOST_BARS else f"{number} or more" for number in numbers]
-    drawn = prompt_axes.bar(labels, [prompts[number] for number in numbers], color=BLUE, label=labels)
+    bars = prompt_axes.bar(labels, [prompts[number] for number in numbers], color=BLUE, label=labels)
     prompt_axes.set(title=f"{prompts.total():,} prompts", xlabel="images per prompt", ylabel="prompts")
-    prompt_axes.bar_label(drawn, fmt="{:,.0f}")
+    prompt_axes.bar_label(bars, fmt="{:,.0f}")
     thousands(prompt_axes.yaxis)
-    shown = dict(sizes.most_common(MOST_BARS))
-    drawn = size_axes.barh(list(shown), list(shown.values()), color=BLUE, label=list(shown))
-    size_axes.bar_label(drawn, fmt="{:,.0f}", padding=4)
+    names, counts = zip(*sizes.most_common(MOST_BARS), strict=True)
+    bars = size_axes.barh(names, counts, color=BLUE, label=names)
+    size_axes.bar_label(bars, fmt="{:,.0f}", padding=4)
     size_axes.margins(x=0.2)  # room for the numbers
     thousands(size_axes.xaxis)
     size_axes.set(title=f"{sizes.total():,} images", xlabel="images", ylabel="width x height, px")

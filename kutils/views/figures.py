@@ -1,7 +1,7 @@
 """Sets the style of every figure: colours, sizes, and a text below it.
 
-Figures have a transparent background, and colours that read on white as well as on dark pages. A function that draws
-one is decorated with `@styled()` and begins with `new_axes`. In a notebook a figure is shown once and carries its text.
+Figures have a transparent background, and colours that are readable on white and on dark pages. A function that draws
+one is decorated with `@styled()` and begins with `new_axes`. A notebook shows a figure once, with its text as `alt`.
 """
 
 import io
@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,8 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-
-from kutils.system import paths
 
 # Okabe and Ito's colours, moved until each has a contrast of 3:1 on white and on #111111, and each two differ by 17 in
 # CIELAB for normal and for colour-blind eyes; texts have the grey, 4:1 on both, and titles are bold to make up for it
@@ -66,7 +63,6 @@ STYLE = {
     "grid.color": TEXT,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.8,
-    "svg.fonttype": "none",
 }
 CSS_PX = 100  # a page's pixels per inch of a figure
 DPI = 160  # sharp on screens of more than one pixel per CSS pixel, unless that takes more than MOST_BYTES
@@ -79,12 +75,11 @@ SMALL_FONT = 9.5
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """What is drawn inside has the style: `with styled():`, or `@styled()` above a function that draws.
+    """Draw with the style: `with styled():`, or `@styled()` above a function that draws.
 
-    A character that no font has is a box, without a warning for each.
-
-    Not by `rc_context`: the first figure of a notebook makes matplotlib interactive, and that would be undone as well.
+    A character that no font has becomes a box; Matplotlib's warning of each is left out.
     """
+    # not by `rc_context`: the first figure of a notebook makes Matplotlib interactive, and that would be undone, too
     before = {key: plt.rcParams[key] for key in STYLE}
     plt.rcParams.update(STYLE)
     try:
@@ -105,19 +100,19 @@ class DescribedFigure(Figure):
     """
 
     def draw(self, renderer) -> None:
-        with styled():  # some ticks are only made now
+        with styled():  # some ticks are made as late as here
             super().draw(renderer)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        data, told = png(self), alt_text(self)
+        data, alt = png(self), alt_text(self)
         picture = Image.open(io.BytesIO(data))
         width = round(picture.width * CSS_PX / picture.info["dpi"][0])
-        return {"image/png": data, "text/plain": f"<Figure: {told}>"}, {"image/png": {"alt": told, "width": width}}
+        return {"image/png": data, "text/plain": f"<Figure: {alt}>"}, {"image/png": {"alt": alt, "width": width}}
 
     def _ipython_display_(self) -> None:
-        """Show and close it, so that it is not shown again when the cell ends.
+        """Display the figure and close it, so that it is not shown again when the cell ends.
 
-        Not left to the inline backend: that asks for a white page behind a transparent figure (`needs_background`).
+        The inline backend would ask for a white page behind a transparent figure (`needs_background`).
         """
         from IPython.display import display
 
@@ -128,7 +123,7 @@ class DescribedFigure(Figure):
 
 @styled()
 def new_figure(width: float, height: float) -> DescribedFigure:
-    """An empty figure of so many inches."""
+    """Make an empty figure; width and height in inches."""
     return plt.figure(FigureClass=DescribedFigure, figsize=(width, height), layout="constrained")
 
 
@@ -136,39 +131,36 @@ def new_figure(width: float, height: float) -> DescribedFigure:
 def new_axes(
     columns: int = 1, rows: int = 1, *, width: float = 8, height: float = 3.6, share_x: bool = False
 ) -> tuple[DescribedFigure, np.ndarray]:
-    """A figure of rows x columns axes, [rows * columns]; width and height are the whole figure's, in inches."""
+    """Make a figure and its axes, [rows * columns]; width and height of the whole figure in inches."""
     figure = new_figure(width, height)
     return figure, figure.subplots(rows, columns, sharex=share_x, squeeze=False).ravel()
 
 
 def alt_text(figure: Figure) -> str:
-    """What a figure shows, in words: titles, axes with their units, bars and legends with their numbers, images."""
-    told = [figure.get_suptitle()] if figure.get_suptitle() else []
-    images = [axes for axes in figure.axes if axes.images]
-    if images:
-        told.append(f"{len(images)} image{'s' * (len(images) > 1)}")
-    told += [text for axes in figure.axes if (text := axes_text(axes))]
-    told += [figure.get_supxlabel()] if figure.get_supxlabel() else []
-    text = " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in told)
+    """Describe a figure in words: titles, axes with their units, bars and legends with their numbers, images."""
+    images = sum(bool(axes.images) for axes in figure.axes)
+    sentences = [figure.get_suptitle(), f"{images} image{'s' * (images > 1)}" if images else ""]
+    sentences += [*map(axes_text, figure.axes), figure.get_supxlabel()]
+    text = " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in sentences if part)
     return textwrap.shorten(text, MOST_ALT_CHARACTERS, placeholder=" ...") or "An empty figure."
 
 
 def axes_text(axes: Axes) -> str:
-    """Title, axis labels, bars, texts and legend of one panel."""
+    """Describe one panel: title, axis labels, bars, texts and legend."""
     labels = [axes.get_ylabel().replace("\n", " "), axes.get_xlabel()] if axes.axison else []
-    told = [" against ".join(label for label in labels if label)]
+    axis_text = " against ".join(label for label in labels if label)
     bars = [patch.get_label() for patch in axes.patches if not patch.get_label().startswith("_")]
     texts = [text.get_text() for text in axes.texts]
     if len(bars) == len(texts):
         texts = [f"{bar}: {text}" for bar, text in zip(bars, texts, strict=True)]
     legend = [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
-    details = "; ".join(text for text in [*told, *texts, *legend] if text)
+    details = "; ".join(text for text in [axis_text, *texts, *legend] if text)
     return ": ".join(text for text in (axes.get_title() or axes.get_title("left"), details) if text)
 
 
 @styled()
 def png(figure: Figure, dpi: int = DPI) -> bytes:
-    """A figure as a PNG file that holds its text; one of more than a megabyte gets fewer pixels."""
+    """Encode a figure as a PNG file that contains its text; above a megabyte it gets fewer pixels."""
     while True:
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=dpi, bbox_inches="tight", metadata={"Description": alt_text(figure)})
@@ -178,30 +170,16 @@ def png(figure: Figure, dpi: int = DPI) -> bytes:
         dpi = max(LEAST_DPI, int(dpi * 0.95 * (MOST_BYTES / size) ** 0.5))
 
 
-@styled()
-def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
-    """Write a figure to an image file (.png, .svg, ...: the suffix says what), atomically, and close it.
-
-    PNG and SVG files hold the figure's text as their description, and have its transparent background; others are
-    white.
-    """
-    described = Path(path).suffix.lower() in (".png", ".svg")
-    more = {"metadata": {"Description": alt_text(figure)}} if described else {"facecolor": "white"}
-    with paths.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, bbox_inches="tight", **more)
-    plt.close(figure)
-
-
 @contextmanager
-def errors_shown() -> Iterator[None]:
-    """Print an error of the block and go on: a figure must not cost the results that are already there."""
+def print_errors() -> Iterator[None]:
+    """Print an error of the block and continue: a figure that fails must not stop a notebook that has results."""
     try:
         yield
     except Exception:
         traceback.print_exc()
 
 
-# ---------------------------------------------------------------- what figures are given
+# ---------------------------------------------------------------- checks of arguments
 
 
 def check_same_length(**lists: Sequence) -> None:
@@ -214,7 +192,7 @@ def check_same_length(**lists: Sequence) -> None:
 
 
 def finite(values, what: str) -> np.ndarray:
-    """float64 [n]; ValueError if there are none, or one is not finite."""
+    """The values as float64 [n]. Raises ValueError if there are none, or one is not finite."""
     values = np.asarray(values, np.float64).ravel()
     if not len(values):
         raise ValueError(f"nothing to draw: no {what}")
@@ -224,26 +202,27 @@ def finite(values, what: str) -> np.ndarray:
 
 
 def wrap(text: str, width: int = LINE_CHARACTERS, lines: int = 5) -> str:
+    """Break a text into lines; what goes beyond the last one is cut."""
     return textwrap.fill(str(text), width, max_lines=lines, placeholder=" ...")
 
 
-# ---------------------------------------------------------------- what figures are made of
+# ---------------------------------------------------------------- parts of axes
 
 
 def despine(axes: Axes, grid: str = "both") -> None:
-    """Only the left and lower border, and a faint grid below the data."""
+    """Leave only the left and lower border, and draw a faint grid below the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color=TEXT, alpha=STYLE["grid.alpha"], linewidth=STYLE["grid.linewidth"])
     axes.set_axisbelow(True)
 
 
 def thousands(*each: Axis) -> None:
-    """1,234,567 at the ticks of an axis that counts, and no ticks between whole numbers."""
+    """Write the ticks of an axis of counts as 1,234,567, at whole numbers only."""
     for axis in each:
         axis.set_major_formatter("{x:,.0f}")
         axis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 2.5, 5, 10)))
 
 
 def legend_below(axes: Axes) -> None:
-    """A legend under the axis label, where it is never on the data."""
+    """Put the legend under the axis label, where it covers no data."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))

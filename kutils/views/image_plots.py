@@ -24,7 +24,7 @@ from kutils.views.figures import (
 )
 from kutils.views.model_style import model_color
 
-TILE_PX = 384  # images are shown no larger: a grid of 4-megapixel files would make a notebook of 50 MB
+TILE_PX = 384  # of the longer side at most: a grid of 4-megapixel files would make a notebook of 50 MB
 LINE_INCHES = 0.185  # room for a line of SMALL_FONT
 LINE_POINTS = 11.5  # from line to line of SMALL_FONT
 
@@ -193,7 +193,7 @@ def neighbours(image, tables: Mapping[str, pd.DataFrame]) -> Figure:
 def new_tiles(
     count: int, columns: int, text_lines: int, *, title_lines: int = 1, width: float = 3, title: str = ""
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with room for `count` images of `width` inches and their texts; those without an image are empty.
+    """Make a figure with room for `count` images of `width` inches and their texts; tiles without an image stay empty.
 
     Args:
         columns: images side by side; fewer where there are fewer images.
@@ -213,12 +213,12 @@ def new_tiles(
 
 
 def show_image(axes: Axes, image) -> None:
-    """Draw a path, a Pillow image or a uint8 array in a square; say so there where a file cannot be read."""
+    """Draw a path, a Pillow image or a uint8 array in a square; for a file that cannot be read, its name and error."""
     axes.axis("off")
     if not isinstance(image, Image.Image):
         try:
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image).convert("RGB")
-        # what Pillow raises for missing and broken files, and for those of too many pixels
+        # Pillow raises these for missing and broken files, and for those with too many pixels
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = wrap(f"{Path(image).name}: {type(error).__name__}")
             style = {"ha": "center", "va": "center", "color": ORANGE, "parse_math": False}
@@ -233,12 +233,12 @@ def show_image(axes: Axes, image) -> None:
 
 
 def show_tile(axes: Axes, image, title: str, text: str, **title_style) -> None:
-    """An image with a title above and a text below, neither read as a formula."""
+    """Draw an image with a title above and a text below; neither is read as a formula."""
     show_image(axes, image)
     axes.set_title(title, parse_math=False, **title_style)
     axes.text(0, -0.03, text, transform=axes.transAxes, va="top", fontsize=SMALL_FONT, parse_math=False)
 
 
 def count_lines(texts: Sequence[str]) -> int:
-    """Of the longest text."""
+    """Lines of the longest text."""
     return max(text.count("\n") + 1 for text in texts)

@@ -9,14 +9,14 @@ from kutils.views.figures import BLUE, COLORS, GREEN, GREY, ORANGE, PINK, SKY, V
 
 
 class ModelStyle(NamedTuple):
-    """How a model is drawn everywhere: `axes.plot(x, y, **model_style(name)._asdict())`."""
+    """How to draw a model: `axes.plot(x, y, **model_style(name)._asdict())`."""
 
     color: str
     linestyle: str
     marker: str
 
 
-# families that are drawn together have different colours; the tiny ones have those of what they stand for
+# families in one figure have different colours; a tiny recipe has the colour of the large one that it imitates
 FAMILIES = {
     "convnext_large": (BLUE, "o"),
     "tiny_convnext": (BLUE, "o"),
@@ -39,28 +39,26 @@ def model_style(name: str) -> ModelStyle:
     """Colour and marker of a model's family, and the line style of its stage; the same in every session.
 
     Args:
-        name: of a family, a recipe, or a run, such as `tiny_vit_stage2_fold0`; ways of weighting ("family weights") are
-            ensembles. Another name gets the colour of a checksum of what comes before its stage and fold.
+        name: of a family, a recipe, or a run, such as `tiny_vit_stage2_fold0`, or a method of weighting ("family
+            weights"). For another name, a checksum of what comes before its stage and fold chooses the colour.
     """
-    family = family_of(name)
-    if family:
+    if family := family_of(name):
         color, marker = FAMILIES[family]
     else:
-        own = re.sub(r"(_24gb)?_(stage|fold)\d.*", "", name)
-        checksum = zlib.crc32(own.encode())
+        checksum = zlib.crc32(re.sub(r"(_24gb)?_(stage|fold)\d.*", "", name).encode())
         color, marker = COLORS[checksum % len(COLORS)], MARKERS[checksum // len(COLORS) % len(MARKERS)]
     return ModelStyle(color, STAGES.get(stage_of(name), "-"), marker)
 
 
 def model_styles(names: Sequence[str]) -> dict[str, ModelStyle]:
-    """The style of each model of one figure; one that would look like one before it gets another line and marker."""
-    found: dict[str, ModelStyle] = {}
+    """The styles of the models of one figure; where two would look alike, the second gets another line and marker."""
+    styles: dict[str, ModelStyle] = {}
     for name in names:
-        own = model_style(name)
+        first = model_style(name)
         looks = zip(LINES[1:] * len(MARKERS), MARKERS * len(LINES), strict=False)
-        others = (ModelStyle(own.color, *look) for look in looks)
-        found[name] = next((style for style in (own, *others) if style not in found.values()), own)
-    return found
+        others = (ModelStyle(first.color, *look) for look in looks)
+        styles[name] = next((style for style in (first, *others) if style not in styles.values()), first)
+    return styles
 
 
 def model_color(name: str) -> str:
@@ -69,14 +67,13 @@ def model_color(name: str) -> str:
 
 
 def family_of(name: str) -> str | None:
-    """The family of FAMILIES that a recipe, a run, or a way of weighting is of; None for all others."""
+    """The family in FAMILIES of a recipe, a run, or a method of weighting; None for another name."""
     known = [family for family in FAMILIES if re.match(rf"{family}(?![a-z0-9])", name)]
     return max(known, key=len) if known else "ensemble" if name.endswith(" weights") else None
 
 
 def stage_of(name: str) -> int:
-    """1, 2 or 3 of a recipe or run, whose published names tell it by their data sets and epochs; 1 for all others."""
-    told = re.search(r"_stage(\d)", name)
-    if told:
-        return int(told[1])
+    """The stage in the name of a recipe or run; published names say it by their data sets and epochs; 1 by default."""
+    if match := re.search(r"_stage(\d)", name):
+        return int(match[1])
     return 1 if "_8data_" not in name else 3 if re.search(r"_1epoch_fold\d", name) else 2

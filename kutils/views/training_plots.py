@@ -28,7 +28,7 @@ from kutils.views.model_style import model_styles
 
 @styled()
 def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> Figure:
-    """Loss, learning rate and validation cosine of one run, also while it is going on.
+    """Loss, learning rate and validation cosine of one run, finished or not.
 
     Args:
         metrics_path: the run's metrics.jsonl.
@@ -64,7 +64,7 @@ def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> F
 
 
 def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
-    """Validation cosine after every epoch: all rows, rows without a similar training prompt, and the baseline."""
+    """Draw the validation cosine after every epoch: all rows, rows without a similar training prompt, the baseline."""
     for key, color, style, name in (
         ("cosine_similarity", GREEN, "o-", "all rows"),
         ("cosine_similarity_clean", BLUE, "s-", "rows without a similar training prompt"),
@@ -84,32 +84,32 @@ def draw_scores(axes: Axes, scored: list[dict], baseline: float | None) -> None:
 
 
 @styled()
-def run_curves(finished: Sequence[FinishedRun]) -> Figure:
-    """Training loss and validation cosine of several runs over the share of their training that is done.
+def run_curves(runs: Sequence[FinishedRun]) -> Figure:
+    """Training loss and validation cosine of several runs, over the share of each run's updates.
 
     Raises: ValueError for no run.
     """
-    check_same_length(runs=finished)
-    figure, (loss_axes, score_axes) = new_axes(2, width=13, height=4 + 0.22 * len(finished))
-    for run, style in zip(finished, model_styles([run.name for run in finished]).values(), strict=True):
-        look = style._asdict()
-        total = run.result.updates
+    check_same_length(runs=runs)
+    figure, (loss_axes, score_axes) = new_axes(2, width=13, height=4 + 0.22 * len(runs))
+    styles = model_styles([run.name for run in runs])
+    for run in runs:
+        style, total = styles[run.name]._asdict(), run.result.updates
         logged = [line for line in run.metrics if "loss" in line]
         scored = [line for line in run.metrics if "cosine_similarity" in line]
         losses = pd.Series([line["loss"] for line in logged], dtype=float)
         smooth = losses.rolling(max(1, len(losses) // 30), min_periods=1).mean()
         loss_axes.plot(
-            [line["step"] / total for line in logged], smooth, label=run.name, **look, markevery=(len(smooth) - 1, 1)
+            [line["step"] / total for line in logged], smooth, label=run.name, **style, markevery=(len(smooth) - 1, 1)
         )
         values = [line["cosine_similarity"] for line in scored]
-        score_axes.plot([line["step"] / total for line in scored], values, **look)
+        score_axes.plot([line["step"] / total for line in scored], values, **style)
     loss_axes.set(title="Training loss", ylabel="1 - cosine similarity")
     score_axes.set(title="Validation", ylabel="mean cosine similarity")
     for axes in (loss_axes, score_axes):
         despine(axes)
         axes.set_xlabel("share of the run's updates")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.legend(loc="outside lower center", ncols=1 + (len(finished) > 3))
+    figure.legend(loc="outside lower center", ncols=1 + (len(runs) > 3))
     return figure
 
 
@@ -117,7 +117,7 @@ def run_curves(finished: Sequence[FinishedRun]) -> Figure:
 def throughput(run: FinishedRun) -> Figure:
     """Images per second and the share of time spent waiting for data, over a run's updates.
 
-    Raises: ValueError for a run that has logged neither.
+    Raises: ValueError for a run whose metrics have neither.
     """
     logged = [line for line in run.metrics if "images_per_second" in line]
     check_same_length(log_lines=logged)

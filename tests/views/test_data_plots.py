@@ -66,9 +66,11 @@ def test_a_map_tells_ten_labels_apart():
     assert len(looks) == 10  # by colour and marker
     assert by_source.collections[-1].get_zorder() < by_source.collections[0].get_zorder()
     assert len(by_fold.get_xticks()) == 0 and "axes have no" in figure.get_supxlabel()
-    one = data_plots.prompt_map(points, ["$\\frac"] * 9 + ["-1"] * 191, "One")  # drawn as a formula, it would raise
-    assert "_a (9)" in texts(data_plots.prompt_map(points, ["_a"] * 9 + ["b"] * 191, "Two"))
-    assert one.axes[0].get_title() == "One" and {"$\\frac (9)", "-1 (191)"} <= set(texts(one))
+    one = data_plots.prompt_map(
+        points, {"$y": ["$\\frac"] * 9 + ["-1"] * 191}, "One"
+    )  # drawn as a formula, it would raise
+    assert "_a (9)" in texts(data_plots.prompt_map(points, {"fold": ["_a"] * 9 + ["b"] * 191}, "Two"))
+    assert one.axes[0].get_title() == "$y" and {"$\\frac (9)", "-1 (191)"} <= set(texts(one))
 
 
 @pytest.mark.parametrize(
@@ -76,11 +78,13 @@ def test_a_map_tells_ten_labels_apart():
     [
         (lambda: data_plots.prompt_lengths([]), "no prompts"),
         (lambda: data_plots.fold_report({}), "no folds"),
-        (lambda: data_plots.prompt_map(np.zeros((0, 2)), [], ""), "no points"),
+        (lambda: data_plots.prompt_map(np.zeros((0, 2)), {"fold": []}, ""), "no points"),
         (lambda: data_plots.prompt_map(np.zeros((3, 2)), {}, ""), "no labels"),
         (lambda: data_plots.prompt_map(np.zeros((3, 2)), {"fold": ["0"]}, ""), "3 points, 1 labels fold"),
-        (lambda: data_plots.prompt_map(np.zeros((3, 3)), list("abc"), ""), r"points are \[n, 2\], not \[3, 3\]"),
-        (lambda: data_plots.prompt_map(np.full((3, 2), np.nan), list("abc"), ""), "coordinates number 0 is not finite"),
+        (
+            lambda: data_plots.prompt_map(np.full((3, 2), np.nan), {"fold": list("abc")}, ""),
+            "coordinates number 0 is not finite",
+        ),
     ],
 )
 def test_nothing_to_draw_is_said_and_leaves_no_figure(draw, said):

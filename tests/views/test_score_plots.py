@@ -32,27 +32,27 @@ def test_score_bars_begin_at_the_baseline():
 
 def test_weights_and_timing_bars_begin_at_zero():
     for axes in (
-        score_plots.weights({"a": 0.6, "b": -0.1}).axes[0],
-        score_plots.timing({"a": 0.6, "b": -0.1}, "T").axes[0],
+        score_plots.bar_weights({"a": 0.6, "b": -0.1}).axes[0],
+        score_plots.bar_times({"a": 0.6, "b": -0.1}, "T").axes[0],
     ):
         assert [patch.get_width() for patch in axes.patches] == [0.6, -0.1]
         assert {patch.get_x() for patch in axes.patches} == {0}
 
 
 def test_counts_are_drawn_in_order():
-    figure = score_plots.counts({"kept": 12345, "too short": 7}, title="What was read", unit="entries")
+    figure = score_plots.bar_counts({"kept": 12345, "too short": 7}, title="What was read", unit="entries")
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == [12345, 7]
     assert {"12,345", "7", "kept", "too short", "entries"} <= set(texts(figure))
     with pytest.raises(ValueError, match="no values"):
-        score_plots.counts({}, title="", unit="")
+        score_plots.bar_counts({}, title="", unit="")
 
 
 def test_bars_and_sets_that_are_models_have_their_colors():
     names = ["tiny_vit", "eva02_large_clsonly", "mean prompt"]
     for figure in (
-        score_plots.weights(dict.fromkeys(names, 0.5)),
-        score_plots.timing(dict.fromkeys(names, 1234.5)),
+        score_plots.bar_weights(dict.fromkeys(names, 0.5)),
+        score_plots.bar_times(dict.fromkeys(names, 1234.5), "T"),
     ):
         assert [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches] == list(
             map(model_style.model_color, names)
@@ -111,8 +111,8 @@ def test_dots_of_two_stages_of_a_model_look_different():
         (lambda: score_plots.similarity_histogram({}), "no cosines"),
         (lambda: score_plots.similarity_histogram([0.1, float("nan")]), "cosines number 1 is not finite"),
         (lambda: score_plots.bar_scores({}), "no values"),
-        (lambda: score_plots.weights({"a": float("inf")}), "values number 0 is not finite"),
-        (lambda: score_plots.timing({}), "no values"),
+        (lambda: score_plots.bar_weights({"a": float("inf")}), "values number 0 is not finite"),
+        (lambda: score_plots.bar_times({}, "T"), "no values"),
     ],
 )
 def test_nothing_to_draw_is_said_and_leaves_no_figure(draw, said):
