@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from kutils.benchmarks import measuring
 from kutils.data import datasets, image_files, shards
 from kutils.data.index import open_index
+from kutils.data.sampler import EpochSampler
 from kutils.generation import shapes
 from kutils.runs import launch, recipes
 from kutils.system import paths
@@ -85,7 +86,7 @@ def open_dataset(folder: Path, name: str, rows: int) -> datasets.PromptImages:
 def load_epoch(data: datasets.PromptImages) -> None:
     """Load all batches of an epoch with two workers, as training of a large recipe does."""
     recipe, rows = recipes.load_recipe(recipes.find_recipe("convnext_large", 1)), data.training_rows(0)
-    sampler = datasets.EpochSampler(
+    sampler = EpochSampler(
         data, rows, recipe.seed, global_batch_size=32, local_batch_size=32, block_rows=data.block_rows
     )
     loader = DataLoader(

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from kutils.benchmarks import measuring
 from kutils.benchmarks.measuring import BenchmarkError, entry, peak_megabytes, private_megabytes
 from kutils.data import datasets, transforms, validation_check
+from kutils.data.sampler import EpochSampler
 from kutils.models import networks
 from kutils.runs import launch, recipes
 from kutils.system import paths, tables
@@ -133,7 +134,7 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
         result = {"seconds": time.monotonic() - began, "opened": private_megabytes() - before}
         rows, pictures = data.training_rows(0), OnePicture(**vars(data))
         training_images = datasets.TrainingImages(pictures, rows, recipe)
-        sampler = datasets.EpochSampler(
+        sampler = EpochSampler(
             data,
             rows,
             recipe.seed,

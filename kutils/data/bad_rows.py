@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.data import image_files
-from kutils.data.datasets import last_values, read_clean_mark
+from kutils.data.datasets import last_values
+from kutils.prompts.clean_marks import read_clean_mark, write_clean_mark
 from kutils.system import embedding_files, paths
 from kutils.system.embedding_files import map_embeddings
 from kutils.system.tables import folds_hash, hash_prompts, holds, read_table, unusable, write_table
@@ -193,10 +194,9 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
         checked.with_suffix(suffix).unlink(missing_ok=True)
     if with_embeddings:
         copy_embeddings(path, checked, good, good_rows["prompt"], len(bad))
-    clean = read_clean_mark(path.with_suffix(".clean.npz"), len(bad), hash_of(table))
+    clean = read_clean_mark(path, len(bad), hash_of(table))
     if clean is not None:
-        with paths.atomic_path(checked.with_suffix(".clean.npz")) as temporary:
-            np.savez(temporary, clean=clean[good], folds_hash=np.array(hash_of(good_rows)))
+        write_clean_mark(checked, clean[good], hash_of(good_rows))
     write_table(checked, good_rows)
     result = f"{path}: {len(rows):,} bad rows in {quarantine}, the other {len(good):,} are the data set {checked.stem}"
     return result if with_embeddings else f"{result}, not embedded yet: python input/gen_prompt_embedding.py {checked}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from kutils.prompts.clean_marks import clean_mark_path, write_clean_mark
 from kutils.prompts.partition import (
     FOLD_METHODS,
     assign,
@@ -195,7 +196,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
         rows = {"rows": table.num_rows, "folds_hash": folds_hash(table["prompt"], folds[distinct.codes[path]])}
         report["datasets"][path.stem] = rows
         fold_report_path(path).unlink(missing_ok=True)
-        path.with_suffix(".clean.npz").unlink(missing_ok=True)
+        clean_mark_path(path).unlink(missing_ok=True)
     for path, table in distinct.tables.items():
         codes = distinct.codes[path]
         if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # else the same again: keep the older .bak
@@ -203,8 +204,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
                 shutil.copy2(path, temporary)
             column = pa.array(folds[codes])
             write_table(path, {name: column if name == "fold" else table[name] for name in table.column_names})
-        with paths.atomic_path(path.with_suffix(".clean.npz")) as temporary:
-            np.savez(temporary, clean=clean[codes], folds_hash=np.array(report["datasets"][path.stem]["folds_hash"]))
+        write_clean_mark(path, clean[codes], report["datasets"][path.stem]["folds_hash"])
     for path in distinct.tables:
         own = {"folds_hash": report["datasets"][path.stem]["folds_hash"], **report}
         paths.write_json(fold_report_path(path), own)

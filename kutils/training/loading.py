@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from kutils.data import datasets
-from kutils.data.datasets import EpochSampler, PromptImages
+from kutils.data.datasets import PromptImages
+from kutils.data.sampler import EpochSampler
 from kutils.runs.recipes import Recipe
 from kutils.system import children, paths
 from kutils.system.ranks import Ranks

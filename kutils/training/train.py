@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from kutils.data import datasets, transforms, validation_check
 from kutils.data.datasets import PromptImages
+from kutils.data.sampler import EpochSampler
 from kutils.models import checkpoints, networks
 from kutils.models.networks import PromptEmbedder
 from kutils.runs import finished, folders, recipes
@@ -44,7 +45,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     data = datasets.load_datasets(recipe.datasets)
     training_rows, validation_rows = loading.split_rows(data, fold)
     local_batch_size, accumulation = loading.batch_split(recipe, ranks.world_size)
-    sampler = datasets.EpochSampler(
+    sampler = EpochSampler(
         data,
         training_rows,
         recipe.seed,

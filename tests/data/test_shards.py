@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kutils.data import datasets, shards, transforms, validation_check
-from kutils.data.datasets import EpochSampler, TrainingImages, ValidationImages, load_datasets
+from kutils.data.datasets import TrainingImages, ValidationImages, load_datasets
+from kutils.data.sampler import WINDOW_BLOCKS, EpochSampler
 from kutils.data.shards import Encoding, pack
 from kutils.runs import folders
 from kutils.system import arrow, processes
@@ -161,9 +162,9 @@ def test_an_epoch_reads_a_window_of_blocks_at_a_time():
     np.minimum.at(first, blocks, np.arange(len(blocks)))
     np.maximum.at(last, blocks, np.arange(len(blocks)))
     open_at_once = [((first <= position) & (last >= position)).sum() for position in range(0, len(blocks), 97)]
-    assert max(open_at_once) == datasets.WINDOW_BLOCKS < shards.MOST_OPEN
-    inside = blocks[: first[np.argsort(first)[datasets.WINDOW_BLOCKS]]]  # the first window
-    assert len(set(inside)) == datasets.WINDOW_BLOCKS
+    assert max(open_at_once) == WINDOW_BLOCKS < shards.MOST_OPEN
+    inside = blocks[: first[np.argsort(first)[WINDOW_BLOCKS]]]  # the first window
+    assert len(set(inside)) == WINDOW_BLOCKS
     assert np.mean(np.diff(inside) == 0) < 0.1  # mixed: 1 / 32 of the neighbours are of one block
     assert (np.diff(np.unique(inside)) > 1).any()  # and of anywhere in the data set
 
