@@ -17,7 +17,8 @@ import numpy as np
 
 from kutils.ensemble.blending import mean_cosine
 from kutils.ensemble.fit import load_ensemble
-from kutils.generation import generate, shapes
+from kutils.generation import shapes
+from kutils.generation.image_sets import image_seed
 from kutils.kaggle.submission import SUBMISSION_HEADER
 from kutils.prompts import embedding
 from kutils.runs import finished, launch
@@ -110,7 +111,7 @@ class Demo:
         fresh, folder = fresh[:NUM_TEST_IMAGES], paths.input_dir() / "competition" / "images"
         for number, prompt in enumerate(fresh):
             with paths.atomic_path(folder / f"{number:04d}.png") as temporary:
-                shapes.render(prompt, generate.image_seed(prompt, 0)).save(temporary)
+                shapes.render(prompt, image_seed(prompt, 0)).save(temporary)
         with paths.atomic_path(folder.parent / "sample_submission.csv") as temporary:
             rows = [f"0000_{dimension},0.0" for dimension in range(EMBEDDING_DIM)]
             temporary.write_text("\n".join([SUBMISSION_HEADER, *rows, ""]))

@@ -64,8 +64,8 @@ from kutils.system.tables import read_table, write_table
 
 prompts_file = Path(prompts_path or paths.working_dir() / "runs" / f"generate_{output}" / "prompts.tsv")
 if not prompts_path:
-    made = shapes.generate_prompts(num_prompts)
-    write_table(prompts_file, {"prompt": made, "source": ["shapes"] * len(made)})
+    texts = shapes.generate_prompts(num_prompts)
+    write_table(prompts_file, {"prompt": texts, "source": ["shapes"] * len(texts)})
 prompts, columns = image_sets.read_prompts(prompts_file)
 suffix = generate.SUFFIXES[backend]
 image_set = image_sets.ImageSet(paths.input_dir() / output, prompts, images_per_prompt, suffix, columns)
@@ -75,8 +75,8 @@ print("\n".join(prompts[:5]))
 
 # %% [markdown]
 # ## Make the images
-# What is there is kept, so that a run that was cut goes on. Ranks share the work, one per GPU; rank 0 speaks here, and
-# the log of every rank stays in the run folder.
+# Images that are there stay, so that a run that was cut goes on. Ranks share the work, one per GPU. Rank 0 prints here;
+# the log of every rank is in the run folder.
 
 # %%
 import shlex
@@ -96,7 +96,7 @@ else:
 
 # %% [markdown]
 # ## How fast was it, and is anything left?
-# Starting and loading the model count here; with many images they do not matter. The table is written when all is made.
+# The time includes loading the model, which does not matter with many images. The table is written at the end.
 
 # %%
 seconds, left = time.monotonic() - began, image_set.missing()
@@ -125,12 +125,12 @@ failed[:10]
 # %%
 import numpy as np
 
-there = np.setdiff1d(np.arange(len(image_set)), left)
-first_of_prompt = there[np.unique(there // images_per_prompt, return_index=True)[1]]
-shown = first_of_prompt[np.linspace(0, len(first_of_prompt) - 1, min(8, len(first_of_prompt))).astype(int)]
-titles = [image_set.prompt(image)[0] for image in shown]
-if len(there):
-    image_plots.image_grid([image_set.path(image) for image in shown], titles, columns=4)
+available = np.setdiff1d(np.arange(len(image_set)), left)
+first_of_prompt = available[np.unique(available // images_per_prompt, return_index=True)[1]]
+examples = first_of_prompt[np.linspace(0, len(first_of_prompt) - 1, min(8, len(first_of_prompt))).astype(int)]
+titles = [image_set.prompt(image)[0] for image in examples]
+if len(available):
+    image_plots.image_grid([image_set.path(image) for image in examples], titles, columns=4)
 else:
     print("no image is there yet: start the same notebook again, with more hours")
 
@@ -140,10 +140,10 @@ else:
 # nothing new.
 
 # %%
-rows = shown[:3] // images_per_prompt
-images = [image for image in there if image // images_per_prompt in rows]
+rows = examples[:3] // images_per_prompt
+images = [image for image in available if image // images_per_prompt in rows]
 titles = ["{} ({})".format(*image_set.prompt(image)) for image in images]
-if len(there):
+if len(available):
     image_plots.image_grid([image_set.path(image) for image in images], titles, columns=images_per_prompt)
 
 # %% [markdown]
@@ -151,8 +151,8 @@ if len(there):
 # Up to 500 images. A peak at the left edge of either figure is a sign of images that show nothing.
 
 # %%
-sample = np.random.default_rng(0).permutation(there)[:500]
-if len(there):
+sample = np.random.default_rng(0).permutation(available)[:500]
+if len(available):
     data_plots.image_statistics([image_set.path(image) for image in sample])
 
 # %% [markdown]

@@ -78,8 +78,8 @@ table.slice(0, 6).to_pandas()
 
 # %% [markdown]
 # ## Are images, prompts and folds in order?
-# A bad row (an image that cannot be read, or that is there under two prompts) should not be trained on: `python -m
-# kutils.data.checking input/<name>.tsv` looks at all images and sets bad rows apart. Problems are mended as they say.
+# A bad row (an image that cannot be read, or that is there under two prompts) should not be trained on: `kutils check
+# input/<name>.tsv` looks at all images and sets bad rows apart. Problems are mended as they say.
 
 # %%
 from kutils.data import checking

@@ -69,7 +69,8 @@ def folder(tmp_path_factory):
         command = [
             sys.executable,
             "-m",
-            "kutils.generation.generate",
+            "kutils",
+            "generate",
             "--shapes-dataset",
             "shapes",
             "--num-prompts",

@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kutils.generation.image_sets import DiffusionSettings, image_seed
+from kutils.generation.image_sets import image_seed
+from kutils.generation.settings import DiffusionSettings
 from kutils.system.devices import is_out_of_memory
 from kutils.system.errors import first_line
 
 # Standard deviation over an image, in levels of 255, of its most varied colour channel; below it an image shows
 # nothing. A single colour has 0, and a smooth gradient over 7 levels from edge to edge has 2.
 BLANK_STD = 2.0
-
-
-class DiffusionError(ValueError):
-    """A pipeline that cannot be used as asked; the message says what to do."""
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -37,11 +34,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def import_diffusers():
-    """The optional package, silent about everything but errors."""
+    """Import the optional package diffusers, and let it and transformers print errors only."""
     try:
         import diffusers  # seconds to import, and needed by nothing else
     except ImportError as error:
-        raise DiffusionError(
+        raise ValueError(
             f"images by a diffusion model need the package diffusers ({error}): pip install -e '.[generate]'"
         ) from error
     from transformers.utils import logging
@@ -53,21 +50,21 @@ def import_diffusers():
 
 
 def locate(settings: DiffusionSettings) -> Path:
-    """The folder of the pipeline; one of the hub is downloaded first, unless the cache has it.
+    """Find the folder of the pipeline; downloads one of the hub, unless the cache has it.
 
-    Raises: DiffusionError where neither a folder nor the hub has it, or diffusers is missing.
+    Raises: ValueError if neither a folder nor the hub has it, or diffusers is missing.
     """
     diffusers = import_diffusers()
     folder = Path(settings.model)
     if folder.is_dir():
         if settings.revision:
-            raise DiffusionError(f"--revision {settings.revision} is of a model on the hub; {folder} is a folder")
+            raise ValueError(f"--revision {settings.revision} is of a model on the hub; {folder} is a folder")
         return folder
     options = {"revision": settings.revision or None, "variant": settings.variant or None, "safety_checker": None}
     try:
         return Path(diffusers.DiffusionPipeline.download(settings.model, **options, use_safetensors=True))
     except Exception as error:  # of the hub, the network or the files: dozens of classes
-        raise DiffusionError(
+        raise ValueError(
             f"--model {settings.model}: it is no folder here, and the hub does not have it in safetensors, asks for an "
             "account, or cannot be reached; on a machine with network, download it (hf download "
             f"{settings.model} --local-dir FOLDER) and give --model FOLDER ({first_line(error)})"
@@ -75,14 +72,14 @@ def locate(settings: DiffusionSettings) -> Path:
 
 
 def load_pipeline(settings: DiffusionSettings, device: torch.device):
-    """A `StableDiffusionPipeline` on the device, with DPM-Solver++ (Lu et al. 2022) and without its safety checker.
+    """Load a `StableDiffusionPipeline` with DPM-Solver++ (Lu et al. 2022), without its safety checker, on the device.
 
-    Raises: DiffusionError for what is no Stable Diffusion pipeline of text to image.
+    Raises: ValueError for anything but a Stable Diffusion pipeline that makes images from text.
     """
     diffusers = import_diffusers()
     folder = locate(settings)
     if not (folder / "model_index.json").is_file():
-        raise DiffusionError(
+        raise ValueError(
             f"{folder} is no pipeline: it holds no model_index.json; give a folder that diffusers' save_pretrained "
             "wrote, or a download of the whole hub repository"
         )
@@ -94,17 +91,17 @@ def load_pipeline(settings: DiffusionSettings, device: torch.device):
                 folder, **options, use_safetensors=True, safety_checker=None, local_files_only=True
             )
     except Exception as error:  # of diffusers, transformers, safetensors: dozens of classes
-        raise DiffusionError(
+        raise ValueError(
             f"{folder} cannot be loaded; is it whole, in safetensors, and of --variant {settings.variant or 'none'}? "
             f"({first_line(error)})"
         ) from error
     if not isinstance(pipeline, diffusers.StableDiffusionPipeline):
-        raise DiffusionError(f"{folder} is a {type(pipeline).__name__}; give a StableDiffusionPipeline")
+        raise ValueError(f"{folder} is a {type(pipeline).__name__}; give a StableDiffusionPipeline")
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, algorithm_type="dpmsolver++"
     )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.enable_slicing()  # one image at a time: at full size, its layers would hold the whole batch's
+    pipeline.vae.enable_slicing()  # decodes one image at a time: the activations of a whole batch are too large
     if settings.upcast_attention:
         upcast_attention(pipeline.unet)
     if settings.attention_slicing:
@@ -123,7 +120,7 @@ def upcast_attention(unet: torch.nn.Module) -> None:
 
 
 def weights_sha256(pipeline) -> str:
-    """Hex SHA-256 of all that decides pixels as it is loaded: weights, vocabulary, scheduler; a model by any name."""
+    """Hex SHA-256 of all in a pipeline that decides pixels: weights, vocabulary, scheduler. Its name does not count."""
     digest = hashlib.sha256()
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     other = [scheduler, pipeline.tokenizer.get_vocab(), pipeline.vae.config.scaling_factor]
@@ -149,21 +146,19 @@ class Sample:
     Attributes:
         pixels: uint8 [size, size, 3]; None if every attempt failed.
         outcome: empty if the first attempt was good, else `float32`, `another seed` or `failed`.
-        reason: what was wrong before.
-        seed: of the last attempt.
+        reason: what was wrong with the attempts that failed.
     """
 
     pixels: np.ndarray | None
-    outcome: str
-    reason: str
-    seed: int
+    outcome: str = ""
+    reason: str = ""
 
 
 class Sampler:
-    """A pipeline that makes images of any prompts, in batches that its memory holds.
+    """Makes images of any prompts by a pipeline, in batches that fit into its memory.
 
-    A bad image (not finite, or blank: see BLANK_STD) is made again in float32, in case half precision has overflowed,
-    and then with another seed, in case nothing is what it shows.
+    A bad image (not finite, or blank: see BLANK_STD) is made again in float32, in case half precision overflowed, and
+    then with another seed.
     """
 
     def __init__(self, pipeline, settings: DiffusionSettings):
@@ -173,17 +168,17 @@ class Sampler:
     def __call__(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Sample]:
         """One Sample per prompt and image number, in their order.
 
-        Raises: DiffusionError if one image alone does not fit into the memory.
+        Raises: ValueError if one image alone does not fit into the memory.
         """
         seeds = [image_seed(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]
-        made = self.in_batches(prompts, seeds)
+        images = self.sample_batches(prompts, seeds)
         return [
-            Sample(pixels, "", "", seed) if not reason else self.again(prompt, number, reason)
-            for prompt, number, seed, (pixels, reason) in zip(prompts, numbers, seeds, made, strict=True)
+            Sample(pixels) if not problem else self.retry(prompt, number, problem)
+            for prompt, number, (pixels, problem) in zip(prompts, numbers, images, strict=True)
         ]
 
-    def in_batches(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[np.ndarray, str]]:
-        """Pixels of each image and what is wrong with it; out of memory, the batch is halved and all of it repeated."""
+    def sample_batches(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[np.ndarray, str]]:
+        """`sample` in batches; if the memory is full, all is made again in batches of half the size."""
         while True:
             size = self.batch_size
             try:
@@ -196,17 +191,17 @@ class Sampler:
                 if not is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise DiffusionError(
+                    raise ValueError(
                         f"one image of {self.settings.size} px does not fit into the memory: --attention-slicing, "
                         f"--dtype float16 or a smaller --size take less ({first_line(error)})"
                     ) from error
             self.batch_size = (min(size, len(prompts)) + 1) // 2  # out of `except`, whose traceback holds memory
             torch.cuda.empty_cache()
-            said = f"{self.pipeline.device}: the memory is full, going on with {self.batch_size} images at a time"
-            print(said, flush=True)
+            message = f"the memory is full, going on with {self.batch_size} images at a time"
+            print(f"{self.pipeline.device}: {message}", flush=True)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[np.ndarray, str]]:
-        """One batch: uint8 [size, size, 3] of each image, and what is wrong with it (empty if nothing)."""
+        """Make one batch: uint8 [size, size, 3] of each image, and what is wrong with it (empty if nothing)."""
         side = self.settings.size
         images = self.pipeline(
             list(prompts),
@@ -225,25 +220,24 @@ class Sampler:
         """[B, C, size / 8, size / 8] standard normal, drawn in float32: the same for every dtype but for rounding."""
         side = self.settings.size // self.pipeline.vae_scale_factor
         shape = (self.pipeline.unet.config.in_channels, side, side)
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(drawn).to(self.pipeline.unet.dtype)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.pipeline.unet.dtype)
 
-    def again(self, prompt: str, number: int, reason: str) -> Sample:
-        """The further attempts for an image that was bad because of `reason`."""
-        seed, reasons = image_seed(prompt, number), [reason]
+    def retry(self, prompt: str, number: int, problem: str) -> Sample:
+        """Make an image again whose first attempt had a problem: in float32, and with another seed."""
+        reasons = [problem]
         if self.dtype != torch.float32:  # else it would be the same once more
-            pixels, problem = self.in_float32(prompt, seed)
+            pixels, problem = self.sample_in_float32(prompt, image_seed(prompt, number))
             if not problem:
-                return Sample(pixels, "float32", reason, seed)
+                return Sample(pixels, "float32", reasons[0])
             reasons.append(f"float32: {problem}")
-        seed = image_seed(prompt, number, attempt=1)
-        ((pixels, problem),) = self.sample([prompt], [seed])
+        ((pixels, problem),) = self.sample([prompt], [image_seed(prompt, number, attempt=1)])
         if not problem:
-            return Sample(pixels, "another seed", "; ".join(reasons), seed)
-        return Sample(None, "failed", "; ".join([*reasons, f"another seed: {problem}"]), seed)
+            return Sample(pixels, "another seed", "; ".join(reasons))
+        return Sample(None, "failed", "; ".join([*reasons, f"another seed: {problem}"]))
 
-    def in_float32(self, prompt: str, seed: int) -> tuple[np.ndarray | None, str]:
-        """One image by the whole pipeline in float32; from half precision and back changes no weight."""
+    def sample_in_float32(self, prompt: str, seed: int) -> tuple[np.ndarray | None, str]:
+        """`sample` one image with the whole pipeline in float32, and put it back; half precision loses no bit by it."""
         try:
             self.pipeline.to(torch.float32)
             return self.sample([prompt], [seed])[0]

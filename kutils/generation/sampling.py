@@ -3,7 +3,6 @@
 import collections
 import importlib.metadata
 import io
-import json
 import os
 import sys
 import time
@@ -16,29 +15,30 @@ import numpy as np
 from PIL import Image
 
 from kutils.generation import diffusion
-from kutils.generation.diffusion import DiffusionError, Sampler
-from kutils.generation.image_sets import RECORD, DiffusionSettings, ImageSet
+from kutils.generation.diffusion import Sampler
+from kutils.generation.image_sets import RECORD, ImageSet
+from kutils.generation.settings import DiffusionSettings
 from kutils.system import paths
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks
 from kutils.system.tables import write_table
 
-WAITING_BATCHES = 4  # made and not yet saved, at most: a slow disk must not fill the memory
-MOST_FAILED = 50  # images of a rank, all failed and none made: a pipeline that will not make one
+WAITING_BATCHES = 4  # not yet saved, at most: a slow disk must not fill the memory
+MOST_FAILED = 50  # images of a rank, if none of them turned out: this pipeline makes none
 FAILED = "failed.tsv"  # in the folder of images: those that could not be made
 PACKAGES = ("diffusers", "transformers", "torch", "pillow")
 
 
 @dataclass
-class Made:
-    """What a rank has done."""
+class RankResult:
+    """What one rank has made."""
 
-    outcomes: collections.Counter = field(default_factory=collections.Counter)  # of diffusion.Sample
+    outcomes: collections.Counter = field(default_factory=collections.Counter)  # of `diffusion.Sample`
     failed: list[tuple[int, str]] = field(default_factory=list)  # image, reason
 
 
-def generate_images(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, *, overwrite: bool = False) -> Path:
-    """Make the images of a set that are missing, on all ranks, and write its table; called by every rank.
+def sample_dataset(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, *, overwrite: bool = False) -> Path:
+    """Make the missing images of a set by a diffusion model, on all ranks, and write its table; every rank calls it.
 
     Run again after a kill, or after a rank that failed, it makes what is missing, and tries again what failed. An image
     depends on its prompt, its number, the model and the settings; another batch size or device changes rounding.
@@ -46,36 +46,37 @@ def generate_images(image_set: ImageSet, settings: DiffusionSettings, ranks: Ran
     Args:
         overwrite: as in `ImageSet.update_table`.
     Returns: path of the table, its rows in the order of the prompts.
-    Raises: GenerateError, DiffusionError; OSError on a full disk.
+    Raises: ValueError for a data set that was made otherwise, or a pipeline that cannot be used; OSError on a full
+        disk.
     """
     dtype = str(diffusion.pick_dtype(settings.dtype, ranks.device)).removeprefix("torch.")
     record = image_set.record(backend="diffusers", **settings.record(dtype))
 
-    def look() -> np.ndarray | None:
-        if not ranks.is_main:  # a moment later it would see other images, for those who are fast make some
+    def find_missing() -> np.ndarray | None:
+        if not ranks.is_main:  # a moment later it would find fewer, for faster ranks already make some
             return None
-        image_set.check_made_alike(record)
+        image_set.check_record(record)
         missing = image_set.missing()
         if len(missing):
             diffusion.locate(settings)  # downloaded once, not by every rank
         return missing
 
-    missing = on_every_rank(ranks, look)[0]
-    made, began = [Made()], time.monotonic()
+    missing = on_every_rank(ranks, find_missing)[0]
+    results, began = [RankResult()], time.monotonic()
     if len(missing):
-        sampler, began = start(image_set, settings, ranks, record), time.monotonic()
+        sampler, began = load_sampler(image_set, settings, ranks, record), time.monotonic()
         share = missing[ranks.rank :: ranks.world_size]
-        made = on_every_rank(ranks, lambda: make_images(image_set, share, sampler, ranks, len(missing)))
+        results = on_every_rank(ranks, lambda: sample_images(image_set, share, sampler, ranks, len(missing)))
     if ranks.is_main:
-        finish(image_set, made, len(missing), time.monotonic() - began, overwrite)
+        write_results(image_set, results, len(missing), time.monotonic() - began, overwrite)
     return image_set.tsv_path
 
 
 def on_every_rank(ranks: Ranks, work: Callable) -> list:
-    """What `work()` returns on every rank, in their order.
+    """Call `work()` on every rank; returns the results of all, in the order of the ranks.
 
-    A rank that fails waits until the others have done their part. Then all end: it with its error, the others without
-    a word; rank 0 names those that failed.
+    A rank that fails waits until the others have finished their part, then all end. The rank ends with its error, rank
+    0 with an error that names the ranks that failed, the others silently.
     """
     result = error = None
     try:
@@ -85,19 +86,17 @@ def on_every_rank(ranks: Ranks, work: Callable) -> list:
         if ranks.world_size > 1:
             print(f"rank {ranks.rank} failed and waits for the others: {error}", file=sys.stderr, flush=True)
     outcomes = ranks.gather_objects((result, error is None))
-    failed = [str(rank) for rank, (_, fine) in enumerate(outcomes) if not fine]
+    failed = [str(rank) for rank, (_, succeeded) in enumerate(outcomes) if not succeeded]
     if failed:
         ranks.barrier()  # torchrun ends all ranks as soon as one ends with an error
         if ranks.is_main and error is None:
-            message = f"rank {', '.join(failed)} failed; what is made is kept, and the same command makes the rest"
-            raise ValueError(message)
+            error = ValueError(f"rank {', '.join(failed)} failed; images are kept, and the same command makes the rest")
         raise error or SystemExit(1)
     return [result for result, _ in outcomes]
 
 
-def start(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, record: dict) -> Sampler:
-    """Load the pipeline on every rank, and write the record once it is known to be the same on all, and as before."""
-
+def load_sampler(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, record: dict) -> Sampler:
+    """Load the pipeline on every rank; write the record, once all ranks have the same weights as the set before."""
     pipelines = []
 
     def load() -> str:
@@ -110,66 +109,58 @@ def start(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, record
         if not ranks.is_main:
             return
         if len(set(hashes)) > 1:
-            raise DiffusionError(f"the ranks have loaded different weights of {settings.model}; give a --revision")
+            raise ValueError(f"the ranks have loaded different weights of {settings.model}; give a --revision")
         compared = record | {"weights_sha256": hashes[0]}
-        image_set.check_made_alike(compared)
-        now = {name: importlib.metadata.version(name) for name in PACKAGES}
-        former = image_set.former_record().get("started_with", now)
-        changed = [f"{name} {former.get(name)} (now {now[name]})" for name in now if former.get(name) != now[name]]
-        if changed:
-            print(f"warning: this set was started with {', '.join(changed)}; pixels may differ", flush=True)
+        image_set.check_record(compared)
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        first_versions = image_set.previous_record().get("started_with", versions)
+        changes = [
+            f"{name} {first_versions.get(name)} (now {version})"
+            for name, version in versions.items()
+            if first_versions.get(name) != version
+        ]
+        if changes:
+            print(f"warning: this set was started with {', '.join(changes)}; pixels may differ", flush=True)
         model = {name: getattr(settings, name) for name in ("model", "revision", "variant")}
-        paths.write_json(image_set.folder / RECORD, compared | model | {"started_with": former})
+        paths.write_json(image_set.folder / RECORD, compared | model | {"started_with": first_versions})
 
     on_every_rank(ranks, write_record)
     return Sampler(pipelines[0], settings)
 
 
-def make_images(image_set: ImageSet, images: np.ndarray, sampler: Sampler, ranks: Ranks, total: int) -> Made:
-    """Make and save this rank's share; `total` is that of all ranks, whose progress is taken to be like this one's.
+def sample_images(image_set: ImageSet, images: np.ndarray, sampler: Sampler, ranks: Ranks, total: int) -> RankResult:
+    """Make and save this rank's images, each batch while the next is made.
 
-    Raises: DiffusionError if the first MOST_FAILED images all fail; OSError on a full disk.
+    Args:
+        total: images of all ranks; progress is shown as if the others were as fast as rank 0.
+    Raises: ValueError if the first MOST_FAILED images all fail; OSError on a full disk.
     """
-    made, waiting, step = Made(), collections.deque(), sampler.settings.batch_size
+    result, pending, step = RankResult(), collections.deque(), sampler.settings.batch_size
     threads = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     with (
         ThreadPoolExecutor(threads) as pool,
         progress_bar(total, "image", "generating", disable=not ranks.is_main) as bar,
     ):
-        for begin in range(0, len(images), step):
-            chunk = images[begin : begin + step]
-            samples = sampler(*zip(*(image_set.prompt(image) for image in chunk), strict=True))
-            for image, sample in zip(chunk, samples, strict=True):
-                made.outcomes[sample.outcome] += 1
-                if sample.outcome:
-                    note(image_set, int(image), sample, ranks.rank)
+        for start in range(0, len(images), step):
+            batch = images[start : start + step]
+            samples = sampler(*zip(*(image_set.prompt(image) for image in batch), strict=True))
+            for image, sample in zip(batch, samples, strict=True):
+                result.outcomes[sample.outcome] += 1
                 if sample.pixels is None:
-                    made.failed.append((int(image), sample.reason))
+                    result.failed.append((int(image), sample.reason))
                 else:
-                    waiting.append(pool.submit(save_image, sample.pixels, image_set.path(image), sampler.settings))
-            if len(made.failed) == made.outcomes.total() >= MOST_FAILED:
-                raise DiffusionError(
-                    f"all of the first {len(made.failed)} images failed ({made.failed[-1][1]}); is this pipeline "
+                    pending.append(pool.submit(save_image, sample.pixels, image_set.path(image), sampler.settings))
+            if len(result.failed) == result.outcomes.total() >= MOST_FAILED:
+                raise ValueError(
+                    f"all of the first {len(result.failed)} images failed ({result.failed[-1][1]}); is this pipeline "
                     "whole, and does it work in another --dtype, or with --upcast-attention?"
                 )
-            while waiting and (waiting[0].done() or len(waiting) > WAITING_BATCHES * step):
-                waiting.popleft().result()
-            bar.update(min(len(chunk) * ranks.world_size, total - bar.n))
-        while waiting:
-            waiting.popleft().result()
-    return made
-
-
-def note(image_set: ImageSet, image: int, sample: diffusion.Sample, rank: int) -> None:
-    """Append an image that was not good at once to `irregular_<rank>.jsonl` in the folder of images.
-
-    A run that tries again what failed appends too: the last line of an image is the one that holds.
-    """
-    prompt, number = image_set.prompt(image)
-    facts = {"image": image_set.name(image), "outcome": sample.outcome, "reason": sample.reason, "seed": sample.seed}
-    path = image_set.folder / f"irregular_{rank}.jsonl"
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(facts | {"prompt": prompt, "number": number}) + "\n")
+            while pending and (pending[0].done() or len(pending) > WAITING_BATCHES * step):
+                pending.popleft().result()
+            bar.update(min(len(batch) * ranks.world_size, total - bar.n))
+        while pending:
+            pending.popleft().result()
+    return result
 
 
 def save_image(pixels: np.ndarray, path: Path, settings: DiffusionSettings) -> None:
@@ -183,10 +174,12 @@ def save_image(pixels: np.ndarray, path: Path, settings: DiffusionSettings) -> N
         temporary.write_bytes(encoded.getbuffer())
 
 
-def finish(image_set: ImageSet, made: list[Made], num_missing: int, seconds: float, overwrite: bool) -> None:
-    """Write the list of failed images and the table, and say what was made; on rank 0."""
-    failed = sorted(item for part in made for item in part.failed)
-    outcomes = sum((part.outcomes for part in made), collections.Counter())
+def write_results(
+    image_set: ImageSet, results: list[RankResult], num_missing: int, seconds: float, overwrite: bool
+) -> None:
+    """Write the list of failed images and the table, and print what was made; on rank 0."""
+    failed = sorted(item for result in results for item in result.failed)
+    outcomes = sum((result.outcomes for result in results), collections.Counter())
     failed_path = image_set.folder / FAILED
     if failed:
         rows = [image // image_set.images_per_prompt for image, _ in failed]
@@ -205,10 +198,10 @@ def finish(image_set: ImageSet, made: list[Made], num_missing: int, seconds: flo
         print(f"{image_set.tsv_path} is complete ({len(image_set):,} images)", flush=True)
         return
     new = num_missing - len(failed)
-    told = f"{len(image_set) - len(failed):,} images of {len(image_set.prompts):,} prompts, {new:,} of them new"
+    line = f"{len(image_set) - len(failed):,} images of {len(image_set.prompts):,} prompts, {new:,} of them new"
     for outcome in ("float32", "another seed"):
         if outcomes[outcome]:
-            told += f", {outcomes[outcome]:,} in a second attempt ({outcome})"
+            line += f", {outcomes[outcome]:,} in a second attempt ({outcome})"
     if new:
-        told += f"; {new / seconds:.3g} images/s"
-    print(f"{image_set.tsv_path}: {told}", flush=True)
+        line += f"; {new / seconds:.3g} images/s"
+    print(f"{image_set.tsv_path}: {line}", flush=True)

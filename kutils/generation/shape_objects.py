@@ -254,7 +254,7 @@ def tones(colour: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def draw(name: str, colour: tuple[int, int, int], size: int) -> Image.Image:
+def draw_object(name: str, colour: tuple[int, int, int], size: int) -> Image.Image:
     """An object in a colour: RGBA [size, size] px, transparent around it.
 
     Args:

@@ -137,8 +137,8 @@ BACKGROUNDS: dict[str, Callable[[int, Rng], Image.Image]] = {
 
 def edges(image: Image.Image) -> Image.Image:
     """L: dark lines on white where the picture changes."""
-    found = image.convert("L").filter(ImageFilter.FIND_EDGES)
-    return ImageOps.invert(found.point(lambda value: min(255, int(2.2 * value))))
+    bright = image.convert("L").filter(ImageFilter.FIND_EDGES)
+    return ImageOps.invert(bright.point(lambda value: min(255, int(2.2 * value))))
 
 
 def pencil(image: Image.Image, rng: Rng) -> Image.Image:

@@ -13,11 +13,6 @@ from PIL import Image
 
 from kutils.generation import shape_objects, shape_scenes
 
-
-class ShapesError(ValueError):
-    """A prompt that names nothing that can be drawn."""
-
-
 # each meaning with its wordings; no wording has two meanings
 OBJECTS = {
     "apple": ("apple",),
@@ -162,14 +157,14 @@ def plural(noun: str) -> str:
 
 def meanings() -> dict[str, tuple[str, str | int]]:
     """Every wording, in lower case -> its part of speech and meaning."""
-    found = {}
+    table = {}
     for part, words in VOCABULARY.items():
         for meaning, wordings in words.items():
             for wording in wordings:
-                found[wording.lower()] = (part, meaning)
+                table[wording.lower()] = (part, meaning)
                 if part == "object":
-                    found[plural(wording).lower()] = (part, meaning)
-    return found | {"an": ("count", 1)}
+                    table[plural(wording).lower()] = (part, meaning)
+    return table | {"an": ("count", 1)}
 
 
 MEANINGS = meanings()
@@ -179,20 +174,20 @@ WORDINGS = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MEANINGS), key=len, 
 def parse(prompt: str) -> Scene:
     """Read a prompt: the longest known wordings from left to right, everything else is passed over.
 
-    Raises: ShapesError if it names no object of OBJECTS.
+    Raises: ValueError if it names no object of OBJECTS.
     """
-    things, waiting, scene = [], {}, {}
-    for found in WORDINGS.finditer(prompt):
-        part, meaning = MEANINGS[found[1].lower()]
+    things, adjectives, scene = [], {}, {}
+    for match in WORDINGS.finditer(prompt):
+        part, meaning = MEANINGS[match[1].lower()]
         if part == "object":
-            things.append(Thing(meaning, **waiting))
-            waiting = {}
+            things.append(Thing(meaning, **adjectives))
+            adjectives = {}
         elif part in ("relation", "background", "style"):
             scene.setdefault(part, meaning)
         else:
-            waiting[part] = meaning
+            adjectives[part] = meaning
     if not things:
-        raise ShapesError(f"{prompt!r} names nothing that can be drawn; the renderer knows {', '.join(OBJECTS)}")
+        raise ValueError(f"{prompt!r} names nothing that can be drawn; the renderer knows {', '.join(OBJECTS)}")
     return Scene(tuple(things), **scene)
 
 
@@ -223,7 +218,7 @@ def compose(rng: np.random.Generator) -> str:
         noun = wording("object")
         size = wording("size") if rng.random() < 0.3 else ""
         colour = wording("colour") if rng.random() < 0.85 else ""
-        words = joined(" ", size, colour, plural(noun) if count > 1 else noun)
+        words = join_parts(" ", size, colour, plural(noun) if count > 1 else noun)
         options = COUNTS[count]
         number = options[rng.integers(len(options))]
         return f"an {words}" if number == "a" and words[0] in "aeiou" else f"{number} {words}"
@@ -235,18 +230,18 @@ def compose(rng: np.random.Generator) -> str:
     style = wording("style") if rng.random() < 0.85 else ""
     extra = EXTRAS[rng.integers(len(EXTRAS))] if rng.random() < 0.15 else ""
     order = rng.integers(4)
-    shown = joined(" ", subject, background)
+    scene = join_parts(" ", subject, background)
     if style and order == 0:
         article = "an" if style[0] in "aeiou8" else "a"
-        return joined(", ", f"{article} {style} of {shown}", extra)
+        return join_parts(", ", f"{article} {style} of {scene}", extra)
     if style and order == 1:
-        return joined(", ", style, shown, extra)
+        return join_parts(", ", style, scene, extra)
     if order == 2:
-        return joined(", ", subject, background, style, extra)
-    return joined(", ", shown, style, extra)
+        return join_parts(", ", subject, background, style, extra)
+    return join_parts(", ", scene, style, extra)
 
 
-def joined(separator: str, *parts: str) -> str:
+def join_parts(separator: str, *parts: str) -> str:
     """The parts that are not empty, with the separator between them."""
     return separator.join(filter(None, parts))
 
@@ -254,7 +249,7 @@ def joined(separator: str, *parts: str) -> str:
 def render(prompt: str, seed: int, size: int = 128) -> Image.Image:
     """The picture of a prompt: RGB [size, size] px. The seed decides place, turn, hue, noise and what is not said.
 
-    Raises: ShapesError if the prompt names no known object.
+    Raises: ValueError if the prompt names no known object.
     """
     scene = parse(prompt)
     rng = np.random.default_rng(seed)
@@ -268,7 +263,7 @@ def render(prompt: str, seed: int, size: int = 128) -> Image.Image:
         scale *= {"small": 0.55, "large": 1.3}.get(thing.size, 0.88) * min(cell_width, cell_height)
         for number in range(thing.count):
             shade = np.array(RGB[colour]) + rng.normal(0, 12, 3)
-            glyph = shape_objects.draw(
+            glyph = shape_objects.draw_object(
                 thing.name, tuple(shade.clip(0, 255).astype(int).tolist()), max(8, int(scale * large))
             )
             glyph = glyph.rotate(rng.normal(0, 6), Image.Resampling.BILINEAR)

@@ -43,7 +43,7 @@ def test_prompt_is_read(prompt, scene):
 
 
 def test_prompt_without_an_object_is_refused():
-    with pytest.raises(shapes.ShapesError, match=r"'red sunset' names nothing .* knows apple, balloon"):
+    with pytest.raises(ValueError, match=r"'red sunset' names nothing .* knows apple, balloon"):
         shapes.parse("red sunset")
 
 

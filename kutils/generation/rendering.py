@@ -1,0 +1,88 @@
+"""Makes data sets by the built-in renderer: images in processes, and the set `shapes` ready for training."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kutils.generation import shapes
+from kutils.generation.image_sets import RECORD, ImageSet, image_seed
+from kutils.system import paths, processes
+from kutils.system.progress import progress_bar
+
+CHUNK_PROMPTS = 32  # whose images are one job of a process
+JPEG_QUALITY = 92
+SUFFIX = ".jpg"
+
+
+def render_images(jobs: Sequence[tuple[str, int, Path]], size: int) -> None:
+    """Render and save the images (prompt, number, path) that are not there yet."""
+    for prompt, number, path in jobs:
+        if not path.is_file():
+            with paths.atomic_path(path) as temporary:
+                shapes.render(prompt, image_seed(prompt, number), size).save(temporary, quality=JPEG_QUALITY)
+        processes.count(1)
+
+
+def render_dataset(image_set: ImageSet, *, size: int = 128, num_workers: int = 0, overwrite: bool = False) -> Path:
+    """Make the images of a set that are missing by the built-in renderer, and write its table.
+
+    Run again after a kill, it makes what is missing; a data set that is complete stays as it is, folds included.
+
+    Args:
+        image_set: of prompts that name at least one object each that `kutils.generation.shapes` knows.
+        size: side of the images, px.
+        num_workers: processes; 0: one per core.
+        overwrite: as in `ImageSet.update_table`.
+    Returns: path of the table, its rows in the order of the prompts.
+    Raises: ValueError for a data set that was made from something else, or naming the first prompt that cannot be
+        drawn, before any image is made.
+    """
+    if size < 1:
+        raise ValueError(f"size={size}: it must be at least 1")
+    for prompt in image_set.prompts:
+        shapes.parse(prompt)
+    record = image_set.record(backend="shapes", size=size)
+    image_set.check_record(record)
+    paths.write_json(image_set.folder / RECORD, record)
+    missing = image_set.missing()
+    step = CHUNK_PROMPTS * image_set.images_per_prompt
+    jobs = [
+        ([(*image_set.prompt(image), image_set.path(image)) for image in missing[start : start + step]], size)
+        for start in range(0, len(missing), step)
+    ]
+    if jobs:
+        with progress_bar(len(missing), "image", "rendering") as bar:
+            workers = min(num_workers or os.cpu_count() or 1, len(jobs))
+            for _ in processes.run_jobs(render_images, jobs, workers, advance=bar.update):
+                pass
+    if image_set.update_table(np.array([], np.int64), overwrite=overwrite) or len(missing):
+        counts = f"{len(image_set):,} images of {len(image_set.prompts):,} prompts, {len(missing):,} of them new"
+        print(f"{image_set.tsv_path}: {counts}")
+    else:
+        print(f"{image_set.tsv_path} is complete ({len(image_set):,} images)")
+    return image_set.tsv_path
+
+
+def make_shapes_dataset(
+    name: str = "shapes", *, num_prompts: int = 4000, images_per_prompt: int = 2, size: int = 128, seed: int = 0
+) -> Path:
+    """Make the built-in data set, ready for training: prompts, images, embeddings and folds below `input/`.
+
+    What is there already is kept, so that a call that was cut goes on.
+
+    Args:
+        seed: of the prompts.
+    Returns: path of the table.
+    Raises: ValueError where a data set of this name was made otherwise.
+    """
+    from kutils.data import preparation
+    from kutils.prompts import folds  # these load PyTorch; rendering alone does without
+
+    if not paths.is_safe_relative(name) or "/" in name:
+        raise ValueError(f"{name!r} cannot name a data set below {paths.input_dir()}")
+    prompts = shapes.generate_prompts(num_prompts, seed)
+    tsv_path = render_dataset(ImageSet(paths.input_dir() / name, prompts, images_per_prompt, SUFFIX), size=size)
+    print(folds.format_leakage(preparation.prepare([name])))
+    return tsv_path
