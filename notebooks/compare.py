@@ -44,8 +44,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Which runs are there?
-# Scores compare among runs with the same letter, which were validated on the same images; a click on a column's head
-# sorts. Clean rows have no similar training prompt; waiting is the share of the time without data.
+# Runs with the same letter were validated on the same images: their scores compare. A click on a column's head sorts.
+# Clean rows have no similar training prompt; waiting is the share of the time without data.
 
 # %%
 from kutils.ensemble import comparison
@@ -58,8 +58,8 @@ html_tables.show(comparison.runs_table(finished), html_tables.RUN_FORMATS, f"{le
 
 # %% [markdown]
 # ## How did they get there?
-# Loss and validation cosine over the share of each run's updates, so that short and long runs lie on each other. From
-# here on: the runs of one letter.
+# Loss and validation cosine over the share of each run's updates, for short and long runs alike. From here on, only the
+# runs of one letter are compared.
 
 # %%
 training_plots.run_curves(chosen);
@@ -70,23 +70,23 @@ score_plots.bar_scores(scores, baseline=chosen[0].result.mean_prompt_baseline, t
 
 # %% [markdown]
 # ## What differs between them?
-# Keys of the configuration that not all runs have the same value for; names and what changes no result are left out.
+# Keys of the configuration with several values among these runs; names and keys that change no result are left out.
 
 # %%
 html_tables.show(comparison.configurations(chosen), caption="Configurations")
 
 # %% [markdown]
 # ## Is the best one really better?
-# The mean difference to the best run over the same images, and its 95 % confidence interval, images of a prompt counted
-# as one: an interval that reaches 0 says that these images cannot tell. Wins is the share of images where a run is
-# better than the best one. Changed data sets stop here.
+# The mean difference to the best run over the same images, and its 95 % confidence interval; images of one prompt are
+# not counted as independent. Where the interval contains 0, these images do not decide. Wins is the share of images
+# where a run is better than the best one. If the data sets have changed since, the notebook stops here.
 
 # %%
 same = comparison.same_rows(chosen)
 html_tables.show(same.against_best(), html_tables.DIFFERENCE_FORMATS, f"{len(same.cosines):,} images")
 
 # %% [markdown]
-# ## In what is each one good?
+# ## What is each one good at?
 # Mean cosine by the words of the prompt, its source and kind, and its similarity to the nearest training prompt.
 
 # %%

@@ -15,10 +15,10 @@
 # # Explore: data, models, and an image of your own
 #
 # **What it does.** Shows what is in the data sets, where the models are good and where they fail, and what they see in
-# an image of yours. In Jupyter the views have controls; executed by papermill they show what the parameters say.
+# an image of yours. In Jupyter the views have controls; with papermill, parameters choose what they show.
 # `papermill notebooks/explore.ipynb working/runs/explore.ipynb -p search "a red boat"`
 #
-# **What it needs.** A data set in `input/` with embeddings (`shapes` is made on the spot), and for the second half
+# **What it needs.** A data set in `input/` with embeddings (`shapes` is made if there is none), and for the second half
 # finished runs of `train` or `refine`: `make train` takes three minutes.
 #
 # **How long it takes.** Half a minute on two CPU cores, most of it for the map of prompts.
@@ -64,15 +64,15 @@ score_plots.bar_counts(explored.sources(), title="Images by source", unit="image
 
 # %% [markdown]
 # ## How long are the prompts?
-# The text encoder reads 256 tokens, about 190 words, and no more.
+# The text encoder reads the first 256 tokens of a prompt, about 190 words.
 
 # %%
 data_plots.prompt_lengths(explored.bank.prompts.to_pylist());
 
 # %% [markdown]
 # ## Which prompts are alike?
-# Near points are similar prompts; how far apart distant ones lie means nothing. Folds that were made by similarity show
-# as patches of one colour, random ones as confetti.
+# Points close together are similar prompts; large distances mean nothing. Folds by similarity are patches of one
+# colour; random folds are mixed everywhere.
 
 # %%
 points, labels = explored.map_points(map_prompts)
@@ -80,7 +80,8 @@ data_plots.prompt_map(points, labels, title=f"{len(points):,} prompts by similar
 
 # %% [markdown]
 # ## Which prompts are nearly the same?
-# The most similar pairs, with an image of each. In one fold they do no harm; in two, validation has seen the answer.
+# The most similar pairs, with an image of each. Two such prompts in one fold do no harm. In two folds they do: the
+# model is validated on a prompt that it was trained on.
 
 # %%
 twins = explored.near_duplicates(count=4)
@@ -97,7 +98,7 @@ if report := explored.fold_report():
 
 # %% [markdown]
 # ## What does it look like?
-# Type words: the nearest prompts by their embedding, not by their letters, and an image of each.
+# The nearest prompts to some words, by their embeddings, not by their letters; and an image of each.
 
 # %%
 widgets.search(explored, search, search_fold, count)
@@ -108,41 +109,41 @@ widgets.search(explored, search, search_fold, count)
 # ensemble, whose few weights were fitted on half of them.
 
 # %%
-if there := explored.has_models(fold):
+if has_models := explored.has_models(fold):
     validated = explored.validated(fold)
     score_plots.bar_scores(validated.scores(), baseline=validated.baseline)
     score_plots.similarity_histogram(dict(validated.cosines.items()))
 
 # %% [markdown]
 # ## Where are they right, and where are they lost?
-# Images of different prompts: the true prompt, and the nearest of all prompts to what the model saw.
+# Images of different prompts, each with its true prompt and the prompt nearest to the model's prediction.
 
 # %%
-if there:
+if has_models:
     widgets.examples(explored, fold, model, sort, count)
 
 # %% [markdown]
 # ## What are they good at?
-# Scores by the length of the prompts, their source and kind, and by how similar the nearest training prompt is: what
-# was seen in training is recognised more easily.
+# Scores by the length of the prompts, their source and kind, and by their similarity to the nearest training prompt:
+# what resembles the training data is recognised more easily.
 
 # %%
-if there:
+if has_models:
     widgets.slice_scores(explored, fold, slice)
 
 # %% [markdown]
 # ## Where do the models disagree?
-# What each took the image for. An ensemble gains most where its members err in different ways.
+# The prompt nearest to each model's prediction. An ensemble gains most where its members err in different ways.
 
 # %%
-if there and len(validated.single_models) > 1:
+if has_models and len(validated.single_models) > 1:
     image_plots.disagreement(explored.disagreement(fold))
 
 # %% [markdown]
 # ## What do they see in an image of yours?
-# Give its path, or upload it: the nearest prompts by every model, with their cosines. Above 0.7 it is about the same
-# thing; where all lie far below, no prompt of these data sets describes it.
+# Give its path, or upload it: the nearest prompts by every model, with their cosines. Above 0.7 a prompt is about the
+# same thing; where all are far below, no prompt of these data sets describes the image.
 
 # %%
-if there:
+if has_models:
     widgets.own_image(explored, fold, image, count)

@@ -1,6 +1,5 @@
 """Chooses images of a run to look at: training images as the network gets them, best and worst predictions."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,11 @@ from kutils.data.prompt_bank import PromptBank
 from kutils.runs.recipes import Recipe
 from kutils.training.out_of_fold import predictions_path, read_predictions
 
-UNREADABLE = (ValueError, OSError, KeyError, zipfile.BadZipFile)  # of predictions or data that are gone, or of others
-MOST_PROMPTS = 200_000  # that the nearest one is looked for in: 300 MB
+MOST_PROMPTS = 200_000  # among which the nearest one is searched: 300 MB
 
 
 def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[np.ndarray], list[str]]:
-    """Training images as the network gets them in the first epoch, and their prompts.
+    """Draw training images as the network gets them in the first epoch, and their prompts.
 
     Returns: uint8 [S, S, 3] arrays with crop and colour jitter, and the prompts.
     """
@@ -58,11 +56,11 @@ def validation_table(recipe: Recipe, fold: int, run_folder: Path) -> pd.DataFram
 
 
 def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
-    """The best and the worst predictions of a validation table, and what the network took their images for.
+    """Choose the best and the worst predictions of a validation table, and find the prompts nearest to them.
 
     Args:
-        table: of `validation_table`; the worse half of its rows can be among the worst, the others among the best.
-        count: best and worst rows, each of another prompt; fewer where there are not as many.
+        table: of `validation_table`; the best rows are of its better half, the worst of the other.
+        count: of best rows, each of another prompt, and of worst rows; fewer where there are not as many.
     Returns: rows of the table, the best first, then the worst first, with two columns more: best (bool), and nearest:
         the prompt nearest to the prediction, of all data sets, or of MOST_PROMPTS drawn of more.
     """

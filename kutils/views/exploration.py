@@ -37,7 +37,7 @@ class Exploration:
 
     data: PromptImages
     bank: PromptBank
-    run_names: tuple[str, ...] = ()  # finished runs, `*` matches any part of a name; empty: all
+    runs: list[Path]  # folders of finished runs
     # results that a second look needs again
     folds: dict[int, Validated] = field(default_factory=dict)
     labels: dict[int, pd.DataFrame] = field(default_factory=dict)  # fold -> of `slices.label_rows`
@@ -51,15 +51,14 @@ class Exploration:
             names: data sets separated by commas; empty: those of the run finished last, or else `shapes`, which is made
                 where it is missing.
             models: finished runs separated by commas, `*` matches any part of a name; empty: all.
-        Raises: ValueError or ValueError for data sets that cannot be used, ValueError for a run that is not there.
+        Raises: ValueError for data sets that cannot be used, or a run that is not there.
         """
-        run_names = tuple(recipes.split_names(models))
-        runs = folders.find_finished(run_names)
+        runs = folders.find_finished(recipes.split_names(models))
         of_last_run = recipes.load_recipe(runs[-1] / "config.yaml").datasets if runs else ["shapes"]
         datasets = recipes.split_names(names) or of_last_run
         if list(datasets) == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
             launch.run_module("kutils", "generate", "--shapes-dataset", "shapes")
-        return cls(load_datasets(datasets, need_folds=False), PromptBank.from_datasets(datasets), run_names)
+        return cls(load_datasets(datasets, need_folds=False), PromptBank.from_datasets(datasets), runs)
 
     # ------------------------------------------------------------ data
 
@@ -69,7 +68,7 @@ class Exploration:
         folds = f"folds {low} to {high}" if low >= 0 else "not all rows have a fold"
         return (
             f"{', '.join(self.data.names)}: {len(self.data):,} images of {len(self.bank):,} prompts, {folds}; "
-            f"{len(folders.find_finished(self.run_names)):,} finished runs"
+            f"{len(self.runs):,} finished runs"
         )
 
     def image(self, row: int) -> Path | Image.Image:
@@ -189,7 +188,7 @@ class Exploration:
 
     def validated_folds(self) -> list[int]:
         """Folds on which a finished run was validated."""
-        return sorted({finished.read_result(folder).fold for folder in folders.find_finished(self.run_names)})
+        return sorted({finished.read_result(folder).fold for folder in self.runs})
 
     def validated(self, fold: int) -> Validated:
         """Read the predictions of a fold by all runs that were validated on its rows, and by their ensemble.
@@ -197,7 +196,7 @@ class Exploration:
         Raises: EnsembleError where no run has predicted rows of these data sets.
         """
         if fold not in self.folds:
-            self.folds[fold] = read_validated(self.data, fold, folders.find_finished(self.run_names))
+            self.folds[fold] = read_validated(self.data, fold, self.runs)
         return self.folds[fold]
 
     def examples(self, fold: int, model: str = "", sort: str = "worst", count: int = 8) -> pd.DataFrame:

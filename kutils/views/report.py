@@ -89,7 +89,7 @@ def validation_values(run: FinishedRun) -> dict:
         table = examples.validation_table(run.recipe, run.fold, run.folder)
         data = datasets.load_datasets(run.recipe.datasets)
         labels = slices.label_rows(data, table["row"].to_numpy(), run.fold)
-    except examples.UNREADABLE as error:
+    except (ValueError, OSError) as error:
         return {"missing": f"Not shown: {error}"}
     cosines = table["cosine"]
     low, median, high = cosines.quantile([0.05, 0.5, 0.95])
@@ -222,8 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in run_folders if names else run_folders[-1:]:
         try:
             print(write_report(folder))
-        except examples.UNREADABLE as error:
-            reason = f"one of its files has no {error}" if isinstance(error, KeyError) else error
-            print(f"error: {folder}: {reason}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            print(f"error: {folder}: {error}", file=sys.stderr)
             failed = True
     return int(failed)
