@@ -141,6 +141,7 @@ def alt_text(figure: Figure) -> str:
     images = sum(bool(axes.images) for axes in figure.axes)
     sentences = [figure.get_suptitle(), f"{images} image{'s' * (images > 1)}" if images else ""]
     sentences += [*map(axes_text, figure.axes), figure.get_supxlabel()]
+    sentences += ["; ".join(text.get_text() for text in legend.get_texts()) for legend in figure.legends]
     text = " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in sentences if part)
     return textwrap.shorten(text, MOST_ALT_CHARACTERS, placeholder=" ...") or "An empty figure."
 

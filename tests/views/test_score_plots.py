@@ -82,6 +82,10 @@ def test_slices_are_dots_beside_the_mean():
     (axes,) = figure.axes  # one slice tells nothing apart
     assert axes.get_title() == "by words"
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1 to 5 (1,000)", "6 or more (20)"]
+    assert figures.alt_text(figure) == (
+        "by words: mean cosine similarity (in brackets: images). "
+        "a: 0.6000 over all rows (line); b: 0.5000 over all rows (line)."
+    )
     lines = {line.get_label(): line for line in axes.lines}
     dots = lines["a: 0.6000 over all rows (line)"]
     assert dots.get_xdata().tolist() == [0.5, 0.7] and dots.get_ydata().tolist() == pytest.approx([-0.125, 0.875])
