@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kutils.ensemble.blending import mean_cosine
-from kutils.ensemble.fit import load_ensemble
+from kutils.ensemble.weights import load_ensemble
 from kutils.generation import shapes
 from kutils.generation.image_sets import image_seed
 from kutils.kaggle.submission import SUBMISSION_HEADER

@@ -25,7 +25,7 @@
 
 # %% tags=["parameters"]
 config: str = "conf/ensemble_tiny.yaml"  # families, members and method
-output: str = ""  # JSON file of the weights; empty: working/models/<config>.json (a former one is kept as .bak)
+output: str = ""  # JSON file of the weights; empty: working/models/<config>.json (a previous one becomes .bak)
 seed: int = 0  # of the two halves of fold 0
 
 # %%
@@ -44,15 +44,15 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Do several models know more than one?
-# Fold 0 is split in two by topic (clusters of its prompts), so that the halves differ in what they show. Every method
-# of weighting is fitted on one half; the other half says what it is worth, and whether it beats equal weights.
+# Fold 0 is split in two by topic (clusters of its prompts), so that the halves differ in what their images show. Every
+# method of weighting is fitted on one half and scored on the other, beside equal weights.
 
 # %%
 from kutils.ensemble import blending, fit
 from kutils.views import score_plots
 
 fitted, path = fit.fit(config, output, seed)
-print(f"{fit.describe(fitted)}\nwrote {path}")
+print(f"{fitted.summary()}\nwrote {path}")
 
 # %%
 methods = {f"{method} weights": fitted.scores[method] for method in blending.METHODS}

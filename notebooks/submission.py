@@ -15,24 +15,24 @@
 # # Submission: the offline Kaggle kernel
 #
 # **What it does.** Predicts every image of the competition with all models of an ensemble, one at a time, and writes
-# `submission.csv`. A complete file is there before the first model runs, and gets better with every family.
+# `submission.csv`. A complete file is there before the first model runs, and gets better with every model.
 # `papermill notebooks/submission.ipynb working/runs/submission.ipynb -p images FOLDER`
 #
 # **What it needs.** No network, and no package beyond Kaggle's own. A folder of images, the ensemble's weights
 # (`notebooks/ensemble`) and its checkpoints. On Kaggle the three are found among the notebook's inputs, where
 # `make kaggle-code`, `make kaggle-weights` and `make kaggle-push` put them.
 #
-# **How long it takes.** The tiny models: seconds. The 18 large ones: hours on Kaggle's GPUs, within the budget below:
-# what does not fit is left out, so that least is lost.
+# **How long it takes.** The tiny models: seconds. The 18 large ones: hours on Kaggle's GPUs, within the budget below.
+# If the time is too short, the models that matter least are left out.
 
 # %% tags=["parameters"]
 images: str = ""  # folder of images; empty: the competition's, found below the inputs
-ensemble: str = ""  # JSON file of the weights; empty: the one below working/models or, on Kaggle, the inputs
+ensemble: str = ""  # JSON file of the weights; empty: the last one below working/models or, on Kaggle, the inputs
 models: str = ""  # folder of the checkpoints; empty: found likewise
-output: str = ""  # the file to write; empty: working/submission.csv (a former one is kept as .bak)
+output: str = ""  # the file to write; empty: working/submission.csv (a previous one becomes .bak)
 hours: float = 8.5  # time for all models; Kaggle ends the notebook after 9
 batch_size: int = 64  # images at a time on each GPU; halved where the memory is full
-tta: str = "none"  # views of an image that are averaged: none, flip, five_crops
+tta: str = "none"  # two_resolutions: predict at each network's size and at a larger one, and average
 cache_gb: float = 24.0  # of decoded images, in files of the temporary folder
 
 # %%
@@ -58,21 +58,19 @@ import time
 
 import torch
 from kutils.data import prompt_bank
-from kutils.ensemble import blending, within_budget, image_cache
-from kutils.ensemble import weight_files
+from kutils.ensemble import blending, image_cache, weights, within_budget
 from kutils.kaggle import mounts, submission
 from kutils.system import devices, paths
 from kutils.views import figures, image_plots, score_plots
-from kutils.ensemble.fit import bank_path, describe, load_ensemble, load_neighbours
 
 began = time.monotonic()
 print(f"{mounts.describe_machine()}\n{devices.describe_gpus()}")
 image_files = image_cache.find_images(images or mounts.find_images_folder(paths.input_dir()), same_name_is_error=False)
 ids = [path.stem for path in image_files]
-folders = weight_files.weight_folders(models)
-ensemble_path = Path(ensemble) if ensemble else weight_files.find_ensemble(folders)
-fitted = load_ensemble(ensemble_path)
-print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(fitted)}")
+folders = weights.weight_folders(models)
+ensemble_path = Path(ensemble) if ensemble else weights.find_ensemble(folders)
+fitted = weights.load_ensemble(ensemble_path)
+print(f"{len(image_files):,} images, {len(fitted.members())} models of {ensemble_path}\n{fitted.summary()}")
 
 # %% [markdown]
 # ## Predict
@@ -83,29 +81,27 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models\n{describe(f
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
 submission.set_previous_aside(output_path)
 submission.write_submission(output_path, ids, within_budget.mean_embeddings(fitted, len(ids)))
-files = weight_files.find_checkpoints(fitted.files(), folders, beside=ensemble_path)
-checkpoint_files = {member: files[member.checkpoint] for member in fitted.members()}
-neighbours = load_neighbours(fitted, files)
+checkpoint_files, neighbours = weights.find_members(fitted, folders, beside=ensemble_path)
 
 # %%
 hours_left = hours - (time.monotonic() - began) / 3600
 options = {"hours": hours_left, "batch_size": batch_size, "tta": tta, "cache_gb": cache_gb, "bank": neighbours}
 for state in within_budget.predict_ensemble(fitted, checkpoint_files, image_files, **options):
     submission.write_submission(output_path, ids, state.embeddings)
-    weights = ", ".join(f"{family} {weight:.3f}" for family, weight in state.weights.items())
-    print(f"{output_path.name}: {len(state.seconds)} models; {weights or 'the mean embedding'}", flush=True)
+    shares = ", ".join(f"{family} {weight:.3f}" for family, weight in state.weights.items())
+    print(f"{output_path.name}: {len(state.seconds)} models; {shares or 'the mean embedding'}", flush=True)
 
 # %% [markdown]
 # ## Will it be scored?
-# The file is read back: rows, ids and their order, finite values, unit length. What follows are figures, which no error
-# of theirs must cost it.
+# The file is read back: rows, ids and their order, finite values, unit length. Figures follow; if one fails, the file
+# stays.
 
 # %%
 print(f"{submission.check_submission(output_path, ids):,} rows are as the competition wants them")
 unreadable = {path.name: reason for path, reason in state.unreadable.items()}
-told = {"images": len(ids), "gpus": torch.cuda.device_count(), "seconds": state.seconds, "weights": state.weights}
-told |= {"left_out": state.dropped, "unreadable": unreadable}
-paths.write_json(submission.submission_report_path(output_path), told)
+report = {"images": len(ids), "gpus": torch.cuda.device_count(), "seconds": state.seconds, "weights": state.weights}
+report |= {"left_out": state.dropped, "unreadable": unreadable}
+paths.write_json(submission.submission_report_path(output_path), report)
 for name, reason in unreadable.items():
     print(f"it holds the mean embedding for {name}: {reason}")
 
@@ -120,20 +116,20 @@ with figures.print_errors():
 
 # %% [markdown]
 # ## What does it mean?
-# Some images, and the nearest prompts to what was predicted, of the few that travel with the weights: they should say
-# what is to be seen, as far as so few can.
+# Some images with the prompts nearest to their predictions, of the few prompts that travel with the weights: they
+# should name what the images show, as far as so few can.
 
 # %%
 with figures.print_errors():
-    if bank_path(ensemble_path).is_file() and image_files:
-        bank = prompt_bank.PromptBank.load(bank_path(ensemble_path))
+    if weights.bank_path(ensemble_path).is_file() and image_files:
+        bank = prompt_bank.PromptBank.load(weights.bank_path(ensemble_path))
         titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
         image_plots.image_grid(image_files[:8], titles, columns=4)
 
 # %% [markdown]
 # ## Do the families agree?
-# Mean cosine between the families' predictions of an image. Shown are those on which they differ most: the ensemble is
-# least sure of them.
+# Mean cosine between the families' predictions of an image. The images on which they differ most are those of which
+# the ensemble is least sure.
 
 # %%
 with figures.print_errors():

@@ -10,8 +10,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from kutils.benchmarks import measuring
 from kutils.ensemble import image_cache, within_budget
-from kutils.ensemble.fit import Ensemble
 from kutils.ensemble.members import Member
+from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints, networks
 from kutils.runs.recipes import Recipe
 from kutils.system import paths

@@ -12,10 +12,6 @@ PROMPTS_PER_TOPIC, MOST_TOPICS = 8, 50
 LEAST_GROUPS = 5  # that tell how much a mean varies
 
 
-class BlendingError(ValueError):
-    """Predictions that weights cannot be fitted on."""
-
-
 # ---------------------------------------------------------------- combining
 
 
@@ -210,12 +206,12 @@ def fit_and_score(
     Returns: method -> family -> weight (a number, or a list per dimension); and a report with scores (members by
         family, and one number per method), over_equal (method -> `gain` over equal weights), leave_one_out (score of
         `family` refitted without one), error_correlations (of predictions minus targets), rows (fit, unseen).
-    Raises: BlendingError for a single group.
+    Raises: ValueError for a single group.
     """
     names, stacked = list(predictions), np.stack([unit(rows) for rows in predictions.values()])
     seen = split_groups(groups, seed)
     if seen.all():
-        raise BlendingError(f"{len(targets)} rows of one prompt: a fit and its test need rows of at least two")
+        raise ValueError(f"{len(targets)} rows of one prompt: a fit and its test need rows of at least two")
     inside, outside, fit_targets, targets = stacked[:, seen], stacked[:, ~seen], targets[seen], targets[~seen]
     family = fit_family_weights(inside, fit_targets)
     weights = {

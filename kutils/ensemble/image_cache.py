@@ -21,10 +21,6 @@ WORKER_SECONDS = 300  # for a batch; then it is an error
 MOST_OF_DISK = 0.5  # share of the free space that a cache may take
 
 
-class ImagesError(ValueError):
-    """A folder of images that cannot be used as asked; the message names the files."""
-
-
 def find_images(folder: Path | str, *, same_name_is_error: bool = True) -> list[Path]:
     """Files in a folder (not below) with an extension that Pillow reads, sorted by name without extension.
 
@@ -32,11 +28,11 @@ def find_images(folder: Path | str, *, same_name_is_error: bool = True) -> list[
         folder: of images.
         same_name_is_error: of two files that differ in their extension alone; otherwise the first one is taken, and a
             warning given.
-    Raises: ImagesError if the folder is not there, or for two files of one name.
+    Raises: ValueError if the folder is not there, or for two files of one name.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ImagesError(f"no folder of images at {folder}")
+        raise ValueError(f"no folder of images at {folder}")
     known = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = [path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
     found.sort(key=lambda path: (path.stem, path.name))
@@ -44,7 +40,7 @@ def find_images(folder: Path | str, *, same_name_is_error: bool = True) -> list[
         if first.stem == second.stem:
             same = f"{first} and {second.name} have the same id {first.stem!r}"
             if same_name_is_error:
-                raise ImagesError(f"{same}; rename or remove one of them")
+                raise ValueError(f"{same}; rename or remove one of them")
             warnings.warn(f"{same}; the first is taken", stacklevel=2)
     return [next(files) for _, files in itertools.groupby(found, key=lambda path: path.stem)]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from kutils.data.prompt_bank import PromptBank, in_fold
 from kutils.ensemble import blending
-from kutils.ensemble.members import EnsembleError, load_targets
+from kutils.ensemble.members import load_targets
 from kutils.runs import finished, folders
 from kutils.training.out_of_fold import predictions_path, read_predictions
 
@@ -35,7 +35,7 @@ class Baseline:
     rows: int
     bank: int  # training prompts
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         error = "" if self.gain["error"] is None else f", standard error {self.gain['error']:.4f}"
         return (
             f"{self.run}: mean cosine on {self.rows:,} rows of fold {self.fold} on which nothing was chosen\n"
@@ -47,7 +47,7 @@ class Baseline:
         )
 
 
-def measure(
+def measure_neighbours(
     folder: Path,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperatures: Sequence[float] = TEMPERATURES,
@@ -62,7 +62,7 @@ def measure(
         folder: of a finished run.
         neighbours, temperatures: to choose from.
         seed: of the halves, and of the rows where the fold has more than MOST_ROWS.
-    Raises: EnsembleError for predictions that are not there, of data that has changed since, or too few for two halves.
+    Raises: ValueError for predictions that are not there, of data that has changed since, or too few for two halves.
     """
     fold = finished.read_result(folder).fold
     saved = read_predictions(folder, fold)
@@ -74,7 +74,7 @@ def measure(
     groups = blending.topics(targets, prompts, seed)
     seen = blending.split_groups(groups, seed)
     if seen.all():  # also of none
-        raise EnsembleError(
+        raise ValueError(
             f"{predictions_path(folder, fold)} holds finite predictions of {len(np.unique(prompts))} prompts of "
             f"{len(saved['embeddings'])} rows; choosing and scoring take two prompts or more"
         )
@@ -107,7 +107,7 @@ def measure(
     )
 
 
-def counts(text: str) -> list[int]:
+def prompt_counts(text: str) -> list[int]:
     """Whole numbers of 1 or more, with commas between, for argparse."""
     values = [int(value) for value in text.split(",")]
     if min(values) < 1:
@@ -130,17 +130,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "what a member with `neighbours` in an ensemble's configuration predicts.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs of working/runs/ (a name may hold *)")
-    shown = [",".join(map(str, values)) for values in (NEIGHBOURS, TEMPERATURES)]
+    defaults = [",".join(map(str, values)) for values in (NEIGHBOURS, TEMPERATURES)]
     parser.add_argument(
-        "--k", type=counts, default=shown[0], help=f"numbers of prompts to choose from (default: {shown[0]})"
+        "--k",
+        type=prompt_counts,
+        default=defaults[0],
+        help=f"numbers of prompts to choose from (default: {defaults[0]})",
     )
     parser.add_argument(
-        "--temperature", type=temperatures, default=shown[1], help=f"to choose from (default: {shown[1]})"
+        "--temperature", type=temperatures, default=defaults[1], help=f"to choose from (default: {defaults[1]})"
     )
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)"
     )
     args = parser.parse_args(argv)
     for folder in folders.find_finished(args.runs):
-        print(measure(folder, args.k, args.temperature, device=args.device).describe(), flush=True)
+        print(measure_neighbours(folder, args.k, args.temperature, device=args.device), flush=True)
     return 0

@@ -14,20 +14,14 @@ import pandas as pd
 
 from kutils.data import prompt_bank
 from kutils.data.prompt_bank import PromptBank
-from kutils.ensemble import fit as ensembles
-from kutils.ensemble import predict, weight_files, within_budget
-from kutils.ensemble.fit import Ensemble
+from kutils.ensemble import predict, weights, within_budget
 from kutils.ensemble.image_cache import PixelCache
-from kutils.ensemble.members import EnsembleError
+from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints
 from kutils.runs import finished, folders, recipes
 from kutils.system import devices, paths
 
 ENSEMBLE = "ensemble"  # key of its embeddings
-
-
-class RetrievalError(ValueError):
-    """Models or images that cannot be used; the message names them and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +41,28 @@ def find_models(names: Sequence[str] = ()) -> list[TrainedModel]:
 
     Args:
         names: runs as `runs.find_finished` takes them, or checkpoint files; none: all runs whose checkpoint is there.
-    Raises: ValueError for a name that no finished run has; RetrievalError for a named run without its checkpoint;
-        ValueError for a file that is none.
+    Raises: ValueError for a name that no finished run has, a named run without its checkpoint, or a file that is none.
     """
     if not names:
         return [model_of_run(folder) for folder in folders.find_finished() if checkpoint_of(folder).is_file()]
-    found: dict[Path, TrainedModel] = {}
+    by_file: dict[Path, TrainedModel] = {}
     for name in names:
-        if (path := Path(name)).suffix in weight_files.CHECKPOINT_SUFFIXES:
+        if (path := Path(name)).suffix in weights.CHECKPOINT_SUFFIXES:
             models = [TrainedModel(path.stem, path, checkpoints.read(path).get("cosine_similarity"))]
         else:
             models = [model_of_run(folder) for folder in folders.find_finished([name])]
-        found |= {model.checkpoint: model for model in models}
-    taken = Counter([ENSEMBLE, *(model.name for model in found.values())])
+        by_file |= {model.checkpoint: model for model in models}
+    taken = Counter([ENSEMBLE, *(model.name for model in by_file.values())])
     return [
         replace(model, name=str(path)) if path.stem == model.name and taken[model.name] > 1 else model
-        for path, model in found.items()
+        for path, model in by_file.items()
     ]
 
 
 def model_of_run(folder: Path) -> TrainedModel:
     """The best checkpoint of a finished run."""
     if not (checkpoint := checkpoint_of(folder)).is_file():
-        raise RetrievalError(f"{folder.name} has finished, but {checkpoint} is not there any more; train it again")
+        raise ValueError(f"{folder.name} has finished, but {checkpoint} is not there any more; train it again")
     return TrainedModel(folder.name, checkpoint, finished.read_result(folder).cosine_similarity)
 
 
@@ -80,22 +73,6 @@ def checkpoint_of(folder: Path) -> Path:
     return beside if beside.is_file() else recipes.load_recipe(folder / "config.yaml").models_folder() / name
 
 
-def find_ensemble(path: Path | str = "") -> tuple[Path, Ensemble] | None:
-    """An ensemble's file and what it holds: the named one, else the newest in `working/models/`; None without one.
-
-    Raises: EnsembleError for a named file that holds no ensemble.
-    """
-    if path:
-        return Path(path), ensembles.load_ensemble(path)
-    files = (paths.working_dir() / "models").glob("*.json")
-    for file in sorted(filter(Path.is_file, files), key=lambda file: file.stat().st_mtime, reverse=True):
-        try:
-            return file, ensembles.load_ensemble(file)
-        except EnsembleError:  # another JSON file
-            continue
-    return None
-
-
 def embed_images(
     models: Sequence[TrainedModel],
     images: Sequence[Path],
@@ -104,22 +81,22 @@ def embed_images(
     ensemble_path: Path | None = None,
     device: str = "auto",
 ) -> dict[str, np.ndarray]:
-    """What models predict for images, each as in its validation.
+    """Predict images with several models, each as in its validation.
 
     Args:
         models: one in memory at a time, of different names.
         images: files.
-        ensemble: its members, whose checkpoints lie below `working/models/`, are predicted with too: families averaged
-            and weighted as in a submission.
-        ensemble_path: its file, beside which its prompts, or checkpoints, may be instead.
+        ensemble: predicts too: families averaged and weighted as in a submission. Its members' checkpoints lie below
+            `working/models/`.
+        ensemble_path: its file, beside which its checkpoints and prompts may be instead.
         device: auto, cpu or cuda.
     Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
-    Raises: RetrievalError naming every image that cannot be read, the members that failed, or a name that two have;
-        ValueError or MountError for a checkpoint that cannot be used.
+    Raises: ValueError naming every image that cannot be read, the members that failed, a name that two have, or a
+        checkpoint that cannot be used.
     """
     taken = Counter([ENSEMBLE, *(model.name for model in models)])
     if twice := [name for name, count in taken.items() if count > 1]:
-        raise RetrievalError(f"several models, or a model and the ensemble, are called {', '.join(twice)}; rename one")
+        raise ValueError(f"several models, or a model and the ensemble, are called {', '.join(twice)}; rename one")
     images, embeddings = [Path(image) for image in images], {}
     for model in models:
         network, recipe, _ = checkpoints.load_model(model.checkpoint)
@@ -133,22 +110,20 @@ def embed_images(
 
 
 def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, path: Path | None = None) -> np.ndarray:
-    """What an ensemble predicts for images, of which each is readable, by all of its members: float32 [n, 384]."""
+    """Predict images with all members of an ensemble: float32 [n, 384]; ValueError for an unreadable image."""
     ensemble = ensemble.with_weight()
-    found = weight_files.find_checkpoints(ensemble.files(), weight_files.weight_folders(), path)
-    files = {member: found[member.checkpoint] for member in ensemble.members()}
-    bank = ensembles.load_neighbours(ensemble, found)
+    files, bank = weights.find_members(ensemble, weights.weight_folders(), path)
     *_, state = within_budget.predict_ensemble(ensemble, files, images, device=device, bank=bank)
     check_readable(list(state.unreadable.values()))
     if state.dropped:
-        raise RetrievalError("; ".join(f"{name}: {reason}" for name, reason in state.dropped.items()))
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in state.dropped.items()))
     return state.embeddings
 
 
 def check_readable(reasons: Sequence[str]) -> None:
-    """Raise RetrievalError for the images that could not be read, by reason."""
+    """Raise ValueError for the images that could not be read, by reason."""
     if reasons:
-        raise RetrievalError("; ".join(reasons))
+        raise ValueError("; ".join(reasons))
 
 
 def neighbours_table(embedding: np.ndarray, bank: PromptBank, k: int = 5) -> pd.DataFrame:
@@ -160,26 +135,29 @@ def neighbours_table(embedding: np.ndarray, bank: PromptBank, k: int = 5) -> pd.
 # ---------------------------------------------------------------- command
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print tables, and write them if asked; a ValueError or OSError naming what cannot be used, before any model."""
+def ask(args: argparse.Namespace) -> None:
+    """Print tables, and write them to a file if asked.
+
+    Raises: ValueError or OSError naming what cannot be used, before any model is loaded.
+    """
     if args.csv and args.csv.exists():
-        raise RetrievalError(f"{args.csv} exists; remove it or give another --csv")
+        raise ValueError(f"{args.csv} exists; remove it or give another --csv")
     if args.k < 1:
-        raise RetrievalError(f"-k is {args.k}; ask for at least one prompt")
+        raise ValueError(f"-k is {args.k}; ask for at least one prompt")
     if missing := [str(path) for path in args.images if not path.is_file()]:
-        raise RetrievalError(f"no image at {', '.join(missing)}")
-    models, fitted = choose(args.model, args.ensemble)
+        raise ValueError(f"no image at {', '.join(missing)}")
+    models, fitted = choose_models(args.model, args.ensemble)
     names = dict.fromkeys(name for model in models for name in datasets_of(model))
     if fitted:
         names |= dict.fromkeys(sorted(json.loads(fitted[1].folds_hash)))
-    bank, told = prompt_bank.from_arguments(args, list(names))
+    bank, source = prompt_bank.from_arguments(args, list(names))
     path, ensemble = fitted or (None, None)
     embeddings = embed_images(models, args.images, ensemble=ensemble, ensemble_path=path, device=args.device)
-    titles = {model.name: describe(model) for model in models}
+    titles = {model.name: title_of(model) for model in models}
     if fitted:
         titles[ENSEMBLE] = f"the ensemble {fitted[0].stem} of {len(fitted[1].with_weight().members())} models"
     tables = []
-    print(f"nearest of {told}")
+    print(f"nearest of {source}")
     for number, image in enumerate(args.images):
         for name, rows in embeddings.items():
             table = neighbours_table(rows[number], bank, args.k)
@@ -191,12 +169,13 @@ def run(args: argparse.Namespace) -> None:
             pd.concat(tables)[columns].to_csv(temporary, index=False, float_format="%.4f")
 
 
-def choose(names: Sequence[str], ensemble: str) -> tuple[list[TrainedModel], tuple[Path, Ensemble] | None]:
+def choose_models(names: Sequence[str], ensemble: str) -> tuple[list[TrainedModel], tuple[Path, Ensemble] | None]:
     """The models and the ensemble that are named, else the ensemble fitted last, else the run finished last."""
-    fitted = find_ensemble(ensemble) if ensemble or not names else None
+    files = [Path(ensemble)] if ensemble else [] if names else weights.ensemble_files(weights.weight_folders())
+    fitted = (files[0], weights.load_ensemble(files[0])) if files else None
     models = find_models(names) if names or not fitted else []
     if not models and not fitted:
-        raise RetrievalError(f"nothing is trained yet in {paths.working_dir()}: make train MODEL=tiny_vit FOLD=0")
+        raise ValueError(f"nothing is trained yet in {paths.working_dir()}: make train MODEL=tiny_vit FOLD=0")
     return (models if names else models[-1:]), fitted
 
 
@@ -204,7 +183,8 @@ def datasets_of(model: TrainedModel) -> tuple[str, ...]:
     return checkpoints.recipe_of(checkpoints.read(model.checkpoint), model.checkpoint).datasets
 
 
-def describe(model: TrainedModel) -> str:
+def title_of(model: TrainedModel) -> str:
+    """Name and score of a model."""
     return model.name if model.score is None else f"{model.name} (mean cosine {model.score:.4f} on its fold)"
 
 
@@ -242,5 +222,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)"
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write image, model, rank, cosine, prompt there too")
-    run(parser.parse_args(argv))
+    ask(parser.parse_args(argv))
     return 0

@@ -11,12 +11,16 @@ import pandas as pd
 
 from kutils.data.datasets import PromptImages
 from kutils.data.prompt_bank import PromptBank
-from kutils.ensemble import blending, trained_models
-from kutils.ensemble.members import FIT_FOLD, EnsembleError, load_predictions
+from kutils.ensemble import blending, weights
+from kutils.ensemble.members import FIT_FOLD, load_predictions
 from kutils.runs import finished
-from kutils.training.out_of_fold import PredictionsError, read_predictions
+from kutils.training.out_of_fold import read_predictions
 
 MEAN = "ensemble of equal weights"  # where none was fitted
+
+
+class NoPredictions(ValueError):
+    """Finished runs left no predictions of a fold to compare; the message says how to make them."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,19 @@ class Validated:
 def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Validated:
     """Read what finished runs predicted for a fold of these data sets, and add the predictions of their ensemble.
 
-    Raises: EnsembleError where no run has predicted the fold's rows, or no row is predicted by all of them.
+    Raises: NoPredictions where no run has predicted the fold's rows, or no row is predicted by all of them.
     """
     runs, notes = read_runs(data, fold, folders)
     names = ", ".join(runs)
     if not runs:
-        raise EnsembleError(
+        raise NoPredictions(
             f"no finished run was validated on fold {fold} of {', '.join(data.names)}; train one: papermill "
             f"notebooks/train.ipynb working/runs/train_tiny_convnext_fold{fold}.ipynb -p model tiny_convnext "
             f"-p fold {fold}" + "".join(f"\n  {note}" for note in notes)
         )
     rows = functools.reduce(np.intersect1d, (own_rows for own_rows, _ in runs.values()))
     if not len(rows):
-        raise EnsembleError(f"{names} were validated on different images; choose some of them by models=")
+        raise NoPredictions(f"{names} were validated on different images; choose some of them by models=")
     if len(rows) < max(len(own_rows) for own_rows, _ in runs.values()):
         notes.append(f"{names} are compared on the {len(rows):,} images of fold {fold} that all were validated on")
     predictions = {name: take_rows(rows, *values) for name, values in runs.items()}
@@ -88,7 +92,7 @@ def read_runs(
             continue
         try:
             runs[folder.name] = predictions_of(data, folder, fold)
-        except (EnsembleError, PredictionsError) as error:
+        except ValueError as error:
             notes.append(f"{folder.name} is left out: {error}")
     return runs, notes
 
@@ -109,17 +113,17 @@ def predict_together(
 def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows int64 [n] of the data sets and a run's predictions of them, float32 [n, 384].
 
-    Raises: PredictionsError if they are not there or damaged; EnsembleError if they are of other data.
+    Raises: ValueError if they are not there, damaged, or of other data.
     """
     saved = read_predictions(folder, fold)
     hashes = json.loads(saved["folds_hash"])
     if missing := sorted(set(hashes) - set(data.names)):
-        raise EnsembleError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
+        raise ValueError(f"it was validated on {', '.join(missing)} too; look at datasets={','.join(hashes)}")
     if any(data.folds_hashes[name] != value for name, value in hashes.items()):
-        raise EnsembleError("prompts were assigned to other folds since; train it again")
+        raise ValueError("prompts were assigned to other folds since; train it again")
     rows = data.rows_of(saved["dataset"], saved["row"])
     if rows.max() >= len(data) or data.hash_targets(rows) != saved["targets_hash"]:
-        raise EnsembleError("its data sets have other rows or prompts now; train it again")
+        raise ValueError("its data sets have other rows or prompts now; train it again")
     return rows, saved["embeddings"]
 
 
@@ -132,20 +136,20 @@ def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.nd
 def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.ndarray, float]:
     """Predictions of rows by the ensemble fitted last, float32 [n, 384], and its score on the rows not used in its fit.
 
-    Raises: EnsembleError where none was fitted on these rows; an error of `ensemble` where a member is gone.
+    Raises: ValueError where none was fitted on these rows, or a member is gone.
     """
-    latest = trained_models.find_ensemble()
-    if latest is None or fold != FIT_FOLD:
-        raise EnsembleError(f"none was fitted on fold {fold}")
-    path, fitted = latest
+    files = weights.ensemble_files(weights.weight_folders())
+    if not files or fold != FIT_FOLD:
+        raise ValueError(f"none was fitted on fold {fold}")
+    path, fitted = files[0], weights.load_ensemble(files[0])
     families, common = load_predictions(fitted.families)
     if not set(common["dataset"]) <= set(data.names):
-        raise EnsembleError(f"{path.name} was fitted on other data sets")
+        raise ValueError(f"{path.name} was fitted on other data sets")
     own_rows = data.rows_of(common["dataset"], common["row"])
     if not np.isin(rows, own_rows).all():
-        raise EnsembleError(f"{path.name} was fitted on other images")
+        raise ValueError(f"{path.name} was fitted on other images")
     bank = PromptBank.load(path.with_name(fitted.neighbours_bank)) if fitted.neighbours_bank else None
     for family, members in fitted.families.items():
         member = next(member for member in members if member.fold == FIT_FOLD)
-        families[family] = member.pull(families[family], bank, "auto")
+        families[family] = member.apply_neighbours(families[family], bank, "auto")
     return take_rows(rows, own_rows, blending.combine(families, fitted.weights)), fitted.scores["chosen"]

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kutils.ensemble.weight_files import LEVELS, MountError, tree
+from kutils.ensemble.weights import LEVELS, tree
 from kutils.kaggle import submission
 from kutils.runs import folders as runs_folders
 from kutils.runs import recipes
@@ -22,7 +22,7 @@ from kutils.system import paths
 def below(root: Path, pattern: str) -> Iterator[Path]:
     """Paths that match a pattern in a folder or up to LEVELS below it, the upper ones first.
 
-    What is mounted in two places is given once.
+    A file that is mounted in two places is given once.
     """
     seen = set()
     for depth in range(LEVELS + 1):
@@ -39,22 +39,22 @@ def below(root: Path, pattern: str) -> Iterator[Path]:
 def find_images_folder(root: Path) -> Path:
     """The `images/` folder of the competition's data, known by the `sample_submission.csv` beside it.
 
-    Raises: MountError if there is none, or several.
+    Raises: ValueError if there is none, or several.
     """
-    found = []
+    folders = []
     for sample in below(root, "sample_submission.csv"):
         with sample.open(encoding="utf-8", errors="replace") as stream:
             header = stream.readline().strip()
         if header == submission.SUBMISSION_HEADER and (sample.parent / "images").is_dir():
-            found.append(sample.parent / "images")
-    if len(found) > 1:
-        raise MountError(f"several folders look like the competition's; name one of {', '.join(map(str, found))}")
-    if not found:
-        raise MountError(
+            folders.append(sample.parent / "images")
+    if len(folders) > 1:
+        raise ValueError(f"several folders look like the competition's; name one of {', '.join(map(str, folders))}")
+    if not folders:
+        raise ValueError(
             f"nothing below {root} holds sample_submission.csv and images/; add the competition's data, or name a "
             f"folder of images. There is:\n{tree(root)}"
         )
-    return found[0]
+    return folders[0]
 
 
 # ---------------------------------------------------------------- for training
@@ -63,10 +63,10 @@ def find_images_folder(root: Path) -> Path:
 def prepare_training(run: Run) -> Run:
     """On Kaggle, make the inputs look like `input/` and `working/` of a clone; elsewhere do nothing.
 
-    Data sets are linked into one folder, which KUTILS_INPUT then names; a former version's output is copied, so that
-    the run goes on from there, or starts from the stage before.
+    Data sets are linked into one folder, which KUTILS_INPUT then names. The output of a previous version is copied, so
+    that the run goes on from there, or starts from the stage before.
 
-    Returns: the run, with `pretrained=true` turned into the place of a weights file among the inputs, if there is one.
+    Returns: the run; `pretrained=true` becomes the folder of a weights file among the inputs, if there is one.
     """
     if not paths.on_kaggle():
         return run
@@ -77,9 +77,9 @@ def prepare_training(run: Run) -> Run:
 
 
 def with_pretrained(run: Run, root: Path) -> Run:
-    """The run with `pretrained=` the place of `<backbone>.<suffix>` below the inputs, which has no network to ask.
+    """The run with `pretrained=` a folder that links to `<backbone>.<suffix>` below the inputs: there is no network.
 
-    The place is the same however the input is mounted: a run that goes on must have the configuration that it had.
+    The folder is the same however the input is mounted: a run that goes on must keep its configuration.
     """
     if run.recipe.pretrained is not True:
         return run
@@ -99,20 +99,20 @@ def link_datasets(names: Sequence[str], root: Path) -> Path:
 
     `<name>.tsv` is looked for below the inputs, and what lies beside it comes along; so do folders `<name>_images`.
 
-    Returns: the folder. What is not found is not in it; whoever reads it says so.
-    Raises: MountError if a table is there several times.
+    Returns: the folder. A data set that is not among the inputs is not in it; its reader then raises.
+    Raises: ValueError if a table is there several times.
     """
     folder = Path(tempfile.gettempdir()) / "kutils-input"
     folder.mkdir(exist_ok=True)
     for name in names:
         tables = list(below(root, f"{name}.tsv"))
         if len(tables) > 1:
-            raise MountError(f"{name}.tsv is there several times; leave one: {', '.join(map(str, tables))}")
+            raise ValueError(f"{name}.tsv is there several times; leave one: {', '.join(map(str, tables))}")
         entries = [entry for table in tables for entry in table.parent.iterdir()]
         for entry in [*entries, *below(root, f"{name}_images")]:
             link = folder / entry.name
             if link.is_dir() and not link.samefile(entry):
-                raise MountError(f"{link.resolve()} and {entry} have the same name: rename one, in its table too")
+                raise ValueError(f"{link.resolve()} and {entry} have the same name: rename one, in its table too")
             if not link.exists():
                 link.unlink(missing_ok=True)  # of an input that is gone
                 link.symlink_to(entry)
@@ -120,16 +120,17 @@ def link_datasets(names: Sequence[str], root: Path) -> Path:
 
 
 def bring_run(run: Run, root: Path) -> None:
-    """Copy a run's folder and checkpoints, and the checkpoint it starts from, out of a former notebook's output.
+    """Copy a run's folder and checkpoints, and the checkpoint it starts from, out of the output of a previous version.
 
-    Of several former versions the one that came farthest is taken. What is in `working/` already stays as it is.
+    Of several versions the one that came farthest is taken. What is in `working/` already stays as it is.
     """
-    former = [path.parent for path in below(root, f"{run.folder.name}/config.yaml")]
-    if former and not run.folder.exists():
+    previous = [path.parent for path in below(root, f"{run.folder.name}/config.yaml")]
+    if previous and not run.folder.exists():
         steps = {
-            folder: [line["step"] for line in runs_folders.read_metrics(folder / "metrics.jsonl")] for folder in former
+            folder: [line["step"] for line in runs_folders.read_metrics(folder / "metrics.jsonl")]
+            for folder in previous
         }
-        farthest = max(former, key=lambda folder: max(steps[folder], default=0))
+        farthest = max(previous, key=lambda folder: max(steps[folder], default=0))
         print(f"going on from {farthest}", flush=True)
         copy(farthest, run.folder)
         for path in below(farthest.parent.parent, f"{run.recipe.save_dir}/{run.recipe.prefix}_fold{run.fold}_*.pth"):
@@ -144,7 +145,7 @@ def bring_run(run: Run, root: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """A file or folder, under its name when it is whole; inputs are read-only, the copy is not."""
+    """Copy a file or folder, which appears when it is whole. Inputs are read-only, the copy is not."""
     if source.is_file():
         with paths.atomic_path(target) as partial:
             shutil.copyfile(source, partial)

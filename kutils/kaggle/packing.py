@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kutils.ensemble import fit, weight_files
+from kutils.ensemble import weights
 from kutils.kaggle.metadata import KaggleError
 from kutils.models import checkpoints
 from kutils.runs import folders, recipes
@@ -129,8 +129,8 @@ def stage_weights(settings: Settings) -> Path:
     source = paths.working_dir() / "models" / f"{Path(settings.ensemble).stem}.json"
     if not source.is_file():
         raise KaggleError(f"{source} is not there: kutils ensemble fit --config {settings.ensemble}")
-    fitted = fit.load_ensemble(source).with_weight()
-    found = weight_files.find_checkpoints(fitted.files(), [source.parent])
+    fitted = weights.load_ensemble(source).with_weight()
+    files = weights.find_files(fitted.files(), [source.parent])
     with staged("weights") as folder:
         packed, manifest = {}, {}
         for family, members in fitted.families.items():
@@ -138,18 +138,18 @@ def stage_weights(settings: Settings) -> Path:
             for member in members:
                 name = str(Path(member.checkpoint).with_suffix(".safetensors"))
                 if name not in manifest:  # members that differ in their neighbours share it
-                    content = checkpoints.read(found[member.checkpoint])
+                    content = checkpoints.read(files[member.checkpoint])
                     checkpoints.save_half(folder / name, content)
-                    recipe = checkpoints.recipe_of(content, found[member.checkpoint])
+                    recipe = checkpoints.recipe_of(content, files[member.checkpoint])
                     (folder / name).with_suffix(".yaml").write_text(recipe.to_yaml(), encoding="utf-8")
                     manifest[name] = hash_and_size(folder / name) | {"packed_from_sha256": member.sha256}
                 packed[family].append(dataclasses.replace(member, checkpoint=name, sha256=manifest[name]["sha256"]))
-        fit.write_ensemble(dataclasses.replace(fitted, families=packed), folder / source.name)
+        weights.write_ensemble(dataclasses.replace(fitted, families=packed), folder / source.name)
         if fitted.neighbours_bank:
-            shutil.copyfile(found[fitted.neighbours_bank], folder / fitted.neighbours_bank)
+            shutil.copyfile(files[fitted.neighbours_bank], folder / fitted.neighbours_bank)
             manifest[fitted.neighbours_bank] = hash_and_size(folder / fitted.neighbours_bank)
-        if fit.bank_path(source).is_file():
-            shutil.copyfile(fit.bank_path(source), fit.bank_path(folder / source.name))
+        if weights.bank_path(source).is_file():
+            shutil.copyfile(weights.bank_path(source), weights.bank_path(folder / source.name))
         paths.write_json(folder / "manifest.json", {"commit": folders.git_commit(), "files": manifest})
         write_metadata(metadata_folder() / "weights" / "dataset-metadata.json", folder, settings.user)
     return staging_folder("weights")

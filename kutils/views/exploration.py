@@ -16,9 +16,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from kutils.data.datasets import PromptImages, load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.data.transforms import decode_rgb
-from kutils.ensemble import blending, trained_models
-from kutils.ensemble.members import EnsembleError
-from kutils.ensemble.validated import MEAN, Validated, read_validated
+from kutils.ensemble import blending, trained_models, weights
+from kutils.ensemble.validated import MEAN, NoPredictions, Validated, read_validated
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
 from kutils.prompts.encoder import TextEncoder, load_encoder
@@ -181,7 +180,7 @@ class Exploration:
         """Whether there are predictions of this fold; if not, print how to make them."""
         try:
             print(*self.validated(fold).notes, sep="\n")
-        except EnsembleError as error:
+        except NoPredictions as error:
             print(error)
             return False
         return True
@@ -193,7 +192,7 @@ class Exploration:
     def validated(self, fold: int) -> Validated:
         """Read the predictions of a fold by all runs that were validated on its rows, and by their ensemble.
 
-        Raises: EnsembleError where no run has predicted rows of these data sets.
+        Raises: NoPredictions where no run has predicted rows of these data sets.
         """
         if fold not in self.folds:
             self.folds[fold] = read_validated(self.data, fold, self.runs)
@@ -292,7 +291,7 @@ class Exploration:
 def predict_image(image: Path, folder: Path | None) -> np.ndarray:
     """Predict an image's embedding, float32 [384], by the model of a run, or by the ensemble fitted last (None)."""
     models = trained_models.find_models([str(folder)]) if folder else []
-    _, fitted = (None, None) if folder else trained_models.find_ensemble()
+    fitted = None if folder else weights.load_ensemble(weights.find_ensemble(weights.weight_folders()))
     (rows,) = trained_models.embed_images(models, [image], ensemble=fitted).values()
     return rows[0]
 

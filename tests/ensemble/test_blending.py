@@ -218,5 +218,5 @@ def test_one_family_is_its_own_ensemble_and_one_prompt_is_no_test():
     weights, report = blending.fit_and_score({"only": noisy(targets, 1, 2)}, targets, np.arange(40))
     assert weights["family"] == {"only": 1.0} and report["leave_one_out"] == {}
     assert report["scores"]["family"] == pytest.approx(report["scores"]["members"]["only"])
-    with pytest.raises(blending.BlendingError, match="one prompt"):
+    with pytest.raises(ValueError, match="one prompt"):
         blending.fit_and_score({"only": targets}, targets, np.zeros(40, int))

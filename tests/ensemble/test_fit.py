@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import yaml
 from fixtures.datasets import TINY, make_dataset, use_folders
-from fixtures.ensembles import write_ensemble
 
 from kutils.__main__ import run as run_command
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending, fit
-from kutils.ensemble.members import EnsembleError, Member, add_checkpoint, read_config
+from kutils.ensemble.members import Member, add_checkpoint, read_config
+from kutils.ensemble.weights import load_ensemble, write_ensemble
 from kutils.models import checkpoints
 from kutils.runs.recipes import ConfigError, Recipe, load_recipe
 from kutils.system.tables import read_table, write_table
@@ -114,7 +114,7 @@ def test_the_file_holds_weights_members_scores_and_the_mean_prompt(world, capsys
     np.testing.assert_allclose(bank.vectors([0, 1, 2]), embeddings[[0, 2, 4]], atol=1e-3)
     assert f"{scores['family']:.4f}   chosen" in shown and f"{scores['baseline']:.4f}" in shown
     assert content["folds_hash"] == str(np.load(predictions_path(world, "vit"))["folds_hash"])
-    assert fit.load_ensemble(output).members()[2] == Member(**vit[1])
+    assert load_ensemble(output).members()[2] == Member(**vit[1])
 
 
 @pytest.mark.parametrize("method", ["equal", "dimension"])
@@ -124,7 +124,7 @@ def test_other_methods(world, method):
     assert fitted.scores["chosen"] == fitted.scores[method]
     assert np.shape(fitted.weights["vit"]) == {"equal": (), "dimension": (384,)}[method]
     assert sum(fitted.mean_weights().values()) == pytest.approx(1)
-    assert fit.load_ensemble(path) == fitted
+    assert load_ensemble(path) == fitted
 
 
 def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, capsys):
@@ -161,29 +161,29 @@ def test_a_member_may_stand_for_the_nearest_prompts_outside_of_fold_0(world, cap
     prompts = np.array(table["prompt"].to_pylist()[::2])
     assert bank.prompts.to_pylist() == prompts[folds != 0].tolist() and len(bank) == 108
     np.testing.assert_allclose(bank.vectors(np.arange(108)), known, atol=1e-4)
-    assert fit.load_ensemble(path) == fitted
+    assert load_ensemble(path) == fitted
     assert fitted.files()[file.name] == fitted.neighbours_sha256 and len(fitted.files()) == 1 + 2 + 1
     capsys.readouterr()
-    fit.write_ensemble(fitted, path)
+    write_ensemble(fitted, path)
     content = json.loads(path.read_text())
     for key in ("neighbours_bank", "neighbours_sha256"):
         del content[key]
     path.write_text(json.dumps(content))  # as it was written before there were neighbours
-    assert fit.load_ensemble(path).neighbours_bank == ""
+    assert load_ensemble(path).neighbours_bank == ""
 
 
 def test_rows_without_a_prediction_have_no_neighbours():
     basis = np.eye(384, dtype=np.float32)
     member = Member("x.yaml", 0, neighbours=1)
     rows = np.stack([basis[1], np.full(384, np.nan, np.float32)])
-    pulled = member.pull(rows, PromptBank(["a", "b"], basis[[0, 1]]))
+    pulled = member.apply_neighbours(rows, PromptBank(["a", "b"], basis[[0, 1]]))
     np.testing.assert_array_equal(pulled, rows)
-    assert Member("x.yaml", 0).pull(rows, None) is rows
-    with pytest.raises(EnsembleError, match=r"x fold 0 \(1 nearest\): the prompts"):
-        member.pull(rows, None)
+    assert Member("x.yaml", 0).apply_neighbours(rows, None) is rows
+    with pytest.raises(match=r"x fold 0 \(1 nearest\): the prompts"):
+        member.apply_neighbours(rows, None)
 
 
-def test_a_former_file_that_differs_is_kept(world):
+def test_a_previous_file_that_differs_becomes_bak(world):
     _, path = fit.fit(world / "ensemble_toy.yaml")
     first = path.read_bytes()
     fit.fit(world / "ensemble_toy.yaml")
@@ -192,7 +192,7 @@ def test_a_former_file_that_differs_is_kept(world):
     assert path.read_bytes() != first and path.with_name("ensemble_toy.json.bak").read_bytes() == first
 
 
-def test_a_former_file_keeps_its_neighbours(world):
+def test_the_neighbours_of_a_previous_file_stay(world):
     """Of three fits with other prompts each, and one without neighbours: what the last file and its .bak name stays."""
     values = yaml.safe_load((world / "ensemble_toy.yaml").read_text())
     values["families"]["vit"][0]["neighbours"] = 3
@@ -205,7 +205,7 @@ def test_a_former_file_keeps_its_neighbours(world):
         return {path.name for path in output.parent.glob("*.neighbours.arrow")}
 
     def loaded(path):
-        fitted = fit.load_ensemble(path)
+        fitted = load_ensemble(path)
         assert (
             fitted.neighbours_sha256
             == hashlib.sha256((output.parent / fitted.neighbours_bank).read_bytes()).hexdigest()
@@ -351,7 +351,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(world, capsys):
 def test_a_configuration_that_cannot_be_used_says_why(tmp_path, change, said):
     values = {"method": "family", "families": {"vit": [{"recipe": "vit.yaml", "fold": 0}]}}
     (tmp_path / "ensemble_x.yaml").write_text(yaml.safe_dump(values | change))
-    with pytest.raises((EnsembleError, ConfigError)) as caught:
+    with pytest.raises(ValueError) as caught:
         read_config(tmp_path / "ensemble_x.yaml")
     assert said in str(caught.value) and "ensemble_x.yaml" in str(caught.value)
 
@@ -369,28 +369,8 @@ def test_a_recipe_that_is_not_there_or_named_twice(world):
     with pytest.raises(ConfigError, match="no recipe file"):
         read_config(world / "ensemble_toy.yaml")
     (world / "ensemble_toy.yaml").write_text(text.replace("vit.yaml", "convnext.yaml"))
-    with pytest.raises(EnsembleError, match="same recipe and fold twice"):
+    with pytest.raises(match="same recipe and fold twice"):
         read_config(world / "ensemble_toy.yaml")
-
-
-def test_a_file_that_holds_no_weights(tmp_path):
-    (tmp_path / "x.json").write_text('{"method": "family"}')
-    with pytest.raises(EnsembleError, match=r"x.json holds no weights"):
-        fit.load_ensemble(tmp_path / "x.json")
-    whole = write_ensemble(tmp_path, {"a": [Member("a.yaml", 0)]}, {"a": 1.0}, np.zeros(384))
-    content = json.loads(whole.read_text())
-    for weights in (None, {}, {"b": 1.0}, {"a": None}, {"a": [1.0]}, [1.0]):
-        whole.write_text(json.dumps(content | {"weights": weights}))
-        with pytest.raises(EnsembleError, match=r"weights.json holds no weights"):
-            fit.load_ensemble(whole)
-    for weights in ({"a": 1}, {"a": [0.5] * 384}):
-        whole.write_text(json.dumps(content | {"weights": weights}))
-        assert fit.load_ensemble(whole).weights == weights
-    whole.write_text("[" * 100_000)
-    with pytest.raises(EnsembleError, match=r"weights.json holds no weights"):
-        fit.load_ensemble(whole)
-    with pytest.raises(EnsembleError, match="No such file"):
-        fit.load_ensemble(tmp_path / "y.json")
 
 
 def test_the_ensemble_in_conf_is_read():
@@ -399,19 +379,6 @@ def test_the_ensemble_in_conf_is_read():
         "tiny_convnext": 1,
         "tiny_vit": 1,
     }
-
-
-@pytest.mark.parametrize(
-    ("gain", "said"),
-    [
-        ({"mean": 0.002, "error": 0.0005}, "beat equal ones"),
-        ({"mean": -0.002, "error": 0.0005}, "are worse than equal ones"),
-        ({"mean": 0.002, "error": 0.0015}, "are no different from equal ones"),
-        ({"mean": 0.002, "error": None}, "cannot be told from equal ones"),
-    ],
-)
-def test_the_verdict_knows_chance(gain, said):
-    assert fit.verdict(gain).startswith(said)
 
 
 def test_the_published_ensemble_has_its_eighteen_models():

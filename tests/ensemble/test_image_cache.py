@@ -8,16 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.ensembles import save_images
 
 from kutils.data import transforms
 from kutils.ensemble import image_cache
-
-
-@pytest.fixture
-def images(tmp_path):
-    save_images(tmp_path / "images")
-    return image_cache.find_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -46,11 +39,11 @@ def test_images_are_found_whatever_their_extension(images):
 
 def test_two_files_of_one_name_are_refused_or_the_first_is_taken(tmp_path, images):
     (tmp_path / "images" / "c.png").write_bytes(b"")
-    with pytest.raises(image_cache.ImagesError, match=r"c\.jpeg and c\.png have the same id 'c'"):
+    with pytest.raises(ValueError, match=r"c\.jpeg and c\.png have the same id 'c'"):
         image_cache.find_images(tmp_path / "images")
     with pytest.warns(UserWarning, match=r"c\.jpeg and c\.png have the same id 'c'; the first is taken"):
         assert image_cache.find_images(tmp_path / "images", same_name_is_error=False) == images
-    with pytest.raises(image_cache.ImagesError, match="no folder of images"):
+    with pytest.raises(ValueError, match="no folder of images"):
         image_cache.find_images(tmp_path / "nowhere")
 
 

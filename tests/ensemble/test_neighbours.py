@@ -11,7 +11,6 @@ from fixtures.finished_runs import RESULT
 from kutils.__main__ import run as run_command
 from kutils.data.datasets import load_datasets
 from kutils.ensemble import blending, neighbours
-from kutils.ensemble.members import EnsembleError
 from kutils.system.ranks import Ranks
 from kutils.training import out_of_fold
 
@@ -54,7 +53,7 @@ def test_it_is_chosen_on_one_half_and_scored_on_the_other(run, capsys):
 
     pairs = [(k, temperature) for k in (2, 6) for temperature in (0.05, 0.5)]
     best = max(pairs, key=lambda pair: score(seen, *pair).mean())
-    found = neighbours.measure(folder, (2, 6), (0.05, 0.5), device="cpu")
+    found = neighbours.measure_neighbours(folder, (2, 6), (0.05, 0.5), device="cpu")
     assert (found.neighbours, found.temperature) == best and found.bank == 360 and found.rows == (~seen).sum()
     own = np.sum(predicted * targets, axis=1)[~seen]
     assert found.own == pytest.approx(own.mean(), abs=1e-6)
@@ -63,13 +62,13 @@ def test_it_is_chosen_on_one_half_and_scored_on_the_other(run, capsys):
     assert found.gain["mean"] == pytest.approx(found.nearest - found.own, abs=1e-6)
 
     assert run_command("neighbours", ["tiny*", "--k", "2,6", "--temperature", "0.05,0.5", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == found.describe() + "\n"
-    assert f"own predictions                        {found.own:.4f}" in found.describe()
+    assert capsys.readouterr().out == str(found) + "\n"
+    assert f"own predictions                        {found.own:.4f}" in str(found)
 
 
 def test_more_neighbours_than_there_are_prompts_are_all_of_them(run):
     folder, *_ = run
-    assert neighbours.measure(folder, (9000,), (0.05,), device="cpu").neighbours == 360
+    assert neighbours.measure_neighbours(folder, (9000,), (0.05,), device="cpu").neighbours == 360
 
 
 def test_too_few_predictions_are_refused(run):
@@ -82,16 +81,16 @@ def test_too_few_predictions_are_refused(run):
         embeddings = np.full_like(content["embeddings"], np.nan)
         embeddings[:kept] = content["embeddings"][:kept]
         np.savez(path, **content | {"embeddings": embeddings})
-        with pytest.raises(EnsembleError, match=f"finite predictions of {told}"):
-            neighbours.measure(folder, device="cpu")
+        with pytest.raises(ValueError, match=f"finite predictions of {told}"):
+            neighbours.measure_neighbours(folder, device="cpu")
 
 
 def test_what_cannot_be_measured_is_said(run, capsys):
     folder, *_ = run
     for arguments, message in [
         (["tiny_fold4"], "no finished run 'tiny_fold4'"),
-        (["tiny_fold3", "--k", "many"], "argument --k: invalid counts value: 'many'"),
-        (["tiny_fold3", "--k", "5,"], "argument --k: invalid counts value: '5,'"),
+        (["tiny_fold3", "--k", "many"], "argument --k: invalid prompt_counts value: 'many'"),
+        (["tiny_fold3", "--k", "5,"], "argument --k: invalid prompt_counts value: '5,'"),
         (["tiny_fold3", "--k", "5,-5"], "argument --k: -5 is no number of prompts"),
         (["tiny_fold3", "--temperature", "0.1,0"], "argument --temperature: 0.0 is no temperature"),
         (["tiny_fold3", "--temperature", "inf"], "argument --temperature: inf is no temperature"),

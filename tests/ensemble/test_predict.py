@@ -1,6 +1,7 @@
-"""Predictions against the network by hand: any image, any batch size, any number of devices or ranks, any views."""
+"""Predictions against the network by hand: any image, batch size, number of devices or ranks, at one size or two."""
 
 import contextlib
+import dataclasses
 import gc
 import threading
 import time
@@ -9,9 +10,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as F
 from fixtures.datasets import unit_rows
-from fixtures.ensembles import by_hand, save_images, write_ensemble
+from fixtures.ensembles import by_hand, write_ensemble
 from torch.nn.functional import normalize
 
 from kutils.__main__ import run as run_command
@@ -20,12 +20,6 @@ from kutils.ensemble import image_cache, predict
 from kutils.models import checkpoints, networks
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def images(tmp_path):
-    save_images(tmp_path / "images")
-    return image_cache.find_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -84,23 +78,62 @@ def test_an_error_on_a_device_is_raised(images, model_and_recipe, monkeypatch):
             predict.predict(model, recipe, cache(recipe, images), [CPU] * 2, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("tta", ["flip", "five_crops"])
-def test_views_are_averaged(images, model_and_recipe, tta):
+# ---------------------------------------------------------------- two resolutions
+
+
+def at_two_sizes(model, recipe, files, larger):
+    """The mean of a network's output at the recipe's size and at a larger one, by hand."""
+    total = by_hand(model, recipe, files) + by_hand(model, dataclasses.replace(recipe, input_size=larger), files)
+    return total / np.linalg.norm(total, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [(32, [32, 64]), (320, [320, 384]), (384, [384, 448]), (448, [448, 512])],  # 1.15 times, in steps of 32
+)
+def test_the_second_size_is_larger_and_a_multiple_of_the_network_s_steps(tiny_recipe, size, sizes):
+    recipe = tiny_recipe(input_size=size)
+    assert predict.input_sizes(networks.build_model(recipe), recipe, "two_resolutions") == sizes
+    assert predict.input_sizes(networks.build_model(recipe), recipe, "none") == [size]
+
+
+def test_predictions_at_two_sizes_are_averaged(images, model_and_recipe):
     model, recipe = model_and_recipe
-    squares = torch.stack([transforms.resize_square(transforms.decode_rgb(path), 32) for path in images[:4]])
-    inputs = transforms.normalize(squares, recipe.mean, recipe.std)
-    seen = [inputs, inputs.flip(3)]
-    if tta == "five_crops":  # 28 of 32 pixels, from the corners and the middle
-        places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
-        crops = [inputs[:, :, top : top + 28, left : left + 28] for top, left in places]
-        seen = [inputs, *(F.resize(crop, [32, 32], F.InterpolationMode.BICUBIC, antialias=True) for crop in crops)]
-    with torch.no_grad():
-        expected = normalize(sum(model(view) for view in seen), dim=1).numpy()
-    embeddings = predict.predict(model, recipe, cache(recipe, images[:4]), [CPU], tta=tta)
-    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
-    assert np.abs(embeddings - by_hand(model, recipe, images[:4])).max() > 1e-4
-    with pytest.raises(predict.PredictionError, match="tta is 'mirror'; it can be none, flip, five_crops"):
-        predict.predict(model, recipe, cache(recipe, images), [CPU], tta="mirror")
+    caches = [image_cache.PixelCache(images, size) for size in (32, 64)]
+    embeddings = predict.predict_at_sizes(model, recipe, caches, [CPU], batch_size=5)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings[:12], at_two_sizes(model, recipe, images[:12], 64), atol=1e-6)
+    assert np.isnan(embeddings[12:]).all()
+    assert np.abs(embeddings[:12] - by_hand(model, recipe, images[:12])).max() > 1e-3
+    one = predict.predict_at_sizes(model, recipe, caches[:1], [CPU])
+    np.testing.assert_array_equal(one, predict.predict(model, recipe, caches[0], [CPU]))
+
+
+def test_a_vit_that_resamples_its_positions_takes_two_sizes(images, tiny_recipe):
+    recipe = tiny_recipe(backbone="test_vit", amp_dtype="float32")  # timm makes this one with dynamic_img_size
+    model = networks.build_model(recipe).eval()
+    sizes = predict.input_sizes(model, recipe, "two_resolutions")
+    assert sizes == [32, 48]  # in steps of its patches of 16 px
+    caches = [image_cache.PixelCache(images[:4], size) for size in sizes]
+    expected = at_two_sizes(model, recipe, images[:4], 48)
+    np.testing.assert_allclose(predict.predict_at_sizes(model, recipe, caches, [CPU]), expected, atol=1e-6)
+
+
+def test_a_network_of_one_size_says_so(tiny_recipe):
+    recipe = tiny_recipe(backbone="vit_tiny_patch16_224")
+    model = networks.build_model(recipe)
+    with pytest.raises(
+        ValueError, match=r"vit_tiny_patch16_224 takes images of one size, 32 px: predict with tta none"
+    ):
+        predict.input_sizes(model, recipe, "two_resolutions")
+    assert predict.sizes_of_member(model, recipe, "two_resolutions") == [32]
+    for sizes in (predict.input_sizes, predict.sizes_of_member):
+        assert sizes(model, recipe, "none") == [32]
+    with pytest.raises(ValueError, match="tta is 'flip'; it can be none, two_resolutions"):
+        predict.input_sizes(model, recipe, "flip")
+
+
+# ---------------------------------------------------------------- memory, precision, time
 
 
 class SmallMemory(torch.nn.Module):
@@ -120,7 +153,7 @@ class SmallMemory(torch.nn.Module):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
 def test_the_batch_is_halved_until_it_fits_and_stays_so(capsys, tiny_recipe, error):
     model, squares = SmallMemory(3, error), torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
-    predictor = predict.Predictor(model, tiny_recipe(amp_dtype="float32"), CPU, 64, "none")  # 64 is more than there are
+    predictor = predict.Predictor(model, tiny_recipe(amp_dtype="float32"), CPU, 64)  # 64 is more than there are
     expected = normalize(transforms.normalize(squares, (0.5,) * 3, (0.5,) * 3).mean(dim=(2, 3)), dim=1)
     np.testing.assert_allclose(predictor(squares), expected, atol=1e-6)
     assert model.sizes == [8, 4, 2, 2, 2, 2]
@@ -128,13 +161,13 @@ def test_the_batch_is_halved_until_it_fits_and_stays_so(capsys, tiny_recipe, err
     assert model.sizes[6:] == [2, 1]
     assert "going on with 2 images" in capsys.readouterr().out
     with pytest.raises(RuntimeError):
-        predict.Predictor(SmallMemory(0, error), tiny_recipe(), CPU, 4, "none")(squares)
+        predict.Predictor(SmallMemory(0, error), tiny_recipe(), CPU, 4)(squares)
 
 
 def test_another_error_is_no_reason_to_halve(tiny_recipe):
     model = SmallMemory(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
-        predict.Predictor(model, tiny_recipe(), CPU, 4, "none")(torch.zeros(4, 3, 4, 4, dtype=torch.uint8))
+        predict.Predictor(model, tiny_recipe(), CPU, 4)(torch.zeros(4, 3, 4, 4, dtype=torch.uint8))
     assert model.sizes == [4]
 
 
@@ -163,7 +196,7 @@ def test_a_model_without_finite_predictions_is_an_error(images, model_and_recipe
     model, recipe = model_and_recipe
     with torch.no_grad():
         model.fc.weight[0, 0] = torch.nan
-    with pytest.raises(predict.PredictionError, match=r"12 images have no finite prediction, .*a.JPG is the first"):
+    with pytest.raises(ValueError, match=r"12 images have no finite prediction, .*a.JPG is the first"):
         predict.predict(model, recipe, cache(recipe, images), [CPU], batch_size=5)
 
 
@@ -272,11 +305,12 @@ def test_two_ranks_write_what_one_writes(command, images, model_and_recipe, star
     np.testing.assert_allclose(np.load(output)["embeddings"], by_hand(*model_and_recipe, images[:12]), atol=1e-6)
 
 
-def test_the_command_averages_views(command, images, model_and_recipe):
+def test_the_command_averages_two_resolutions(command, images, model_and_recipe):
     arguments, output = command
-    assert run_command("predict", [*arguments, "--tta", "flip"]) == 0
-    difference = np.abs(np.load(output)["embeddings"] - by_hand(*model_and_recipe, images[:12])).max()
-    assert 1e-5 < difference < 0.5
+    assert run_command("predict", [*arguments, "--tta", "two_resolutions"]) == 0
+    np.testing.assert_allclose(
+        np.load(output)["embeddings"], at_two_sizes(*model_and_recipe, images[:12], 64), atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------- on GPUs

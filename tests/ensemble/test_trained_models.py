@@ -16,10 +16,8 @@ from fixtures.finished_runs import RESULT
 
 from kutils.__main__ import run as run_command
 from kutils.data.prompt_bank import PromptBank
-from kutils.ensemble import fit, trained_models
-from kutils.ensemble.members import EnsembleError, Member
-from kutils.ensemble.trained_models import RetrievalError
-from kutils.ensemble.weight_files import MountError
+from kutils.ensemble import trained_models, weights
+from kutils.ensemble.members import Member
 from kutils.models import checkpoints, networks
 from kutils.system import paths
 
@@ -101,32 +99,23 @@ def test_a_run_moved_aside_keeps_its_own_checkpoint(workspace, trained):
 def test_a_run_without_its_checkpoint_is_told_where_it_is_asked_for(workspace, trained):
     (workspace / "working" / "models" / "a" / "a_fold0_best_cossim.pth").unlink()
     assert [model.name for model in trained_models.find_models()] == ["b_fold0"]
-    with pytest.raises(RetrievalError, match=r"a_fold0 has finished, but .* is not there any more; train it again"):
+    with pytest.raises(ValueError, match=r"a_fold0 has finished, but .* is not there any more; train it again"):
         trained_models.find_models(["a_fold0"])
 
 
-def test_the_newest_ensemble_is_found(workspace, fitted):
-    assert trained_models.find_ensemble()[0] == fitted
-    (fitted.parent / "later.json").write_text('{"of": "something else"}')
-    (fitted.parent / "deep.json").write_text("[" * 100_000)
-    (fitted.parent / "gone.json").symlink_to(fitted.parent / "nothing")
-    (fitted.parent / "folder.json").mkdir()
+def test_the_newest_ensemble_is_chosen_where_none_is_named(fitted):
     other = fitted.with_name("older.json")
     other.write_text(fitted.read_text())
     os.utime(other, (1, 1))
-    path, found = trained_models.find_ensemble()
-    assert path == fitted and found == fit.load_ensemble(fitted)
-    assert trained_models.find_ensemble(other)[0] == other
-    with pytest.raises(EnsembleError, match=r"later.json holds no weights"):
-        trained_models.find_ensemble(fitted.parent / "later.json")
-    for path in (fitted, other):
-        path.unlink()
-    assert trained_models.find_ensemble() is None
+    assert trained_models.choose_models([], "") == ([], (fitted, weights.load_ensemble(fitted)))
+    assert trained_models.choose_models([], str(other))[1][0] == other
+    models, none = trained_models.choose_models(["a_fold0"], "")
+    assert [model.name for model in models] == ["a_fold0"] and none is None
 
 
 def test_images_are_embedded_as_by_the_networks(images, trained, fitted):
     found = trained_models.embed_images(
-        trained_models.find_models(), images, ensemble=fit.load_ensemble(fitted), device="cpu"
+        trained_models.find_models(), images, ensemble=weights.load_ensemble(fitted), device="cpu"
     )
     a, b = (by_hand(*trained[name], images) for name in ("a_fold0", "b_fold0"))
     total = 0.3 * a + 0.7 * b
@@ -138,9 +127,9 @@ def test_images_are_embedded_as_by_the_networks(images, trained, fitted):
 
 
 def test_an_ensemble_finds_the_prompts_of_its_neighbours(workspace, images, trained, fitted):
-    plain = fit.load_ensemble(fitted)
+    plain = weights.load_ensemble(fitted)
     (a,) = plain.families["a"]
-    file = fit.neighbours_path(fitted)
+    file = weights.neighbours_path(fitted)
     PromptBank(["x", "y", "z"], unit_rows(3)).save(file, np.float16)
     pulled = dataclasses.replace(
         plain,
@@ -157,15 +146,15 @@ def test_an_ensemble_finds_the_prompts_of_its_neighbours(workspace, images, trai
     file.rename(elsewhere.with_name(file.name))
     again = trained_models.embed_images([], images, ensemble=pulled, ensemble_path=elsewhere, device="cpu")["ensemble"]
     np.testing.assert_array_equal(again, found)
-    with pytest.raises(MountError, match=r"ensemble_ab.neighbours.arrow"):
+    with pytest.raises(ValueError, match=r"ensemble_ab.neighbours.arrow"):
         trained_models.embed_images([], images, ensemble=pulled, device="cpu")
 
 
 def test_an_image_that_cannot_be_read_is_named(workspace, images, trained, fitted):
     (workspace / "broken.jpg").write_bytes(b"no image")
     everything = [*images, workspace / "broken.jpg"]
-    for asked, of in ((trained_models.find_models(["a_fold0"]), None), ([], fit.load_ensemble(fitted))):
-        with pytest.raises(RetrievalError, match=r"broken.jpg is no image"):
+    for asked, of in ((trained_models.find_models(["a_fold0"]), None), ([], weights.load_ensemble(fitted))):
+        with pytest.raises(ValueError, match=r"broken.jpg is no image"):
             trained_models.embed_images(asked, everything, ensemble=of, device="cpu")
 
 
@@ -178,14 +167,14 @@ def test_a_member_that_fails_is_named(images, fitted, monkeypatch):
         return real(path, *arguments)
 
     monkeypatch.setattr(checkpoints, "load_model", failing)
-    with pytest.raises(RetrievalError, match="a fold 0: it failed: no such layer"):
-        trained_models.embed_images([], images, ensemble=fit.load_ensemble(fitted), device="cpu")
+    with pytest.raises(ValueError, match="a fold 0: it failed: no such layer"):
+        trained_models.embed_images([], images, ensemble=weights.load_ensemble(fitted), device="cpu")
 
 
 def test_models_of_one_name_are_refused(images, trained):
     (model,) = trained_models.find_models(["a_fold0"])
     for same in ([model, model], [dataclasses.replace(model, name="ensemble")]):
-        with pytest.raises(RetrievalError, match=rf"are called {same[0].name}; rename one"):
+        with pytest.raises(ValueError, match=rf"are called {same[0].name}; rename one"):
             trained_models.embed_images(same, images, device="cpu")
 
 

@@ -1,104 +1,24 @@
-"""An ensemble within its time: what fits, what is left out and in which order; and every result on the way."""
+"""An ensemble within its time: every result on the way, and what is left out."""
 
 import dataclasses
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fixtures.datasets import unit_rows
-from fixtures.ensembles import by_hand, save_images, write_ensemble
+from fixtures.ensembles import by_hand, write_ensemble
 
 from kutils.data import transforms
 from kutils.data.prompt_bank import PromptBank
-from kutils.ensemble import blending, fit, image_cache, predict, within_budget
+from kutils.ensemble import blending, costs, predict, within_budget
+from kutils.ensemble.costs import Cost
 from kutils.ensemble.members import Member
-from kutils.ensemble.within_budget import Cost
+from kutils.ensemble.weights import load_ensemble
 from kutils.models import checkpoints, networks
 
 SCORES = {"family": 0.60}
-
-
-def make_fitted(folder, members, leave_one_out, weights=None):
-    """An ensemble with so many members by family, and what each family's absence costs."""
-    families = {
-        name: [Member(f"{name}.yaml", fold, f"{name}{fold}.pth", "") for fold in range(count)]
-        for name, count in members.items()
-    }
-    weights = weights or dict.fromkeys(members, 1 / len(members))
-    path = write_ensemble(folder, families, weights, unit_rows(1)[0], scores=SCORES, leave_one_out=leave_one_out)
-    return fit.load_ensemble(path)
-
-
-# ---------------------------------------------------------------- what fits
-
-
-def test_losses_are_those_of_the_fit_and_shares_of_them(tmp_path):
-    fitted = make_fitted(tmp_path, {"a": 4, "b": 1}, {"a": 0.588, "b": 0.597})
-    a, b = fitted.families["a"], fitted.families["b"][0]
-    losses = within_budget.losses(fitted, fitted.members())
-    assert losses[b] == pytest.approx(0.003) and losses[a[0]] == pytest.approx(0.012 * (1 / 3 - 1 / 4))
-    losses = within_budget.losses(fitted, [a[2], b])  # one of four is left
-    assert losses[a[2]] == pytest.approx(0.012)
-    assert within_budget.losses(fitted, [b]) == {b: math.inf}  # nothing would be left
-
-
-def test_a_member_counts_less_where_another_of_its_family_has_run(tmp_path):
-    fitted = make_fitted(tmp_path, {"a": 2, "b": 1}, {"a": 0.588, "b": 0.59})
-    (first, second), (b,) = fitted.families.values()
-    costs = dict.fromkeys((first, second, b), Cost(1, 0, 0, 8))
-    assert within_budget.choose(fitted, [second, b], costs, 1.5, 10)[0] == [second]  # 0.012 against 0.010
-    assert within_budget.choose(fitted, [second, b], costs, 1.5, 10, done=[first])[0] == [b]  # 0.006
-
-
-def test_what_does_not_fit_is_left_out_in_order_of_least_loss(tmp_path):
-    fitted = make_fitted(tmp_path, {"a": 2, "b": 1, "c": 1}, {"a": 0.59, "b": 0.596, "c": 0.599})
-    a, b, c = (fitted.families[name] for name in "abc")
-    costs = {member: Cost(load=0, image=1 / within_budget.SLACK, decode=0, input_size=8) for member in fitted.members()}
-    for seconds, kept in [
-        (40, [*a, *b, *c]),
-        (39, [*a, *b]),  # c costs 0.001
-        (29, a),  # then b with 0.004, before a second a with 0.005
-        (19, a[1:]),
-        (9, []),
-    ]:
-        chosen, left_out = within_budget.choose(fitted, fitted.members(), costs, seconds, num_images=10)
-        assert chosen == kept and set(left_out) == set(fitted.members()) - set(kept)
-    _, left_out = within_budget.choose(fitted, fitted.members(), costs, 19, 10)
-    assert list(left_out.values()) == pytest.approx([0.001, 0.004, 0.005])
-
-
-def test_of_equal_losses_the_slower_goes_and_what_still_fits_comes_back(tmp_path):
-    fitted = make_fitted(tmp_path, {"slow": 1, "fast": 1, "best": 1}, {"slow": 0.599, "fast": 0.599, "best": 0.5})
-    slow, fast, best = fitted.members()
-    seconds = {slow: 30, fast: 3, best: 10}
-    costs = {member: Cost(seconds[member] / within_budget.SLACK, 0, 0, 8) for member in seconds}
-    assert within_budget.choose(fitted, fitted.members(), costs, 14, 1)[0] == [fast, best]
-    fitted = make_fitted(tmp_path, {"slow": 1, "fast": 1, "best": 1}, {"slow": 0.598, "fast": 0.599, "best": 0.5})
-    slow, fast, best = fitted.members()
-    costs = {member: Cost(seconds[member] / within_budget.SLACK, 0, 0, 8) for member in seconds}
-    assert within_budget.choose(fitted, [slow, fast, best], costs, 14, 1) == (
-        [fast, best],
-        {slow: pytest.approx(0.002)},
-    )
-
-
-def test_an_estimate_decodes_once_per_size():
-    x, y, z = (Member("r.yaml", fold) for fold in range(3))
-    costs = {x: Cost(1, 0.1, 0.5, 8), y: Cost(2, 0.2, 0.5, 8), z: Cost(3, 0.3, 0.7, 16)}
-    expected = 1 + 2 + 3 + 10 * (0.1 + 0.2 + 0.3) + 10 * (0.5 + 0.7)
-    assert within_budget.estimate([x, y, z], costs, 10) == pytest.approx(within_budget.SLACK * expected)
-
-
-# ---------------------------------------------------------------- all models
-
-
-@pytest.fixture
-def images(tmp_path):
-    save_images(tmp_path / "images")
-    return image_cache.find_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -115,7 +35,7 @@ def members(tmp_path, tiny_recipe):
         families.setdefault(family, []).append(member)
     weights, without = {"b": 0.3, "a": 0.7, "c": 0.0}, {"a": 0.55, "b": 0.59, "c": 0.6}
     path = write_ensemble(tmp_path, families, weights, unit_rows(1, seed=8)[0], scores=SCORES, leave_one_out=without)
-    return fit.load_ensemble(path), files, built
+    return load_ensemble(path), files, built
 
 
 def states(*arguments, **options):
@@ -157,8 +77,8 @@ def test_members_that_share_a_network_take_one_pass(images, members, monkeypatch
     bank = PromptBank(["x", "y", "z"], unit_rows(3, seed=4))
     whole, passes = predict.predict, []
     monkeypatch.setattr(predict, "predict", lambda *args, **options: passes.append(1) or whole(*args, **options))
-    cost = Cost(1, 0.1, 0, 8)
-    assert within_budget.estimate([b, nearest], {b: cost, nearest: cost}, 10) == pytest.approx(within_budget.SLACK * 2)
+    cost = Cost(1, 0.1, {8: 0})
+    assert costs.estimate([b, nearest], {b: cost, nearest: cost}, 10) == pytest.approx(costs.SLACK * 2)
     for hours in (math.inf, 1.0):
         del passes[:]
         seen, state = states(fitted, {b: files[b], nearest: files[b]}, images, bank=bank, hours=hours)
@@ -188,13 +108,13 @@ def test_a_look_up_has_its_cost(images, members, monkeypatch, clock):
         return whole(self, queries, *arguments)
 
     monkeypatch.setattr(PromptBank, "knn", slow)
-    monkeypatch.setattr(within_budget, "measure", lambda *_: Cost(1, 0, 0, 48))
+    monkeypatch.setattr(costs, "measure_cost", lambda *_: Cost(1, 0, {48: 0}))
     run_for(monkeypatch, clock, {files[b].name: 1.0})
     bank = PromptBank(["x", "y", "z"], unit_rows(3, seed=4))
-    assert within_budget.measure_lookup([b, nearest], bank, "cpu") == pytest.approx(0.5)
-    assert within_budget.measure_lookup([b], bank, "cpu") == within_budget.measure_lookup([nearest], None, "cpu") == 0
-    costs = {b: Cost(1, 0.1, 0.2, 8), nearest: Cost(1, 0.1, 0.2, 8, lookup=0.5)}
-    assert within_budget.estimate([b, nearest], costs, 10) == pytest.approx(within_budget.SLACK * (1 + 1 + 2 + 5))
+    assert costs.measure_lookup([b, nearest], bank, "cpu") == pytest.approx(0.5)
+    assert costs.measure_lookup([b], bank, "cpu") == costs.measure_lookup([nearest], None, "cpu") == 0
+    measured = {b: Cost(1, 0.1, {8: 0.2}), nearest: Cost(1, 0.1, {8: 0.2}, lookup=0.5)}
+    assert costs.estimate([b, nearest], measured, 10) == pytest.approx(costs.SLACK * (1 + 1 + 2 + 5))
     families, without = {"b": [b], "b_nearest": [nearest]}, {"b": 0.5, "b_nearest": 0.55}
     fitted = dataclasses.replace(fitted, families=families, weights=dict.fromkeys(families, 0.5), leave_one_out=without)
     for seconds, left_out in ((11, []), (10.5, ["b fold 0 (2 nearest)"])):  # 2 s of them measure the look-up
@@ -224,15 +144,6 @@ def test_no_time_leaves_the_mean_embedding(images, members, capsys):
     assert "left out: a fold 0: no time left" in capsys.readouterr().out
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that goes on only where a test says so: `clock.now += seconds`."""
-    state = SimpleNamespace(now=1000.0)
-    for module in (within_budget, predict):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: state.now))
-    return state
-
-
 def run_for(monkeypatch, clock, seconds):
     """Let each model take so many seconds of the clock, by its checkpoint's name."""
     whole = within_budget.Runner.run
@@ -247,8 +158,8 @@ def run_for(monkeypatch, clock, seconds):
 def test_measured_costs_leave_out_what_does_not_fit(images, members, monkeypatch, clock, capsys):
     fitted, files, built = members
     run_for(monkeypatch, clock, {"a_0.pth": 1000.0, "a_1.pth": 1000.0})
-    cost = {"a_0.pth": Cost(1000, 0, 0, 32), "b_0.pth": Cost(5000, 0, 0, 48)}
-    monkeypatch.setattr(within_budget, "measure", lambda path, *_: cost[path.name])
+    cost = {"a_0.pth": Cost(1000, 0, {32: 0}), "b_0.pth": Cost(5000, 0, {48: 0})}
+    monkeypatch.setattr(costs, "measure_cost", lambda path, *_: cost[path.name])
     _, state = states(fitted, files, images[:12], hours=1)
     assert list(state.seconds) == ["a fold 0", "a fold 1"] and state.weights == {"a": 1.0}
     said = capsys.readouterr().out
@@ -261,7 +172,7 @@ def test_measured_costs_leave_out_what_does_not_fit(images, members, monkeypatch
 def test_models_that_turn_out_slower_leave_no_time_for_the_last(images, members, monkeypatch, clock, capsys):
     """Each is said to take 1 s and takes 2: of 5 s there is time for two, and b adds least (0.01 of 0.035)."""
     fitted, files, _ = members
-    monkeypatch.setattr(within_budget, "measure", lambda *_: Cost(1, 0, 0, 32))
+    monkeypatch.setattr(costs, "measure_cost", lambda *_: Cost(1, 0, {32: 0}))
     run_for(monkeypatch, clock, dict.fromkeys((path.name for path in files.values()), 2.0))
     _, state = states(fitted, files, images, hours=5 / 3600)
     assert list(state.seconds) == ["a fold 0", "a fold 1"]
@@ -271,7 +182,7 @@ def test_models_that_turn_out_slower_leave_no_time_for_the_last(images, members,
 
 def test_models_that_turn_out_faster_leave_time_for_one_that_was_left_out(images, members, monkeypatch, clock, capsys):
     fitted, files, _ = members
-    monkeypatch.setattr(within_budget, "measure", lambda *_: Cost(3, 0, 0, 32))
+    monkeypatch.setattr(costs, "measure_cost", lambda *_: Cost(3, 0, {32: 0}))
     run_for(monkeypatch, clock, dict.fromkeys((path.name for path in files.values()), 1.0))
     _, state = states(fitted, files, images, hours=7 / 3600)
     assert len(state.seconds) == 3 and "a fold 1" in state.seconds and list(state.dropped) == ["c fold 0"]
@@ -282,41 +193,10 @@ def test_models_that_turn_out_faster_leave_time_for_one_that_was_left_out(images
 def test_what_was_measured_right_keeps_its_slack(images, members, monkeypatch, clock):
     """3 s of 3.4 are planned with a tenth more; the last model is still started with that tenth in hand, or not."""
     fitted, files, _ = members
-    monkeypatch.setattr(within_budget, "measure", lambda *_: Cost(1, 0, 0, 32))
+    monkeypatch.setattr(costs, "measure_cost", lambda *_: Cost(1, 0, {32: 0}))
     run_for(monkeypatch, clock, dict.fromkeys((path.name for path in files.values()), 1.0))
     assert len(states(fitted, files, images, hours=3.31 / 3600)[1].seconds) == 3
     assert len(states(fitted, files, images, hours=3.05 / 3600)[1].seconds) == 2
-
-
-def test_a_measured_cost_is_what_a_pass_takes(tmp_path, images, tiny_recipe, monkeypatch, clock):
-    recipe = tiny_recipe(amp_dtype="float32")
-    checkpoints.save_checkpoint(tmp_path / "m.pth", networks.build_model(recipe), recipe, fold=0)
-    sizes, whole = [], transforms.decode_rgb
-
-    def slow(self, inputs):
-        sizes.append(len(inputs))
-        clock.now += 0.05 * len(inputs)
-        return torch.ones(len(inputs), 384)
-
-    def slow_decoder(path):
-        clock.now += 0.25
-        return whole(path)
-
-    monkeypatch.setattr(predict.Predictor, "forward", slow)
-    monkeypatch.setattr(transforms, "decode_rgb", slow_decoder)
-    cost = within_budget.measure(tmp_path / "m.pth", images, [torch.device("cpu")] * 2, batch_size=64)
-    assert sizes == [1, 1, 2, 4, 8, 16] and cost.input_size == 32
-    assert cost.image == pytest.approx(0.025) and cost.decode == pytest.approx(0.25)  # two devices, one process
-    assert cost.describe() == "40.0 images/s at 32 px, loaded in 0.0 s"
-
-
-def test_after_a_pass_what_is_kept_costs_nothing(images):
-    x, y = (Member("r.yaml", fold) for fold in range(2))
-    costs = {x: Cost(1, 0.1, 0.4, 32), y: Cost(1, 0.1, 0.4, 48)}
-    cache = image_cache.PixelCache(images[:10], 32, budget_bytes=5 * 3 * 32 * 32)
-    list(cache.batches(range(10), 4))
-    costs = within_budget.decoded(costs, cache)
-    assert costs[y] == Cost(1, 0.1, 0.4, 48) and costs[x] == Cost(1, pytest.approx(0.3), 0, 32)  # half is decoded anew
 
 
 @pytest.mark.parametrize("error", [predict.OutOfTime("3 of 14"), torch.OutOfMemoryError("full"), TypeError("broken")])
@@ -348,3 +228,32 @@ def test_an_empty_folder_is_predicted(members):
     fitted, files, _ = members
     seen, _ = states(fitted, files, [], hours=1)
     assert len(seen[-1][0]) == 3 and seen[-1][2].shape == (0, 384)
+
+
+@pytest.mark.parametrize("hours", [math.inf, 1.0])
+def test_two_resolutions_where_a_network_takes_both(images, members, tmp_path, tiny_recipe, capsys, hours):
+    """a at 32 and 64 px; b is a ViT of one size."""
+    fitted, files, built = members
+    recipe = tiny_recipe(backbone="vit_tiny_patch16_224", input_size=48, amp_dtype="float32", device="cuda")
+    (b,) = fitted.families["b"]
+    vit = networks.build_model(recipe).eval()
+    checkpoints.save_checkpoint(files[b], vit, recipe, fold=0)
+    _, state = states(fitted, files, images, tta="two_resolutions", hours=hours)
+    a = []
+    for fold in (0, 1):
+        model, own = built[f"a fold {fold}"]
+        sides = (own, dataclasses.replace(own, input_size=64))
+        total = sum(by_hand(model, at, images[:12]) for at in sides)
+        a.append(total / np.linalg.norm(total, axis=1, keepdims=True))
+    rows = {"a": blending.average(a), "b": by_hand(vit, recipe, images[:12])}
+    np.testing.assert_allclose(state.embeddings[:12], blending.combine(rows, fitted.weights), atol=1e-6)
+    assert [path.name for path in state.unreadable] == ["m.png", "n.jpg"]
+    printed = capsys.readouterr().out
+    assert "b fold 0: its network takes one size, and predicts at 48 px alone" in printed
+    assert ("at 32 and 64 px" in printed) == (hours < math.inf)
+
+
+def test_an_unknown_tta_is_an_error_before_any_model_runs(images, members):
+    fitted, files, _ = members
+    with pytest.raises(ValueError, match="tta is 'flip'; it can be none, two_resolutions"):
+        states(fitted, files, images, tta="flip")

@@ -20,8 +20,8 @@ from fixtures.kaggle_stub import SETTINGS
 
 from kutils.benchmarks.prediction import make_images
 from kutils.data import prompt_bank
-from kutils.ensemble import fit as ensemble_fit
 from kutils.ensemble import image_cache
+from kutils.ensemble import weights as ensemble_weights
 from kutils.ensemble.members import Member
 from kutils.kaggle import packing, submission
 from kutils.models import checkpoints
@@ -180,7 +180,7 @@ def test_odd_images(python, packed, tmp_path):
         files = image_cache.find_images(data / "images", same_name_is_error=False)
     session = Machine(python, tmp_path / "working", mounts_of(packed, data, "new")).run(packed["submission"])
     values, report = valid(session, [*"abcdefghij", "k.dotted.name", *"lmn"])
-    mean = np.array(ensemble_fit.load_ensemble(packed["tiny"] / "ensemble_tiny.json").mean_embedding)
+    mean = np.array(ensemble_weights.load_ensemble(packed["tiny"] / "ensemble_tiny.json").mean_embedding)
     good = [number for number, path in enumerate(files) if path.stem not in "bmn"]
     np.testing.assert_allclose(values[good], expected_rows(packed, [files[number] for number in good]), atol=2e-6)
     np.testing.assert_allclose(values[[1, 12, 13]], np.tile(mean, (3, 1)), atol=1e-6)  # b.jpeg comes before b.png

@@ -10,10 +10,8 @@ import torch
 from fixtures.datasets import make_dataset
 
 from kutils.data import datasets
-from kutils.ensemble import weight_files
 from kutils.kaggle import mounts
 from kutils.runs import launch
-from kutils.system import paths
 
 
 def competition(folder, header="imgId_eId,val"):
@@ -34,7 +32,7 @@ def test_no_competition_shows_the_tree_and_two_ask_which(tmp_path):
     (tmp_path / "datasets" / "me").mkdir(parents=True)
     for number in range(20):
         (tmp_path / "datasets" / "me" / f"{number:02d}.png").touch()
-    with pytest.raises(weight_files.MountError) as caught:
+    with pytest.raises(ValueError) as caught:
         mounts.find_images_folder(tmp_path)
     lines = str(caught.value).splitlines()
     assert (
@@ -42,57 +40,8 @@ def test_no_competition_shows_the_tree_and_two_ask_which(tmp_path):
         and lines[-1] == "      ... and 12 more"
     )
     first, second = competition(tmp_path / "a"), competition(tmp_path / "b")
-    with pytest.raises(weight_files.MountError, match=f"{first}, {second}"):
+    with pytest.raises(ValueError, match=f"{first}, {second}"):
         mounts.find_images_folder(tmp_path)
-
-
-def test_weights_are_looked_for_in_the_inputs_on_kaggle_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path / "working"))
-    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    assert weight_files.weight_folders() == [tmp_path / "working" / "models"]
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert weight_files.weight_folders() == [tmp_path / "working" / "models", tmp_path / "input"]
-    assert weight_files.weight_folders("x") == [mounts.Path("x")]
-
-
-def test_the_ensemble_is_known_by_its_content(tmp_path):
-    folders = [tmp_path / "not-there", tmp_path]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "kernel-metadata.json").write_text('{"id": "x"}')
-    with pytest.raises(weight_files.MountError, match="no ensemble is fitted") as caught:
-        weight_files.find_ensemble(folders)
-    assert "kernel-metadata.json" in str(caught.value) and "No such file" in str(caught.value)
-    file = tmp_path / "a" / "any name.json"
-    file.write_text(json.dumps({"kind": weight_files.ENSEMBLE_KIND, "method": "equal"}, indent=2))
-    assert weight_files.find_ensemble(folders) == file
-    (tmp_path / "gone.json").symlink_to(tmp_path / "nothing")
-    (tmp_path / "copy.json").write_bytes(file.read_bytes())
-    assert weight_files.find_ensemble(folders) == file  # sorted by path; the same content
-    (tmp_path / "other.json").write_text(json.dumps({"kind": weight_files.ENSEMBLE_KIND, "method": "family"}))
-    with pytest.raises(weight_files.MountError, match="several ensembles"):
-        weight_files.find_ensemble(folders)
-
-
-def test_a_checkpoint_is_the_one_that_was_fitted(tmp_path):
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "m_fold0.pth").write_bytes(b"an earlier training")
-    (tmp_path / "z").mkdir()
-    (tmp_path / "z" / "m_fold0.pth").write_bytes(b"right")
-    right = {"m/m_fold0.pth": paths.sha256_of(tmp_path / "z" / "m_fold0.pth")}
-    assert weight_files.find_checkpoints(right, [tmp_path]) == {"m/m_fold0.pth": tmp_path / "z" / "m_fold0.pth"}
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "m_fold2.safetensors").write_bytes(b"packed")
-    packed = {"m/m_fold2.safetensors": paths.sha256_of(tmp_path / "half" / "m_fold2.safetensors")}
-    assert len(weight_files.find_checkpoints(right | packed, [tmp_path])) == 2
-    with pytest.raises(weight_files.MountError) as caught:
-        weight_files.find_checkpoints({"m/m_fold0.pth": "0" * 64, "m/m_fold1.pth": "0" * 64}, [tmp_path])
-    assert "old/m_fold0.pth" in str(caught.value) and "not what was fitted" in str(caught.value)
-    (tmp_path / "else" / "m").mkdir(parents=True)
-    (tmp_path / "z" / "m_fold0.pth").rename(tmp_path / "else" / "m" / "m_fold0.pth")
-    found = weight_files.find_checkpoints(right, [tmp_path / "old"], beside=tmp_path / "else" / "ensemble.json")
-    assert found == {"m/m_fold0.pth": tmp_path / "else" / "m" / "m_fold0.pth"}
-    assert "m/m_fold1.pth." in str(caught.value) and "\n  z/\n" in str(caught.value)
 
 
 # ---------------------------------------------------------------- training
@@ -125,7 +74,7 @@ def test_data_sets_of_several_inputs_become_one_folder(kaggle):
     assert len(data) == 80 and all(data.image_path(row).is_file() for row in (0, 79))
     assert mounts.link_datasets(["toy"], kaggle / "input") == folder  # again
     make_dataset(kaggle / "input" / "copy", "toy", num_prompts=20)
-    with pytest.raises(weight_files.MountError, match=r"toy.tsv is there several times") as caught:
+    with pytest.raises(ValueError, match=r"toy.tsv is there several times") as caught:
         mounts.link_datasets(["toy"], kaggle / "input")
     assert str(kaggle / "input" / "copy" / "toy.tsv") in str(caught.value)
 
@@ -134,7 +83,7 @@ def test_two_sets_whose_folders_have_one_name_are_refused(kaggle):
     for name in ("toy", "other"):
         make_dataset(kaggle / "input" / name, name, num_prompts=20)
         (kaggle / "input" / name / f"{name}_images").rename(kaggle / "input" / name / "images")
-    with pytest.raises(weight_files.MountError, match="have the same name: rename one") as caught:
+    with pytest.raises(ValueError, match="have the same name: rename one") as caught:
         mounts.link_datasets(["toy", "other"], kaggle / "input")
     assert str(kaggle / "input" / "toy" / "images") in str(caught.value)
 
@@ -165,8 +114,8 @@ def test_pretrained_weights_are_found_by_their_name(kaggle, tiny_recipe):
     assert mounts.with_pretrained(random, kaggle / "input") is random
 
 
-def former_output(root, run, step, checkpoint=b"weights"):
-    """What a former version of a training notebook left, `step` updates in."""
+def previous_output(root, run, step, checkpoint=b"weights"):
+    """What a previous version of a training notebook left, `step` updates in."""
     folder = root / "runs" / run.folder.name
     (folder / "logs").mkdir(parents=True)
     (folder / "config.yaml").write_text("x")
@@ -179,11 +128,11 @@ def former_output(root, run, step, checkpoint=b"weights"):
     return folder
 
 
-def test_the_former_version_that_came_farthest_is_copied_once(kaggle, tiny_recipe, capsys):
+def test_the_previous_version_that_came_farthest_is_copied_once(kaggle, tiny_recipe, capsys):
     run = launch.Run(kaggle / "r.yaml", tiny_recipe(), 0, ())
     root = kaggle / "input"
-    former_output(root / "kernel-v1", run, 10)
-    latest = former_output(root / "notebooks" / "me" / "kernel", run, 20, b"the latest")
+    previous_output(root / "kernel-v1", run, 10)
+    latest = previous_output(root / "notebooks" / "me" / "kernel", run, 20, b"the latest")
     for path in [latest, *latest.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)  # inputs are read-only
     mounts.bring_run(run, root)
@@ -199,7 +148,7 @@ def test_the_former_version_that_came_farthest_is_copied_once(kaggle, tiny_recip
 def test_the_stage_before_is_found_by_its_name(kaggle, tiny_recipe):
     recipe = tiny_recipe(stage=2, prefix="two", initialize_from="tiny/tiny_fold{fold}_best_cossim.pth")
     run = launch.Run(kaggle / "r.yaml", recipe, 1, ())
-    former_output(kaggle / "input" / "flat", launch.Run(kaggle / "r.yaml", tiny_recipe(), 0, ()), 3, b"stage 1")
+    previous_output(kaggle / "input" / "flat", launch.Run(kaggle / "r.yaml", tiny_recipe(), 0, ()), 3, b"stage 1")
     mounts.bring_run(run, kaggle / "input")
     assert recipe.initial_checkpoint(1).read_bytes() == b"stage 1" and not run.folder.exists()
 

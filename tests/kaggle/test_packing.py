@@ -23,8 +23,9 @@ from fixtures.kaggle_stub import OWNER
 
 from kutils.__main__ import run as run_command
 from kutils.data import prompt_bank
-from kutils.ensemble import fit
 from kutils.ensemble.members import Member, read_config
+from kutils.ensemble.weights import bank_path, load_ensemble, neighbours_path
+from kutils.ensemble.weights import write_ensemble as write_weights
 from kutils.kaggle import api, packing, sending, submission
 from kutils.kaggle.metadata import KaggleError
 from kutils.models import checkpoints, networks
@@ -142,7 +143,7 @@ def test_without_a_clone_nothing_is_sent(repository, settings):
 def test_the_weights_are_half_as_large_and_the_same_models(repository, settings, fitted):
     models_folder, built = fitted
     folder = packing.stage_weights(settings)
-    packed = fit.load_ensemble(folder / "ensemble_tiny.json")
+    packed = load_ensemble(folder / "ensemble_tiny.json")
     assert list(packed.families) == ["a"] and packed.weights == {"a": 1.0}  # b has no weight
     manifest = json.loads((folder / "manifest.json").read_text())["files"]
     for member in packed.members():
@@ -158,24 +159,24 @@ def test_the_weights_are_half_as_large_and_the_same_models(repository, settings,
         with torch.no_grad():
             assert torch.cosine_similarity(model(images), built[original](images)).min() > 0.9999
         assert recipe.prefix == "a" and facts["fold"] == member.fold
-    assert prompt_bank.PromptBank.load(fit.bank_path(folder / "ensemble_tiny.json")).texts([0]) == ["a cat"]
+    assert prompt_bank.PromptBank.load(bank_path(folder / "ensemble_tiny.json")).texts([0]) == ["a cat"]
     assert not list(folder.rglob("b_*"))
 
 
 def test_the_prompts_of_neighbours_are_sent_where_they_count(repository, settings, fitted):
     models_folder, _ = fitted
     path = models_folder / "ensemble_tiny.json"
-    plain = fit.load_ensemble(path)
-    bank = fit.neighbours_path(path)
+    plain = load_ensemble(path)
+    bank = neighbours_path(path)
     prompt_bank.PromptBank(["a cat", "a dog"], unit_rows(2)).save(bank, np.float16)
     nearest = [dataclasses.replace(member, neighbours=1) for member in plain.families["a"]]
     changes = {"neighbours_bank": bank.name, "neighbours_sha256": paths.sha256_of(bank)}
     changes["families"] = plain.families | {"nearest": nearest}
     for weight in (0.5, 0.0):
         weights = plain.weights | {"nearest": weight}
-        fit.write_ensemble(dataclasses.replace(plain, weights=weights, **changes), path)
+        write_weights(dataclasses.replace(plain, weights=weights, **changes), path)
         folder = packing.stage_weights(settings)
-        packed = fit.load_ensemble(folder / path.name)
+        packed = load_ensemble(folder / path.name)
         manifest = json.loads((folder / "manifest.json").read_text())["files"]
         assert (
             (folder / bank.name).is_file() == (bank.name in manifest) == (bank.name in packed.files()) == bool(weight)
@@ -183,7 +184,7 @@ def test_the_prompts_of_neighbours_are_sent_where_they_count(repository, setting
         assert set(manifest) == set(packed.files()) and len(list(folder.rglob("*.safetensors"))) == 2
     assert manifest.keys() == {member.checkpoint for member in packed.members()}
     bank.write_bytes(b"other prompts")
-    fit.write_ensemble(dataclasses.replace(plain, weights=plain.weights | {"nearest": 1.0}, **changes), path)
+    write_weights(dataclasses.replace(plain, weights=plain.weights | {"nearest": 1.0}, **changes), path)
     with pytest.raises(ValueError, match=r"neighbours.arrow .*not what was fitted"):
         packing.stage_weights(settings)
 
