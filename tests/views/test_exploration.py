@@ -5,10 +5,10 @@ import shutil
 
 import nbformat
 import numpy as np
-import papermill
 import pytest
 import torch
 from fixtures.datasets import TINY, make_dataset, unit_rows, use_folders
+from fixtures.notebooks import NOTEBOOKS, ForkedKernels, execute
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from PIL import Image
@@ -18,13 +18,11 @@ from kutils.ensemble import blending, fit, validated
 from kutils.models import checkpoints
 from kutils.runs.finished import read_result
 from kutils.runs.recipes import Recipe
-from kutils.system import paths
 from kutils.system.tables import read_table, write_table
 from kutils.training import train
 from kutils.views import exploration, widgets
 from kutils.views.exploration import Exploration
 
-NOTEBOOK = paths.repository_root() / "notebooks" / "explore.ipynb"
 NETWORKS = {"convnext": "test_convnext", "vit": "test_vit"}
 RUNS = ["convnext_fold0", "vit_fold0"]
 
@@ -348,7 +346,7 @@ box = widgets.live(show, words=words, count=count)
 """
     second = 'words.value = "dog"\ncount.value = 4'
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(first), nbformat.v4.new_code_cell(second)])
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=60, kernel_name="python3", kernel_manager_class=ForkedKernels).execute()
     outputs = notebook.cells[0].outputs
     shown = [output for output in outputs if output.output_type == "display_data"]
     assert [output.data.get("text/markdown") for output in shown] == [None, "dog 4", None]
@@ -358,7 +356,7 @@ box = widgets.live(show, words=words, count=count)
 
     third = 'words.value = ""\nprint(asked)\nprint(box.children[1].value)'
     notebook.cells.append(nbformat.v4.new_code_cell(third))
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=60, kernel_name="python3", kernel_manager_class=ForkedKernels).execute()
     assert "[('cat', 2), ('dog', 2), ('dog', 4), ('', 4)]" in notebook.cells[2].outputs[0].text
     assert "<strong>no &lt;words&gt;</strong>" in notebook.cells[2].outputs[0].text
     assert "dog 4" not in str(notebook.cells[0].outputs)
@@ -376,9 +374,7 @@ def test_the_notebook_shows_everything_without_controls_too(broken):
     make_dataset(broken / "input", "toy")
     target = broken / "explore.ipynb"
     values = {"search": "a red house", "slice": "words", "count": 4}
-    papermill.execute_notebook(
-        NOTEBOOK, target, parameters=values, cwd=str(NOTEBOOK.parent), progress_bar=False, kernel_name="python3"
-    )
+    execute("explore", target, cwd=NOTEBOOKS, **values)
     notebook = nbformat.read(target, 4)
     nbformat.validate(notebook)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -394,14 +390,7 @@ def test_the_notebook_shows_everything_without_controls_too(broken):
 
 def test_the_notebook_shows_data_where_nothing_was_trained(workspace):
     target = workspace / "explore.ipynb"
-    papermill.execute_notebook(
-        NOTEBOOK,
-        target,
-        {"datasets": "toy", "map_prompts": 30},
-        cwd=str(NOTEBOOK.parent),
-        progress_bar=False,
-        kernel_name="python3",
-    )
+    execute("explore", target, cwd=NOTEBOOKS, datasets="toy", map_prompts=30)
     cells = nbformat.read(target, 4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5

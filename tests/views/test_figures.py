@@ -13,6 +13,7 @@ import nbconvert
 import nbformat
 import numpy as np
 import pytest
+from fixtures.notebooks import ForkedKernels
 from matplotlib import colors
 from PIL import Image
 
@@ -183,7 +184,8 @@ def test_a_notebook_shows_a_figure_once_and_with_its_text():
         for source in ("from kutils.views import figures, score_plots", *SHOWN.values())
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    options = {"kernel_name": "python3", "kernel_manager_class": ForkedKernels}
+    nbclient.NotebookClient(notebook, timeout=120, **options).execute()
     told = "Ensemble weights: weight; tiny_vit: 1.000."
     for how, cell in zip(SHOWN, notebook.cells[1:], strict=True):
         pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
