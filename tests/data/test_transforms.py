@@ -1,6 +1,8 @@
 """Decoding agrees with Pillow, augmentation with torchvision."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -79,6 +81,22 @@ def test_what_cannot_be_read_is_named(tmp_path, content, said):
     with pytest.raises(transforms.ImageError, match=said) as caught:
         transforms.decode_rgb(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_damaged_png_file_does_not_end_the_process():
+    """torchvision's own decoder would: damage between the checksums, and a right checksum of no zlib stream."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    content = encoded(Image.fromarray(noise), "PNG")
+    for start in range(60, len(content) - 16, 3001):
+        damaged = bytearray(content)
+        damaged[start] ^= 0xFF
+        with pytest.raises(transforms.ImageError, match="cannot be decoded"):
+            transforms.decode_bytes(bytes(damaged), "it")
+    chunk = b"IDAT" + b"no zlib stream" * 9
+    size, checksum = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
+    forged = content[:33] + size + chunk + checksum + content[-12:]
+    with pytest.raises(transforms.ImageError, match="cannot be decoded"):
+        transforms.decode_bytes(forged, "it")
 
 
 def test_crop_boxes_and_factors_are_torchvisions_for_the_same_random_numbers():
