@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check pages notebooks train refine lab test-release test-install test-recipes \
+.PHONY: help env demo test test-fast coverage check pages notebooks train refine lab test-release test-install test-recipes \
 	kaggle-env test-kernel test-browser kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
@@ -14,6 +14,8 @@ OVERRIDES ?=
 KERNEL ?= submission
 MESSAGE ?=
 DRY_RUN ?=
+JOBS ?= 2
+COVERAGE ?=
 KAGGLE_PYTHON ?=
 PYTHON313 ?=
 bin := .venv/bin
@@ -59,8 +61,20 @@ $(stamp): requirements.txt constraints.txt pyproject.toml
 demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 10 minutes (SCALE=full: 40)
 	$(bin)/kutils demo --scale $(SCALE)
 
-test: env ## all tests but those of the targets below: 12 minutes
-	$(bin)/python -m pytest
+test: env ## all tests but those of the targets below, on two processes: 6 minutes (JOBS=0: on this one alone)
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile $(COVERAGE)
+
+test-fast: env ## the quick tests of the rooms that a change touches (against main, uncommitted files too): a minute
+	@changed=$$(git diff --name-only $$(git merge-base HEAD main || echo HEAD); git ls-files --others --exclude-standard); \
+	tests=$$(echo "$$changed" | sed -En 's,^(kutils|tests)/([a-z]+)/.*,tests/\2,p; s,^tests/test_[a-z_]+\.py$$,&,p; \
+		s,^notebooks/.*,tests/test_notebooks.py,p; s,^kutils/demo\.py$$,tests/test_demo.py,p' | sort -u); \
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not recipes and not kernel and not browser' \
+		$$(ls -d tests/test_rooms.py $$tests)
+
+coverage: ## make test, and what share of each room's lines it runs: none may be below 85 %
+	$(MAKE) test COVERAGE="--cov=kutils --cov-report="
+	@for room in $$(ls -d kutils/*/ | grep -v __); do printf '%4s %%  %s\n' \
+		"$$($(bin)/coverage report --include="$$room*" --format=total --fail-under=85)" "$$room" || exit 1; done
 
 check: env ## style, format, notebooks built from their scripts and without outputs
 	$(bin)/ruff check --output-format concise
@@ -115,7 +129,7 @@ kaggle-env: .venv-kaggle/requirements-are-installed ## Python 3.13 with Kaggle's
 	@touch $@
 
 test-kernel: env $(if $(KAGGLE_PYTHON),,kaggle-env) ## the kernels as Kaggle runs them, without network (root): 8 minutes
-	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m "kernel or not recipes" tests/kaggle
+	KAGGLE_PYTHON=$(or $(KAGGLE_PYTHON),$(CURDIR)/.venv-kaggle/bin/python) $(bin)/python -m pytest -m kernel tests/kaggle
 
 test-browser: env ## explore in JupyterLab and a run's report, in chromium: 2 minutes; screenshots in working/browser/
 	$(bin)/python -m pytest -m browser tests/test_browser.py

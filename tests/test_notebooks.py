@@ -71,6 +71,7 @@ def test_notebook_is_free_of_outputs_and_names_its_kernel(script):
         assert set(cell["metadata"]) <= {"tags"}
 
 
+@pytest.mark.slow
 def test_building_again_changes_no_byte(tmp_path):
     for path in [*NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb"), NOTEBOOKS / "jupytext.toml"]:
         shutil.copy(path, tmp_path)
@@ -269,6 +270,7 @@ def test_prepare_prompts_collects_cleans_chooses_and_folds(workspace):
     assert set(read_table(inputs / "two.prompts.tsv", ["fold"])["fold"].to_pylist()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_generate_images_makes_a_data_set_and_looks_at_it(workspace, tmp_path):
     executed = execute("generate_images", workspace / "out.ipynb", num_prompts=10, images_per_prompt=2, size=64)
     assert_readable(figures(executed), 3)  # of different prompts, of the same prompt, brightness and contrast

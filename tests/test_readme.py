@@ -218,6 +218,7 @@ def test_the_page_of_rooms_is_what_the_docstrings_say():
     assert rows(PAGES["README.md"], "room") == rooms_page.rooms()
 
 
+@pytest.mark.slow
 def test_the_table_of_recipes_is_what_the_recipes_say():
     lines = [recipe_table.row(path) for path in recipe_table.seed_recipes()]
     assert len(lines) == 12

@@ -97,6 +97,7 @@ def test_planning_a_run_brings_no_torch(tmp_path):
     assert json.loads(run_python(code, tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_importing_reads_no_file_no_gpu_and_no_network(tmp_path):
     code = f"""
 import json, sys
@@ -120,6 +121,7 @@ print(json.dumps([seen, torch.cuda.is_initialized()]))
     assert not ours and not cuda
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("notebook", "ranks"),
     [("submission", set()), ("train", {"kutils.training.train"}), ("refine", {"kutils.training.train"})],

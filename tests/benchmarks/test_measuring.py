@@ -52,6 +52,7 @@ def test_an_unknown_section_names_the_nearest():
         measuring.choose("open_5m_row")
 
 
+@pytest.mark.slow
 def test_private_memory_is_what_was_written():
     """In a process of its own: what others have left here may be freed meanwhile."""
     code = f"import runpy; runpy.run_path({__file__!r})['check_private_memory']()"
@@ -99,6 +100,7 @@ def test_made_sets_are_data_sets(workspace):
     assert len(np.load(root / "cc3m.npy")) == 10_000 * 748_781 // 5_059_104
 
 
+@pytest.mark.slow
 def test_the_section_from_end_to_end(workspace):
     entries = {item.name: item for item in rows.open_5m_rows(rows=4_000, repeats=1)}
     assert len(entries) == 8 and {item.unit for item in entries.values()} == {"s", "MB"}
@@ -135,6 +137,7 @@ def test_the_check_of_images_is_measured_with_two_processes_and_one(workspace):
     assert not list((workspace / "working" / "benchmark").iterdir())
 
 
+@pytest.mark.slow
 def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace):
     (measured,) = benchmark_data.packed_shards(images=64, repeats=1)
     assert measured.name == "packed_shards" and measured.ratio == measured.reference / measured.ours

@@ -20,6 +20,7 @@ def by_name(entries) -> dict:
     return {entry.name: entry for entry in entries}
 
 
+@pytest.mark.slow
 def test_similar_pairs_are_timed_beside_faiss_that_finds_the_same(rows, monkeypatch):
     monkeypatch.setattr(similarity, "SIZES", (100, 300, 1000))
     monkeypatch.setattr(similarity, "COMPARED", 100)

@@ -299,6 +299,7 @@ def test_help_lists_every_key(capsys):
     assert "--fallback" in shown and "num_workers" in shown and "input_size" in shown
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_writes(command, images, model_and_recipe, start_ranks):
     arguments, output = command
     start_ranks("kutils", "predict", *arguments, "--batch-size", "4", num_ranks=2).run()

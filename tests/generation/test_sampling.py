@@ -311,6 +311,7 @@ def test_a_full_disk_costs_no_image(arguments, make, tmp_path, monkeypatch, caps
     assert_alike(pixels_of(folder), pixels_of(tmp_path / "input" / "whole_images"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
     prompts = [f"prompt {row}" for row in range(60)]

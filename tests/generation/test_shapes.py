@@ -110,6 +110,7 @@ def test_every_background_and_style_changes_the_picture(kind):
                 assert np.abs(images[first] - images[second]).mean() > 8, (first, second)
 
 
+@pytest.mark.slow
 def test_mean_prompt_says_little():
     """The baseline that a network has to beat is at most 0.60."""
     from kutils.prompts.embedding import encode_prompts

@@ -196,6 +196,7 @@ def competition(folder, num_images):
         (folder / "images").mkdir()
 
 
+@pytest.mark.slow
 def test_the_kernel_writes_a_valid_file_from_both_forms_of_mounts(tmp_path, weights):
     upload, mean, built = weights
     new, old = tmp_path / "new", tmp_path / "old"

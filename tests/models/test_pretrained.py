@@ -143,6 +143,7 @@ def hub(source):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_download_from_a_hub_for_a_machine_without_network(hub, source, tmp_path):
     """The hub's own client fetches; the second time nothing is asked for; the folder then serves offline."""
     folder = tmp_path / "weights"

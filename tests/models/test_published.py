@@ -82,6 +82,7 @@ def test_a_checkpoint_of_another_network_is_named_in_the_words_of_the_file(pair,
         checkpoints.load_model(path, recipe)
 
 
+@pytest.mark.slow
 def test_an_open_clip_file_serves_as_pretrained_weights(tiny_recipe, tmp_path):
     """The file of the whole open_clip model, text tower included, through `pretrained=PATH`."""
     torch.manual_seed(0)

@@ -214,6 +214,7 @@ def plain_encode(encoder, texts):
     return encoder.model.encode(texts, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:2 of")
 def test_embeddings_are_those_of_sentence_transformers_in_both_dtypes(minilm):
     texts = mixed_prompts(200)
@@ -295,6 +296,7 @@ def kill_while_embedding(tsv):
     embedding.embed_table(tsv, MortalEncoder(3, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_prompts_only(tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "CHUNK_PROMPTS", 10)
     tsv, texts = tmp_path / "set.tsv", [f"prompt {number}" for number in range(55)] * 2
@@ -378,6 +380,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.load(tmp_path / "set.npy"), np.stack([FakeEncoder.row(text) for text in texts]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:2 of")
 def test_two_ranks_and_a_run_that_was_cut_give_the_same_bytes(tmp_path, monkeypatch, minilm, start_ranks):
     monkeypatch.setattr(embedding, "CHUNK_PROMPTS", 16)
@@ -418,6 +421,7 @@ def test_command_reports_errors_without_a_traceback(tmp_path):
         embedding.embed_table(tmp_path / "bad.tsv", FakeEncoder())
 
 
+@pytest.mark.slow
 def test_script_runs_from_any_folder(tmp_path):
     make_table(tmp_path / "one.tsv", [entry["prompt"] for entry in COMPETITION["prompts"]] * 2)
     script = REPOSITORY / "input" / "gen_prompt_embedding.py"

@@ -544,6 +544,7 @@ def test_help_shows_every_default(main, defaults, capsys):
         assert f"(default: {default})" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_commands_from_a_shell(tables, start_ranks):
     folder = tables[0].parent
 

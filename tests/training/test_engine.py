@@ -92,6 +92,7 @@ def small_network() -> PromptEmbedder:
     return PromptEmbedder(Backbone(), "pooled").train()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 def test_a_compiled_network_trains_as_an_eager_one_and_the_trial_leaves_no_trace(tiny_recipe, capsys):
     """SAM, drop path, BatchNorm, and two phases: the head alone, then all."""

@@ -36,6 +36,7 @@ def losses(workspace, name):
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_profile_holds_its_updates_with_their_parts_and_changes_nothing(workspace, tiny_recipe, capsys):
     changes = {"epochs": 3, "drop_path_rate": 0.2, "sam_rho": 0.05, "max_local_batch_size": 4}
     train.train(tiny_recipe(prefix="plain", save_dir="plain", **changes), 0, ALONE)
@@ -67,6 +68,7 @@ def test_a_profile_holds_its_updates_with_their_parts_and_changes_nothing(worksp
     assert "aten::convolution_backward" in table
 
 
+@pytest.mark.slow
 def test_a_profile_goes_over_the_end_of_an_epoch_without_its_evaluation(workspace, tiny_recipe, monkeypatch):
     real = engine.evaluate
 
@@ -81,6 +83,7 @@ def test_a_profile_goes_over_the_end_of_an_epoch_without_its_evaluation(workspac
     assert sum(profiling.shares(events).values()) > 0.5  # of half a second and more it would be a fifth
 
 
+@pytest.mark.slow
 def test_what_is_left_is_profiled_and_an_earlier_trace_stays(workspace, tiny_recipe, capsys, monkeypatch):
     recipe = tiny_recipe(prefix="short", profile_steps=100, checkpoint_every_steps=1)
     real, calls = engine.update, []

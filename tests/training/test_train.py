@@ -196,6 +196,7 @@ def test_a_validation_image_that_broke_after_it_was_checked_is_named(workspace, 
     assert "going on after update 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_broken_training_image_is_listed_and_too_many_stop_the_run(workspace, recipe_file, capsys):
     make_dataset(workspace / "input", "large", num_prompts=300, images_per_prompt=2, size=8)
     data = datasets.load_datasets(["large"])

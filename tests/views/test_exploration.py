@@ -245,6 +245,7 @@ def test_folds_assigned_anew_are_noticed(broken, capsys):
     assert "vit_fold0 is left out: prompts were assigned to other folds since" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_fitted_ensemble_is_shown_with_what_its_fit_has_not_seen(broken, capsys):
     """Its members that stand for the nearest training prompts included."""
     (broken / "ensemble.yaml").write_text(
@@ -288,6 +289,7 @@ def test_without_a_text_encoder_prompts_that_hold_the_words_stand_for_them(world
         explored.search("zebra")
 
 
+@pytest.mark.slow
 def test_packed_images_are_shown_where_their_files_are_gone(broken):
     shards.pack(broken / "input" / "toy.tsv", shards.Encoding(32, "png", None), num_workers=0, progress=False)
     shutil.rmtree(broken / "input" / "toy_images")
@@ -388,6 +390,7 @@ def test_the_notebook_shows_everything_without_controls_too(broken):
     assert "No description has been provided" not in page and page.count("<table class=") == 3
 
 
+@pytest.mark.slow
 def test_the_notebook_shows_data_where_nothing_was_trained(workspace):
     target = workspace / "explore.ipynb"
     execute("explore", target, cwd=NOTEBOOKS, datasets="toy", map_prompts=30)

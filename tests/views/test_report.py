@@ -208,6 +208,7 @@ def test_a_run_whose_data_has_changed_says_so(finished):
     assert f"{read_result(folder).cosine_similarity:.4f}" in page.texts and len(page.all("img")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["toy.tsv", "toy_images", "predictions", "environment.json", "metrics.jsonl"])
 def test_what_is_gone_is_said(finished, lost):
     folder = finished / "working" / "runs" / "first_fold0"
