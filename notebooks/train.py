@@ -31,6 +31,7 @@ num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one 
 overrides: str = ""  # keys of the recipe to change, as for dist_train.sh
 recipe: str = ""  # a recipe file of conf/ instead of a model's own
 hours: float = 0.0  # after which it saves and stops, to be started again; 0: no limit
+planned: str = ""  # a run that dist_train.sh has planned: its file, instead of model, fold, overrides and recipe
 
 # %%
 import sys
@@ -55,7 +56,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 from kutils.runs import finished
 from kutils.views import image_plots, score_plots, training_plots
 
-run = launch.plan_run(model, 1, fold, overrides, recipe)
+run = launch.plan_run(model, 1, fold, overrides, recipe, planned)
 print(run.config_path.name, *run.overrides)
 print(run.recipe.to_yaml())
 
@@ -70,8 +71,7 @@ from kutils.kaggle import mounts
 
 run = mounts.prepare_training(run)
 launch.ensure_datasets(run.recipe)
-processes = launch.count_processes(num_processes, run.recipe.device)
-launch.torchrun(["kutils", "train", *run.arguments], num_processes=processes, log_dir=run.folder / "logs", hours=hours)
+launch.train_on_ranks(run, num_processes, hours)
 result = finished.read_result(run.folder)  # None if the hours were over before
 
 # %% [markdown]

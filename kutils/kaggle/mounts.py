@@ -14,7 +14,6 @@ from pathlib import Path
 from kutils.ensemble.weights import LEVELS, tree
 from kutils.kaggle import submission
 from kutils.runs import folders as runs_folders
-from kutils.runs import recipes
 from kutils.runs.launch import Run
 from kutils.system import paths
 
@@ -89,8 +88,8 @@ def with_pretrained(run: Run, root: Path) -> Run:
         link = folder / path.name
         link.unlink(missing_ok=True)
         link.symlink_to(path)
-        overrides = (*run.overrides, f"pretrained={folder}")
-        return dataclasses.replace(run, recipe=recipes.load_recipe(run.config_path, overrides), overrides=overrides)
+        recipe = dataclasses.replace(run.recipe, pretrained=str(folder))
+        return dataclasses.replace(run, recipe=recipe, overrides=(*run.overrides, f"pretrained={folder}"))
     return run
 
 

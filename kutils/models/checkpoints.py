@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from kutils.models import published
 from kutils.models.networks import PromptEmbedder, build_model
-from kutils.runs.recipes import HINTS, ConfigError, Recipe, convert
+from kutils.runs.recipes import HINTS, ConfigError, Recipe, from_values
 from kutils.system import paths
 
 HEADER_KEY = "kutils"  # of a safetensors file's metadata, which holds texts
@@ -100,9 +100,9 @@ def recipe_of(content: dict, path: Path) -> Recipe:
     if not isinstance(values, dict):
         raise ValueError(f"{path} carries no recipe; give one with --config")
     try:
-        return Recipe(**{key: convert(key, value, HINTS[key]) for key, value in values.items() if key in HINTS})
-    except (ConfigError, TypeError) as error:
-        raise ValueError(f"{path} carries a recipe that cannot be read: {error}") from error
+        return from_values({key: value for key, value in values.items() if key in HINTS}, path)
+    except ConfigError as error:
+        raise ValueError(f"the recipe that this checkpoint carries cannot be read: {error}") from error
 
 
 def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder, Recipe, dict]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kutils.runs import finished, folders, recipes
@@ -71,7 +71,7 @@ def assigned_names(source: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One fold of one recipe, as a notebook starts it."""
+    """One fold of one recipe, planned once: the launcher writes the plan to a file, which all ranks read."""
 
     config_path: Path
     recipe: recipes.Recipe
@@ -86,21 +86,44 @@ class Run:
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    @property
-    def arguments(self) -> list[str]:
-        return ["--config", str(self.config_path), "--fold", str(self.fold), *self.overrides]
+    def write(self) -> Path:
+        """Write the plan below `logs/` of the run's folder; returns its file."""
+        path = this_node().log_dir(self.folder / "logs") / "plan.json"
+        content = {"config": str(self.config_path), "overrides": self.overrides, "fold": self.fold}
+        paths.write_json(path, content | {"recipe": self.recipe.values()})
+        return path
 
 
-def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str = "") -> Run:
-    """Resolve a notebook's parameters: the recipe of a model and stage, or a recipe file; overrides as one text.
+def read_plan(path: Path) -> Run:
+    """Read a plan that `Run.write` wrote; ValueError naming the file if it is none."""
+    content = folders.read_json(path)
+    if missing := {"config", "recipe", "fold", "overrides"} - set(content):
+        raise ValueError(f"{path} is no planned run: it lacks {', '.join(sorted(missing))}")
+    recipe = recipes.from_values(content["recipe"], path)
+    return Run(Path(content["config"]), recipe, content["fold"], tuple(content["overrides"]))
 
-    Raises: ConfigError for an unknown model (naming the nearest), key or value.
-    """
-    path = recipes.find_config(recipe) if recipe else recipes.find_recipe(model, stage)
-    changes = tuple(shlex.split(overrides))
+
+def plan(config: str | Path, fold: int, overrides: Sequence[str]) -> Run:
+    """Plan a fold of a recipe file; ConfigError for an unknown key or a wrong value, naming it."""
     if not isinstance(fold, int) or not 0 <= fold <= 9:
         raise ValueError(f"fold is {fold!r}; it is 0 to 9")
-    return Run(path, recipes.load_recipe(path, changes), fold, changes)
+    path = recipes.find_config(config)
+    return Run(path, recipes.load_recipe(path, overrides), fold, tuple(overrides))
+
+
+def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str = "", planned: str = "") -> Run:
+    """Plan what a notebook's parameters say.
+
+    Args:
+        model, stage: whose recipe in `conf/` is taken.
+        overrides: as one text.
+        recipe: a recipe file instead of a model's own.
+        planned: file of a plan, instead of all other parameters.
+    Raises: ConfigError for an unknown model (naming the nearest), key or value.
+    """
+    if planned:
+        return read_plan(Path(planned))
+    return plan(recipe or recipes.find_recipe(model, stage), fold, shlex.split(overrides))
 
 
 def ensure_datasets(recipe: recipes.Recipe) -> None:
@@ -145,6 +168,18 @@ def count_processes(wanted: int, device: str) -> int:
     return wanted or gpus
 
 
+def train_on_ranks(run: Run, num_processes: int = 0, hours: float = 0) -> None:
+    """Train a planned run on the ranks of this machine, which read the plan from its file.
+
+    Args:
+        num_processes: ranks; 0: one per visible GPU, or one on the CPU.
+        hours: after which the ranks save and stop; 0: no limit.
+    """
+    command = ["kutils", "train", "--plan", str(run.write())]
+    ranks = count_processes(num_processes, run.recipe.device)
+    torchrun(command, num_processes=ranks, log_dir=run.folder / "logs", hours=hours)
+
+
 def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours: float = 0) -> None:
     """Run `python -m <command>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
 
@@ -165,7 +200,7 @@ def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)  # of torch 2.12 and later; 30 s before
     torchrun_options = ["--standalone"]
     if node.count > 1:
-        log_dir = log_dir / f"node{node.rank}"
+        log_dir = node.log_dir(log_dir)
         environment["NODE_RANK"] = str(node.rank)
         torchrun_options = [*node.rendezvous, f"--rdzv-id={log_dir.parent.parent.name}"]
         print(f"node {node.rank} of {node.count} meets the others at {node.endpoint}, within 30 minutes", flush=True)
@@ -207,23 +242,19 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
     Folds that are finished are passed over, one that was cut goes on. On further nodes of a job the ranks start without
     a notebook.
     """
-    path = recipes.find_config(config_name)
-    overrides = with_absolute_paths(recipes.load_recipe(path, overrides), overrides)
-    recipe = recipes.load_recipe(path, overrides)
-    node = this_node()
+    first = plan(config_name, 0, overrides)
+    recipe, node = with_absolute_paths(first.recipe), this_node()
     num_processes = count_processes(num_processes, recipe.device)  # says now, not after a minute, that GPUs are missing
     for number, fold in enumerate(recipe.train_folds, start=1):
-        run = Run(path, recipe, fold, tuple(overrides))
+        run = replace(first, recipe=recipe, fold=fold)
         print(f"fold {fold} ({number} of {len(recipe.train_folds)}): {run.folder}", flush=True)
         notebook = run.folder / ("train.ipynb" if recipe.stage == 1 else "refine.ipynb")
         if is_finished(run, notebook, node):
             print(f"already finished: {finished.read_result(run.folder).summary()}", flush=True)
         elif node.rank > 0:
-            torchrun(["kutils", "train", *run.arguments], num_processes=num_processes, log_dir=run.folder / "logs")
+            train_on_ranks(run, num_processes)
         else:
-            notebook.parent.mkdir(parents=True, exist_ok=True)
-            values = {"recipe": str(path), "fold": fold, "num_processes": num_processes}
-            execute(notebook, values | {"overrides": shlex.join(overrides)})
+            execute(notebook, {"planned": str(run.write()), "fold": fold, "num_processes": num_processes})
 
 
 def is_finished(run: Run, notebook: Path, node: Node) -> bool:
@@ -244,14 +275,11 @@ def is_finished(run: Run, notebook: Path, node: Node) -> bool:
         return False
 
 
-def with_absolute_paths(recipe: recipes.Recipe, overrides: Sequence[str]) -> list[str]:
-    """The overrides, and every path of the recipe made absolute: notebook and ranks have other current folders."""
-    values = recipes.parse_overrides(overrides)
-    for key in ("run_dir", "model_dir", "pretrained"):
-        value = getattr(recipe, key)
-        if isinstance(value, str) and value:
-            values[key] = str(Path(value).absolute())
-    return [f"{key}={value}" for key, value in values.items()]
+def with_absolute_paths(recipe: recipes.Recipe) -> recipes.Recipe:
+    """The recipe with every path made absolute: notebook and ranks have other current folders."""
+    values = {key: getattr(recipe, key) for key in ("run_dir", "model_dir", "pretrained")}
+    absolute = {key: str(Path(value).absolute()) for key, value in values.items() if isinstance(value, str) and value}
+    return replace(recipe, **absolute)
 
 
 def execute(notebook: Path, parameters: dict) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 MEETING_SECONDS = 1800  # one node draws the figures of a fold while another waits for it with the next
 PORTS = range(1, 2**16)
@@ -15,6 +16,10 @@ class Node:
     count: int
     rank: int
     endpoint: str  # host:port, on the first node
+
+    def log_dir(self, folder: Path) -> Path:
+        """Where this node keeps the logs of its ranks; a folder of its own where there are several nodes."""
+        return folder / f"node{self.rank}" if self.count > 1 else folder
 
     @property
     def rendezvous(self) -> list[str]:

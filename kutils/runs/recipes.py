@@ -152,11 +152,13 @@ class Recipe:
             return None
         return self.models_folder() / self.initialize_from.replace("{fold}", str(fold))
 
+    def values(self) -> dict:
+        """Every key with its value, in types that YAML and JSON have."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
     def to_yaml(self) -> str:
-        values = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
-        return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
+        return yaml.safe_dump(self.values(), sort_keys=False, default_flow_style=None, width=120)
 
 
 HINTS = typing.get_type_hints(Recipe)
@@ -260,28 +262,31 @@ def find_config(name: str | Path) -> Path:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read one recipe file and apply `key=value` overrides.
+    """Read one recipe file and apply `key=value` overrides; ConfigError as `from_values` raises it."""
+    path = find_config(path)
+    return from_values(read_yaml(path) | parse_overrides(overrides), path)
 
-    Raises: ConfigError naming file, key and value: unknown key (with the nearest known one), wrong type, missing key,
+
+def from_values(values: dict, source: Path) -> Recipe:
+    """Make a recipe of values as YAML, JSON and overrides hold them.
+
+    Raises: ConfigError naming source, key and value: unknown key (with the nearest known one), wrong type, missing key,
         or a combination that makes no sense.
     """
-    path = find_config(path)
-    values = read_yaml(path)
     for key in values:
         if key not in HINTS:
-            raise ConfigError(f"{path}: a recipe has no key {key!r}{nearest(str(key), HINTS)}")
-    values |= parse_overrides(overrides)
+            raise ConfigError(f"{source}: a recipe has no key {key!r}{nearest(str(key), HINTS)}")
     missing = [
         item.name
         for item in dataclasses.fields(Recipe)
         if item.default is dataclasses.MISSING and item.name not in values
     ]
     if missing:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}")
+        raise ConfigError(f"{source} lacks {', '.join(missing)}")
     try:
         return Recipe(**{key: convert(key, value, HINTS[key]) for key, value in values.items()})
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def recipe_files() -> dict[tuple[str, int], Path]:

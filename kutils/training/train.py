@@ -20,7 +20,7 @@ from kutils.data.datasets import PromptImages
 from kutils.data.sampler import EpochSampler
 from kutils.models import checkpoints, networks
 from kutils.models.networks import PromptEmbedder
-from kutils.runs import finished, folders, recipes
+from kutils.runs import finished, folders, launch, recipes
 from kutils.runs.finished import RunResult
 from kutils.runs.recipes import Recipe
 from kutils.system import children, devices
@@ -216,10 +216,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="recipe file, as given or below the repository's conf/")
-    parser.add_argument("--fold", required=True, type=int, choices=range(10), help="validation fold")
+    parser.add_argument("--config", help="recipe file, as given or below the repository's conf/")
+    parser.add_argument("--fold", type=int, choices=range(10), help="validation fold")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="instead: a run that the launcher has planned")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change for this run")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    own = (arguments.config, arguments.fold)
+    if (None in own) if arguments.plan is None else (own != (None, None) or arguments.overrides):
+        parser.error("give --config and --fold, or --plan alone")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], object] | None = None) -> int:
@@ -228,12 +233,15 @@ def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], obje
     # torchrun and job systems signal a rank's whole process group: its data loaders would end, and the rank with them
     # before it has saved
     os.register_at_fork(after_in_child=os.setpgrp)
-    recipe = recipes.load_recipe(arguments.config, arguments.overrides)
-    path = finished.shown_path(recipes.find_config(arguments.config))
-    ranks = join_ranks(recipe.device)
-    train(recipe, arguments.fold, ranks, config=str(path), overrides=arguments.overrides)
+    if arguments.plan:
+        run = launch.read_plan(arguments.plan)
+    else:
+        run = launch.plan(arguments.config, arguments.fold, arguments.overrides)
+    ranks = join_ranks(run.recipe.device)
+    path = finished.shown_path(run.config_path)
+    train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
     leave_ranks()
     if ranks.is_main and when_finished:  # the others need not wait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for `watch_for_sigterm`'s signal any more
-        when_finished(recipe.run_folder(arguments.fold))
+        when_finished(run.folder)
     return 0

@@ -33,7 +33,9 @@ def test_an_unknown_parameter_stops_and_names_the_nearest():
 def test_a_plan_resolves_model_overrides_and_folder(workspace):
     run = launch.plan_run("convnext_large", 2, 3, "epochs=1 prefix=mine")
     assert run.recipe.epochs == 1 and run.folder == workspace / "working" / "runs" / "mine_fold3"
-    assert run.arguments == ["--config", str(run.config_path), "--fold", "3", "epochs=1", "prefix=mine"]
+    assert run.overrides == ("epochs=1", "prefix=mine") and run.fold == 3
+    path = run.write()
+    assert path == run.folder / "logs" / "plan.json" and launch.plan_run("", 1, 0, planned=str(path)) == run
     assert launch.plan_run("x", 1, 0, recipe="conf/tiny_vit_stage2.yaml").recipe.model == "tiny_vit"
 
 
@@ -257,7 +259,22 @@ def test_paths_mean_the_same_to_the_launcher_the_notebook_and_the_ranks(workspac
     """`cd working && bash dist_train.sh ... run_dir=mine`: notebooks run in the repository's folder."""
     monkeypatch.chdir(workspace)
     recipe = tiny_recipe(run_dir="mine", pretrained="weights", model_dir="/models")
-    found = launch.with_absolute_paths(recipe, ["run_dir=mine", "lr=1e-3"])
-    expected = {f"run_dir={workspace}/mine", f"pretrained={workspace}/weights", "model_dir=/models", "lr=1e-3"}
-    assert set(found) == expected
-    assert launch.with_absolute_paths(tiny_recipe(), ["pretrained=false"]) == ["pretrained=false"]
+    expected = {"run_dir": f"{workspace}/mine", "pretrained": f"{workspace}/weights", "model_dir": "/models"}
+    assert launch.with_absolute_paths(recipe) == tiny_recipe(**expected)
+    assert launch.with_absolute_paths(tiny_recipe()) == tiny_recipe()  # random weights, default folders
+
+
+def test_a_plan_on_several_nodes_is_each_nodes_own_and_what_is_none_is_named(workspace, tiny_recipe, monkeypatch):
+    (workspace / "recipe.yaml").write_text(tiny_recipe(pretrained=False, train_folds=(3, 4)).to_yaml())
+    run = launch.plan(workspace / "recipe.yaml", 4, ["lr=3e-5", "initialize_from=a/b.pth"])
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    path = run.write()
+    assert path == run.folder / "logs" / "node1" / "plan.json" and launch.read_plan(path) == run
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"recipe": content["recipe"] | {"lrr": 1}}))
+    with pytest.raises(ValueError, match=rf"{path}: a recipe has no key 'lrr'; did you mean 'lr'"):
+        launch.read_plan(path)
+    path.write_text(json.dumps({"fold": 0}))
+    with pytest.raises(ValueError, match=rf"{path} is no planned run: it lacks config, overrides, recipe"):
+        launch.read_plan(path)

@@ -19,6 +19,7 @@ from fixtures.datasets import make_dataset
 from kutils import __main__
 from kutils.data import datasets, transforms, validation_check
 from kutils.models import checkpoints
+from kutils.runs import launch
 from kutils.runs.folders import read_metrics
 from kutils.runs.recipes import load_recipe
 from kutils.system.ranks import Ranks
@@ -512,3 +513,19 @@ def test_help_lists_every_key(capsys):
 def test_the_tiny_recipes_load():
     for stem in ("tiny_convnext_stage1", "tiny_convnext_stage2", "tiny_vit_stage1", "tiny_vit_stage2"):
         assert load_recipe(f"conf/{stem}.yaml").datasets == ("shapes",)
+
+
+def test_a_planned_run_is_the_run_of_its_recipe_file_and_overrides(workspace, recipe_file, capsys):
+    path = recipe_file()
+    planned = launch.plan(path, 0, ["prefix=planned", "lr=2e-3"]).write()
+    assert start(path, "lr=2e-3") == 0 and __main__.run("train", ["--plan", str(planned)]) == 0
+    runs = workspace / "working" / "runs"
+    losses = [losses_of(runs / f"{name}_fold0" / "metrics.jsonl") for name in ("tiny", "planned")]
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
+    environment = json.loads((runs / "planned_fold0" / "environment.json").read_text())
+    assert environment["config"] == str(path) and environment["overrides"] == ["prefix=planned", "lr=2e-3"]
+    plan = ["--plan", str(planned)]
+    for arguments in (["--config", str(path)], [*plan, "lr=1"], ["--fold", "0", *plan], ["--config", str(path), *plan]):
+        with pytest.raises(SystemExit):
+            __main__.run("train", arguments)
+        assert "give --config and --fold, or --plan alone" in capsys.readouterr().err
