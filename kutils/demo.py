@@ -36,10 +36,6 @@ PAPERMILL_CHATTER = (
 NUM_TEST_IMAGES = 64  # of the competition-like folder: prompts that no data set holds
 
 
-class DemoError(ValueError):
-    """The pipeline ran, and the scores are not what they should be."""
-
-
 @dataclass(frozen=True)
 class Scale:
     """How much is made and trained; `overrides` of recipes by model and stage."""
@@ -137,7 +133,7 @@ def run(scale_name: str) -> dict:
     """Everything in order; writes `working/demo/scores.json`.
 
     Returns: what is in that file.
-    Raises: CommandFailed where a notebook fails; DemoError where a score is not what it should be.
+    Raises: CommandFailed where a notebook fails; ValueError where a score is not what it should be.
     """
     demo, results = Demo(scale_name), {}
     sizes = {"num_prompts": demo.scale.num_prompts, "images_per_prompt": demo.scale.images_per_prompt}
@@ -166,13 +162,13 @@ def run(scale_name: str) -> dict:
         "seconds": demo.seconds | {"total": round(sum(demo.seconds.values()), 1)},
     }
     paths.write_json(demo.root / "scores.json", scores)
-    print(describe(scores, demo))
-    check(scores, demo.scale)
+    print(format_scores(scores, demo))
+    check_scores(scores, demo.scale)
     return scores
 
 
-def describe(scores: dict, demo: Demo) -> str:
-    """The table at the end."""
+def format_scores(scores: dict, demo: Demo) -> str:
+    """The table of scores and times that is printed at the end."""
     baseline = scores["mean_prompt_baseline"]
     lines = [f"\n{'validation, fold 0':32}{'cosine':>8}{'gain':>9}{'clean rows':>12}"]
     lines.append(f"{'mean prompt (baseline)':32}{baseline:>8.4f}")
@@ -193,14 +189,14 @@ def describe(scores: dict, demo: Demo) -> str:
     return "\n".join(lines)
 
 
-def check(scores: dict, scale: Scale) -> None:
-    """Raise DemoError unless every model is well above the baseline and the ensemble is worth its members."""
+def check_scores(scores: dict, scale: Scale) -> None:
+    """Raise ValueError unless every model is well above the baseline and the ensemble is worth its members."""
     for name, score in scores["models"].items():
         if not score >= scores["mean_prompt_baseline"] + scale.margin:
-            raise DemoError(f"{name} has {score:.4f}, less than {scale.margin} above the mean-prompt baseline")
+            raise ValueError(f"{name} has {score:.4f}, less than {scale.margin} above the mean-prompt baseline")
     best = max(scores["ensemble_members"].values())
     if not scores["ensemble"] >= best - ENSEMBLE_SLACK:
-        raise DemoError(f"the ensemble has {scores['ensemble']:.4f} on the unseen half, its best member {best:.4f}")
+        raise ValueError(f"the ensemble has {scores['ensemble']:.4f} on the unseen half, its best member {best:.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 # %%
 from kutils.benchmarks import measuring
 
-chosen = measuring.choose(sections)
+chosen = measuring.choose_sections(sections)
 print(f"{', '.join(chosen)} on {measuring.machine_name()}")
 
 # %% [markdown]
@@ -75,7 +75,7 @@ print(f"{', '.join(chosen)} on {measuring.machine_name()}")
 from kutils.benchmarks import loader
 
 if "loader" in chosen:
-    measuring.save(loader.loader(pictures, repeats))
+    measuring.save_entries(loader.measure_loading(pictures, repeats))
 
 # %% [markdown]
 # ## How fast is an update?
@@ -88,8 +88,8 @@ from kutils.benchmarks import step
 
 if "step" in chosen:
     for model in step.model_names(models):
-        measuring.save(step.step(model, repeats))
-        measuring.save(step.data_wait(model))
+        measuring.save_entries(step.measure_training(model, repeats))
+        measuring.save_entries(step.measure_data_wait(model))
 
 # %% [markdown]
 # ## What do these ways change?
@@ -100,7 +100,7 @@ if "step" in chosen:
 from kutils.benchmarks import differences
 
 if "differences" in chosen:
-    measuring.save(differences.differences(step.ON_CPU))
+    measuring.save_entries(differences.measure_differences(step.ON_CPU))
 
 # %% [markdown]
 # ## What does decoding once save?
@@ -111,7 +111,7 @@ if "differences" in chosen:
 if "predict_ensemble" in chosen:
     from kutils.benchmarks import prediction
 
-    measuring.save(prediction.predict_ensemble(images, repeats))
+    measuring.save_entries(prediction.measure_prediction(images, repeats))
 
 # %% [markdown]
 # ## How fast are the nearest of many prompts found?
@@ -122,7 +122,7 @@ if "predict_ensemble" in chosen:
 if "nearest_prompts" in chosen:
     from kutils.benchmarks import similarity
 
-    measuring.save(similarity.measure_nearest(bank, repeats))
+    measuring.save_entries(similarity.measure_nearest(bank, repeats))
 
 # %% [markdown]
 # ## What do five million rows cost each rank?
@@ -134,7 +134,7 @@ if "nearest_prompts" in chosen:
 if "open_5m_rows" in chosen:
     from kutils.benchmarks import rows as benchmark_rows
 
-    measuring.save(benchmark_rows.open_5m_rows(rows, repeats, keep_data))
+    measuring.save_entries(benchmark_rows.measure_opening(rows, repeats, keep_data))
 
 # %% [markdown]
 # ## How fast are prompts embedded, and how exactly?
@@ -147,7 +147,7 @@ if {"embed_prompts", "similar_pairs", "folds"} & set(chosen):
 
     texts, embeddings = similarity.embedded_prompts(prompts_path, prompts)
 if "embed_prompts" in chosen:
-    measuring.save(embedding.embed_prompts(texts[:4000], repeats))
+    measuring.save_entries(embedding.measure_embedding(texts[:4000], repeats))
 
 # %% [markdown]
 # ## How long does it take to find all similar pairs, and what do folds leak?
@@ -157,10 +157,10 @@ if "embed_prompts" in chosen:
 
 # %%
 if "similar_pairs" in chosen:
-    measuring.save(similarity.measure_similar_pairs(embeddings, repeats))
-    measuring.save(similarity.measure_seed_scale(repeats))
+    measuring.save_entries(similarity.measure_similar_pairs(embeddings, repeats))
+    measuring.save_entries(similarity.measure_seed_scale(repeats))
 if "folds" in chosen:
-    measuring.save(similarity.measure_folds(embeddings, repeats))
+    measuring.save_entries(similarity.measure_leakage(embeddings, repeats))
 
 # %% [markdown]
 # ## What do checking and packing of images cost, and save?
@@ -171,9 +171,9 @@ if "folds" in chosen:
 if {"check_images", "packed_shards"} & set(chosen):
     from kutils.benchmarks import data
 if "check_images" in chosen:
-    measuring.save(data.check_images(images, repeats))
+    measuring.save_entries(data.measure_check(images, repeats))
 if "packed_shards" in chosen:
-    measuring.save(data.packed_shards(images, repeats))
+    measuring.save_entries(data.measure_shards(images, repeats))
 
 # %% [markdown]
 # ## What was found?

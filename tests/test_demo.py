@@ -15,7 +15,7 @@ SCORES |= {"ensemble_members": {"a": 0.56, "b": 0.55}}
 
 
 def test_scores_that_are_good_enough_pass():
-    demo.check(SCORES, demo.SCALES["quick"])
+    demo.check_scores(SCORES, demo.SCALES["quick"])
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ def test_scores_that_are_good_enough_pass():
     ],
 )
 def test_scores_that_are_not_good_enough_stop_it(change, message):
-    with pytest.raises(demo.DemoError, match=message):
-        demo.check(SCORES | change, demo.SCALES["quick"])
+    with pytest.raises(ValueError, match=message):
+        demo.check_scores(SCORES | change, demo.SCALES["quick"])
 
 
 def test_submission_is_scored_as_the_competition_does(tmp_path):

@@ -23,7 +23,7 @@ TRAINING_SIZE, PACKED_SIZE = 768, 448  # px, of images as a diffusion model make
 NUM_PICTURES = 32  # that differ; the others are copies of them, read and decoded one by one all the same
 
 
-def check_images(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
+def measure_check(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
     """The check of a data set's images by two processes, and by one, over WebP files of 512 px.
 
     Args:
@@ -41,10 +41,10 @@ def check_images(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
             times.append(time.monotonic() - began)
             assert found.decoded.all()
     shutil.rmtree(folder)
-    return [measuring.entry("check_images", "s", two, one)]
+    return [measuring.make_entry("check_images", "s", two, one)]
 
 
-def packed_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
+def measure_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
     """An epoch of one image per prompt through the loader of training, from shards and from WebP files of 768 px.
 
     Neither is in memory before. Shards hold fewer pixels: most of what is saved is their decoding.
@@ -72,7 +72,7 @@ def packed_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]
             load_epoch(data)
             seconds.append(time.monotonic() - began)
     shutil.rmtree(folder)
-    return [measuring.entry("packed_shards", "s", times["packed"], times["files"])]
+    return [measuring.make_entry("packed_shards", "s", times["packed"], times["files"])]
 
 
 def open_dataset(folder: Path, name: str, rows: int) -> datasets.PromptImages:

@@ -16,7 +16,7 @@ UPDATES = 20
 LEVELS = "levels of 255"
 
 
-def differences(models: list[str]) -> list[measuring.Entry]:
+def measure_differences(models: list[str]) -> list[measuring.Entry]:
     """Mean differences of pixels from Pillow's, and the largest of losses over 20 updates from the published step's.
 
     Args:
@@ -32,7 +32,7 @@ def pixel_differences() -> list[measuring.Entry]:
     """Of decoding (the largest), of resizing to the square, and of crop and colour jitter with the same draws."""
     size = loader.INPUT_SIZE
     decoded, resized, augmented = [], [], []
-    for number, picture in enumerate(loader.made_pictures(8)):
+    for number, picture in enumerate(loader.random_pictures(8)):
         for name, options in loader.FORMATS.items():
             stream = io.BytesIO()
             picture.save(stream, name, **options)
@@ -44,12 +44,12 @@ def pixel_differences() -> list[measuring.Entry]:
         key = (71, 0, number)
         cropped, jitter = transforms.random_crop_and_jitter(image, size, key)
         ours = 255 * transforms.normalize(cropped[None], (0, 0, 0), (1, 1, 1), jitter[None])[0]
-        box, factors, order = transforms.draw(image, key)
+        box, factors, order = transforms.draw_augmentation(image, key)
         augmented.append(levels_apart(ours, published.augment_as(picture, size, box, factors, order)).mean())
     return [
-        measuring.entry("difference_decode", f"{LEVELS}, at most", [float(max(decoded))]),
-        measuring.entry("difference_resize", LEVELS, [float(np.mean(resized))]),
-        measuring.entry("difference_augmented", LEVELS, [float(np.mean(augmented))]),
+        measuring.make_entry("difference_decode", f"{LEVELS}, at most", [float(max(decoded))]),
+        measuring.make_entry("difference_resize", LEVELS, [float(np.mean(resized))]),
+        measuring.make_entry("difference_augmented", LEVELS, [float(np.mean(augmented))]),
     ]
 
 
@@ -64,18 +64,18 @@ def loss_differences(model: str) -> list[measuring.Entry]:
     recipe = step.load_recipe(model)
     recipe = dataclasses.replace(recipe, amp_dtype="float32", augment=False, drop_path_rate=0.0)
     rounded = dataclasses.replace(recipe, amp_dtype="bfloat16")
-    plain, sharp = (their_losses(recipe, device, rho) for rho in (0.0, step.RHO))
+    plain, sharp = (published_losses(recipe, device, rho) for rho in (0.0, step.RHO))
     found = {
         f"difference_loss_{model}": np.abs(our_losses(recipe, device, 0.0) - plain),
         f"difference_loss_sam_{model}": np.abs(our_losses(recipe, device, step.RHO) - sharp),
         f"difference_loss_bfloat16_{model}": np.abs(our_losses(rounded, device, 0.0) - plain),
     }
     unit = f"of {plain.mean():.2f}, at most"
-    return [measuring.entry(name, unit, [float(apart.max())]) for name, apart in found.items()]
+    return [measuring.make_entry(name, unit, [float(apart.max())]) for name, apart in found.items()]
 
 
 def batches(recipe: Recipe, device: torch.device) -> list[dict]:
-    return [step.made_batch(recipe, device, seed) for seed in range(UPDATES)]
+    return [step.random_batch(recipe, device, seed) for seed in range(UPDATES)]
 
 
 def our_losses(recipe: Recipe, device: torch.device, rho: float) -> np.ndarray:
@@ -83,7 +83,7 @@ def our_losses(recipe: Recipe, device: torch.device, rho: float) -> np.ndarray:
     return np.array([float(trainer.update(batch, rho)) for batch in batches(recipe, device)])
 
 
-def their_losses(recipe: Recipe, device: torch.device, rho: float) -> np.ndarray:
+def published_losses(recipe: Recipe, device: torch.device, rho: float) -> np.ndarray:
     trainer = step.published_trainer(recipe, device, half=False)
     trainer.rho = rho
     losses = []

@@ -7,7 +7,7 @@ from kutils.benchmarks import measuring
 from kutils.prompts import embedding
 
 
-def embed_prompts(texts: Sequence[str], repeats: int = 3) -> list[measuring.Entry]:
+def measure_embedding(texts: Sequence[str], repeats: int = 3) -> list[measuring.Entry]:
     """Embed on the device at hand: by `SentenceTransformer.encode` in float32, and here in both dtypes.
 
     Args:
@@ -33,7 +33,7 @@ def embed_prompts(texts: Sequence[str], repeats: int = 3) -> list[measuring.Entr
     cosines = (embeddings["bfloat16"] * embeddings["plain"]).sum(axis=1)
     unit = "s per 1,000 prompts"
     return [
-        measuring.entry("embed_prompts", unit, seconds["bfloat16"], seconds["plain"]),
-        measuring.entry("embed_prompts_float32", unit, seconds["float32"], seconds["plain"]),
-        measuring.entry("embed_prompts_cosine", "smallest cosine", [float(cosines.min())]),
+        measuring.make_entry("embed_prompts", unit, seconds["bfloat16"], seconds["plain"]),
+        measuring.make_entry("embed_prompts_float32", unit, seconds["float32"], seconds["plain"]),
+        measuring.make_entry("embed_prompts_cosine", "smallest cosine", [float(cosines.min())]),
     ]

@@ -28,7 +28,7 @@ FORMATS = {
 IMAGE_NAMES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def loader(pictures: str = "", repeats: int = 5) -> list[measuring.Entry]:
+def measure_loading(pictures: str = "", repeats: int = 5) -> list[measuring.Entry]:
     """Images per second and core from files of 512 px to inputs of 384 px, with training's augmentation and without.
 
     `host` is the part that data loaders do (read, decode, crop, resize), beside all of the published pipeline, which
@@ -67,8 +67,8 @@ def measure(
 
     hosts, everything, references = measuring.alternate(repeats, ours_host, ours_all, theirs)
     return [
-        measuring.entry(f"{name}_host", "images/s", hosts, references, more=True),
-        measuring.entry(f"{name}_all", "images/s", everything, references, more=True),
+        measuring.make_entry(f"{name}_host", "images/s", hosts, references, more=True),
+        measuring.make_entry(f"{name}_all", "images/s", everything, references, more=True),
     ]
 
 
@@ -110,7 +110,7 @@ def one_thread() -> Iterator[None]:
 # ---------------------------------------------------------------- pictures
 
 
-def made_pictures(count: int, size: int = IMAGE_SIZE) -> list[Image.Image]:
+def random_pictures(count: int, size: int = IMAGE_SIZE) -> list[Image.Image]:
     """Random pictures whose detail falls off with its frequency as in photographs (1/f), edges added.
 
     They take as many bytes in WebP and JPEG as pictures of image generators do, so that decoding takes as long.
@@ -137,7 +137,7 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     """Up to NUM_PICTURES images of a folder, evenly spread over their names, as squares of 512 px."""
     found = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_NAMES)
     if not found:
-        raise measuring.BenchmarkError(f"no images in {folder} ({', '.join(sorted(IMAGE_NAMES))})")
+        raise ValueError(f"no images in {folder} ({', '.join(sorted(IMAGE_NAMES))})")
     chosen = found[:: max(1, len(found) // NUM_PICTURES)][:NUM_PICTURES]
     square = (IMAGE_SIZE, IMAGE_SIZE)
     return [Image.open(path).convert("RGB").resize(square, Image.Resampling.LANCZOS) for path in chosen]
@@ -153,7 +153,7 @@ def picture_files(format: str, pictures: str = "") -> Iterator[list[Path]]:
     folder = paths.working_dir() / "benchmark" / "pictures"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    images = read_pictures(Path(pictures)) if pictures else made_pictures(NUM_PICTURES)
+    images = read_pictures(Path(pictures)) if pictures else random_pictures(NUM_PICTURES)
     files = [folder / f"{number:03d}.{format}" for number in range(len(images))]
     for path, image in zip(files, images, strict=True):
         image.save(path, **FORMATS[format])

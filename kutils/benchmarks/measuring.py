@@ -9,6 +9,7 @@ import os
 import re
 import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from kutils.runs import recipes
 from kutils.system import paths
 
 QUICK = ("loader", "step", "differences", "predict_ensemble", "nearest_prompts")  # 5 minutes together on two cores
+LEAST_SECONDS = 0.5  # of work between two looks at the clock
 SECTIONS = (
     *QUICK,
     "open_5m_rows",
@@ -30,10 +32,6 @@ SECTIONS = (
     "check_images",
     "packed_shards",
 )
-
-
-class BenchmarkError(ValueError):
-    """A measurement that cannot be made; the message says why."""
 
 
 # ---------------------------------------------------------------- entries
@@ -52,8 +50,10 @@ class Entry:
     machine: str
 
 
-def entry(name: str, unit: str, ours: Sequence[float], reference: Sequence[float] = (), *, more: bool = False) -> Entry:
-    """An entry from repeated measurements; without a reference there is no ratio.
+def make_entry(
+    name: str, unit: str, ours: Sequence[float], reference: Sequence[float] = (), *, more: bool = False
+) -> Entry:
+    """Make an entry from repeated measurements; without a reference there is no ratio.
 
     Args:
         more: more is better (a rate), and `ratio` is ours / reference; else it is reference / ours.
@@ -69,24 +69,22 @@ def entry(name: str, unit: str, ours: Sequence[float], reference: Sequence[float
 
 def machine_name() -> str:
     """Processor, cores, memory and GPU of this machine."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    parts = [found[1] if found else "CPU", f"{os.cpu_count()} cores", f"{gigabytes:.0f} GB"]
+    parts = [model[1] if model else "CPU", f"{os.cpu_count()} cores", f"{gigabytes:.0f} GB"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join(parts)
 
 
-def choose(sections: str) -> list[str]:
-    """The sections of a comma-separated list, or `quick` or `all`; BenchmarkError for one that there is not."""
+def choose_sections(sections: str) -> list[str]:
+    """The sections of a comma-separated list, or `quick` or `all`; ValueError for one that there is not."""
     if sections.strip() in ("quick", "all"):
         return list(QUICK if sections.strip() == "quick" else SECTIONS)
     chosen = recipes.split_names(sections)
     for name in chosen:
         if name not in SECTIONS:
-            raise BenchmarkError(
-                f"no section {name!r}{recipes.nearest(name, SECTIONS)} (sections: {', '.join(SECTIONS)})"
-            )
+            raise ValueError(f"no section {name!r}{recipes.nearest(name, SECTIONS)} (sections: {', '.join(SECTIONS)})")
     return chosen
 
 
@@ -94,45 +92,69 @@ def results_path() -> Path:
     return paths.working_dir() / "benchmark" / "results.json"
 
 
-def save(entries: Sequence[Entry]) -> None:
+def save_entries(entries: Sequence[Entry]) -> None:
     """Add entries to the results; those of the same name are replaced."""
-    kept = {item["name"]: item for item in read_results()} | {item.name: asdict(item) for item in entries}
-    paths.write_json(results_path(), {"entries": list(kept.values())})
+    items = {item["name"]: item for item in read_results()} | {item.name: asdict(item) for item in entries}
+    paths.write_json(results_path(), {"entries": list(items.values())})
 
 
 def read_results() -> list[dict]:
-    """All entries kept so far, in the order in which they first came; none where there is no file."""
+    """Read all entries, in the order in which they were first measured; none if there is no file."""
     path = results_path()
     return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
 
 
 def format_results() -> str:
-    """The kept entries as a table for a person, under the machine that they are from."""
+    """All entries as a table to print, under the machine that they are from."""
     lines = []
     for machine, entries in itertools.groupby(sorted(read_results(), key=itemgetter("machine")), itemgetter("machine")):
         rows = [("name", "unit", "ours", "reference", "ratio", "spread")]
         for item in entries:
-            numbers = [shown(item[key]) for key in ("ours", "reference", "ratio")]
+            numbers = [format_number(item[key]) for key in ("ours", "reference", "ratio")]
             rows.append((item["name"], item["unit"], *numbers, f"{item['spread']:.0%}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [machine] + ["  ".join(map(str.rjust, row, widths)) for row in rows]
     return "\n".join(lines)
 
 
-def shown(value: float | None) -> str:
-    """A number to read: three digits at least, none that a measurement does not have."""
+def format_number(value: float | None) -> str:
+    """A number with two decimals, or two digits if it is small; empty for None."""
     if value is None:
         return ""
     return f"{value:,.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
+# ---------------------------------------------------------------- time
+
+
 def alternate(repeats: int, *measure: Callable[[], float]) -> list[list[float]]:
-    """What each function returns, over repeats by turns: a slow moment of the machine meets all alike."""
+    """Call functions by turns, `repeats` times: a slow moment of the machine meets all alike. Returns their results."""
     results = [[] for _ in measure]
     for _ in range(repeats):
         for values, once in zip(results, measure, strict=True):
             values.append(once())
     return results
+
+
+def repetitions(work: Callable[[], object], device: torch.device) -> int:
+    """How many calls of `work` take LEAST_SECONDS; calls it twice to find out."""
+    timed(work, 1, device)
+    return max(1, round(LEAST_SECONDS / timed(work, 1, device)))
+
+
+def timed(work: Callable[[], object], count: int, device: torch.device) -> float:
+    """Seconds of one call of `work`, averaged over `count` calls in a row."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - began) / count
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------- memory

@@ -22,7 +22,7 @@ INPUT_SIZE, IMAGE_SIZE = 96, 512  # px; the competition's images have 512
 NUM_PICTURES = 32  # that differ; the others are links to them, decoded one by one all the same
 
 
-def predict_ensemble(num_images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
+def measure_prediction(num_images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
     """Three tiny models over PNG files of 512 px: decoded once for all three, and by each model again.
 
     Everything else is the same. What is saved is decoding alone, so that large models save a smaller share.
@@ -44,7 +44,7 @@ def predict_ensemble(num_images: int = 2000, repeats: int = 3) -> list[measuring
             times.append(time.monotonic() - began)
             assert len(state.seconds) == len(BACKBONES) and not state.dropped
     shutil.rmtree(folder)
-    return [measuring.entry("predict_ensemble", "s", once, each)]
+    return [measuring.make_entry("predict_ensemble", "s", once, each)]
 
 
 def make_images(folder: Path, count: int, extension: str = "png") -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kutils.benchmarks import measuring
-from kutils.benchmarks.measuring import BenchmarkError, entry, peak_megabytes, private_megabytes
+from kutils.benchmarks.measuring import make_entry, peak_megabytes, private_megabytes
 from kutils.data import datasets, transforms, validation_check
 from kutils.data.sampler import EpochSampler
 from kutils.models import networks
@@ -53,7 +53,7 @@ NUM_WORKERS, NUM_BATCHES = 2, 24  # of the loader that is measured
 # ---------------------------------------------------------------- the data
 
 
-def made_rows(rows: int, free_bytes: int) -> dict[str, int]:
+def choose_sizes(rows: int, free_bytes: int) -> dict[str, int]:
     """Rows of each made set: all for 0, else about so many in the published shares, and no more than fit the disk."""
     total = sum(count for count, _ in MADE_SETS.values())
     wanted = min(rows or total, total)
@@ -64,7 +64,7 @@ def made_rows(rows: int, free_bytes: int) -> dict[str, int]:
         )
     count = min(wanted, fitting)
     if count < LEAST_ROWS:
-        raise BenchmarkError(f"{count:,} rows are too few for six data sets; {LEAST_ROWS:,} are the least")
+        raise ValueError(f"{count:,} rows are too few for six data sets; {LEAST_ROWS:,} are the least")
     return {name: count * published // total for name, (published, _) in MADE_SETS.items()}
 
 
@@ -186,7 +186,7 @@ def measure_plain(names: Sequence[str]) -> dict[str, float]:
 # ---------------------------------------------------------------- the section
 
 
-def open_5m_rows(rows: int = 0, repeats: int = 3, keep_data: bool = False) -> list[measuring.Entry]:
+def measure_opening(rows: int = 0, repeats: int = 3, keep_data: bool = False) -> list[measuring.Entry]:
     """Open six data sets of the published sizes, deal an epoch and load batches, beside pandas and NumPy.
 
     Every opening waits for the disk, in a process of its own. Data sets are made below `working/benchmark/input/`
@@ -196,13 +196,13 @@ def open_5m_rows(rows: int = 0, repeats: int = 3, keep_data: bool = False) -> li
         rows: of all sets together; 0: 5,059,104.
         repeats: of every measurement.
         keep_data: leave the data sets for the next time.
-    Raises: BenchmarkError where the disk holds next to nothing; CommandFailed where a child fails.
+    Raises: ValueError where the disk holds next to nothing; CommandFailed where a child fails.
     """
     folder = paths.working_dir() / "benchmark"
     root, working = folder / "input", folder / "index"
     root.mkdir(parents=True, exist_ok=True)
     held = sum(path.stat().st_size for path in root.glob("*"))
-    num_rows = made_rows(rows, shutil.disk_usage(root).free + held)
+    num_rows = choose_sizes(rows, shutil.disk_usage(root).free + held)
     make_datasets(root, num_rows)
     first, again, plain = [], [], []
     for _ in range(repeats):
@@ -217,14 +217,16 @@ def open_5m_rows(rows: int = 0, repeats: int = 3, keep_data: bool = False) -> li
         shutil.rmtree(root)
     seconds, memory = [run["seconds"] for run in plain], [run["opened"] for run in plain]
     return [
-        entry("open_5m_rows", "s", [run["seconds"] for run in again], seconds),
-        entry("open_5m_rows_first", "s", [run["seconds"] for run in first], seconds),
-        entry("open_5m_rows_rank", "MB", [run["epoch"] for run in again], memory),
-        entry("open_5m_rows_rank_peak", "MB", [run["peak"] for run in again], [run["peak"] for run in plain]),
-        entry("open_5m_rows_rank_first", "MB", [run["epoch"] for run in first], memory),
-        entry("open_5m_rows_rank_first_peak", "MB", [run["peak"] for run in first], [run["peak"] for run in plain]),
-        entry("open_5m_rows_worker", "MB", [run["worker"] for run in again]),
-        entry("first_step_5m_rows", "s", [run["first_step"] for run in again]),
+        make_entry("open_5m_rows", "s", [run["seconds"] for run in again], seconds),
+        make_entry("open_5m_rows_first", "s", [run["seconds"] for run in first], seconds),
+        make_entry("open_5m_rows_rank", "MB", [run["epoch"] for run in again], memory),
+        make_entry("open_5m_rows_rank_peak", "MB", [run["peak"] for run in again], [run["peak"] for run in plain]),
+        make_entry("open_5m_rows_rank_first", "MB", [run["epoch"] for run in first], memory),
+        make_entry(
+            "open_5m_rows_rank_first_peak", "MB", [run["peak"] for run in first], [run["peak"] for run in plain]
+        ),
+        make_entry("open_5m_rows_worker", "MB", [run["worker"] for run in again]),
+        make_entry("first_step_5m_rows", "s", [run["first_step"] for run in again]),
     ]
 
 

@@ -89,13 +89,13 @@ def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[meas
                 took, count = time_faiss(rows)
                 theirs.append(took)
                 assert abs(count - len(pairs.first)) <= 1e-5 * count, "FAISS finds other pairs"  # its float32 errs
-        entries.append(measuring.entry(f"similar_pairs_{size}", "s", ours["auto"], theirs))
-        entries.append(measuring.entry(f"similar_pairs_{size}_float32", "s", ours["float32"], theirs))
-        entries.append(measuring.entry(f"similar_pairs_{size}_memory", "MB", [extra_megabytes(rows)]))
+        entries.append(measuring.make_entry(f"similar_pairs_{size}", "s", ours["auto"], theirs))
+        entries.append(measuring.make_entry(f"similar_pairs_{size}_float32", "s", ours["float32"], theirs))
+        entries.append(measuring.make_entry(f"similar_pairs_{size}_memory", "MB", [extra_megabytes(rows)]))
         seconds.append(entries[-3].ours)
     if len(sizes) > 1:
         exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-        entries.append(measuring.entry("similar_pairs_exponent", "", [exponent]))
+        entries.append(measuring.make_entry("similar_pairs_exponent", "", [exponent]))
     return entries
 
 
@@ -137,7 +137,9 @@ def measure_seed_scale(repeats: int = 3) -> list[measuring.Entry]:
         block = centres + 0.5 * random.standard_normal((count, 384), np.float32)
         rows[start : start + count] = block / np.linalg.norm(block, axis=1, keepdims=True)
     return [
-        measuring.entry(f"similar_pairs_{SEED_PROMPTS}", "s", [time_pairs(rows, "auto")[0] for _ in range(repeats)])
+        measuring.make_entry(
+            f"similar_pairs_{SEED_PROMPTS}", "s", [time_pairs(rows, "auto")[0] for _ in range(repeats)]
+        )
     ]
 
 
@@ -165,9 +167,9 @@ def measure_nearest(count: int = 1_000_000, repeats: int = 3) -> list[measuring.
     path.unlink()
     name = f"nearest_prompts_{count}"
     return [
-        measuring.entry(name, "s", ours["1"], theirs["1"]),
-        measuring.entry(f"{name}_first", "s", ours["first"], theirs["first"]),
-        measuring.entry(f"{name}_256_queries", "s", ours["256"], theirs["256"]),
+        measuring.make_entry(name, "s", ours["1"], theirs["1"]),
+        measuring.make_entry(f"{name}_first", "s", ours["first"], theirs["first"]),
+        measuring.make_entry(f"{name}_256_queries", "s", ours["256"], theirs["256"]),
     ]
 
 
@@ -210,7 +212,7 @@ def search_faiss(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[floa
     return found, np.diff(times).tolist()
 
 
-def measure_folds(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.Entry]:
+def measure_leakage(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.Entry]:
     """What ten folds of up to 60,000 prompts leak, by partition and beside leader groups and random rows; seconds."""
     rows = embeddings[:COMPARED]
     _, pairs = time_pairs(rows, "auto")
@@ -230,11 +232,11 @@ def measure_folds(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.En
     sizes = 100 * np.bincount(folds, minlength=NUM_FOLDS) / len(rows)
     name = f"folds_{len(rows)}"
     return [
-        measuring.entry(name, "s", seconds),
-        measuring.entry(f"{name}_smallest", "% of prompts", [sizes.min()]),
-        measuring.entry(f"{name}_largest", "% of prompts", [sizes.max()]),
-        measuring.entry(f"{name}_leaked_beside_leader", "% of prompts", [leaked["partition"]], [leaked["leader"]]),
-        measuring.entry(f"{name}_leaked_beside_random", "% of prompts", [leaked["partition"]], [leaked["random"]]),
+        measuring.make_entry(name, "s", seconds),
+        measuring.make_entry(f"{name}_smallest", "% of prompts", [sizes.min()]),
+        measuring.make_entry(f"{name}_largest", "% of prompts", [sizes.max()]),
+        measuring.make_entry(f"{name}_leaked_beside_leader", "% of prompts", [leaked["partition"]], [leaked["leader"]]),
+        measuring.make_entry(f"{name}_leaked_beside_random", "% of prompts", [leaked["partition"]], [leaked["random"]]),
     ]
 
 

@@ -13,37 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
+from kutils.benchmarks import flops, measuring, published
 from kutils.benchmarks import loader as benchmark_loader
-from kutils.benchmarks import measuring, published
 from kutils.data import transforms
 from kutils.models import networks
 from kutils.runs import recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import devices
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.ranks import Ranks
 from kutils.training import engine, optimizers
 
 ON_GPU = ("convnext_large", "convnext_xxlarge", "vit_large", "eva02_large_clsavg", "eva02_large_clsonly")
 ON_CPU = ("tiny_convnext", "tiny_vit")
 RHO = 0.05  # of SAM, as published
-LEAST_SECONDS = 0.5  # of work between two looks at the clock
-PEAKS = {  # dense bfloat16 (float16 where there is none) TFLOP/s of NVIDIA's data sheets, by what a GPU's name holds
-    "B200": 2250,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "T4": 65,
-    "V100": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
 
 
 def model_names(chosen: str) -> list[str]:
@@ -88,7 +72,7 @@ def load_recipe(model: str) -> Recipe:
     return recipes.load_recipe(recipes.find_recipe(model, 1), ["pretrained=false", "device=auto", *overrides])
 
 
-def made_batch(recipe: Recipe, device: torch.device, seed: int = 0) -> dict:
+def random_batch(recipe: Recipe, device: torch.device, seed: int = 0) -> dict:
     """Random images and targets as the loader hands them over: in pinned memory, if they go to a GPU."""
     random = torch.Generator().manual_seed(seed)
     count, size = recipe.max_local_batch_size, recipe.input_size
@@ -111,7 +95,7 @@ def published_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor
 # ---------------------------------------------------------------- the section
 
 
-def step(model: str, repeats: int = 5) -> list[measuring.Entry]:
+def measure_training(model: str, repeats: int = 5) -> list[measuring.Entry]:
     """An update of one network, its memory, FLOP utilisation, SAM, optimiser and validation, beside the published ones.
 
     Args:
@@ -123,7 +107,7 @@ def step(model: str, repeats: int = 5) -> list[measuring.Entry]:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as training does
     try:
-        return measure_step(model, recipe, device, repeats)
+        return measure_updates(model, recipe, device, repeats)
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
@@ -131,8 +115,8 @@ def step(model: str, repeats: int = 5) -> list[measuring.Entry]:
         return []
 
 
-def measure_step(model: str, recipe: Recipe, device: torch.device, repeats: int) -> list[measuring.Entry]:
-    batch, images_per_update = made_batch(recipe, device), recipe.max_local_batch_size
+def measure_updates(model: str, recipe: Recipe, device: torch.device, repeats: int) -> list[measuring.Entry]:
+    batch, images_per_update = random_batch(recipe, device), recipe.max_local_batch_size
     images, targets = published_input(batch, recipe, device), batch["target"]
     half = device.type == "cuda"
     ours, our_memory = with_memory(device, lambda: Ours(recipe, device), lambda trainer: trainer.update(batch))
@@ -141,8 +125,8 @@ def measure_step(model: str, recipe: Recipe, device: torch.device, repeats: int)
     )
 
     def seconds(work: Callable[[], object]) -> Callable[[], float]:
-        count = repetitions(work, device)
-        return lambda: timed(work, count, device)
+        count = measuring.repetitions(work, device)
+        return lambda: measuring.timed(work, count, device)
 
     def their_update(rho: float) -> None:
         theirs.rho = rho
@@ -170,28 +154,28 @@ def measure_step(model: str, recipe: Recipe, device: torch.device, repeats: int)
         return [images_per_update / value for value in times]
 
     entries = [
-        measuring.entry(f"step_{model}", "images/s", rates(plain), rates(their_plain), more=True),
-        measuring.entry(
+        measuring.make_entry(f"step_{model}", "images/s", rates(plain), rates(their_plain), more=True),
+        measuring.make_entry(
             f"sam_overhead_{model}",
             "x plain step",
             [a / b for a, b in zip(sharp, plain, strict=True)],
             [a / b for a, b in zip(their_sharp, their_plain, strict=True)],
         ),
-        measuring.entry(f"optimizer_{model}", "s", optimizer, their_optimizer),
-        measuring.entry(f"validation_{model}", "images/s", rates(evaluation), rates(their_evaluation), more=True),
+        measuring.make_entry(f"optimizer_{model}", "s", optimizer, their_optimizer),
+        measuring.make_entry(f"validation_{model}", "images/s", rates(evaluation), rates(their_evaluation), more=True),
     ]
-    flops, (peak, origin) = training_flops(recipe), peak_flops(ours.dtype, device)
+    operations, (peak, origin) = flops.training_flops(recipe), flops.peak_flops(ours.dtype, device)
     entries.append(
-        measuring.entry(
+        measuring.make_entry(
             f"mfu_{model}",
             f"% of {peak / 1e12:,.3g} TFLOP/s ({origin})",
-            [100 * flops * rate / peak for rate in rates(plain)],
-            [100 * flops * rate / peak for rate in rates(their_plain)],
+            [100 * operations * rate / peak for rate in rates(plain)],
+            [100 * operations * rate / peak for rate in rates(their_plain)],
             more=True,
         )
     )
     if device.type == "cuda":
-        entries.append(measuring.entry(f"step_memory_{model}", "GB", [our_memory / 1e9], [their_memory / 1e9]))
+        entries.append(measuring.make_entry(f"step_memory_{model}", "GB", [our_memory / 1e9], [their_memory / 1e9]))
     return entries
 
 
@@ -206,27 +190,6 @@ def with_memory(device: torch.device, build: Callable, use: Callable) -> tuple[o
         use(built)
     torch.cuda.synchronize(device)
     return built, torch.cuda.max_memory_allocated(device) - before
-
-
-def repetitions(work: Callable[[], object], device: torch.device) -> int:
-    """How often to do it between two looks at the clock; it is done twice before."""
-    timed(work, 1, device)
-    return max(1, round(LEAST_SECONDS / timed(work, 1, device)))
-
-
-def timed(work: Callable[[], object], count: int, device: torch.device) -> float:
-    """Seconds that one takes, of several in a row."""
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in range(count):
-        work()
-    synchronize(device)
-    return (time.perf_counter() - began) / count
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------- waiting for data
@@ -251,7 +214,7 @@ class Pictures(Dataset):
         return self.load(self.files[number % len(self.files)], number) | {"target": target}
 
 
-def data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -> list[measuring.Entry]:
+def measure_data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -> list[measuring.Entry]:
     """Share of the time that training waits for batches of WebP files of 512 px, beside the published loader and step.
 
     Measured once: nothing is repeated, and the spread is 0.
@@ -283,14 +246,16 @@ def data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -> list[m
         batches, waited = iter(loader), 0.0
         for _ in range(3):
             update(next(batches))
-        synchronize(device)
+        measuring.synchronize(device)
         began = time.perf_counter()
         while time.perf_counter() - began < seconds:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             update(batch)
-            synchronize(device)  # else the time that the device still needs would be waited for with the next batch
+            measuring.synchronize(
+                device
+            )  # else the time that the device still needs would be waited for with the next batch
         return 100 * waited / (time.perf_counter() - began)
 
     num_workers = min(num_workers, os.cpu_count() or 1)
@@ -298,37 +263,4 @@ def data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -> list[m
         ours = waiting(load_ours, Ours(recipe, device).update)
         trainer = published_trainer(recipe, device, half=device.type == "cuda")
         theirs = waiting(load_theirs, lambda batch: trainer.update(batch["image"], batch["target"]))
-    return [measuring.entry(f"data_wait_{model}", f"% with {num_workers} workers", [ours], [theirs])]
-
-
-# ---------------------------------------------------------------- FLOP
-
-
-def training_flops(recipe: Recipe) -> int:
-    """Floating-point operations of forward and backward for one image, two per multiply-add; nothing is recomputed.
-
-    Three times those of forward, as usual (Chowdhery et al. 2022, appendix B): torch counts the backward of a depthwise
-    convolution as of a full one. Counted over tensors without values, so that a network of any size takes no memory.
-    """
-    with torch.device("meta"), torch.no_grad():
-        network = networks.build_model(dataclasses.replace(recipe, gradient_checkpointing=False)).eval()
-        images = torch.empty(1, 3, recipe.input_size, recipe.input_size)
-        with FlopCounterMode(display=False) as counter:
-            network(images)
-    return 3 * counter.get_total_flops()
-
-
-def peak_flops(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    """Operations per second that the device could do, and where that number is from.
-
-    Of a GPU that is known, the data sheet's; else what a large matrix product reaches.
-    """
-    if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for part, teraflops in PEAKS.items():
-            if all(word in name for word in part.split()):
-                return teraflops * 1e12, "data sheet"
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    count = repetitions(lambda: matrix @ matrix, device)
-    return 2 * size**3 / min(timed(lambda: matrix @ matrix, count, device) for _ in range(3)), "a matrix product"
+    return [measuring.make_entry(f"data_wait_{model}", f"% with {num_workers} workers", [ours], [theirs])]

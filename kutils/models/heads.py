@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 
 def num_features(backbone: nn.Module, head: str) -> int:

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kutils.system import paths
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.system.tables import hash_prompts, read_table
 
-EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
 UNIT_TOLERANCE = 1e-3  # of an embedding's length; float16 storage would still pass
 BLOCK = 16_384  # rows of embeddings that are looked at together: 25 MB
 

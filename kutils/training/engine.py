@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from kutils.data import transforms
 from kutils.models.networks import PromptEmbedder
 from kutils.runs.recipes import Recipe
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.devices import is_out_of_memory
-from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.ranks import Ranks
 from kutils.training.losses import cosine_embedding_loss, cosine_similarity
 from kutils.training.sam import frozen_batch_statistics, gradient_norm, perturbed

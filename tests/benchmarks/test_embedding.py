@@ -7,7 +7,7 @@ from kutils.generation import shapes
 
 
 def test_embedding_is_measured_beside_the_plain_way_in_both_dtypes():
-    entries = embedding.embed_prompts(shapes.generate_prompts(64), repeats=1)
+    entries = embedding.measure_embedding(shapes.generate_prompts(64), repeats=1)
     assert [entry.name for entry in entries] == ["embed_prompts", "embed_prompts_float32", "embed_prompts_cosine"]
     rounded, exact, cosine = entries
     assert rounded.unit == exact.unit == "s per 1,000 prompts" and rounded.reference == exact.reference

@@ -13,7 +13,6 @@ import pytest
 
 from kutils.benchmarks import data as benchmark_data
 from kutils.benchmarks import measuring, prediction, rows
-from kutils.benchmarks.measuring import BenchmarkError
 from kutils.data import datasets, transforms
 from kutils.system.paths import repository_root
 
@@ -21,35 +20,37 @@ ROOT = repository_root()
 
 
 def test_an_entry_is_made_of_medians():
-    made = measuring.entry("open", "s", [3.0, 2.0, 4.0], [30.0, 60.0])
+    made = measuring.make_entry("open", "s", [3.0, 2.0, 4.0], [30.0, 60.0])
     assert (made.ours, made.reference, made.ratio) == (3, 45, 15) and made.spread == pytest.approx(2 / 3)
-    rate = measuring.entry("pace", "images/s", [30.0, 20.0, 40.0], [3.0, 6.0], more=True)
+    rate = measuring.make_entry("pace", "images/s", [30.0, 20.0, 40.0], [3.0, 6.0], more=True)
     assert rate.ratio == 30 / 4.5
-    alone = measuring.entry("open", "s", [0.5])
+    alone = measuring.make_entry("open", "s", [0.5])
     assert alone.reference is None and alone.ratio is None and alone.spread == 0
     assert re.search(r"\d+ cores, \d+ GB", made.machine)
 
 
 def test_results_of_several_sections_stay_side_by_side(workspace):
     assert measuring.read_results() == []
-    measuring.save([measuring.entry("one", "s", [1.0]), measuring.entry("two", "MB", [2.0], [4.0])])
-    measuring.save([measuring.entry("three", "s", [3.0]), measuring.entry("one", "s", [9.0])])
+    measuring.save_entries([measuring.make_entry("one", "s", [1.0]), measuring.make_entry("two", "MB", [2.0], [4.0])])
+    measuring.save_entries([measuring.make_entry("three", "s", [3.0]), measuring.make_entry("one", "s", [9.0])])
     assert [(item["name"], item["ours"]) for item in measuring.read_results()] == [("one", 9), ("two", 2), ("three", 3)]
     machine, head, *lines = measuring.format_results().splitlines()
     assert machine == measuring.machine_name() and head.split()[:3] == ["name", "unit", "ours"] and len(lines) == 3
     assert lines[0].split() == ["one", "s", "9.00", "0%"]
     assert lines[1].split() == ["two", "MB", "2.00", "4.00", "2.00", "0%"]
-    measuring.save([replace(measuring.entry("four", "s", [3e-5]), machine="a GPU")])
+    measuring.save_entries([replace(measuring.make_entry("four", "s", [3e-5]), machine="a GPU")])
     lines = measuring.format_results().splitlines()
     assert len(lines) == 8 and lines[lines.index("a GPU") + 2].split() == ["four", "s", "3e-05", "0%"]
 
 
 def test_an_unknown_section_names_the_nearest():
-    assert measuring.choose(" open_5m_rows ,") == ["open_5m_rows"]
-    assert measuring.choose("all") == list(measuring.SECTIONS)
-    assert measuring.choose("quick") == list(measuring.QUICK) and set(measuring.QUICK) < set(measuring.SECTIONS)
-    with pytest.raises(BenchmarkError, match="no section 'open_5m_row'; did you mean 'open_5m_rows'"):
-        measuring.choose("open_5m_row")
+    assert measuring.choose_sections(" open_5m_rows ,") == ["open_5m_rows"]
+    assert measuring.choose_sections("all") == list(measuring.SECTIONS)
+    assert measuring.choose_sections("quick") == list(measuring.QUICK) and set(measuring.QUICK) < set(
+        measuring.SECTIONS
+    )
+    with pytest.raises(ValueError, match="no section 'open_5m_row'; did you mean 'open_5m_rows'"):
+        measuring.choose_sections("open_5m_row")
 
 
 @pytest.mark.slow
@@ -71,21 +72,21 @@ def check_private_memory():
 
 
 def test_sizes_are_as_published_and_shrink_to_the_disk(capsys):
-    sizes = rows.made_rows(0, 10**12)
+    sizes = rows.choose_sizes(0, 10**12)
     assert sizes == {name: count for name, (count, _) in rows.MADE_SETS.items()}
     assert sum(sizes.values()) == 5_059_104
     assert sum(count // images for count, images in rows.MADE_SETS.values()) == 3_378_588
-    assert 9_990 <= sum(rows.made_rows(10_000, 10**12).values()) <= 10_000 and not capsys.readouterr().out
-    small = sum(rows.made_rows(0, rows.SPARE_BYTES + 2_000 * rows.ROW_BYTES).values())
+    assert 9_990 <= sum(rows.choose_sizes(10_000, 10**12).values()) <= 10_000 and not capsys.readouterr().out
+    small = sum(rows.choose_sizes(0, rows.SPARE_BYTES + 2_000 * rows.ROW_BYTES).values())
     assert 1_990 <= small <= 2_000 and "5,059,104 rows do not fit" in capsys.readouterr().out
-    with pytest.raises(BenchmarkError, match="too few"):
-        rows.made_rows(0, 10**9)
+    with pytest.raises(ValueError, match="too few"):
+        rows.choose_sizes(0, 10**9)
 
 
 def test_made_sets_are_data_sets(workspace):
     root = workspace / "input"
     shutil.rmtree(root)
-    sizes = rows.made_rows(20_000, 10**12)
+    sizes = rows.choose_sizes(20_000, 10**12)
     rows.make_datasets(root, sizes)
     data = datasets.load_datasets(list(sizes))  # checks folds, lengths and rows
     assert len(data) == sum(sizes.values())
@@ -96,13 +97,13 @@ def test_made_sets_are_data_sets(workspace):
     made = (root / "cc3m.npy").stat().st_mtime_ns
     rows.make_datasets(root, sizes)
     assert (root / "cc3m.npy").stat().st_mtime_ns == made  # kept
-    rows.make_datasets(root, rows.made_rows(10_000, 10**12))
+    rows.make_datasets(root, rows.choose_sizes(10_000, 10**12))
     assert len(np.load(root / "cc3m.npy")) == 10_000 * 748_781 // 5_059_104
 
 
 @pytest.mark.slow
 def test_the_section_from_end_to_end(workspace):
-    entries = {item.name: item for item in rows.open_5m_rows(rows=4_000, repeats=1)}
+    entries = {item.name: item for item in rows.measure_opening(rows=4_000, repeats=1)}
     assert len(entries) == 8 and {item.unit for item in entries.values()} == {"s", "MB"}
     assert entries["open_5m_rows"].ours < entries["open_5m_rows_first"].ours
     assert entries["open_5m_rows_rank"].ours < 20 and 5 < entries["open_5m_rows_worker"].ours < 400
@@ -116,7 +117,7 @@ def test_the_notebook_runs_as_a_script(workspace):
     """Everything but the measurements, which take minutes."""
     script = (ROOT / "notebooks" / "benchmark.py").read_text(encoding="utf-8")
     (workspace / "benchmark.py").write_text(re.sub(r'sections: str = "[^"]*"', 'sections: str = ""', script))
-    measuring.save([measuring.entry("kept", "s", [1.0])])
+    measuring.save_entries([measuring.make_entry("kept", "s", [1.0])])
     done = subprocess.run([sys.executable, workspace / "benchmark.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "kept" in done.stdout and measuring.machine_name() in done.stdout
@@ -125,20 +126,20 @@ def test_the_notebook_runs_as_a_script(workspace):
 def test_the_prediction_of_an_ensemble_is_measured_both_ways(workspace, monkeypatch):
     whole, decoded = transforms.decode_rgb, []
     monkeypatch.setattr(transforms, "decode_rgb", lambda path: decoded.append(path) or whole(path))
-    (measured,) = prediction.predict_ensemble(num_images=40, repeats=1)  # fewer than a batch: decoded here
+    (measured,) = prediction.measure_prediction(num_images=40, repeats=1)  # fewer than a batch: decoded here
     assert len(decoded) == 40 + 3 * 40 and len(set(decoded)) == 40
     assert measured.name == "predict_ensemble" and measured.ratio == measured.reference / measured.ours > 1
     assert not list((workspace / "working" / "benchmark").iterdir())
 
 
 def test_the_check_of_images_is_measured_with_two_processes_and_one(workspace):
-    (measured,) = benchmark_data.check_images(images=300, repeats=1)
+    (measured,) = benchmark_data.measure_check(images=300, repeats=1)
     assert measured.name == "check_images" and measured.ratio == measured.reference / measured.ours
     assert not list((workspace / "working" / "benchmark").iterdir())
 
 
 @pytest.mark.slow
 def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace):
-    (measured,) = benchmark_data.packed_shards(images=64, repeats=1)
+    (measured,) = benchmark_data.measure_shards(images=64, repeats=1)
     assert measured.name == "packed_shards" and measured.ratio == measured.reference / measured.ours
     assert not list((workspace / "working" / "benchmark").iterdir())

@@ -44,7 +44,7 @@ def test_other_pairs_than_faiss_stop_the_benchmark(rows, monkeypatch):
 
 def test_folds_leak_what_they_are_said_to():
     rows = neighbourhoods(num_groups=12, group_size=25, noise=0.62)  # within: about 0.72
-    entries = by_name(similarity.measure_folds(rows, repeats=1))
+    entries = by_name(similarity.measure_leakage(rows, repeats=1))
     pairs = similar_pairs(rows, 0.7)
     leader = partition.assign(np.ones(300, int), pairs, 10, "leader", 0)
     leaked = entries["folds_300_leaked_beside_leader"]

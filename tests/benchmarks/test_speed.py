@@ -12,8 +12,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from torch import nn
 
-from kutils.benchmarks import differences, loader, published, step
-from kutils.benchmarks.measuring import BenchmarkError
+from kutils.benchmarks import differences, flops, loader, measuring, published, step
 from kutils.data import transforms
 from kutils.system.paths import repository_root
 from kutils.training import losses
@@ -24,7 +23,7 @@ ROOT = repository_root()
 @pytest.fixture
 def little(monkeypatch):
     monkeypatch.setattr(loader, "NUM_PICTURES", 2)
-    monkeypatch.setattr(step, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(measuring, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(differences, "UPDATES", 6)
 
 
@@ -38,9 +37,9 @@ def by_name(entries) -> dict:
 
 def test_the_published_augmentation_is_that_of_the_recipe():
     """For the same draws the published transform and ours cut the same box and change colours alike."""
-    (picture,) = loader.made_pictures(1, size=96)
+    (picture,) = loader.random_pictures(1, size=96)
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    box, factors, order = transforms.draw(image, (71, 0, 5))
+    box, factors, order = transforms.draw_augmentation(image, (71, 0, 5))
     torch.default_generator.manual_seed(int(np.random.SeedSequence((71, 0, 5)).generate_state(1, np.uint64)[0] >> 1))
     theirs = published.training_transform(64, (0, 0, 0), (1, 1, 1))(picture)  # draws in the same order
     again = np.asarray(published.augment_as(picture, 64, box, factors, order), np.float32)
@@ -82,7 +81,7 @@ class TinyNetwork(nn.Module):
 
 
 def test_loading_is_measured_for_three_formats(workspace, little):
-    entries = by_name(loader.loader(repeats=1))
+    entries = by_name(loader.measure_loading(repeats=1))
     ways = [f"{name}{augmented}{part}" for name in ("webp", "jpeg", "png") for augmented in ("", "_plain")
             for part in ("_host", "_all")]  # fmt: skip
     assert list(entries) == [f"loader_{way}" for way in ways]
@@ -99,7 +98,7 @@ def test_loading_takes_pictures_of_ones_own(workspace, tmp_path):
     assert len(chosen) == loader.NUM_PICTURES and {image.size for image in chosen} == {(512, 512)}
     assert chosen[1].getpixel((5, 5)) == (2, 2, 2) and {image.mode for image in chosen} == {"RGB"}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BenchmarkError, match="no images in"):
+    with pytest.raises(ValueError, match="no images in"):
         loader.read_pictures(tmp_path / "empty")
 
 
@@ -109,14 +108,14 @@ def test_made_pictures_take_as_many_bytes_as_real_ones(workspace):
 
 
 def test_a_step_is_measured_beside_the_published_one(workspace, little):
-    entries = by_name(step.step("tiny_vit", repeats=1))
+    entries = by_name(step.measure_training("tiny_vit", repeats=1))
     assert set(entries) == {f"{name}_tiny_vit" for name in ("step", "sam_overhead", "optimizer", "validation", "mfu")}
     for name, entry in entries.items():
         better = entry.ours / entry.reference if name.startswith(("step", "validation", "mfu")) else 1
         worse = entry.reference / entry.ours if name.startswith(("sam", "optimizer")) else 1
         assert entry.ratio == pytest.approx(better * worse)
     assert "a matrix product" in entries["mfu_tiny_vit"].unit and entries["mfu_tiny_vit"].ours > 0
-    (waiting,) = step.data_wait("tiny_vit", seconds=0.3)
+    (waiting,) = step.measure_data_wait("tiny_vit", seconds=0.3)
     assert 0 <= waiting.ours <= 100 and waiting.name == "data_wait_tiny_vit"
 
 
@@ -124,13 +123,13 @@ def test_what_a_gpu_cannot_hold_is_left_out_and_said(monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(step, "measure_step", full)
+    monkeypatch.setattr(step, "measure_updates", full)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert step.step("tiny_vit") == [] and "tiny_vit is left out" in capsys.readouterr().out
+    assert step.measure_training("tiny_vit") == [] and "tiny_vit is left out" in capsys.readouterr().out
 
 
 def test_differences_are_those_of_rounding(workspace, little):
-    entries = {name: entry.ours for name, entry in by_name(differences.differences(["tiny_vit"])).items()}
+    entries = {name: entry.ours for name, entry in by_name(differences.measure_differences(["tiny_vit"])).items()}
     assert entries["difference_decode"] == 0 and entries["difference_resize"] < 2
     assert 0.3 < entries["difference_augmented"] < 3
     assert entries["difference_loss_tiny_vit"] < 1e-5 and entries["difference_loss_sam_tiny_vit"] < 1e-5
@@ -146,8 +145,8 @@ def test_the_losses_that_are_compared_fall(workspace, little):
 
 def test_operations_of_training_are_counted_without_memory():
     """ConvNeXt-L at 384 px: 101.1 billion multiply-adds forward (Liu et al. 2022, table 1)."""
-    flops = step.training_flops(step.load_recipe("convnext_large"))
-    assert flops == pytest.approx(6 * 101.1e9, rel=0.01)
+    operations = flops.training_flops(step.load_recipe("convnext_large"))
+    assert operations == pytest.approx(6 * 101.1e9, rel=0.01)
 
 
 def test_the_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch):
@@ -155,7 +154,7 @@ def test_the_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch):
     for name, teraflops in (("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA L40S", 362),
                             ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("Tesla T4", 65)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert step.peak_flops(torch.bfloat16, device) == (teraflops * 1e12, "data sheet")
+        assert flops.peak_flops(torch.bfloat16, device) == (teraflops * 1e12, "data sheet")
 
 
 # ---------------------------------------------------------------- what it needs
