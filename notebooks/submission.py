@@ -123,7 +123,7 @@ with figures.print_errors():
 with figures.print_errors():
     if weights.bank_path(ensemble_path).is_file() and image_files:
         bank = prompt_bank.PromptBank.load(weights.bank_path(ensemble_path))
-        titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.describe(state.embeddings[:8]), strict=True)]
+        titles = [f"{name}: {words}" for name, words in zip(ids[:8], bank.captions(state.embeddings[:8]), strict=True)]
         image_plots.image_grid(image_files[:8], titles, columns=4)
 
 # %% [markdown]

@@ -21,19 +21,19 @@ from kutils.prompts import embedding
 from kutils.system import embedding_files, paths
 from kutils.system.embedding_files import make_again, open_embeddings
 
-SAME_COSINE = 0.999  # of a prompt embedded again; another device or precision stays above it
+SAME_COSINE = 0.999  # of a prompt that is embedded again; another device or precision stays above it
 ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
 
 
 @dataclass(frozen=True)
 class CheckedDataset:
-    """What was found about one data set."""
+    """The result of checking one data set."""
 
     path: Path  # of the TSV
     table: pa.Table
     bad: np.ndarray  # int32 [rows], number of the reason; 0: the row is good
     reasons: list[str]
-    report: dict  # what `<name>.check.json` holds
+    report: dict  # the content of `<name>.check.json`
 
     @property
     def is_in_order(self) -> bool:
@@ -50,30 +50,31 @@ def check_datasets(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> list[CheckedDataset]:
-    """Look at data sets together; nothing is written.
+    """Check data sets together; nothing is written.
 
     A row is bad if its image cannot be read, its prompt is empty, its image path leaves the folder, or its image (the
-    same path, or the same content) is that of a row with another prompt. A problem is one of the whole set: embeddings
-    that do not fit the table, prompts in two folds.
+    same path or the same content) also belongs to a row with another prompt. A problem concerns a whole set:
+    embeddings that do not fit the table, prompts in two folds.
 
     Args:
-        tsv_paths: data sets, as they are to be trained on together.
-        images: to decode, drawn at random from all sets; 0: all.
+        tsv_paths: the data sets that are to be trained on together.
+        images: number of images to decode, drawn at random from all sets; 0: all.
         input_size: of a network, px; images with a shorter side are counted.
-        verify_embeddings: rows of each set whose prompts are embedded again and compared; 0: none.
-        num_workers: decoding processes; None: one per core.
-    Raises: ValueError for a table that cannot be read or that changes meanwhile.
+        verify_embeddings: number of prompts of each set to embed again and compare; 0: none.
+        num_workers: processes that decode; None: one per core.
+        progress: show a bar of images.
+    Raises: ValueError for a table that cannot be read, or that changes meanwhile.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
-    status = [path.stat() for path in tsv_paths if path.is_file()]  # before they are read; the others are named then
+    status = [path.stat() for path in tsv_paths if path.is_file()]  # a missing one is an error of PooledRows
     rows = PooledRows(tsv_paths)
     findings = find_bad_rows(rows, images, num_workers or os.cpu_count() or 1, progress)
     torn, checked = in_two_folds(rows), []
     for path, table, before, part in zip(tsv_paths, rows.tables, status, by_dataset(rows, findings), strict=True):
-        own, looked_at, facts = part
+        own, examined, facts = part
         report = {"rows": table.num_rows, "bad_rows": int((rows.bad[own] > 0).sum()), "problems": [], "warnings": []}
-        report["images"] = {"looked_at": looked_at, "input_size": input_size, "decoded": len(facts)}
-        report["images"] |= image_files.summarize(facts, input_size)
+        report["images"] = {"looked_at": examined, "input_size": input_size, "decoded": len(facts)}
+        report["images"] |= image_files.summarize_facts(facts, input_size)
         report["same_image_path"] = int(findings.same_path[own].sum())
         report["same_image_content"] = int(findings.same_content[own].sum())
         report |= summarize_prompts(table)
@@ -87,7 +88,11 @@ def check_datasets(
 
 
 def summarize_prompts(table: pa.Table) -> dict:
-    """Distinct prompts, how many have 1, 2, ... images, rows of every fold, and rows with control characters."""
+    """Count what a table's prompts and folds are.
+
+    Returns: `prompts`, distinct ones; `images_per_prompt`, number of images -> prompts that have so many; `folds`,
+        fold -> rows; `control_characters`, rows with some in their prompt.
+    """
     images = table["prompt"].value_counts().field("counts").to_numpy()
     numbers, prompts_of = np.unique(images, return_counts=True)
     folds, rows_of = np.unique(table["fold"].to_numpy(), return_counts=True)
@@ -101,10 +106,11 @@ def summarize_prompts(table: pa.Table) -> dict:
 
 
 def fold_problems(table: pa.Table, torn: np.ndarray, tsv_paths: Sequence[Path]) -> list[str]:
-    """What to say about prompts in two folds.
+    """The message about prompts in two folds; an empty list if there are none.
 
     Args:
-        torn: bool [rows].
+        torn: bool [rows]: the row's prompt is in two folds.
+        tsv_paths: all data sets that were checked together.
     """
     if not torn.any():
         return []
@@ -116,12 +122,14 @@ def fold_problems(table: pa.Table, torn: np.ndarray, tsv_paths: Sequence[Path]) 
     ]
 
 
-def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int, report: dict) -> None:
-    """Compare the .npy file beside a table with it: rows, lengths, the record of its prompts, and a sample.
+def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, num_verified: int, report: dict) -> None:
+    """Check the .npy file beside a table: its shape, lengths, the record of its prompts, and a sample of its rows.
 
     Args:
-        good: int64, rows that may be embedded again; verify: how many of them are.
-        report: gets `embeddings` (fit, missing or wrong), and what is to be said about them.
+        path: of the TSV.
+        good: int64, rows whose prompts may be embedded again.
+        num_verified: number of them to embed again.
+        report: receives `embeddings` (fit, missing or wrong), and a problem or a warning.
     """
     npy_path, record = path.with_suffix(".npy"), paths.read_record(path.with_suffix(".npy.json"))
     if not npy_path.is_file():
@@ -134,8 +142,8 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int,
         problem = str(error)
     else:
         problem = embedding_files.describe_mismatch(path, table["prompt"])
-        if not problem and verify and len(good):
-            rows = np.sort(np.random.default_rng(0).permutation(good)[:verify])
+        if not problem and num_verified and len(good):
+            rows = np.sort(np.random.default_rng(0).permutation(good)[:num_verified])
             problem = embed_again(npy_path, table["prompt"].take(pa.array(rows)), embeddings[rows], rows, record)
         elif record is None:
             unknown = "has no record of its prompts; --verify-embeddings 256 compares a sample"
@@ -144,12 +152,18 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, verify: int,
     report["problems"] += [problem] if problem else []
 
 
-def embed_again(npy_path: Path, texts: pa.ChunkedArray, expected: np.ndarray, rows: np.ndarray, record) -> str:
-    """What to say where prompts have other embeddings than those on disk; empty if all agree.
+def embed_again(
+    npy_path: Path, texts: pa.ChunkedArray, expected: np.ndarray, rows: np.ndarray, record: dict | None
+) -> str:
+    """Compare prompts, embedded again, with the embeddings on disk.
 
     Args:
-        texts: [n] prompts; expected: float32 [n, 384], of the file; rows: int64 [n], where they stand.
+        npy_path: the file on disk.
+        texts: [n] prompts.
+        expected: float32 [n, 384], their rows of the file.
+        rows: int64 [n], the numbers of these rows.
         record: names the encoder; None: all-MiniLM-L6-v2.
+    Returns: the message about prompts that differ; empty if all agree.
     """
     name = (record or {}).get("encoder", embedding.encoder_name(None))
     encoder = embedding.load_encoder(None if name == embedding.encoder_name(None) else name)
@@ -164,7 +178,7 @@ def embed_again(npy_path: Path, texts: pa.ChunkedArray, expected: np.ndarray, ro
 
 
 def find_warnings(report: dict) -> list[str]:
-    """What does not keep a data set from training and may still be unwanted."""
+    """Messages about what does not keep a data set from training and may still be unwanted."""
     images = report["images"]
     counts = {
         "blank images": images["blank"],
@@ -177,11 +191,8 @@ def find_warnings(report: dict) -> list[str]:
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
-# ---------------------------------------------------------------- what is told and written
-
-
 def format_checks(checked: Sequence[CheckedDataset]) -> str:
-    """What was found, for a person."""
+    """The results as lines to print: counts, problems, warnings, and the first bad rows."""
     lines = []
     for item in checked:
         report, images = item.report, item.report["images"]
@@ -190,10 +201,10 @@ def format_checks(checked: Sequence[CheckedDataset]) -> str:
             f"{item.path}: {report['rows']:,} rows, {report['prompts']:,} prompts",
             f"  images: {images['looked_at']:,} looked at, {images['decoded']:,} decode, {size['total'] / 1e6:,.1f} MB"
             + (f", {size['smallest']:,} to {size['largest']:,} bytes" if images["decoded"] else ""),
-            *(f"  {key}: {counted(images[key])}" for key in ("sizes", "formats", "modes")),
+            *(f"  {key}: {format_counts(images[key])}" for key in ("sizes", "formats", "modes")),
             f"  of them: {', '.join(f'{images[key]:,} {name}' for key, name in ODD_IMAGES.items())}",
-            f"  prompts with 1, 2, ... images: {counted(report['images_per_prompt'])}",
-            f"  rows per fold: {counted(report['folds'])}",
+            f"  prompts with 1, 2, ... images: {format_counts(report['images_per_prompt'])}",
+            f"  rows per fold: {format_counts(report['folds'])}",
         ]
         lines += [f"  problem: {text}" for text in report["problems"]]
         lines += [f"  warning: {text}" for text in report["warnings"]]
@@ -206,11 +217,13 @@ def format_checks(checked: Sequence[CheckedDataset]) -> str:
     return "\n".join(lines)
 
 
-def counted(counts: dict[str, int]) -> str:
+def format_counts(counts: dict[str, int]) -> str:
+    """Names with their counts, as one line."""
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils check`; returns 0 if all data sets are in order, else 1."""
     parser = argparse.ArgumentParser(
         prog="kutils check",
         description="Look at data sets that are to be trained on together: does every image decode, is one under two "

@@ -16,32 +16,32 @@ from torch.utils.data import DataLoader
 from kutils.data import transforms
 from kutils.system.progress import progress_bar
 
-CHUNK = 64  # images that a worker looks at before it reports
-BLANK_DEVIATION = 2.0  # of 255: a picture whose every channel has a smaller standard deviation is blank
-MOST_KINDS = 20  # sizes, formats or modes that a summary names; the others are counted together
+CHUNK_IMAGES = 64  # that a worker decodes before it reports
+BLANK_DEVIATION = 2.0  # of 255: an image is blank if each channel has a smaller standard deviation
+MOST_KINDS = 20  # sizes, formats or modes that a summary names; the rest is counted together
 FACTS = np.dtype(  # 56 bytes per image: 280 MB for five million
     [
         ("digest", "V16"),  # BLAKE2b of the file
         ("bytes", np.int64),
         ("width", np.int32),
         ("height", np.int32),
-        ("format", "S10"),  # names of Pillow; empty where it does not open what decodes
+        ("format", "S10"),  # Pillow's name; empty if Pillow does not open an image that decodes
         ("mode", "S6"),
         ("sixteen_bit", np.bool_),
         ("animated", np.bool_),
         ("alpha", np.bool_),
         ("blank", np.bool_),
-        ("reason", np.int32),  # number of the text that says what is wrong; 0: it decodes
+        ("reason", np.int32),  # number of the text that says what is wrong; 0: the image decodes
     ]
 )
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in the image files of some rows."""
+    """Facts about the images of some rows."""
 
     rows: np.ndarray  # int64 [n], in the order given
-    facts: np.ndarray  # FACTS [n]; all 0 but `reason` where the image does not decode
+    facts: np.ndarray  # FACTS [n]; if an image does not decode, all but `reason` are 0
     texts: list[str]  # reasons, each once; the first is empty, the others begin with "image"
 
     @property
@@ -49,13 +49,18 @@ class Scan:
         return self.facts["reason"] == 0
 
     def unreadable(self) -> Iterator[tuple[int, str]]:
-        """Row and reason of every image that does not decode."""
+        """The row and the reason of every image that does not decode."""
         for position in np.flatnonzero(~self.decoded):
             yield int(self.rows[position]), self.texts[self.facts["reason"][position]]
 
 
 def image_facts(read: Callable[[], bytes]) -> tuple[np.ndarray, str]:
-    """Read and decode one file: FACTS [] about it, and what is wrong with it or an empty text."""
+    """Read and decode one image.
+
+    Args:
+        read: returns the content of the file, or raises OSError.
+    Returns: FACTS [], and a text that says why the image does not decode, empty if it does.
+    """
     facts = np.zeros((), FACTS)
     try:
         data = read()
@@ -66,11 +71,11 @@ def image_facts(read: Callable[[], bytes]) -> tuple[np.ndarray, str]:
         return facts, str(error)
     facts["digest"] = np.void(hashlib.blake2b(data, digest_size=16).digest())
     facts["bytes"], facts["height"], facts["width"] = len(data), *image.shape[1:]
-    # a picture of 768 px takes 0.3 ms then, where all its pixels would take 8, and decoding 7
+    # an image of 768 px takes 0.3 ms this way; all its pixels would take 8 ms, and decoding takes 7
     every = max(1, min(image.shape[1:]) // 128)
     deviation = image[:, ::every, ::every].float().std(dim=(1, 2), correction=0)
     facts["blank"] = bool((deviation < BLANK_DEVIATION).all())
-    with suppress(Exception), Image.open(io.BytesIO(data)) as picture:  # the header; Pillow has limits of its own
+    with suppress(Exception), Image.open(io.BytesIO(data)) as picture:  # reads the header; Pillow may refuse
         facts["format"], facts["mode"] = picture.format, picture.mode
         facts["alpha"] = picture.has_transparency_data
         facts["animated"] = getattr(picture, "is_animated", False)
@@ -79,7 +84,7 @@ def image_facts(read: Callable[[], bytes]) -> tuple[np.ndarray, str]:
 
 
 class ImageFacts(torch.utils.data.Dataset):
-    """position -> facts about the image of that row, and what is wrong with it."""
+    """position -> the result of `image_facts` for the image of that row."""
 
     def __init__(self, read: Callable[[int], bytes], rows: np.ndarray):
         self.read, self.rows = read, rows
@@ -91,35 +96,37 @@ class ImageFacts(torch.utils.data.Dataset):
         return image_facts(partial(self.read, int(self.rows[position])))
 
 
-def collate_facts(found: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
-    """FACTS [n] and reasons of n images: what a worker sends at a time."""
-    facts, reasons = zip(*found, strict=True)
+def collate_facts(results: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
+    """FACTS [n] and the reasons of n images, as a worker sends them."""
+    facts, reasons = zip(*results, strict=True)
     return np.stack(facts), list(reasons)
 
 
 def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, progress: bool = False) -> Scan:
-    """Decode the images of the given rows, in processes side by side.
+    """Decode the images of the given rows in several processes.
 
     Args:
-        read: row -> content of its image file; raises OSError.
-        num_workers: processes; 0: this one.
+        read: row -> the content of its image file; raises OSError.
+        rows: int64 [n].
+        num_workers: number of processes; 0: this one.
         progress: show a bar of images.
+    Raises: ValueError if a process was ended, as happens without enough memory.
     """
     loader = DataLoader(
         ImageFacts(read, rows),
-        batch_size=CHUNK,
-        num_workers=min(num_workers, -(-len(rows) // CHUNK)),
+        batch_size=CHUNK_IMAGES,
+        num_workers=min(num_workers, -(-len(rows) // CHUNK_IMAGES)),
         collate_fn=collate_facts,
         generator=torch.Generator(),  # the loader's own seed must not come from the generator of drop path
     )
     facts, codes, start = np.zeros(len(rows), FACTS), {"": 0}, 0
     with progress_bar(len(rows), "image", "decoding images", disable=not progress) as bar:
         try:
-            for found, reasons in loader:
-                found["reason"] = [codes.setdefault(reason, len(codes)) for reason in reasons]
-                facts[start : start + len(found)] = found
-                start += len(found)
-                bar.update(len(found))
+            for part, reasons in loader:
+                part["reason"] = [codes.setdefault(reason, len(codes)) for reason in reasons]
+                facts[start : start + len(part)] = part
+                start += len(part)
+                bar.update(len(part))
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -129,8 +136,8 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
     return Scan(rows, facts, list(codes))
 
 
-def summarize(facts: np.ndarray, input_size: int) -> dict:
-    """Count what decoded images are.
+def summarize_facts(facts: np.ndarray, input_size: int) -> dict:
+    """Count sizes, formats and oddities of decoded images.
 
     Args:
         facts: FACTS [n] of images that decode.
@@ -152,7 +159,7 @@ def summarize(facts: np.ndarray, input_size: int) -> dict:
 
 
 def most_frequent(names: list[str], counts: np.ndarray) -> dict[str, int]:
-    """name -> count, the most frequent first; beyond MOST_KINDS they are `others`."""
+    """name -> count, the most frequent first; all beyond MOST_KINDS are counted as `others`."""
     order = np.argsort(-counts, kind="stable")
     result = {names[number]: int(counts[number]) for number in order[:MOST_KINDS]}
     return result | ({"others": int(counts[order[MOST_KINDS:]].sum())} if len(order) > MOST_KINDS else {})

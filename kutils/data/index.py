@@ -1,7 +1,7 @@
 """Parses and checks a combination of data sets once, and keeps the result in a memory-mapped file.
 
-Five million rows are parsed, checked and hashed in the first open; every later one, and every rank and worker, maps the
-same file and shares its pages.
+The first open parses, checks and hashes five million rows. Later ones, and all ranks and workers, map the file, which
+lies below `working/cache/`, and share its pages.
 """
 
 import functools
@@ -15,15 +15,14 @@ import pyarrow as pa
 
 from kutils.system import arrow, paths
 from kutils.system.embedding_files import EMBEDDING_DIM, checked_blocks, describe_mismatch
-from kutils.system.tables import check_rows, folds_hash, read_table
+from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, read_table
 
-INDEX_VERSION = 1  # of the file; another version is built anew
-NUM_FOLDS = 10
+INDEX_VERSION = 1  # of the file's layout; a file of another version is built anew
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """Columns over all rows of all data sets, mapped, and facts about each."""
+    """The columns of all data sets one after the other, memory-mapped, and facts about each set."""
 
     images: pa.ChunkedArray  # large_string [n], relative to input/
     prompts: pa.ChunkedArray  # large_string [n]
@@ -36,31 +35,35 @@ class DatasetIndex:
 
 
 def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
-    """Map the index of the named data sets; build it first where it is not there or a file of theirs has changed.
+    """Map the index of the named data sets; build it first if it is missing, or if one of their files has changed.
 
-    Processes that start together build it once. Where `working/cache/` cannot be written it is kept in memory.
+    Processes that start together build it once. Without a writable `working/cache/`, it is kept in memory.
 
+    Args:
+        root: folder of the data sets.
+        names: of the data sets, in the order of their rows.
     Raises: ValueError for a set that could not be trained on, apart from its folds.
     """
-    wanted = fingerprint(root, names)
-    built = functools.cache(lambda: build_index(root, names, wanted))  # asked for again where it cannot be written
-    return index_of(arrow.map_once(cache_path(root, names, ".arrow"), wanted, lambda: built().to_reader()))
+    current = fingerprint(root, names)
+    built = functools.cache(lambda: build_index(root, names, current))  # called twice if the file cannot be written
+    return index_of(arrow.map_once(cache_path(root, names, ".arrow"), current, lambda: built().to_reader()))
 
 
 def cache_path(root: Path, names: Sequence[str], suffix: str) -> Path:
-    """Where something about a combination of data sets is kept."""
+    """Path of a cache file about a combination of data sets."""
     key = hashlib.sha256("\n".join([str(root), *names]).encode()).hexdigest()[:16]
     return paths.working_dir() / "cache" / f"{key}{suffix}"
 
 
 def fingerprint(root: Path, names: Sequence[str]) -> dict:
-    """What tells whether the files are still those that the index was built from, without reading them."""
+    """Sizes, times and inodes of the tables and embeddings: another fingerprint means that a file has changed."""
     files = [root / f"{name}{suffix}" for name in names for suffix in (".tsv", ".npy")]
     status = [file.stat() for file in files]
     return {"version": INDEX_VERSION, "files": [[item.st_size, item.st_mtime_ns, item.st_ino] for item in status]}
 
 
 def index_of(table: pa.Table) -> DatasetIndex:
+    """The index that a mapped file holds."""
     facts = arrow.facts_of(table)
     return DatasetIndex(
         images=table["image"],
@@ -74,8 +77,11 @@ def index_of(table: pa.Table) -> DatasetIndex:
     )
 
 
-def build_index(root: Path, names: Sequence[str], wanted: dict) -> pa.Table:
-    """Read and check every set; returns one chunk per column, facts in the schema's metadata."""
+def build_index(root: Path, names: Sequence[str], fingerprint: dict) -> pa.Table:
+    """Read and check every data set.
+
+    Returns: columns image, prompt, fold and prompt_code, each in one chunk, and the facts of `DatasetIndex`.
+    """
     tables, hashes, sums, counts = [], {}, 0.0, 0
     for name in names:
         table = read_table(root / f"{name}.tsv", ["image", "prompt", "fold"])
@@ -91,7 +97,7 @@ def build_index(root: Path, names: Sequence[str], wanted: dict) -> pa.Table:
     whole = pa.concat_tables([table.cast(large) for table in tables]).combine_chunks()
     whole = whole.append_column("prompt_code", whole["prompt"].chunk(0).dictionary_encode().indices)
     facts = {
-        "fingerprint": wanted,
+        "fingerprint": fingerprint,
         "num_rows": [table.num_rows for table in tables],
         "folds_hashes": hashes,
         "fold_counts": counts.tolist(),
@@ -101,15 +107,17 @@ def build_index(root: Path, names: Sequence[str], wanted: dict) -> pa.Table:
 
 
 def sum_by_fold(path: Path, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check all embeddings and add them up, each scaled to length 1.
+    """Check all embeddings, scale each to length 1, and add them up by fold.
 
     Args:
+        path: of the .npy file.
         folds: int8 [n], -1 for none.
-    Returns: float64 [10, 384], the sum over each fold's rows, and int64 [10], their number.
+    Returns: float64 [10, 384], the sum over each fold's rows, and int64 [10], the number of rows.
+    Raises: ValueError naming file and row.
     """
-    sums, counts = np.zeros((NUM_FOLDS, EMBEDDING_DIM)), np.zeros(NUM_FOLDS, np.int64)
+    sums, counts = np.zeros((MAX_FOLDS, EMBEDDING_DIM)), np.zeros(MAX_FOLDS, np.int64)
     for start, block, lengths in checked_blocks(path, len(folds)):
-        members = folds[start : start + len(block)] == np.arange(NUM_FOLDS)[:, None]  # [10, n]
+        members = folds[start : start + len(block)] == np.arange(MAX_FOLDS)[:, None]  # [10, n]
         sums += (members / lengths).astype(np.float32) @ block
         counts += members.sum(axis=1)
     return sums, counts

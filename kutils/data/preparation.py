@@ -16,20 +16,20 @@ from kutils.runs.recipes import nearest
 from kutils.system import paths
 from kutils.system.tables import read_table
 
-GRAMMAR = "templates"  # the source of prompts that no file holds
+GRAMMAR = "templates"  # the source that prompts of the grammar carry
 MOST_QUERIES = 2_000  # prompts whose nearest neighbours are looked up
 
 
 class PromptLists(NamedTuple):
-    """Prompts files of one name in `input/`: all clean prompts, those kept, and the near-duplicates of those."""
+    """Prompts files of one name in `input/`."""
 
-    all: Path
-    kept: Path
-    rest: Path
+    all: Path  # all clean prompts
+    kept: Path  # those that remain without near-duplicates
+    rest: Path  # the near-duplicates
 
 
 def prompt_lists(name: str) -> PromptLists:
-    """The three files of a name. Raises: ValueError for a name that is no file name."""
+    """The three files of a name; ValueError for a name that is no file name."""
     if not paths.is_safe_relative(name) or "/" in name:
         raise ValueError(f"{name!r} cannot name lists below {paths.input_dir()}")
     return PromptLists(*(paths.input_dir() / f"{name}{part}.tsv" for part in (".all", ".prompts", "_part2.prompts")))
@@ -41,11 +41,12 @@ def collect_prompts(
     """Write the list of all clean prompts, from files or from the grammar.
 
     Args:
-        files: of any kind that `kutils sources` reads, separated by commas; "": prompts of the grammar.
-        column: of the prompts, where there are several that may be meant.
-        num_prompts: of the grammar.
-        overwrite: write over another list of this name.
-    Returns: the report of `sources.make_prompts_file`.
+        lists: the files to write; only `all` is written.
+        files: what `kutils sources` reads, separated by commas; empty: prompts of the grammar.
+        column: that holds the prompts; empty: the first of the usual names.
+        num_prompts: number of prompts of the grammar.
+        overwrite: replace another list of this name.
+    Returns: the report of `collection.make_prompts_file`.
     Raises: ValueError, before anything is written.
     """
     if files:
@@ -58,7 +59,7 @@ def collect_prompts(
 
 
 def have_folds(tsv_paths: Sequence[Path]) -> bool:
-    """Whether a row of these files has a fold. Raises: ValueError."""
+    """Whether a row of these files has a fold; ValueError for a table that cannot be read."""
     tables = [read_table(path, ["prompt"]) for path in tsv_paths]
     return any("fold" in table.column_names and (table["fold"].to_numpy() >= 0).any() for table in tables)
 
@@ -71,24 +72,26 @@ def prepare(
     *,
     refold: bool = False,
 ) -> dict:
-    """Embed the prompts of data sets where that has not been done, and assign folds where there are none.
+    """Embed the prompts of data sets and assign folds, where this has not been done.
 
-    Embeddings and folds that are there are kept, those made elsewhere too; embeddings of other prompts than the table's
-    (the record beside them says so) are made again.
+    Existing embeddings and folds are kept, also those from elsewhere. Embeddings of other prompts than the table's are
+    made again, if the record beside them says so.
 
     Args:
-        names: data sets of `input/`, folded together; threshold, num_folds, method: as in `grouping.assign_folds`.
-        refold: replace folds that are there. Checkpoints of the former folds can then not be refined any more.
+        names: data sets of `input/`, folded together.
+        threshold: as in `folds.assign_folds`.
+        num_folds: likewise.
+        method: likewise.
+        refold: replace existing folds. Checkpoints of those can then no longer be refined.
     Returns: the report of the folds.
-    Raises: ValueError naming file and row; ValueError where the folds that are there are
-        not those asked for.
+    Raises: ValueError naming file and row, or if the existing folds differ from those asked for.
     """
     tsv_paths = [paths.input_dir() / f"{name}.tsv" for name in names]
     for path in tsv_paths:
         if not path.is_file():
-            close = nearest(path.stem, [found.stem for found in path.parent.glob("*.tsv")])
-            made = f"kutils generate PROMPTS.tsv --images-per-prompt 3 --output input/{path.stem}"
-            raise ValueError(f"{path} is not there{close}; from a list of prompts it is made by: {made}")
+            close = nearest(path.stem, [file.stem for file in path.parent.glob("*.tsv")])
+            command = f"kutils generate PROMPTS.tsv --images-per-prompt 3 --output input/{path.stem}"
+            raise ValueError(f"{path} is not there{close}; from a list of prompts it is made by: {command}")
     folds = np.concatenate([read_table(path, ["image", "prompt", "fold"])["fold"].to_numpy() for path in tsv_paths])
     for path in tsv_paths:
         record = paths.read_record(path.with_suffix(".npy.json"))
@@ -102,17 +105,24 @@ def prepare(
             "all rows together: refold=True replaces those that are there"
         )
     if not all(prompt_folds.fold_report_path(path).is_file() for path in tsv_paths):
-        files = " ".join(map(str, tsv_paths))
         print("no report came with these folds; they are kept as they are. To report on them, and to mark the rows")
-        print(
-            f"without a similar prompt in another fold:  kutils folds {files} --keep",
-            flush=True,
-        )
+        files = " ".join(map(str, tsv_paths))
+        print(f"without a similar prompt in another fold:  kutils folds {files} --keep", flush=True)
         return report_on_folds(tsv_paths, threshold)
-    asked = {"threshold": threshold, "num_folds": num_folds, "method": method}
+    return matching_report(tsv_paths, {"threshold": threshold, "num_folds": num_folds, "method": method})
+
+
+def matching_report(tsv_paths: Sequence[Path], settings: dict) -> dict:
+    """The report that was written with the folds of these data sets.
+
+    Args:
+        settings: values that the folds must have been made with.
+    Raises: ValueError if they were made with others, or without one of these data sets.
+    """
+    names = [path.stem for path in tsv_paths]
     for path in tsv_paths:
         report = prompt_folds.read_fold_report(path)
-        differing = [f"{key} {report[key]}, not {value}" for key, value in asked.items() if report[key] != value]
+        differing = [f"{key} {report[key]}, not {value}" for key, value in settings.items() if report[key] != value]
         if not set(names) <= set(report["datasets"]):
             differing.append(f"{', '.join(report['datasets'])} alone, not {', '.join(names)} together")
         if differing:
@@ -124,8 +134,9 @@ def prepare(
 
 
 def report_on_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
-    """The report of folds that are there already, whoever assigned them; nothing is written.
+    """Measure what leaks between existing folds, whoever assigned them; nothing is written.
 
+    Returns: a report as of `folds.assign_folds`.
     Raises: ValueError if a prompt is in two folds.
     """
     load_datasets([path.stem for path in tsv_paths])
@@ -141,7 +152,7 @@ def report_on_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
 
 
 def random_examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tuple[list[Path], list[str]]:
-    """Random images of data sets, of different prompts as far as there are so many, and their prompts."""
+    """Random images of data sets, of different prompts as far as possible, and their prompts."""
     data = load_datasets(names, need_folds=False)
     rows = np.random.default_rng(seed).permutation(len(data))[: 20 * count]
     image_of = {data.prompts[int(row)].as_py(): data.image_path(int(row)) for row in rows}
@@ -150,12 +161,13 @@ def random_examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tupl
 
 
 def cosines_between(bank: PromptBank, seed: int = 0) -> dict[str, np.ndarray]:
-    """How similar prompts are: `random pairs`, and `nearest other prompt` of a sample, looked up among all.
+    """Sample how similar prompts are to each other.
 
     Args:
         bank: of at least two prompts.
         seed: of the samples.
-    Returns: two float32 arrays, of 5 x MOST_QUERIES and up to MOST_QUERIES cosines.
+    Returns: `random pairs`, float32 [5 * MOST_QUERIES] cosines of pairs of different prompts; `nearest other prompt`,
+        float32 [at most MOST_QUERIES], of prompts of a sample with the nearest of all others.
     Raises: ValueError for a bank of one prompt.
     """
     count = len(bank)

@@ -1,6 +1,6 @@
 """Stores prompts with their embeddings in one file, and finds those nearest to an embedding.
 
-A bank is one Arrow IPC file, mapped: a million prompts are there in a millisecond, and processes share their pages.
+A bank is one memory-mapped Arrow file: a million prompts open in a millisecond, and processes share its pages.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from kutils.system.embedding_files import EMBEDDING_DIM, open_embeddings
 from kutils.system.progress import progress_bar
 from kutils.system.tables import read_table
 
-KIND = "kutils prompt bank"  # in the file's metadata
+KIND = "kutils prompt bank"  # a fact that the file carries
 BLOCK_PROMPTS, BLOCK_QUERIES = 65_536, 256  # of one matrix product: 100 MB of embeddings, 67 MB of cosines
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.05
 
 
 class PromptBank:
-    """Prompts to be looked up by embedding; what is mapped stays mapped.
+    """Prompts with their embeddings, among which the nearest to an embedding are found. Mapped columns stay mapped.
 
     Args:
         prompts: n texts, at least one.
         embeddings: float32 or float16 [n, 384], unit rows.
-        rows: int64 [n]: the first row of each prompt in its data sets.
+        rows: int64 [n]: the first row of each prompt in its data sets; None for prompts of no data set.
     Raises: ValueError if they do not fit together.
     """
 
@@ -63,12 +63,16 @@ class PromptBank:
 
     @classmethod
     def from_datasets(cls, names: Sequence[str], most: int | None = None, seed: int = 0) -> "PromptBank":
-        """Every distinct prompt of data sets in `input/`, in order of first appearance; or so many of them, drawn.
+        """The distinct prompts of data sets in `input/`, in order of first appearance.
 
-        The bank of all prompts is written once below `working/cache/`, block by block, and mapped from then on; where
-        that cannot be written it is kept in memory. It takes 1.5 GB per million prompts, for each order of the names
-        anew, since `rows` are those of the data sets in that order.
+        A bank of all prompts is written once below `working/cache/`, block by block, and mapped from then on. If it
+        cannot be written, it is kept in memory. It takes 1.5 GB per million prompts. Another order of the names makes
+        another bank, since `rows` follow that order.
 
+        Args:
+            names: of the data sets.
+            most: draw so many prompts if there are more; None: all.
+            seed: of the draw.
         Raises: ValueError as `load_datasets` does.
         """
         data = load_datasets(names, need_folds=False)
@@ -77,13 +81,13 @@ class PromptBank:
         if most is not None and most < len(rows):
             rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
             return cls(data.prompts.take(pa.array(rows)), data.targets(rows), rows)
-        wanted = fingerprint(data.root, names)
-        facts = {"fingerprint": wanted, "datasets": list(names)}
+        current = fingerprint(data.root, names)
+        facts = {"fingerprint": current, "datasets": list(names)}
 
         def batches() -> pa.RecordBatchReader:
             return pa.RecordBatchReader.from_batches(schema(np.float32, facts), batches_of(data, rows))
 
-        return cls.of_table(arrow.map_once(cache_path(data.root, names, ".bank.arrow"), wanted, batches))
+        return cls.of_table(arrow.map_once(cache_path(data.root, names, ".bank.arrow"), current, batches))
 
     @classmethod
     def from_table(cls, tsv_path: Path) -> "PromptBank":
@@ -96,13 +100,13 @@ class PromptBank:
 
     @classmethod
     def of_table(cls, table: pa.Table) -> "PromptBank":
-        """Columns prompt, embedding and, where they are of data sets, row: as a file has them."""
+        """The bank in a file's table: columns prompt, embedding and, for prompts of data sets, row."""
         rows = table["row"].to_numpy() if "row" in table.column_names else None
         return cls(table["prompt"], table["embedding"], rows)
 
     @classmethod
     def load(cls, path: Path) -> "PromptBank":
-        """Map what `save` wrote; ValueError if it is none."""
+        """Map the file of a bank; ValueError if it holds none."""
         try:
             table = arrow.map_table(path)
             kind = arrow.facts_of(table).get("kind")
@@ -113,11 +117,12 @@ class PromptBank:
         return cls.of_table(table)
 
     def save(self, path: Path, dtype: type = np.float32, keep: np.ndarray | None = None) -> None:
-        """Write the bank, atomically; replaced if it is there.
+        """Write the bank to a file, atomically; replaced if it is there.
 
         Args:
-            dtype: of the embeddings: float32, or float16 (half the size, off by 1e-4).
-            keep: bool [n]: the prompts to write (default: all).
+            path: of the file.
+            dtype: of the embeddings: float32, or float16 (half the size, errors of 1e-4).
+            keep: bool [n], the prompts to write; None: all.
         """
         form = schema(dtype, {}, self.rows is not None)
 
@@ -132,34 +137,36 @@ class PromptBank:
 
         arrow.write_batches(path, form, batches())
 
-    # ------------------------------------------------------------ what is in it
-
-    def text(self, index: int) -> str:
-        """The prompt of a number."""
-        return self.prompts[int(index)].as_py()
+    # ------------------------------------------------------------ what a bank holds
 
     def texts(self, indices: Sequence[int]) -> list[str]:
-        """The prompts of some numbers; all of them are `prompts`."""
-        return [self.text(index) for index in indices]
+        """The prompts of some numbers."""
+        return [self.prompts[int(index)].as_py() for index in indices]
 
     def vectors(self, indices: np.ndarray) -> np.ndarray:
-        """Embeddings of prompts by number, int [...]: float32 [..., 384], a copy; IndexError for one there is not."""
+        """The embeddings of some prompts.
+
+        Args:
+            indices: int [...], numbers of prompts.
+        Returns: float32 [..., 384], a copy.
+        Raises: IndexError for a number out of range.
+        """
         indices = np.asarray(indices)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"prompts {indices.min()} to {indices.max()} of {len(self)}, which count from 0")
-        found = np.empty((*indices.shape, EMBEDDING_DIM), np.float32)
+        rows = np.empty((*indices.shape, EMBEDDING_DIM), np.float32)
         for start, block in self.blocks():
             here = (indices >= start) & (indices < start + len(block))
-            found[here] = block.numpy()[indices[here] - start]
-        return found
+            rows[here] = block.numpy()[indices[here] - start]
+        return rows
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All embeddings in order, BLOCK_PROMPTS at most at a time: number of the first, and [m, 384], not copied."""
+        """All embeddings in order, in blocks: the number of the first, and [at most BLOCK_PROMPTS, 384], not copied."""
         start = 0
         for chunk in self.embeddings.chunks:
             for offset in range(0, len(chunk), BLOCK_PROMPTS):
                 values = chunk[offset : offset + BLOCK_PROMPTS].flatten()
-                block = torch.from_dlpack(values).view(-1, EMBEDDING_DIM)  # unlike from_numpy, of what is read-only
+                block = torch.from_dlpack(values).view(-1, EMBEDDING_DIM)  # from_numpy refuses read-only arrays
                 yield start, block
                 start += len(block)
 
@@ -169,14 +176,15 @@ class PromptBank:
     def nearest(
         self, queries: np.ndarray, k: int = 5, device: str = "cpu", exclude: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k prompts of highest cosine for each query, best first: all are compared, in blocks of bounded memory.
+        """Find the k prompts of highest cosine for each query; all are compared, block by block.
 
         Args:
             queries: float32 [q, 384], unit rows.
-            k: number of prompts; all of them where there are fewer.
+            k: number of prompts; all prompts if there are fewer.
             device: auto, cpu or cuda.
-            exclude: bool [n]: prompts that are left out.
-        Returns: numbers of prompts int64 [q, k], of equal cosines the lower first; cosines float32 [q, k].
+            exclude: bool [n]: prompts to leave out.
+        Returns: numbers of prompts int64 [q, k] and their cosines float32 [q, k]; the nearest first, and of equal
+            cosines the lower number first.
         Raises: ValueError for queries of another shape, not finite or not of unit length, k below 1, or `exclude` of
             another length or of all prompts.
         """
@@ -204,18 +212,20 @@ class PromptBank:
                     best.append(largest(products, k))
                 cosines = torch.cat([cosines, torch.cat([values for values, _ in best])], dim=1)
                 indices = torch.cat([indices, torch.cat([columns for _, columns in best]) + start], dim=1)
-                cosines, order = cosines.sort(dim=1, descending=True, stable=True)  # those of former blocks first
+                cosines, order = cosines.sort(dim=1, descending=True, stable=True)  # those of earlier blocks first
                 cosines, indices = cosines[:, :count], indices.gather(1, order)[:, :count]
                 bar.update(block.shape[1])
         return indices.cpu().numpy(), cosines.cpu().numpy()
 
-    def describe(self, queries: np.ndarray, k: int = 2, width: int = 64) -> list[str]:
-        """The nearest prompts of each query with their cosines, as one line for a title; long prompts are cut."""
-        told = []
+    def captions(self, queries: np.ndarray, k: int = 2, width: int = 64) -> list[str]:
+        """The nearest prompts of each query with their cosines, as the title of a figure; long prompts are cut."""
+        titles = []
         for row, values in zip(*self.nearest(queries, k), strict=True):
             prompts = (textwrap.shorten(text, width, placeholder=" ...") for text in self.texts(row))
-            told.append(" / ".join(f"{prompt} ({cosine:.2f})" for prompt, cosine in zip(prompts, values, strict=True)))
-        return told
+            titles.append(
+                " / ".join(f"{prompt} ({cosine:.2f})" for prompt, cosine in zip(prompts, values, strict=True))
+            )
+        return titles
 
     def knn(
         self,
@@ -225,13 +235,13 @@ class PromptBank:
         device: str = "cpu",
         exclude: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The weighted mean of the nearest prompts' embeddings: it pulls a prediction onto the set of known prompts.
+        """The weighted mean of the nearest prompts' embeddings, which pulls a prediction towards known prompts.
 
         The weight of a prompt is the softmax of cosine / temperature over the k nearest (as in Wu et al. 2018,
-        https://arxiv.org/abs/1805.01978, where they vote for classes).
+        https://arxiv.org/abs/1805.01978, where the nearest vote for classes).
 
         Args:
-            queries, k, device, exclude: as for `nearest`.
+            queries: as for `nearest`, like k, device and exclude.
             temperature: above 0; near 0 the nearest prompt alone counts.
         Returns: float32 [q, 384], unit rows.
         Raises: ValueError as `nearest` does, or for the temperature.
@@ -239,7 +249,7 @@ class PromptBank:
         return self.weighted_mean(*self.nearest(queries, k, device, exclude), temperature)
 
     def weighted_mean(self, indices: np.ndarray, cosines: np.ndarray, temperature: float) -> np.ndarray:
-        """What `knn` makes of the nearest prompts: int64 and float32 [q, k] to float32 [q, 384], unit rows."""
+        """The means that `knn` returns, from the numbers and cosines that `nearest` returns."""
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it is above 0, such as {KNN_TEMPERATURE}")
         weights = torch.from_numpy(cosines / temperature).softmax(dim=1)
@@ -252,14 +262,16 @@ class PromptBank:
 
 
 def in_fold(bank: PromptBank, names: Sequence[str], fold: int) -> np.ndarray:
-    """bool [n]: which prompts of the bank of these data sets are of a fold; ValueError where they have no folds."""
+    """bool [n]: whether each prompt of the bank of these data sets is in a fold; ValueError for sets without folds."""
     return load_datasets(names).folds[bank.rows] == fold
 
 
 def largest(products: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in order, of equal ones the first: values and columns, [rows, k]."""
+    """The k largest values of each row, largest first, and their columns, both [rows, k]; of equal ones the first."""
     count = min(k, products.shape[1])
-    values, columns = products.topk(min(k + 1, products.shape[1]), dim=1)  # one more tells whether the k-th has equals
+    values, columns = products.topk(
+        min(k + 1, products.shape[1]), dim=1
+    )  # one more, to see whether the k-th has equals
     if count < values.shape[1]:
         for row in (values[:, count - 1] == values[:, count]).nonzero()[:, 0].tolist():
             columns[row] = products[row].sort(descending=True, stable=True).indices[: count + 1]
@@ -269,19 +281,19 @@ def largest(products: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def as_lists(embeddings: np.ndarray) -> pa.FixedSizeListArray:
-    """[n, 384] as Arrow has it; not copied where its rows lie one after the other."""
+    """Arrow's form of [n, 384]; contiguous rows are not copied."""
     return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), EMBEDDING_DIM)
 
 
 def schema(dtype: type, facts: dict, has_rows: bool = True) -> pa.Schema:
-    """Of a bank's file."""
+    """The schema of a bank's file, with its facts."""
     fields = {"prompt": pa.large_string(), "embedding": pa.list_(pa.from_numpy_dtype(dtype), EMBEDDING_DIM)}
     fields |= {"row": pa.int64()} if has_rows else {}
     return arrow.with_facts(pa.schema(fields), {"kind": KIND, **facts})
 
 
 def batches_of(data: PromptImages, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """Prompts and embeddings of rows, a block in memory at a time."""
+    """Prompts and embeddings of rows (int64 [n]), one block in memory at a time."""
     with progress_bar(len(rows), "prompt", "collecting prompts", delay=5, leave=False) as bar:
         for start in range(0, len(rows), BLOCK_PROMPTS):
             part = rows[start : start + BLOCK_PROMPTS]
@@ -292,21 +304,26 @@ def batches_of(data: PromptImages, rows: np.ndarray) -> Iterator[pa.RecordBatch]
 
 
 def from_arguments(args: argparse.Namespace, datasets: Sequence[str] = ()) -> tuple[PromptBank, str]:
-    """The bank that --bank, --prompts or --datasets name, else that of the given data sets; and what it is, in words.
+    """Open the bank that --bank, --prompts or --datasets names.
 
-    Raises: ValueError or OSError as its making does.
+    Args:
+        args: of a command.
+        datasets: taken if none of the three is given.
+    Returns: the bank, and a description of it.
+    Raises: ValueError or OSError, if the bank cannot be opened or made.
     """
     if getattr(args, "bank", None):
-        bank, told = PromptBank.load(args.bank), str(args.bank)
+        bank, source = PromptBank.load(args.bank), str(args.bank)
     elif args.prompts:
-        bank, told = PromptBank.from_table(args.prompts), str(args.prompts)
+        bank, source = PromptBank.from_table(args.prompts), str(args.prompts)
     else:
         names = [name.strip() for name in args.datasets.split(",")] if args.datasets else list(datasets)
-        bank, told = PromptBank.from_datasets(names), ", ".join(names)
-    return bank, f"{len(bank):,} prompts of {told}"
+        bank, source = PromptBank.from_datasets(names), ", ".join(names)
+    return bank, f"{len(bank):,} prompts of {source}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils bank`."""
     parser = argparse.ArgumentParser(
         prog="kutils bank",
         description="Write the distinct prompts of data sets, or the rows of a prompts file, with their embeddings "
@@ -324,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.output.exists():
         raise ValueError(f"{args.output} exists; remove it or give another --output")
-    bank, told = from_arguments(args)
+    bank, description = from_arguments(args)
     bank.save(args.output, np.dtype(args.dtype).type)
-    print(f"{args.output}: {told}, {args.output.stat().st_size / 1e6:,.1f} MB")
+    print(f"{args.output}: {description}, {args.output.stat().st_size / 1e6:,.1f} MB")
     return 0

@@ -1,8 +1,8 @@
 """Packs the images of a data set at the size of training into few large files, `input/<name>.shards/`.
 
 `kutils shards input/<name>.tsv --size 448` writes them, and so does `kutils import --pack 448`. Training on `<name>`
-then reads them in place of the image files. Table, embeddings and folds stay what they are. A shard is a memory-mapped
-Arrow file. Row i is in shard i // ROWS_PER_SHARD, unless the record names the rows of each shard.
+then reads them in place of the image files. Table, embeddings and folds stay as they are. A shard is a memory-mapped
+Arrow file. Row i is in shard i // ROWS_PER_SHARD, unless the record gives the number of rows of each shard.
 """
 
 import argparse
@@ -28,21 +28,22 @@ from kutils.system import arrow, paths, processes
 from kutils.system.progress import progress_bar
 from kutils.system.tables import check_rows, hash_prompts, read_table
 
-VERSION = 1  # of the files; others are packed anew
+VERSION = 1  # of the files' layout; shards of another version are packed anew
 ROWS_PER_SHARD = 2048  # 90 MB of WebP at 448 px
-MOST_OPEN = 128  # shards that a process keeps mapped, each with a file descriptor; an epoch moves over 32 to 96
+MOST_OPEN = 128  # shards that a process keeps mapped, each with a file descriptor; a window of an epoch needs 32 to 96
 IMAGE_FORMATS = ("webp", "jpeg", "png")
 QUALITY = 90
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are encoded.
+    """Size and format of packed images.
 
     Args:
         size: px, of the shorter side; smaller images keep their size.
         format: webp, jpeg or png (lossless).
         quality: 1 to 100; None for png.
+    Raises: ValueError for a value outside these.
     """
 
     size: int
@@ -58,10 +59,12 @@ class Encoding:
             raise ValueError(f"quality {self.quality} of {self.format}: {wanted}")
 
     def encode(self, image: Tensor, **options) -> bytes:
-        """A file's content from uint8 [3, H, W]; the aspect ratio is kept, so that training can still crop.
+        """Encode an image; the aspect ratio is kept, so that training can still crop.
 
         Args:
-            options: of Pillow's writer.
+            image: uint8 [3, H, W].
+            options: more options of Pillow's writer.
+        Returns: the content of an image file.
         """
         if min(image.shape[1:]) > self.size:
             image = F.resize(image, [self.size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
@@ -74,10 +77,10 @@ class Encoding:
 
 
 class Shards:
-    """The images of one data set, by row.
+    """Reads the packed images of one data set by row.
 
     Args:
-        folder: with a finished record.
+        folder: of the shards.
         starts: first row of each shard.
     """
 
@@ -86,10 +89,11 @@ class Shards:
         self.mapped = functools.lru_cache(MOST_OPEN)(self.map_shard)
 
     def map_shard(self, number: int) -> pa.Array:
+        """The images of one shard, memory-mapped."""
         return arrow.map_table(shard_path(self.folder, number))["image"].chunk(0)
 
     def read(self, row: int) -> bytes:
-        """Content of an image file; OSError if the shard cannot be read."""
+        """The content of the image file of a row; OSError if the shard cannot be read."""
         number = bisect.bisect_right(self.starts, row) - 1
         try:
             return self.mapped(number)[row - self.starts[number]].as_py()
@@ -98,10 +102,12 @@ class Shards:
 
 
 def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
-    """The shards beside a table; None if there are none.
+    """Open the shards beside a table.
 
     Args:
-        images: the table's image paths.
+        tsv_path: of the table.
+        images: string [rows], its image paths.
+    Returns: None if the data set is not packed.
     Raises: ValueError for shards that are not finished, of other rows, or not whole.
     """
     folder = shards_folder(tsv_path)
@@ -112,8 +118,8 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
     if record is None:
         raise ValueError(f"{folder} is not finished: {advice}")
     advice = "import it again with --overwrite" if "shard_rows" in record else advice
-    wanted = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images)}
-    if any(record.get(key) != value for key, value in wanted.items()):
+    expected = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images)}
+    if any(record.get(key) != value for key, value in expected.items()):
         raise ValueError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
     for number, size in enumerate(record["shard_bytes"]):
         path = shard_path(folder, number)
@@ -123,21 +129,24 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
 
 
 def shard_starts(record: dict) -> list[int]:
-    """First row of each shard: imported ones have as many rows each as their source file had left."""
+    """First row of each shard. Imported shards differ in size: each holds the rows that one source file gave."""
     if "shard_rows" in record:
         return np.cumsum([0, *record["shard_rows"]])[:-1].tolist()
     return list(range(0, record["rows"], ROWS_PER_SHARD))
 
 
 def shards_folder(tsv_path: Path) -> Path:
+    """The folder for the packed images of a table."""
     return tsv_path.with_suffix(".shards")
 
 
 def record_path(folder: Path) -> Path:
+    """The file that says what a folder of shards holds; it is written last."""
     return folder / "record.json"
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """The file of one shard."""
     return folder / f"{number:05d}.arrow"
 
 
@@ -147,17 +156,17 @@ def shard_path(folder: Path, number: int) -> Path:
 def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = None, progress: bool = True) -> Path:
     """Write `<name>.shards/`, each shard whole or not at all, and its record last.
 
-    Run again after a kill, or when images have changed, it writes the shards that are missing or no longer those of
-    their files. Until it has finished, training refuses the data set.
+    A second call, after a kill or after images have changed, writes the shards that are missing or out of date. Until
+    all are written, training refuses the data set.
 
     Args:
         tsv_path: of the data set; embeddings and folds do not matter.
         encoding: of all images.
-        num_workers: encoding processes; None: one per core.
+        num_workers: processes that encode; None: one per core.
         progress: show a bar of images.
     Returns: the folder.
-    Raises: ValueError for an image that cannot be read, or shards of another encoding; ValueError for a
-        table that cannot be used; OSError on a full disk.
+    Raises: ValueError for a table or image that cannot be used, or existing shards of another encoding; OSError on a
+        full disk.
     """
     tsv_path = Path(tsv_path)
     table = read_table(tsv_path, ["image", "prompt"])
@@ -187,10 +196,13 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
 
 
 def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
-    """Encode the images of one shard; returns their number.
+    """Encode the images of one shard.
 
     Args:
-        names: paths of the image files, relative to the folder that holds the shards' own.
+        path: of the shard.
+        names: paths of the image files, relative to `input/`.
+        encoding: of the images.
+    Returns: the number of images.
     Raises: ValueError for an image that cannot be read.
     """
     root = path.parent.parent
@@ -205,15 +217,20 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
 
 
 def write_images(path: Path, encoded: Sequence[bytes] | pa.Array, facts: dict) -> None:
-    """Write the contents of image files as one shard."""
+    """Write one shard, atomically.
+
+    Args:
+        encoded: contents of image files.
+        facts: that the file carries.
+    """
     schema = arrow.with_facts(pa.schema({"image": pa.large_binary()}), facts)
     arrow.write_batches(path, schema, [pa.record_batch([pa.array(encoded, pa.large_binary())], schema=schema)])
 
 
 def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
-    """What tells whether a shard holds these images as they are now: encoding, and names, sizes and times of the files.
+    """What identifies the content of a shard: the encoding, and the names, sizes and times of the image files.
 
-    Raises: FileNotFoundError.
+    Raises: FileNotFoundError for a missing image.
     """
     status = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [(root / name).stat()]]
     digest = hashlib.sha256(json.dumps(status).encode()).hexdigest()
@@ -221,28 +238,29 @@ def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
 
 
 def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
-    """Whether a shard is there and holds these images as they are now; ValueError if they are encoded otherwise."""
+    """Whether a shard exists and is of these image files, unchanged; ValueError if it is of another encoding."""
     try:
-        found = arrow.facts_of(arrow.map_table(path))
-        wanted = shard_facts(path.parent.parent, names, encoding)
-    except (OSError, ValueError):  # no such shard, or no such image: told when it is packed
+        facts = arrow.facts_of(arrow.map_table(path))
+        expected = shard_facts(path.parent.parent, names, encoding)
+    except (OSError, ValueError):  # no such shard, or a missing image, which packing will name
         return False
-    if not found:  # written by something else
+    if not facts:  # written by something else
         return False
     differing = [
-        f"{key} {found.get(key)}, not {value}" for key, value in asdict(encoding).items() if found.get(key) != value
+        f"{key} {facts.get(key)}, not {value}" for key, value in asdict(encoding).items() if facts.get(key) != value
     ]
     if differing:
         raise ValueError(f"{path.parent} is packed with {', '.join(differing)}; delete it to pack anew")
-    return found == wanted
+    return facts == expected
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils shards`."""
     parser = argparse.ArgumentParser(
         prog="kutils shards",
         description="Encode the images of data sets anew at the size of training, into few large files. Training on "
         "NAME reads them in place of the image files as soon as NAME.shards is whole; delete that folder to undo it.",
-        epilog="A run that was stopped goes on where it was. Validation reads the same images.",
+        epilog="A run that was stopped continues where it was. Validation reads the same images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets")

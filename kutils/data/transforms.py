@@ -1,7 +1,7 @@
 """Turns image files into network input: decodes and crops on the host, adjusts colours on the device.
 
-The host decodes, crops and resizes (uint8, one image at a time); colour jitter and normalisation run on the device over
-the whole batch, every image with factors of its own.
+The host decodes, crops and resizes one image at a time, as uint8. Colour jitter and normalisation run on the device
+over the whole batch, with factors of its own for each image.
 """
 
 import io
@@ -16,12 +16,12 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-# 5th-place solution: half to all of the area, ratios near 1, jitter 0.05 each, no flip (prompts say left and right)
+# the 5th-place solution's: half to all of the area, ratios near 1, jitter 0.05; no flip, as prompts say left and right
 CROP = v2.RandomResizedCrop(size=1, scale=(0.5, 1.0), ratio=(0.9, 1.1))
 JITTER = v2.ColorJitter(brightness=0.05, contrast=0.05, saturation=0.05, hue=0.05)
-CONTRAST, SATURATION, HUE = 1, 2, 3  # numbers of torchvision's operations; brightness is 0
-CACHED_VALUES = 2**19  # float32 that are worked on at a time on a CPU: 2 MB
-LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow weigh it
+CONTRAST, SATURATION, HUE = 1, 2, 3  # torchvision's numbers of the operations; brightness is 0
+CACHED_VALUES = 2**19  # float32 values that a CPU processes at a time: 2 MB
+LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue in the luma of ITU-R 601-2, as in torchvision and Pillow
 # torchvision 0.29 ends the process where the pixels of a PNG file are damaged; Pillow takes 1.3 times as long
 PNG = b"\x89PNG"
 
@@ -34,9 +34,10 @@ def decode_rgb(path: Path | str, read: Callable[[], bytes] | None = None) -> Ten
     """Decode an image file of any mode to RGB.
 
     Args:
-        read: gives its content where that lies elsewhere, or raises OSError; None: the file is read.
+        path: of the file.
+        read: returns the content if it is stored elsewhere, or raises OSError; None: the file is read.
     Returns: uint8 [3, H, W].
-    Raises: ImageError for a missing, empty, truncated or unknown file.
+    Raises: ImageError for a missing, empty or truncated file, or one of no known format.
     """
     try:
         data = read() if read else Path(path).read_bytes()
@@ -48,11 +49,12 @@ def decode_rgb(path: Path | str, read: Callable[[], bytes] | None = None) -> Ten
 def decode_bytes(data: bytes, name: Path | str) -> Tensor:
     """Decode the content of an image file.
 
-    torchvision's decoders take JPEG (grey and CMYK too) and WebP, bit for bit as Pillow's `convert("RGB")`. PNG,
-    animated files (the first frame), BMP and what else Pillow reads go through Pillow. EXIF orientation is ignored.
+    torchvision decodes JPEG (grey and CMYK too) and WebP, bit for bit as Pillow's `convert("RGB")`. Pillow decodes PNG,
+    the first frame of animated files, BMP and all else that it knows. EXIF orientation is ignored.
 
     Args:
-        name: what a message calls it.
+        data: the content.
+        name: of the image in messages.
     Returns: uint8 [3, H, W].
     Raises: ImageError if it is empty, truncated or of no known format.
     """
@@ -64,7 +66,7 @@ def decode_bytes(data: bytes, name: Path | str) -> Tensor:
             if image.dtype == torch.uint8 and image.ndim == 3:  # not animated
                 return image
     except RuntimeError:
-        pass  # Pillow knows more formats, and says better what is wrong
+        pass  # Pillow knows more formats, and its messages are better
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
@@ -88,13 +90,13 @@ def resize_square(image: Tensor, size: int) -> Tensor:
 
 
 def random_crop_and_jitter(image: Tensor, size: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Draw one image's augmentation from `key` alone, and crop: the same for any number of workers and ranks.
+    """Crop an image at random, and draw its colour jitter; `key` alone decides, for any number of workers and ranks.
 
     Args:
         image: uint8 [3, H, W].
         size: side of the output, px.
         key: seed, epoch and row.
-    Returns: uint8 [3, size, size], and float32 [8] for `color_jitter`: four factors and the order of the operations.
+    Returns: uint8 [3, size, size]; float32 [8] for `color_jitter`, four factors and the order of the operations.
     """
     box, factors, order = draw_augmentation(image, key)
     cropped = F.resized_crop(
@@ -104,9 +106,12 @@ def random_crop_and_jitter(image: Tensor, size: int, key: tuple[int, ...]) -> tu
 
 
 def draw_augmentation(image: Tensor, key: tuple[int, ...]) -> tuple[dict, list[float], list[int]]:
-    """Draw by torchvision's own transforms: the crop's box (top, left, height, width), the jitter factors (brightness,
-    contrast, saturation, hue) and the order of these four."""
-    generator = torch.default_generator  # torchvision draws from no other; torch.manual_seed takes 0.1 ms
+    """Let torchvision's transforms draw an augmentation.
+
+    Returns: the crop's box (top, left, height, width); the factors of brightness, contrast, saturation and hue; the
+        order of these four operations.
+    """
+    generator = torch.default_generator  # the only one that torchvision draws from; torch.manual_seed would take 0.1 ms
     state = generator.get_state()
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     try:
@@ -119,19 +124,19 @@ def draw_augmentation(image: Tensor, key: tuple[int, ...]) -> tuple[dict, list[f
 
 
 def color_jitter(images: Tensor, jitter: Tensor) -> Tensor:
-    """Apply every image's own brightness, contrast, saturation and hue change in its own order, in place.
+    """Change brightness, contrast, saturation and hue in place, for each image by its own factors in its own order.
 
-    Brightness, contrast and saturation each blend an image with something simpler of its own (black, its mean grey, its
-    greys), so that all images of a batch blend at once, whatever comes first for each: up to three times before their
-    hues are turned, and up to three times after. Nothing of it waits for the device.
+    Brightness, contrast and saturation each blend an image with a simpler one: black, its mean grey, or its greys. So
+    all images of a batch blend at once, whichever operation is next for each: up to three times before their hues are
+    turned, and up to three times after. Nothing waits for the device.
 
     Args:
         images: float32 [B, 3, H, W] in [0, 1].
         jitter: float32 [B, 8] on the CPU, from `random_crop_and_jitter`.
-    Returns: `images`; torchvision's functional operations, image by image, give the same within 4e-6.
+    Returns: `images`; they differ by at most 4e-6 from torchvision's functional operations, image by image.
     """
     factors, order = np.split(jitter.numpy(), 2, axis=1)
-    turn = (order == HUE).argmax(axis=1)  # where in its order an image's hue comes
+    turn = (order == HUE).argmax(axis=1)  # position of the hue in each image's order
     for position in range(3):
         blend(images, np.where(turn > position, order[:, position], HUE).astype(int), factors)
     turn_hue(images, factors[:, HUE])
@@ -141,11 +146,11 @@ def color_jitter(images: Tensor, jitter: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, operation: np.ndarray, factors: np.ndarray) -> None:
-    """Brightness, contrast or saturation of every image in place; those whose operation is HUE stay as they are.
+    """Change brightness, contrast or saturation of each image in place; images whose operation is HUE stay as they are.
 
     Args:
         images: float32 [B, 3, H, W] in [0, 1].
-        operation: int [B], the number of each image's operation.
+        operation: int [B], number of each image's operation.
         factors: float32 [B, 4], of all operations.
     """
     if (operation == HUE).all():
@@ -161,12 +166,12 @@ def blend(images: Tensor, operation: np.ndarray, factors: np.ndarray) -> None:
 
 
 def like(images: Tensor, values: np.ndarray) -> Tensor:
-    """A value per image as float32 [B, 1, 1, 1] on the device of the images; nobody waits for it."""
+    """One value per image, float32 [B, 1, 1, 1] on the device of the images, copied without waiting."""
     return torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True)[:, None, None, None]
 
 
 def grey(images: Tensor) -> Tensor:
-    """float32 [B, 3, H, W] to [B, 1, H, W]."""
+    """The luma of images: float32 [B, 3, H, W] to [B, 1, H, W]."""
     red, green, blue = images.split(1, dim=1)
     return (red * LUMA_WEIGHTS[0]).add_(green, alpha=LUMA_WEIGHTS[1]).add_(blue, alpha=LUMA_WEIGHTS[2])
 
@@ -176,32 +181,37 @@ def turn_hue(images: Tensor, shift: np.ndarray) -> None:
 
     Args:
         images: float32 [B, 3, H, W] in [0, 1].
-        shift: float32 [B].
+        shift: float32 [B], in [-1, 1].
     """
     red, green, blue = images.split(1, dim=1)
     minimum = torch.minimum(torch.minimum(red, green), blue)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - minimum
-    scale = chroma.clamp_min(1e-12).reciprocal_()  # of a grey pixel the differences are 0
+    scale = chroma.clamp_min(1e-12).reciprocal_()  # a grey pixel's differences are 0
     sextant = torch.where(
         value == red,
         (green - blue).mul_(scale),
         torch.where(value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4)),
     )
     sextant.add_(like(images, 6 * shift)).remainder_(6)  # 0 red, 2 green, 4 blue
-    for channel, centre in enumerate((3, 2, 4)):  # a channel is full, or red empty, within one sextant of its centre
+    for channel, centre in enumerate((3, 2, 4)):  # within one sextant of it, green or blue is full, red empty
         distance = (sextant - centre).abs_()
         share = distance.sub_(1) if channel == 0 else distance.neg_().add_(2)
         images[:, channel : channel + 1] = share.clamp_(0, 1).mul_(chroma).add_(minimum)
 
 
 def normalize(images: Tensor, mean, std, jitter: Tensor | None = None) -> Tensor:
-    """uint8 [B, 3, H, W] to the network's input: jittered if factors are given, standardised per channel.
+    """Make the network's input: apply colour jitter if it is given, and standardise each channel.
+
+    A CPU processes as many images at a time as its caches hold, which is twice as fast as the whole batch; a GPU
+    processes the whole batch.
 
     Args:
+        images: uint8 [B, 3, H, W].
+        mean: of the three channels, for values in [0, 1].
+        std: likewise.
         jitter: float32 [B, 8] on the CPU, from `random_crop_and_jitter`.
-    Returns: float32 [B, 3, H, W], channels last. A GPU works on the whole batch at once, a CPU on as many images as its
-        caches hold: twice as fast.
+    Returns: float32 [B, 3, H, W] on the device of the images, channels last.
     """
     result = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
     mean, std = (torch.tensor(values)[:, None, None].to(images.device, non_blocking=True) for values in (mean, std))

@@ -13,43 +13,48 @@ from kutils.data.shards import record_path, shards_folder
 from kutils.system import paths
 from kutils.system.ranks import Ranks
 
-MOST_LISTED = 10  # bad rows, or images that cannot be read
-SAMPLE = 256  # images of those that have been checked before: a second
+MOST_LISTED = 10  # bad rows, or unreadable images, in a message
+SAMPLE = 256  # of the images that an earlier run could decode; takes a second
 
 
 def check_validation_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: Ranks) -> None:
-    """Decode the images of all rows, shared among ranks and workers; of rows that a run has found in order, a sample.
+    """Decode the images of all rows, shared among ranks and workers; if an earlier run could decode them, a sample.
 
-    What was found in order is kept below `working/cache/`, and forgotten when a table, embeddings or shards of the data
-    change. (505,015 rows of 768 px take two processes 16 minutes.)
+    A file below `working/cache/` records that all could be decoded. It no longer counts once a table, embeddings or
+    shards of the data have changed. (505,015 rows of 768 px take two processes 16 minutes.)
 
-    Raises: ValueError on every rank, listing the first ten that cannot be read.
+    Args:
+        data: the data sets.
+        rows: int, the validation rows.
+        num_workers: processes of each rank.
+        ranks: all of which call this.
+    Raises: ValueError on every rank, listing the first ten images that cannot be read.
     """
     path, facts = checked_record(data, rows)
-    known = ranks.gather_objects(paths.read_record(path) == facts)[0]
+    is_known = ranks.gather_objects(paths.read_record(path) == facts)[0]
     own_rows = rows[ranks.rank :: ranks.world_size]
-    if known:  # images that have gone as a whole, or a disk that is not mounted, are noticed still
+    if is_known:  # a sample still notices a missing folder or a disk that is not mounted
         count = min(len(own_rows), -(-SAMPLE // ranks.world_size))
         own_rows = np.random.default_rng().choice(own_rows, count, replace=False)
     scan = image_files.scan(data.read_image, own_rows, num_workers)
     own = [f"{data.image_path(row)}{reason.removeprefix('image')}" for row, reason in scan.unreadable()]
     gathered = ranks.gather_objects((own, len(own_rows)))
-    found = [message for messages, _ in gathered for message in messages]
-    if found:
+    messages = [message for own, _ in gathered for message in own]
+    if messages:
         forget_checked(data, rows)
-        looked_at = sum(count for _, count in gathered)
-        listed, files = "\n  ".join(found[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
+        num_examined = sum(count for _, count in gathered)
+        listed, files = "\n  ".join(messages[:MOST_LISTED]), " ".join(f"input/{name}.tsv" for name in data.names)
         raise ValueError(
-            f"{len(found)} of {looked_at} validation images cannot be read, and every row must be scored; make them "
-            f"anew, or set their rows apart: kutils check {files}\n  {listed}"
+            f"{len(messages)} of {num_examined} validation images cannot be read, and every row must be scored; "
+            f"make them anew, or set their rows apart: kutils check {files}\n  {listed}"
         )
-    if ranks.is_main and not known:
-        with contextlib.suppress(OSError):  # where nothing can be written, the next run looks at all
+    if ranks.is_main and not is_known:
+        with contextlib.suppress(OSError):  # if it cannot be written, the next run decodes all
             paths.write_json(path, facts)
 
 
 def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
-    """Where it is kept that all images of some rows could be read, and the facts for which it holds."""
+    """The file that records that all images of some rows could be decoded, and the facts for which that holds."""
     digest = hashlib.sha256(np.ascontiguousarray(rows, np.int64)).hexdigest()
     packed = [record_path(shards_folder(data.root / f"{name}.tsv")) for name in data.names]
     status = [[item.st_size, item.st_mtime_ns] for path in packed if path.is_file() for item in [path.stat()]]
@@ -58,6 +63,6 @@ def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
 
 
 def forget_checked(data: PromptImages, rows: np.ndarray) -> None:
-    """Let the next run look at the images of all rows again."""
+    """Let the next run decode the images of all rows again."""
     with contextlib.suppress(OSError):
         checked_record(data, rows)[0].unlink(missing_ok=True)

@@ -25,9 +25,7 @@ from kutils.system import paths
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
 from kutils.system.ranks import Ranks, join_workers
-from kutils.system.tables import check_rows, folds_hash, read_table, write_table
-
-MAX_FOLDS = 10  # a fold is one digit everywhere: in the table, in the recipes, in the names of checkpoints
+from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, read_table, write_table
 
 
 @dataclass(frozen=True)

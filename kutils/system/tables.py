@@ -12,6 +12,8 @@ from pyarrow import csv
 
 from kutils.system import paths
 
+MAX_FOLDS = 10  # a fold is one digit: in tables, in recipes, in the names of checkpoints
+
 
 def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
     """Read a TSV whole. `fold` becomes int8, every other column string; columns that were not asked for come along.

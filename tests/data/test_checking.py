@@ -126,7 +126,7 @@ def test_what_pillow_does_not_open_but_decodes_is_unnamed(tmp_path, monkeypatch)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     facts = facts_of(tmp_path / "a.png")
     assert facts["format"] == b"" and facts["width"] == 64
-    assert image_files.summarize(facts[None], 32)["formats"] == {"unknown": 1}
+    assert image_files.summarize_facts(facts[None], 32)["formats"] == {"unknown": 1}
 
 
 def test_a_summary_counted_by_hand():
@@ -134,15 +134,15 @@ def test_a_summary_counted_by_hand():
     facts["width"], facts["height"], facts["bytes"] = 512, 512, 1000
     facts["format"], facts["mode"] = "WEBP", "RGB"
     facts["width"][:3], facts["bytes"][0], facts["mode"][7], facts["blank"][:2] = 300, 10, "L", True
-    summary = image_files.summarize(facts, 384)
+    summary = image_files.summarize_facts(facts, 384)
     assert summary["sizes"] == {"512 x 512": 22, "300 x 512": 3}
     assert (summary["formats"], summary["modes"]) == ({"WEBP": 25}, {"RGB": 24, "L": 1})
     assert summary["bytes"] == {"total": 24_010, "smallest": 10, "median": 1000, "largest": 1000}
     assert (summary["blank"], summary["too_small"], summary["alpha"]) == (2, 3, 0)
     facts["width"] = np.arange(25) + 1  # each another size: 20 are named
-    sizes = image_files.summarize(facts, 384)["sizes"]
+    sizes = image_files.summarize_facts(facts, 384)["sizes"]
     assert len(sizes) == 21 and sizes["others"] == 5
-    assert image_files.summarize(facts[:0], 384)["bytes"] == {"total": 0}
+    assert image_files.summarize_facts(facts[:0], 384)["bytes"] == {"total": 0}
 
 
 def break_images(folder):

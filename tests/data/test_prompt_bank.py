@@ -54,7 +54,7 @@ def test_a_prompt_is_nearest_to_itself_and_a_mixture_to_its_larger_part():
     embeddings = np.eye(384, dtype=np.float32)[:3]
     bank = PromptBank(["a cat", "a dog", "a tree"], embeddings)
     indices, cosines = bank.nearest(np.stack([embeddings[1], 0.6 * embeddings[0] + 0.8 * embeddings[2]]), k=2)
-    assert bank.text(indices[0, 0]) == "a dog" and cosines[0].tolist() == [1, 0]
+    assert bank.texts([indices[0, 0]])[0] == "a dog" and cosines[0].tolist() == [1, 0]
     assert bank.texts(indices[1]) == ["a tree", "a cat"]
     assert cosines[1].tolist() == pytest.approx([0.8, 0.6])
 
@@ -101,7 +101,7 @@ def test_a_bank_is_saved_and_read_again(tmp_path, monkeypatch, dtype, error):
     prompts, embeddings = [f'"{number}" B\u00e4r' for number in range(70)], unit_rows(70)
     PromptBank(prompts, embeddings, np.arange(0, 140, 2)).save(tmp_path / "bank.arrow", dtype)
     bank = PromptBank.load(tmp_path / "bank.arrow")
-    assert bank.prompts.to_pylist() == prompts and len(bank) == 70 and bank.text(69) == prompts[69]
+    assert bank.prompts.to_pylist() == prompts and len(bank) == 70 and bank.texts([69])[0] == prompts[69]
     assert bank.embeddings.type.value_type == pa.from_numpy_dtype(dtype) and bank.embeddings.num_chunks == 3
     assert bank.rows.dtype == np.int64 and bank.rows.tolist() == list(range(0, 140, 2))
     np.testing.assert_allclose(bank.vectors(np.arange(70)), embeddings, atol=error)
@@ -216,7 +216,7 @@ def test_the_bank_of_data_sets_is_built_once(workspace, monkeypatch, capsys):
     assert first.rows.tolist() == list(range(0, 80, 2))
     second = PromptBank.from_datasets(["toy"])
     assert path.stat().st_mtime_ns == written and second.prompts.equals(first.prompts)
-    assert PromptBank.load(path).text(3) == first.text(3)
+    assert PromptBank.load(path).texts([3])[0] == first.texts([3])[0]
     rows = np.load(workspace / "input" / "toy.npy")
     np.save(workspace / "input" / "toy.npy", rows[::-1].copy())
     np.testing.assert_array_equal(PromptBank.from_datasets(["toy"]).vectors([0]), rows[[79]])
@@ -243,10 +243,10 @@ def test_a_bank_of_some_prompts_is_drawn(workspace):
 
 def test_the_nearest_prompts_become_a_title():
     bank = PromptBank(["a cat", "a very long prompt of a dog that nobody would want to read to its end"], unit_rows(2))
-    (told,) = bank.describe(bank.vectors([1]), k=2, width=24)
+    (told,) = bank.captions(bank.vectors([1]), k=2, width=24)
     cosine = float(np.prod(bank.vectors([0, 1]), axis=0).sum())
     assert told == f"a very long prompt ... (1.00) / a cat ({cosine:.2f})"
-    assert PromptBank(["alone"], unit_rows(1)).describe(unit_rows(1)) == ["alone (1.00)"]
+    assert PromptBank(["alone"], unit_rows(1)).captions(unit_rows(1)) == ["alone (1.00)"]
 
 
 def test_bank_of_a_prompts_file(tmp_path):

@@ -22,7 +22,7 @@ from kutils.runs import folders
 from kutils.system import arrow, processes
 from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
-from kutils.training import resume, train
+from kutils.training import train
 
 LOSSLESS = Encoding(10_000, "png", None)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -336,13 +336,3 @@ def test_a_killed_pack_goes_on(packed, inputs):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert json.loads((folder / "record.json").read_text())["rows"] == 1000
     assert len(load_datasets(["big"]).read_image(999)) > 0
-
-
-def test_packing_between_a_cut_and_going_on_is_said(packed, workspace, tiny_recipe, capsys):
-    data = load_datasets(["toy"])
-    state = {"block_rows": data.block_rows}
-    resume.check_order(state, data, ALONE)
-    assert not capsys.readouterr().out
-    packed()
-    resume.check_order(state, load_datasets(["toy"]), ALONE)
-    assert "packed or unpacked since the run was cut" in capsys.readouterr().out and state == {"block_rows": 16}
