@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast coverage check pages notebooks train refine lab test-release test-install test-recipes \
+.PHONY: help env demo test test-fast test-mutations coverage check pages notebooks train refine lab test-release test-install test-recipes \
 	kaggle-env test-kernel test-browser kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
@@ -73,8 +73,11 @@ test-fast: env ## the quick tests of the rooms that a change touches (against ma
 
 coverage: ## make test, and what share of each room's lines it runs: none may be below 85 %
 	$(MAKE) test COVERAGE="--cov=kutils --cov-report="
-	@for room in $$(ls -d kutils/*/ | grep -v __); do printf '%4s %%  %s\n' \
-		"$$($(bin)/coverage report --include="$$room*" --format=total --fail-under=85)" "$$room" || exit 1; done
+	@for room in $$(ls -d kutils/*/ | grep -v __); do echo "$$room"; \
+		$(bin)/coverage report --include="$$room*" --format=total --fail-under=85; done
+
+test-mutations: env ## are the tests sharp? each fault of tests/mutations.toml, put into a copy, must fail a test: 15 minutes
+	$(bin)/python tests/mutation_check.py
 
 check: env ## style, format, notebooks built from their scripts and without outputs
 	$(bin)/ruff check --output-format concise

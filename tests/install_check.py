@@ -8,6 +8,7 @@ tiny: what is tried is that each command works, under its own name, in its own f
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,23 +48,22 @@ STAGES = {  # the recipes of the README, by network; each starts from the checkp
 }
 
 
+def copy_repository(target: Path) -> None:
+    """Copy the files that a commit of everything here would hold."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+
+
 class Copy:
     """The repository as a fresh clone would have it, in a folder and an environment of its own."""
 
     def __init__(self, folder: Path):
         self.root = folder / "repository"
-        listed = subprocess.run(
-            ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for name in filter(None, listed.stdout.split("\0")):
-            if (ROOT / name).is_file():
-                target = self.root / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes((ROOT / name).read_bytes())
-                target.chmod((ROOT / name).stat().st_mode)
+        copy_repository(self.root)
         bin_folder = self.root / ".venv" / "bin"
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("KUTILS_", "PYTHON"))}
         self.environment = kept | {
