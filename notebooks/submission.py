@@ -65,6 +65,8 @@ from kutils.views import figures, image_plots, score_plots
 
 began = time.monotonic()
 print(f"{mounts.describe_machine()}\n{devices.describe_gpus()}")
+
+# %%
 image_files = image_cache.find_images(images or mounts.find_images_folder(paths.input_dir()), same_name_is_error=False)
 ids = [path.stem for path in image_files]
 folders = weights.weight_folders(models)
