@@ -9,6 +9,7 @@ from kutils.system import children
 
 LOOK_SECONDS = 0.5  # between two looks at what the processes have done
 counter = None  # in a process of `run_jobs`: what all of them have done together
+report: Callable[[int], object] | None = None  # where jobs run in this process: takes what one has just done
 
 
 def start_job_process(shared, prepare: Callable[[], object] | None) -> None:
@@ -21,6 +22,8 @@ def start_job_process(shared, prepare: Callable[[], object] | None) -> None:
 
 def count(number: int) -> None:
     """Add what a job has just done to what all have done; nothing happens outside of `run_jobs`."""
+    if report is not None:
+        report(number)
     if counter is not None:
         with counter.get_lock():
             counter.value += number
@@ -37,11 +40,19 @@ def run_jobs(
     """Call a function with each job's arguments, in processes; yields its results as they come.
 
     Args:
-        num_workers: processes.
+        num_workers: processes; 0: this one.
         advance: is called with the numbers that the function has given to `count` since the last call.
         prepare: is called first in each process.
     Raises: what the function raises; ValueError where a process was ended.
     """
+    global report
+    if not num_workers:
+        report = advance
+        try:
+            yield from (function(*job) for job in jobs)
+        finally:
+            report = None
+        return
     # not fork: a notebook's process may hold threads of PyTorch
     context = multiprocessing.get_context("spawn")
     shared, seen = context.Value("q", 0), 0

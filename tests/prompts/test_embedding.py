@@ -1,6 +1,5 @@
 """The text encoder against the competition's published values, and the files that it writes."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import sys
 import fixtures
 import numpy as np
 import pytest
+from fixtures.prompts import FakeEncoder
 
 from kutils.generation import shapes
 from kutils.prompts import embedding
@@ -20,28 +20,6 @@ from kutils.system.tables import write_table
 
 COMPETITION = json.loads((fixtures.DATA / "competition_embeddings.json").read_text())
 REPOSITORY = paths.repository_root()
-
-
-class FakeEncoder:
-    """Unit rows that depend on the prompt alone; remembers what it was asked."""
-
-    name, max_tokens = "fake", 256
-
-    def __init__(self):
-        self.asked = []
-
-    def encode(self, texts, batch_size, dtype="float32"):
-        self.asked += texts
-        return np.stack([self.row(text) for text in texts])
-
-    def count_truncated(self, texts):
-        return sum(len(text.split()) > self.max_tokens for text in texts)
-
-    @staticmethod
-    def row(text):
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        row = np.random.default_rng(seed).standard_normal(384)
-        return (row / np.linalg.norm(row)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

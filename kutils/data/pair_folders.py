@@ -1,0 +1,185 @@
+"""Reads pairs from folders and zip files: DiffusionDB's parts, texts beside images, prompts inside of images."""
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from kutils.data.pair_tars import suffix_of
+from kutils.data.pairs import IMAGE_SUFFIXES, MOST_BYTES, PROMPT_KEYS, Fault, Keys, Pair, find_key
+
+DIFFUSIONDB = {"p": "prompt", "se": "seed", "c": "cfg", "st": "step", "sa": "sampler"}  # its short names, and its long
+TEXT_SUFFIXES = ("txt", "caption", "prompt")
+
+
+class Files:
+    """The files of one folder (not of folders below it), or all files of a zip file."""
+
+    def __init__(self, path: Path):
+        """Open it; ValueError if it is neither."""
+        self.path, self.archive = path, None
+        if not path.is_dir():
+            try:
+                self.archive = zipfile.ZipFile(path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(f"{path} is no zip file, or is cut off ({error})") from error
+
+    def names(self) -> list[str]:
+        """All names, sorted; hidden files are left out."""
+        if self.archive:
+            names = [info.filename for info in self.archive.infolist() if not info.is_dir()]
+        else:
+            names = [entry.name for entry in self.path.iterdir() if entry.is_file()]
+        return sorted(name for name in names if not PurePosixPath(name).name.startswith("."))
+
+    def size(self, name: str) -> int:
+        return self.archive.getinfo(name).file_size if self.archive else (self.path / name).stat().st_size
+
+    def read(self, name: str) -> bytes | Fault:
+        """Content of a file, or why there is none."""
+        try:
+            if self.size(name) > MOST_BYTES:
+                return Fault(name, f"it has more than {MOST_BYTES:,} bytes")
+            return self.archive.read(name) if self.archive else (self.path / name).read_bytes()
+        except (KeyError, FileNotFoundError):
+            return Fault(name, "there is no such file")
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # RuntimeError: a password
+            return Fault(name, f"it cannot be read ({error})")
+
+    def image(self, name: str) -> bytes | Path | Fault:
+        """An image to be read: of a folder its path."""
+        return self.read(name) if self.archive else self.path / name
+
+
+def is_image(name: str) -> bool:
+    return suffix_of(name) in IMAGE_SUFFIXES
+
+
+def stem_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def recognise(path: Path) -> str | None:
+    """Of a folder or zip file: diffusiondb, texts or embedded; None without any image."""
+    files = Files(path)
+    names = files.names()
+    images = [name for name in names if is_image(name)]
+    if find_records(files, names) is not None:
+        return "diffusiondb"
+    texts = {stem_of(name) for name in names if suffix_of(name) in TEXT_SUFFIXES}
+    if any(stem_of(name) in texts for name in images):
+        return "texts"
+    return "embedded" if images else None
+
+
+# ---------------------------------------------------------------- DiffusionDB
+
+
+def find_records(files: Files, names: list[str]) -> dict[str, dict] | None:
+    """What the JSON file of a part says: name of an image -> its fields; None if there is no such file."""
+    name = next((name for name in names if name.endswith(".json") and suffix_of(name) == "json"), None)
+    # a part's file is named as the part
+    if name is None or stem_of(PurePosixPath(name).name) != files.path.name.removesuffix(".zip"):
+        return None
+    content = files.read(name)
+    try:
+        records = json.loads(content) if isinstance(content, bytes) else None
+    except (ValueError, RecursionError):
+        return {}
+    usable = isinstance(records, dict) and all(isinstance(value, dict) for value in records.values())
+    return records if usable else None
+
+
+def read_diffusiondb(path: Path, keys: Keys) -> Iterator[Pair | Fault]:
+    """The pairs of one part: 1,000 images and a JSON file that says of each how it was made."""
+    files = Files(path)
+    names = files.names()
+    records = find_records(files, names)
+    if not records:
+        yield Fault("", f"there is no JSON file of the name {path.name.removesuffix('.zip')}.json, or it is broken")
+        return
+    there = {PurePosixPath(name).name: name for name in names if is_image(name)}
+    for name in sorted(records.keys() | there.keys()):
+        if name not in there:
+            yield Fault(name, "there is no such file")
+        elif name not in records:
+            yield Fault(name, "no text: the JSON file does not name it")
+        else:
+            fields = records[name] | {DIFFUSIONDB.get(key, key): value for key, value in records[name].items()}
+            key = find_key(fields, PROMPT_KEYS, keys.prompt)
+            prompt, image = fields.get(key), files.image(there[name])
+            if isinstance(image, Fault) or prompt is None:
+                yield image if isinstance(image, Fault) else Fault(name, f"no text (keys: {', '.join(fields)})")
+            else:
+                yield Pair(name, image, prompt, fields, None, key)
+
+
+# ---------------------------------------------------------------- texts beside images, or inside
+
+
+def read_texts(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
+    """Images with a text file of the same stem; a text without an image is told with the first ones."""
+    files = Files(path)
+    names = files.names()
+    images = [name for name in names if is_image(name)]
+    suffixes = (keys.prompt,) if keys.prompt else TEXT_SUFFIXES
+    texts = {stem_of(name): name for name in reversed(names) if suffix_of(name) in suffixes}
+    if first == 0:
+        stems = {stem_of(name) for name in images}
+        yield from (Fault(name, "no image of this name") for stem, name in sorted(texts.items()) if stem not in stems)
+    previous = stem_of(images[first - 1]) if first else None
+    for position in range(first, min(first + count, len(images))):
+        name = images[position]
+        following = stem_of(images[position + 1]) if position + 1 < len(images) else None
+        if stem_of(name) in (previous, following):
+            yield Fault(name, "two images of one name")
+        elif (text := texts.get(stem_of(name))) is None:
+            yield Fault(name, "no text file of this name")
+        else:
+            content, image = files.read(text), files.image(name)
+            fault = next((item for item in (content, image) if isinstance(item, Fault)), None)
+            yield fault or Pair(name, image, content.decode("utf-8-sig", errors="replace"), {}, None, suffix_of(text))
+        previous = stem_of(name)
+
+
+def read_embedded(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
+    """Images that carry their prompt, as A1111, ComfyUI, InvokeAI, NovelAI and Fooocus write it."""
+    parser = make_parser()
+    files = Files(path)
+    for name in [name for name in files.names() if is_image(name)][first : first + count]:
+        content = files.read(name)
+        yield content if isinstance(content, Fault) else read_prompt(name, content, parser)
+
+
+def make_parser():
+    """The reader of generators' metadata; ValueError where its package is missing."""
+    try:
+        from sd_parsers import ParserManager
+    except ImportError as error:
+        raise ValueError(
+            "images that carry their prompt are read by sd-parsers, which is missing: pip install -e '.[import]'"
+        ) from error
+    return ParserManager()
+
+
+def read_prompt(name: str, content: bytes, parser) -> Pair | Fault:
+    """The pair in an image: its prompt, generator, model, seed and sampler."""
+    from sd_parsers import Eagerness
+
+    try:
+        # the slow search is for prompts that are hidden in pixels
+        found = parser.parse(io.BytesIO(content)) or parser.parse(io.BytesIO(content), Eagerness.EAGER)
+    except Exception as error:  # of Pillow and of anything that a damaged text may lead to
+        return Fault(name, f"it cannot be read ({type(error).__name__}: {error})")
+    prompts = list(dict.fromkeys(prompt.value for prompt in found.prompts if prompt.value)) if found else []
+    if len(prompts) != 1:
+        several = f"{len(prompts)} different prompts in one image"
+        return Fault(name, several if prompts else "no text: no generator has written its prompt into it")
+    fields = {"tool": found.generator.value if found.generator else ""}
+    for sampler in found.samplers[:1]:
+        model = sampler.model.name if sampler.model else None
+        fields |= {"seed": sampler.parameters.get("seed", ""), "sampler": sampler.name, "model": model or ""}
+    fields["generator"] = fields.get("model") or fields["tool"]
+    return Pair(name, content, prompts[0], fields, None, fields["tool"])

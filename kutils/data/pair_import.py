@@ -1,0 +1,414 @@
+"""Imports pairs of image and prompt from downloads: `kutils import SOURCE ... --output input/NAME`."""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import functools
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from kutils.data import pair_embeddings, pair_parts, pair_results
+from kutils.data.pair_formats import FORMS, Part, find_parts, read_part
+from kutils.data.pair_parts import Counts, Job, Outcome, import_part, leading_parts
+from kutils.data.pair_results import Result
+from kutils.data.pairs import Fault, Keys, Pair, parse_condition
+from kutils.data.shards import IMAGE_FORMATS, QUALITY, Encoding
+from kutils.prompts.cleaning import CleaningSettings, format_cleaning
+from kutils.prompts.similarity import check_threshold
+from kutils.system import devices, paths, processes
+from kutils.system.chunks import ChunkFiles
+from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.progress import progress_bar
+from kutils.system.ranks import Ranks, join_workers
+
+VERSION = 1  # of the work: what another version has begun is begun anew
+PROBED_PARTS, PROBED_PAIRS = 4, 16  # whose first pairs tell sizes and fields
+ROW_BYTES = 3 * 4 * EMBEDDING_DIM + 600  # embeddings, up to three times for a while, and texts
+FILE_BYTES = 2048  # that a file takes beyond its content, on average
+EMBEDDINGS = ("auto", "encode", "later")
+LATER_TEXTS = ("caption", "description", "recaption")  # fields that are often written by a model that sees the image
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the first pairs of some parts tell about all."""
+
+    pair_bytes: float  # of an image as it will be kept
+    wanted: float  # share of pairs that --where leaves
+    embedding_lengths: Counter  # of the source's embeddings; 0 where a pair has none
+    fields: list[str]
+    prompt_keys: list[str]  # the fields or files that prompts came from
+    faults: list[str]
+
+
+def probe(parts: Sequence[Part], job: Job) -> Probe:
+    """Look at the first pairs of some parts; nothing is written."""
+    sizes, lengths, fields, prompt_keys, faults, seen = [], Counter(), {}, {}, [], 0
+    for part in parts[:: max(1, len(parts) // PROBED_PARTS)]:
+        outcome = Outcome(part, job)
+        for item in islice(read_part(part, job.keys), PROBED_PAIRS):
+            seen += 1
+            if isinstance(item, Pair):
+                fields |= dict.fromkeys(item.fields)
+                prompt_keys[item.prompt_key] = None
+                lengths[0 if item.embedding is None else item.embedding.size] += 1
+                item = outcome.examine(item, Counts())
+            if isinstance(item, Fault):
+                faults.append(f"{part.name}, {item.key}: {item.reason}")
+            elif item is not None:
+                sizes.append(len(item[1]))
+    wanted = (len(sizes) + len(faults) + 1) / (seen + 1)
+    return Probe(sum(sizes) / max(1, len(sizes)), wanted, lengths, list(fields), list(prompt_keys), faults)
+
+
+def check_disk(result: Result, found: Probe) -> str:
+    """What will be written, and how much room there is; OSError where that is not enough."""
+    chunks, job, total = result.chunks, result.job, range(len(result.parts))
+    missing = chunks.missing() if chunks.folder.is_dir() else total
+    pairs = found.wanted * sum(result.parts[number].pairs for number in missing)
+    pairs = min(pairs, job.limit or pairs)
+    needed = pairs * (found.pair_bytes + ROW_BYTES + (0 if job.packed else FILE_BYTES))
+    free = shutil.disk_usage(result.output.parent).free
+    if needed > free:
+        text = (
+            f"about {needed / 1e9:,.1f} GB are needed for {pairs:,.0f} pairs, {free / 1e9:,.1f} GB are free; give "
+            "--pack 448 or a smaller size, less sources, or --limit"
+        )
+        raise OSError(errno.ENOSPC, text, str(result.output.parent))
+    return f"about {needed / 1e9:,.2f} GB will be written, {free / 1e9:,.0f} GB are free"
+
+
+def describe(parts: Sequence[Part], found: Probe, job: Job) -> str:
+    """What was recognised, for a person."""
+    forms = ", ".join(dict.fromkeys(part.form for part in parts))
+    pairs, size = (sum(getattr(part, name) for part in parts) for name in ("pairs", "size"))
+    lines = [f"{forms}: {len({part.path for part in parts}):,} files, about {pairs:,} pairs, {size / 1e9:,.2f} GB"]
+    lengths = [str(length) for length in found.embedding_lengths if length]
+    if lengths and not job.with_embeddings:
+        lines.append(f"the source's embeddings ({', '.join(lengths)} numbers) are not used: all prompts are encoded")
+    told = f"prompts from {', '.join(map(repr, found.prompt_keys)) or 'nowhere'}"
+    lines.append(f"{told}; fields for --where: {', '.join(map(str, found.fields)) or 'none'}")
+    if any(word in str(name).lower() for name in found.prompt_keys for word in LATER_TEXTS):
+        lines.append(
+            "note: captions that were written afterwards, by a person or a model, are another target than the prompt "
+            "that an image was made from; where there are both, name the prompt by --prompt-key"
+        )
+    return "\n".join(lines)
+
+
+def import_pairs(
+    sources: Sequence[str],
+    output: Path | str,
+    job: Job,
+    *,
+    form: str = "",
+    embeddings: str = "auto",
+    dedup: float = 0.0,
+    overwrite: bool = False,
+    num_workers: int | None = None,
+    ranks: Ranks | None = None,
+    progress: bool = True,
+) -> dict | None:
+    """Make a data set of the pairs in sources: table, images or shards, embeddings, and what is known of each pair.
+
+    A call that was cut goes on with the next one of the same sources and settings, to the same bytes; until then its
+    finished parts lie in a hidden folder beside the table. The folds are -1: `kutils folds` assigns them.
+
+    Args:
+        sources: as `find_parts` takes them.
+        output: path without a suffix, as in `input/sd44m`.
+        job: how pairs become rows.
+        form: a key of FORMS; empty: recognised.
+        embeddings: auto: those of the source, where a sample has cosines of 0.999 with the encoder's; encode: all are
+            encoded; later: there are none yet.
+        dedup: cosine from which a prompt is left out for resembling an earlier one; 0: none is.
+        overwrite: replace another import of this name.
+        num_workers: processes; None: one per core.
+        ranks: among which the parts are dealt, all of which call this; None: this process alone.
+    Returns: the record; None on ranks that are not the main one.
+    Raises: ValueError, DataError, EncoderError; OSError on a full disk, mostly before the work.
+    """
+    ranks = ranks or Ranks(0, 1, devices.pick_device("auto"))
+    output, plan = Path(output).absolute(), None
+    if dedup:
+        check_threshold(dedup)
+    if dedup and embeddings == "later":
+        raise ValueError("--dedup compares embeddings: leave --embeddings later out")
+    if ranks.is_main:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with lock(output) if ranks.is_main else contextlib.nullcontext():
+        if ranks.is_main:
+            plan = make_plan(sources, output, job, form, embeddings, dedup, overwrite)
+        result, stage = ranks.gather_objects(plan)[0]
+        if stage == "work":
+            work_parts(result, num_workers, ranks, progress)
+            finish(result, embeddings, dedup, ranks)
+        if not ranks.is_main:
+            return None
+        if stage == "done":
+            print(f"{result.path('.tsv')} is up to date")
+            result.chunks.remove()
+        else:
+            pair_results.publish(result)
+        return paths.read_record(result.path(".import.json"))
+
+
+@contextlib.contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Keep a second import of this name from working in the same folder."""
+    path = output.with_name(f".{output.name}.import.lock")
+    try:
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout:
+        raise ValueError(f"another import of {output.name} is running; wait for it, or choose another name") from None
+
+
+def make_plan(
+    sources: Sequence[str], output: Path, job: Job, form: str, embeddings: str, dedup: float, overwrite: bool
+) -> tuple[Result, str]:
+    """What is to be done, and from where on: `work`, `publish` what is built already, or nothing: it is `done`."""
+    parts = find_parts(sources, form, job.keys)
+    found = probe(parts, job)
+    common = found.embedding_lengths.most_common(1)
+    with_embeddings = embeddings == "auto" and bool(common) and common[0][0] == EMBEDDING_DIM
+    job = dataclasses.replace(job, with_embeddings=with_embeddings)
+    files = [[*part[2:], part.form, part.path.stat().st_mtime_ns] for part in parts]
+    settings = dataclasses.asdict(job) | {"embeddings": embeddings, "dedup": dedup}
+    work = {"version": VERSION, "parts": files, "settings": settings}
+    result = Result(output, parts, job, ChunkFiles(output, work, len(parts)), work)
+    if check_output(result, overwrite):
+        return result, "done"
+    print(describe(parts, found, job), flush=True)
+    if pair_results.is_built(result):
+        return result, "publish"
+    print(check_disk(result, found), flush=True)
+    result.chunks.open()
+    for leftover in result.chunks.folder.glob(".*.partial"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    return result, "work"
+
+
+def check_output(result: Result, overwrite: bool) -> bool:
+    """Whether the data set is there as asked for; ValueError where something else is."""
+    there = [path for suffix in pair_results.SUFFIXES if (path := result.path(suffix)).exists()]
+    record = paths.read_record(result.path(".import.json"))
+    if pair_results.is_built(result) or not there:  # or a call was cut that had begun to put files in place
+        return False
+    if record is None:
+        raise ValueError(f"{there[0]} is there and was not imported; choose another name")
+    is_whole = all(result.path(suffix).exists() for suffix in record["files"])
+    if record["work"] == result.work_digest and is_whole and not overwrite:
+        return True
+    if not overwrite:
+        what = "was imported from other files or with other settings" if is_whole else "is not whole any more"
+        raise ValueError(f"{result.output} {what}; choose another name, or give --overwrite to replace it")
+    return False
+
+
+def work_parts(result: Result, num_workers: int | None, ranks: Ranks, progress: bool) -> None:
+    """Import the parts that are missing, dealt over ranks and processes; returns on all ranks when all are there."""
+    chunks, job = result.chunks, result.job
+    # as rank 0 sees it: nobody deals from what another has just saved
+    missing = ranks.gather_objects(chunks.missing() if ranks.is_main else None)[0]
+    jobs = [(number, result.parts[number], job, chunks) for number in missing[ranks.rank :: ranks.world_size]]
+    cores = max(1, devices.usable_cores() // ranks.world_size) if num_workers is None else num_workers
+    workers = min(cores, len(jobs))
+    total = sum(result.parts[number].pairs for number, *_ in jobs)
+    total = min(total, job.limit or total)
+    one_thread = functools.partial(torch.set_num_threads, 1)
+    with progress_bar(total, "pair", "importing", disable=not (progress and ranks.is_main)) as bar:
+        for _ in processes.run_jobs(
+            import_part, jobs, workers if workers > 1 else 0, advance=bar.update, prepare=one_thread
+        ):
+            pass
+    while leading_parts(chunks, job.limit) is None:  # not the barrier, whose patience ends
+        time.sleep(0.2)
+        if not chunks.folder.is_dir():
+            raise FileNotFoundError(f"{chunks.folder} was removed, maybe by another run; start again")
+    ranks.barrier()
+
+
+def finish(result: Result, embeddings: str, dedup: float, ranks: Ranks) -> None:
+    """Embed the finished parts' prompts, choose the rows, and build the data set's files."""
+    chunks, numbers = result.chunks, leading_parts(result.chunks, result.job.limit)
+    counts = pair_results.sum_counts(chunks, numbers)
+    if not counts.pairs:
+        message = no_pairs(result, counts)
+        ranks.barrier()
+        if ranks.is_main:
+            chunks.remove()
+        raise ValueError(message)
+    facts = {"sources": [part.name for part in result.parts], "settings": result.work["settings"]}
+    if embeddings != "later":
+        facts["embeddings"] = pair_embeddings.write_embeddings(chunks, numbers, result.job.with_embeddings, ranks)
+    keep = pair_embeddings.keep_leaders(chunks, numbers, dedup, ranks) if dedup else np.ones(counts.pairs, bool)
+    if ranks.is_main:
+        keep[result.job.limit or len(keep) :] = False
+        chosen = dataclasses.replace(result, numbers=numbers, keep=None if keep.all() else keep)
+        pair_results.build(chosen, embeddings != "later", facts)
+    ranks.barrier()
+
+
+def no_pairs(result: Result, counts: Counts) -> str:
+    """Why nothing was imported."""
+    lines = [f"none of {counts.read:,} pairs could be imported, {counts.unwanted:,} of them by --where"]
+    lines += [f"  {count:,} times: {kind}" for kind, count in counts.faults.items()]
+    for number in range(result.chunks.count):
+        with pair_parts.faults_path(result.chunks, number).open(encoding="utf-8") as faults:
+            lines += ["  " + ", ".join(line.rstrip("\n").split("\t")) for line in islice(faults, 3)]
+        if len(lines) > 8:
+            break
+    return "\n".join(lines)
+
+
+def format_record(record: dict, output: Path) -> str:
+    """What was imported, for a person."""
+    faults = sum(record["faults"].values())
+    lines = [f"{output}.tsv: {record['pairs']:,} pairs of {record['read']:,} read"]
+    lines += [f"  {record['unwanted']:,} not wanted by --where"] if record["unwanted"] else []
+    lines += [f"  {record['left_out']:,} near-duplicates, or beyond --limit"] if record["left_out"] else []
+    if faults:
+        lines.append(f"  {faults:,} set apart in {output}.faults.tsv:")
+        lines += [f"  {count:>9,}  {kind}" for kind, count in sorted(record["faults"].items(), key=lambda kv: -kv[1])]
+    if embedded := record.get("embeddings"):
+        told = f"embeddings: {embedded['encoded']:,} prompts were encoded"
+        if embedded["compared"]:
+            told += f", {embedded['compared']:,} compared (smallest cosine {embedded['smallest_cosine']:.4f})"
+        lines.append(told + (f": {embedded['why']}" if embedded["why"] else ""))
+    read = record["read"] - record["unwanted"]
+    kept = read - sum(case["count"] for case in record["dropped"].values())
+    if record["dropped"] or record["changed"]:
+        lines += ["prompts: " + format_cleaning(record | {"read": read, "kept": kept})]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_pack(text: str) -> int | str:
+    if text != "keep" and not text.isdigit():
+        raise ValueError
+    return text if text == "keep" else int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    limits = CleaningSettings()
+    forms = "\n".join(f"  {name:12}{text}" for name, text in FORMS.items())
+    parser = argparse.ArgumentParser(
+        prog="kutils import",
+        description="Make a data set of downloaded pairs of image and prompt: NAME.tsv, images or shards, NAME.npy. "
+        "What is no pair is set apart in NAME.faults.tsv; NAME.pairs.parquet has what is known of each pair. Run again "
+        "after a kill, it goes on. torchrun starts it on several nodes.",
+        epilog=f"forms:\n{forms}\n\nFolds are assigned next: kutils folds input/NAME.tsv",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="files, folders, or patterns as 'sd-4.4M/cc/*-{000..012}.tar'")
+    add("--output", type=Path, required=True, metavar="input/NAME", help="the data set to make")
+    add("--format", choices=tuple(FORMS), default="", help="default: recognised by the content")
+    group = parser.add_argument_group("what is read")
+    add = group.add_argument
+    known = "default: prompt, caption, text, ..., or the text file"
+    add("--prompt-key", default="", metavar="KEY", help=f"field, column or ending of the prompt ({known})")
+    add("--image-key", default="", metavar="KEY", help="field, column or ending of the image; of Parquet also 'A,B'")
+    add("--embedding-key", default="", metavar="KEY", help="field or column of the prompt's embedding")
+    add("--image-root", default="", metavar="FOLDER", help="that image paths are relative to (default: the list's own)")
+    condition = "take pairs of this kind alone: model=X, nsfw!=true, image_nsfw<0.3; several must all hold"
+    add("--where", nargs="+", default=[], metavar="KEY=VALUE", help=condition)
+    add("--limit", type=int, default=0, metavar="N", help="end after so many pairs (default: all)")
+    add("--generator", default="", metavar="NAME", help="of all pairs (default: what each says, as its `model`)")
+    add("--source", default="", metavar="NAME", help="of all pairs (default: what each says, or its file's name)")
+    add("--fold-key", default="", metavar="KEY", help="field with folds 0 to 9, as of an export (default: -1)")
+    group = parser.add_argument_group("how images are kept")
+    add = group.add_argument
+    pack = "into shards: SIZE px of the shorter side (448), or `keep` the bytes; without, each image is a file as it is"
+    add("--pack", type=parse_pack, metavar="SIZE|keep", help=pack)
+    add("--image-format", choices=IMAGE_FORMATS, default="webp", help="of packed images (default: webp)")
+    add("--quality", type=int, default=None, help=f"of packed images, 1 to 100 (default: {QUALITY}; png has none)")
+    add("--verify", action="store_true", help="decode images that --pack keep takes as they are, too")
+    group = parser.add_argument_group("prompts")
+    add = group.add_argument
+    add("--raw-prompts", action="store_true", help="take prompts as they are; line breaks and tabs become spaces")
+    add("--min-words", type=int, default=limits.min_words, help=f"default: {limits.min_words}")
+    add("--max-words", type=int, default=limits.max_words, help=f"default: {limits.max_words}")
+    add("--min-latin", type=float, default=limits.min_latin, help=f"share among letters (default: {limits.min_latin})")
+    add("--any-language", action="store_true", help="keep what looks like another language")
+    add("--tokenizer", default="", metavar="FOLDER", help="of CLIP's tokenizer: set more than 77 tokens apart")
+    add("--dedup", type=float, default=0.0, metavar="COSINE", help="leave out near-duplicates of earlier prompts (0.9)")
+    told = "auto: the source's if a sample agrees with the encoder, else encoded; default: auto"
+    add("--embeddings", choices=EMBEDDINGS, default="auto", help=told)
+    group = parser.add_argument_group("work")
+    add = group.add_argument
+    add("--overwrite", action="store_true", help="replace another import of this name")
+    add("--workers", type=int, default=None, help="processes (default: one per core)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where prompts are encoded (default: auto)")
+    return parser
+
+
+def make_job(args: argparse.Namespace) -> Job:
+    """How pairs become rows, by the command's arguments.
+
+    Raises: ValueError for arguments that cannot be, or do not go together.
+    """
+    size = args.pack if isinstance(args.pack, int) else None
+    if size is None and (args.quality is not None or args.image_format != "webp"):
+        raise ValueError("--quality and --image-format are of images that are encoded: give --pack SIZE")
+    cleaning = CleaningSettings(args.min_words, args.max_words, args.min_latin, not args.any_language)
+    if args.raw_prompts and (cleaning != CleaningSettings() or args.tokenizer):
+        raise ValueError("--raw-prompts goes without limits to prompts")
+    if args.limit < 0 or (args.workers is not None and args.workers < 1):
+        raise ValueError("--limit is 0 or more, --workers 1 or more")
+    name = args.output.name
+    if not re.fullmatch(r"[^\s/\\.~][^\s/\\]*", name):
+        raise ValueError(f"--output {args.output}: {name!r} cannot name a data set")
+    quality = (None if args.image_format == "png" else QUALITY) if args.quality is None else args.quality
+    encoding = None if size is None else Encoding(size, args.image_format, quality)
+    return Job(
+        name=name,
+        keys=Keys(args.prompt_key, args.image_key, args.embedding_key, args.image_root),
+        where=tuple(map(parse_condition, args.where)),
+        packed=args.pack is not None,
+        encoding=encoding,
+        verify=args.verify or args.pack is None,
+        settings=None if args.raw_prompts else cleaning,
+        tokenizer=args.tokenizer,
+        limit=args.limit,
+        with_embeddings=False,
+        generator=args.generator,
+        source=args.source,
+        fold_key=args.fold_key,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    job = make_job(args)
+    record = import_pairs(
+        args.sources,
+        args.output,
+        job,
+        form=args.format,
+        embeddings=args.embeddings,
+        dedup=args.dedup,
+        overwrite=args.overwrite,
+        num_workers=args.workers,
+        ranks=join_workers(args.device),
+    )
+    if record is not None:
+        print(format_record(record, args.output))
+    return 0

@@ -1,0 +1,253 @@
+"""Reads pairs from tables: Parquet with images inside, and lists (JSON, JSON lines, CSV, TSV) that name image files."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from kutils.data.pairs import (
+    EMBEDDING_KEYS,
+    IMAGE_KEYS,
+    PROMPT_KEYS,
+    Fault,
+    Keys,
+    Pair,
+    describe_keys,
+    find_key,
+)
+from kutils.prompts.formats import open_text
+from kutils.system.paths import is_safe_relative
+
+BATCH_BYTES = 1 << 25  # of a table that are decoded at a time: 32 MB
+MOST_BATCH_ROWS = 1024
+READ_CHARACTERS = 1 << 20  # of a JSON list at a time
+SEPARATORS = re.compile(r"[\s,]*")
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+class Layout(NamedTuple):
+    """What the columns of a Parquet file are."""
+
+    prompt: str
+    images: list[str]  # several: as many pairs per row
+    embedding: str | None
+    fields: list[str]  # all others that hold texts or numbers
+
+
+def find_layout(path: Path, schema: pa.Schema, keys: Keys) -> Layout:
+    """Tell the columns by names and types; ValueError naming those that are there."""
+    there = f"(columns: {describe_keys(schema.names)})"
+    kinds = {field.name: field.type for field in schema}
+    asked = [name.strip() for name in keys.image.split(",") if name.strip()]
+    images = asked or [name for name, kind in kinds.items() if holds_images(kind)]
+    if not images and (named := find_key([name for name, kind in kinds.items() if is_text(kind)], IMAGE_KEYS)):
+        images = [named]
+    if not images or not set(images) <= set(kinds):
+        lacks = f"has no column {keys.image!r}" if asked else "has no column with images"
+        raise ValueError(f"{path} {lacks}; name it by --image-key {there}")
+    texts = [name for name, kind in kinds.items() if is_text(kind) and name not in images]
+    prompt = find_key(texts, PROMPT_KEYS, keys.prompt)
+    if prompt is None:
+        lacks = f"has no column {keys.prompt!r} with texts" if keys.prompt else "has no column with prompts"
+        raise ValueError(f"{path} {lacks}; name it by --prompt-key {there}")
+    vectors = [name for name, kind in kinds.items() if is_vector(kind)]
+    embedding = find_key(vectors, EMBEDDING_KEYS, keys.embedding)
+    if keys.embedding and embedding is None:
+        raise ValueError(f"{path} has no column {keys.embedding!r} with lists of numbers {there}")
+    others = [name for name, kind in kinds.items() if name not in (*images, prompt) and is_plain(kind)]
+    return Layout(prompt, images, embedding, others)
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_vector(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in lists) and pa.types.is_floating(kind.value_type)
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal)
+    return is_text(kind) or any(is_kind(kind) for is_kind in numbers)
+
+
+def row_groups(path: Path) -> tuple[list[tuple[int, int]], pa.Schema]:
+    """Rows and bytes of every row group, and the columns; ValueError for no Parquet file."""
+    try:
+        with parquet.ParquetFile(path) as table:
+            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+            return [(group.num_rows, group.total_byte_size) for group in groups], table.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file, or is damaged ({error})") from error
+
+
+def read_parquet(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
+    """The pairs of some row groups, a few rows in memory at a time; what is damaged costs the rest of its row group."""
+    # a buffered stream, not whole columns of a row group: those can have gigabytes
+    with parquet.ParquetFile(path, buffer_size=READ_CHARACTERS, pre_buffer=False) as table:
+        layout = find_layout(path, table.schema_arrow, keys)
+        columns = [layout.prompt, *layout.images, *layout.fields, *filter(None, [layout.embedding])]
+        groups = [table.metadata.row_group(number) for number in range(first + count)]
+        start = sum(group.num_rows for group in groups[:first])
+        for number, group in enumerate(groups[first:], start=first):
+            row, start = start, start + group.num_rows
+            batch_rows = max(1, min(MOST_BATCH_ROWS, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
+            try:
+                for batch in table.iter_batches(batch_rows, [number], columns, use_threads=False):
+                    yield from read_rows(path, batch, layout, keys, row)
+                    row += batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                yield Fault(str(row), f"the row group is damaged from here on ({str(error).splitlines()[0]})")
+
+
+def read_rows(path: Path, batch: pa.RecordBatch, layout: Layout, keys: Keys, first: int) -> Iterator[Pair | Fault]:
+    plain = {name: batch.column(name).to_pylist() for name in layout.fields}
+    prompts, images = batch.column(layout.prompt).to_pylist(), {name: batch.column(name) for name in layout.images}
+    vectors = batch.column(layout.embedding) if layout.embedding else None
+    for position in range(batch.num_rows):
+        fields = {name: values[position] for name, values in plain.items()}
+        embedding = None
+        if vectors is not None and vectors[position].is_valid:
+            embedding = vectors[position].values.to_numpy(zero_copy_only=False)
+        for name, values in images.items():
+            key = str(first + position) if len(images) == 1 else f"{first + position}/{name}"
+            image = find_image(path, values[position].as_py(), keys)
+            if isinstance(image, Fault):
+                yield image._replace(key=key)
+            elif prompts[position] is None:
+                yield Fault(key, "no text")
+            else:
+                own = fields_of_image(fields, name, len(images))
+                yield Pair(key, image, prompts[position], own, embedding, layout.prompt)
+
+
+def fields_of_image(fields: Mapping[str, object], image: str, num_images: int) -> Mapping[str, object]:
+    """The fields of a row; of several images, as `jpg_0` and `jpg_1`, each also has `model_0` as `model`, ..."""
+    stem, mark, number = image.rpartition("_")
+    if num_images == 1 or not (stem and number.isdigit()):
+        return fields
+    end = mark + number
+    return fields | {name.removesuffix(end): value for name, value in fields.items() if name.endswith(end)}
+
+
+def find_image(path: Path, value: object, keys: Keys) -> bytes | Path | Fault:
+    """What a table says about an image: its content, or where it lies."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not value or not isinstance(value, (bytes, str)):
+        return Fault("", "no image")
+    if isinstance(value, bytes):
+        return value
+    if not is_safe_relative(value):
+        return Fault("", f"the image path {value!r} leaves the folder")
+    return (Path(keys.image_root) if keys.image_root else path.parent) / value
+
+
+# ---------------------------------------------------------------- lists
+
+
+def read_list(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
+    """The pairs that some items of a list name; an item may name several images of one prompt."""
+    for number, item in enumerate(islice(list_items(path), first, first + count), start=first):
+        if isinstance(item, Fault):
+            yield item
+            continue
+        if not isinstance(item, dict):
+            yield Fault(str(number), "no object with keys")
+            continue
+        image_key, prompt_key = find_key(item, IMAGE_KEYS, keys.image), find_key(item, PROMPT_KEYS, keys.prompt)
+        named = item.get(image_key)
+        for value in named if isinstance(named, list) else [named]:
+            image = find_image(path, value, keys)
+            key = value if isinstance(value, str) else str(number)
+            if isinstance(image, Fault):
+                there = f" (keys: {describe_keys(item)})" if image_key is None else ""
+                yield image._replace(key=key, reason=image.reason + there)
+            elif item.get(prompt_key) is None:
+                yield Fault(key, f"no text (keys: {describe_keys(item)})")
+            else:
+                yield Pair(key, image, item[prompt_key], item, None, prompt_key)
+
+
+def list_kind(path: Path) -> str:
+    """json, jsonl, csv or tsv, by the suffix and the beginning; empty for none of them."""
+    suffix = next((end[1:].lower() for end in reversed(path.suffixes) if end.lower() != ".gz"), "")
+    if suffix in ("csv", "tsv", "jsonl", "ndjson"):
+        return "jsonl" if suffix == "ndjson" else suffix
+    with open_text(path) as stream:
+        begin = stream.read(4096).lstrip()
+        if begin[:1] == "[":
+            return "json"
+        stream.seek(0)
+        line = stream.readline(READ_CHARACTERS)
+    if begin[:1] != "{":
+        return ""
+    try:
+        return "jsonl" if isinstance(json.loads(line), dict) else ""
+    except ValueError:
+        return ""
+
+
+def list_items(path: Path) -> Iterator[object]:
+    """The items of a list one by one: dicts, as a rule; a Fault for a line that cannot be read."""
+    kind = list_kind(path)
+    with open_text(path) as stream:
+        if kind == "json":
+            yield from json_items(stream)
+        elif kind == "jsonl":
+            for number, line in enumerate(stream, start=1):
+                try:
+                    if line.strip():
+                        yield json.loads(line)
+                except (ValueError, RecursionError):
+                    yield Fault(f"line {number}", "broken JSON")
+        else:
+            quoting = {"quoting": csv.QUOTE_NONE, "delimiter": "\t"} if kind == "tsv" else {}
+            rows = csv.DictReader(stream, **quoting)
+            for row in rows:
+                if None in row or None in row.values():
+                    yield Fault(f"line {rows.line_num}", "wrong number of columns")
+                else:
+                    yield row
+
+
+def json_items(stream: TextIO) -> Iterator[object]:
+    """The items of a JSON list, without the list in memory."""
+    decoder, text = json.JSONDecoder(), stream.read(READ_CHARACTERS).lstrip()
+    position, number, size = 1, 0, READ_CHARACTERS  # behind the bracket
+    while True:
+        position = SEPARATORS.match(text, position).end()
+        if text.startswith("]", position):
+            return
+        try:
+            item, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            more = stream.read(size)
+            if not more:
+                yield Fault(f"item {number}", f"the list is broken or cut off here ({error})")
+                return
+            text, position = text[position:] + more, 0
+            size *= 2  # a long item is not begun anew for every megabyte of it
+            continue
+        yield item
+        position, number, size = end, number + 1, READ_CHARACTERS
+
+
+def count_items(path: Path) -> int:
+    return sum(1 for _ in list_items(path))

@@ -1,0 +1,107 @@
+"""Says what a pair of image and prompt from a source is, what its fields are called, and which pairs are wanted."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kutils.prompts.formats import PROMPT_COLUMNS
+
+IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"))
+MOST_BYTES = 1 << 28  # of an image file, and of any file that is read whole: 256 MB
+# names of fields, looked for in this order, in any case
+PROMPT_KEYS = (*PROMPT_COLUMNS, "txt", "p")
+IMAGE_KEYS = ("image", "image_path", "file_name", "filename", "image_file", "img", "img_path", "path", "file")
+EMBEDDING_KEYS = ("embs", "embedding", "embeddings", "emb", "prompt_embedding", "text_embedding")
+GENERATOR_KEYS = ("generator", "model", "model_name")
+SEED_KEYS = ("seed", "se")
+SOURCE_KEYS = ("source",)
+OPERATORS = {
+    "=": lambda order: order == 0,
+    "!=": lambda order: order != 0,
+    "<": lambda order: order < 0,
+    "<=": lambda order: order <= 0,
+    ">": lambda order: order > 0,
+    ">=": lambda order: order >= 0,
+}
+
+
+class Pair(NamedTuple):
+    """What a source holds under one key."""
+
+    key: str
+    image: bytes | Path  # content of an image file, or where that lies
+    prompt: object  # a text; None where there is none
+    fields: Mapping[str, object]  # what the source says besides: model, seed, nsfw, ...
+    embedding: np.ndarray | None  # of the prompt, as the source has it
+    prompt_key: str  # the field or file that the prompt is from
+
+
+class Fault(NamedTuple):
+    """Why something in a source is no pair; without a key it is about the file."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which of a source's fields are read; empty: the first known name that is there."""
+
+    prompt: str = ""
+    image: str = ""
+    embedding: str = ""
+    image_root: str = ""  # folder that image paths are relative to; empty: that of the file that names them
+
+
+def find_key(names: Iterable[str], known: Sequence[str], asked: str = "") -> str | None:
+    """The name that was asked for, or the first known one that is there, in any case; None where there is none."""
+    if asked:
+        return asked if asked in names else None
+    lower = {name.lower(): name for name in names}
+    return next((lower[name] for name in known if name in lower), None)
+
+
+def text_of(fields: Mapping[str, object], known: Sequence[str]) -> str:
+    """The value under the first known name, as a text; empty where there is none."""
+    value = fields.get(find_key(fields, known))
+    return "" if value is None or isinstance(value, (Mapping, list)) else str(value)
+
+
+def describe_keys(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+# ---------------------------------------------------------------- which pairs are wanted
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A field and what it has to be."""
+
+    key: str
+    operator: str
+    value: str
+
+    def holds(self, fields: Mapping[str, object]) -> bool:
+        """Whether a pair is wanted; one without the field is not. Numbers are compared as numbers."""
+        value = fields.get(self.key)
+        if value is None:
+            return False
+        try:
+            first, second = float(value), float(self.value)  # True is 1
+        except (TypeError, ValueError):
+            first, second = str(value).casefold(), self.value.casefold()
+        return OPERATORS[self.operator]((first > second) - (first < second))
+
+
+def parse_condition(text: str) -> Condition:
+    """`model=sd-2.0`, `nsfw!=true`, `image_nsfw<0.3`; ValueError for anything else."""
+    found = re.fullmatch(r"\s*([^=<>!]+?)\s*(=|!=|<=|>=|<|>)\s*(.*?)\s*", text, re.DOTALL)
+    if not found:
+        raise ValueError(f"--where {text!r}: give KEY=VALUE, KEY!=VALUE, KEY<NUMBER or KEY>NUMBER")
+    value = {"true": "1", "false": "0"}.get(found[3].lower(), found[3])
+    return Condition(found[1], found[2], value)

@@ -1,0 +1,83 @@
+"""Makes shards of some rows of others: whole shards are linked, only those that lose rows are written anew."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kutils.data import shards
+from kutils.system import arrow, paths
+from kutils.system.tables import hash_prompts
+
+
+def link_rows(files: Sequence[tuple[Path, int]], keep: np.ndarray | None, folder: Path) -> list[int]:
+    """Fill a folder with the kept rows of shards; returns the rows of each shard there.
+
+    Files that are there already stay: a call that was cut goes on.
+
+    Args:
+        files: shards and their numbers of rows.
+        keep: bool [rows of all]; None: all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, start = [], 0
+    for source, num_rows in files:
+        own = np.ones(num_rows, bool) if keep is None else keep[start : start + num_rows]
+        start += num_rows
+        if not own.any():
+            continue
+        target = shards.shard_path(folder, len(rows))
+        rows.append(int(own.sum()))
+        if target.is_file():
+            continue
+        if own.all():
+            link(source, target)
+        else:
+            table = arrow.map_table(source)
+            images = table["image"].chunk(0).filter(pa.array(own))
+            shards.write_images(target, images, arrow.facts_of(table))
+    return rows
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name of a file; a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with paths.atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def write_record(folder: Path, rows: Sequence[int], images_sha256: str, encoding: dict) -> None:
+    """Say that a folder of linked or imported shards is whole.
+
+    Args:
+        rows: of each shard.
+        encoding: of their images: size, format and quality; empty where they are as they came.
+    """
+    sizes = [shards.shard_path(folder, number).stat().st_size for number in range(len(rows))]
+    record = {"version": shards.VERSION, "rows": sum(rows), "images_sha256": images_sha256, **encoding}
+    paths.write_json(shards.record_path(folder), record | {"shard_rows": list(rows), "shard_bytes": sizes})
+
+
+def take_shards(tsv_path: Path, keep: np.ndarray, target_path: Path, images: pa.ChunkedArray) -> None:
+    """Give a table of some rows of another one shards of its own, beside it; replaced if they are there.
+
+    Args:
+        tsv_path: of the other one, whose shards are whole.
+        keep: bool [rows], which of its rows.
+        target_path: of the new table.
+        images: its image paths.
+    """
+    source, target = shards.shards_folder(tsv_path), shards.shards_folder(target_path)
+    record = paths.read_record(shards.record_path(source))
+    lengths = np.diff([*shards.shard_starts(record), record["rows"]]).tolist()
+    files = [(shards.shard_path(source, number), rows) for number, rows in enumerate(lengths)]
+    shutil.rmtree(target, ignore_errors=True)
+    with paths.atomic_folder(target) as folder:
+        rows = link_rows(files, keep, folder)
+        encoding = {key: record[key] for key in ("size", "format", "quality") if key in record}
+        write_record(folder, rows, hash_prompts(images), encoding)
