@@ -87,8 +87,8 @@ def run_module(
         reader.join(timeout=5)  # not for ever: a grandchild may hold the pipe open
     saved = not error or error[0].startswith(f"error: {STOPPED}")
     if code or (code is None and not saved):
-        told = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])
-        raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{told}", tuple(last))
+        message = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])
+        raise CommandFailed(f"{module} {shlex.join(arguments)} ended with exit code {code}:\n{message}", tuple(last))
     return code is not None
 
 

@@ -148,7 +148,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
-    A reader sees the former file or the whole new one, whatever happens in between (a kill, a full disk). The temporary
+    A reader sees the previous file or the whole new one, whatever happens then (a kill or a full disk). The temporary
     name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made. An OSError names the file.
     """
     path = Path(path)

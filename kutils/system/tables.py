@@ -64,8 +64,8 @@ def first_bad_line(path: Path, header: Sequence[str]) -> str | None:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                found = line[error.start : error.start + 4]
-                return f"line {number} is not UTF-8 (byte {error.start}: {found!r}); save it as UTF-8"
+                bad = line[error.start : error.start + 4]
+                return f"line {number} is not UTF-8 (byte {error.start}: {bad!r}); save it as UTF-8"
             text = text.removesuffix("\n").removesuffix("\r")
             values = text.split("\t")
             if "\r" in text:
