@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from kutils.data import image_files
 from kutils.data.datasets import last_values
+from kutils.data.shard_links import link, take_shards
+from kutils.data.shards import have_no_files, open_shards
 from kutils.prompts.clean_marks import read_clean_mark, write_clean_mark
 from kutils.system import embedding_files, paths
 from kutils.system.embedding_files import map_embeddings
@@ -26,7 +28,7 @@ class PooledRows:
     Args:
         tsv_paths: the data sets, all in one folder; image paths are relative to it.
     Raises: ValueError for a table that cannot be read, without rows, in another folder, or with a column that the
-        quarantine adds.
+        quarantine adds; for shards without image files that are not whole.
     """
 
     def __init__(self, tsv_paths: Sequence[Path]):
@@ -44,6 +46,10 @@ class PooledRows:
                 raise ValueError(f"{path} has a column {taken[0]!r}, which the quarantine adds; rename it")
         self.starts = np.cumsum([0, *(table.num_rows for table in self.tables)])  # int64 [sets + 1]
         self.images = self.column("image")
+        self.shards = [
+            open_shards(path, table["image"]) if have_no_files(path) else None
+            for path, table in zip(self.paths, self.tables, strict=True)
+        ]
         self.folds = np.concatenate([table["fold"].to_numpy() for table in self.tables])
         self.prompt_codes = codes_of(self.column("prompt"))
         self.bad = np.zeros(len(self), np.int32)  # number of the reason; 0: no reason so far
@@ -62,7 +68,10 @@ class PooledRows:
         return self.paths[number], int(row - self.starts[number]) + 2
 
     def read_image(self, row: int) -> bytes:
-        """The content of a row's image file; OSError if it cannot be read."""
+        """The content of a row's image, of a shard where there are no files; OSError if it cannot be read."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        if shards := self.shards[number]:
+            return shards.read(row - int(self.starts[number]))
         return (self.root / self.images[row].as_py()).read_bytes()
 
     def good(self) -> np.ndarray:
@@ -162,8 +171,9 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     """Write `<name>.quarantine.tsv` and the data set `<name>.checked`; nothing if no row is bad.
 
     The quarantine has the table's columns, the line and the reason. `<name>.checked` has the good rows with their
-    embeddings and marks of clean rows. Its table is written last, so that it only exists once all of it does. If it
-    exists with the same rows, it stays as it is; with other rows it is replaced. `<name>` itself is never changed.
+    embeddings and marks of clean rows, and shards if there are no image files. Its table is written last, so that it
+    only exists once all of it does. If it exists with the same rows, it stays as it is; with other rows it is replaced.
+    `<name>` itself is never changed.
 
     Args:
         path: of the TSV.
@@ -190,8 +200,12 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     good_rows = table.take(pa.array(good))
     if checked.is_file() and holds(checked, good_rows.select(["image", "prompt"])):  # its folds may be others by now
         return f"{path}: {len(rows):,} bad rows in {quarantine}; {checked} has the others already, and stays as it is"
-    for suffix in (".tsv", ".npy", ".npy.json", ".clean.npz", ".folds.json"):
+    for suffix in (".tsv", ".npy", ".npy.json", ".clean.npz", ".folds.json", ".pairs.parquet"):
         checked.with_suffix(suffix).unlink(missing_ok=True)
+    if have_no_files(path):
+        take_shards(path, bad == 0, checked, good_rows["image"])
+    if path.with_suffix(".pairs.parquet").is_file():  # its rows are told by their images
+        link(path.with_suffix(".pairs.parquet"), checked.with_suffix(".pairs.parquet"))
     if with_embeddings:
         copy_embeddings(path, checked, good, good_rows["prompt"], len(bad))
     clean = read_clean_mark(path, len(bad), hash_of(table))

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from kutils.data import transforms
 from kutils.data.index import DatasetIndex, open_index
@@ -85,6 +87,11 @@ class PromptImages:
     def decode_image(self, row: int) -> Tensor:
         """A row's image, uint8 [3, H, W]; ImageError, which names the image file, if it cannot be read."""
         return transforms.decode_rgb(self.image_path(row), self.packed_image(row))
+
+    def picture(self, row: int) -> Path | Image.Image:
+        """A row's image as a figure takes it: its file, or the image itself if it is packed and has no file."""
+        path = self.image_path(row)
+        return path if path.is_file() or not self.packed_image(row) else to_pil_image(self.decode_image(row))
 
     @property
     def block_rows(self) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from kutils.data.datasets import load_datasets
 from kutils.data.prompt_bank import PromptBank
@@ -151,13 +152,13 @@ def report_on_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
     return report | {"warnings": report_warnings(report)}
 
 
-def random_examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tuple[list[Path], list[str]]:
+def random_examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tuple[list[Path | Image.Image], list[str]]:
     """Random images of data sets, of different prompts as far as possible, and their prompts."""
     data = load_datasets(names, need_folds=False)
     rows = np.random.default_rng(seed).permutation(len(data))[: 20 * count]
-    image_of = {data.prompts[int(row)].as_py(): data.image_path(int(row)) for row in rows}
-    chosen = list(image_of)[:count]
-    return [image_of[prompt] for prompt in chosen], chosen
+    row_of = {data.prompts[int(row)].as_py(): int(row) for row in rows}
+    chosen = list(row_of)[:count]
+    return [data.picture(row_of[prompt]) for prompt in chosen], chosen
 
 
 def cosines_between(bank: PromptBank, seed: int = 0) -> dict[str, np.ndarray]:

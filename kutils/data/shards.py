@@ -88,6 +88,9 @@ class Shards:
         self.folder, self.starts = folder, list(starts)
         self.mapped = functools.lru_cache(MOST_OPEN)(self.map_shard)
 
+    def __reduce__(self):  # a process that is not forked maps the files itself
+        return Shards, (self.folder, self.starts)
+
     def map_shard(self, number: int) -> pa.Array:
         """The images of one shard, memory-mapped."""
         return arrow.map_table(shard_path(self.folder, number))["image"].chunk(0)
@@ -135,6 +138,11 @@ def shard_starts(record: dict) -> list[int]:
     return list(range(0, record["rows"], ROWS_PER_SHARD))
 
 
+def have_no_files(tsv_path: Path) -> bool:
+    """Whether a table's images are in shards alone: an import wrote them there."""
+    return "shard_rows" in (paths.read_record(record_path(shards_folder(tsv_path))) or {})
+
+
 def shards_folder(tsv_path: Path) -> Path:
     """The folder for the packed images of a table."""
     return tsv_path.with_suffix(".shards")
@@ -172,7 +180,7 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
     table = read_table(tsv_path, ["image", "prompt"])
     check_rows(tsv_path, table)
     folder, images = shards_folder(tsv_path), table["image"]
-    if "shard_rows" in (paths.read_record(record_path(folder)) or {}):
+    if have_no_files(tsv_path):
         raise ValueError(f"{folder} was imported without image files; to pack otherwise, import with another --pack")
     written, jobs = [], []
     for number, start in enumerate(range(0, len(images), ROWS_PER_SHARD)):

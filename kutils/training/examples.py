@@ -61,13 +61,16 @@ def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.Da
     Args:
         table: of `validation_table`; the best rows are of its better half, the worst of the other.
         count: of best rows, each of another prompt, and of worst rows; fewer where there are not as many.
-    Returns: rows of the table, the best first, then the worst first, with two columns more: best (bool), and nearest:
-        the prompt nearest to the prediction, of all data sets, or of MOST_PROMPTS drawn of more.
+    Returns: rows of the table, the best first, then the worst first. `image` is a path, or an image that is packed and
+        has no file. Two columns are added: best (bool), and nearest: the prompt nearest to the prediction, of all data
+        sets, or of MOST_PROMPTS drawn of more.
     """
     half = len(table) // 2
     worst = table[:half].drop_duplicates("prompt").head(count)
     best = table[half:][::-1].drop_duplicates("prompt").head(count)
     chosen = pd.concat([best.assign(best=True), worst.assign(best=False)])
+    data = datasets.load_datasets(recipe.datasets)
+    chosen["image"] = [data.picture(int(row)) for row in chosen["row"]]
     bank = PromptBank.from_datasets(recipe.datasets, most=MOST_PROMPTS)
     indices, _ = bank.nearest(np.stack(chosen["embedding"]), k=1)
     return chosen.assign(nearest=bank.texts(indices[:, 0]))

@@ -3,17 +3,21 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import parquet
 
 from kutils.data.datasets import PromptImages
 from kutils.data.prompt_bank import PromptBank
 from kutils.system.tables import read_table
 
 SLICES = ("words", "source", "kind", "similarity")
+GENERATOR = "generator"  # one way more, where a data set was imported
+UNKNOWN = "unknown"
 MOST_BINS = 6  # of words per prompt
 BIN_WIDTHS = (1, 2, 5, 10, 20, 50, 100)
 KINDS = ("sentence", "phrases", "tags")
@@ -25,27 +29,28 @@ BLOCK = 65_536  # training prompts in memory at a time: 100 MB
 
 
 def label_rows(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000) -> pd.DataFrame:
-    """Sort rows into slices by their prompts, in four ways.
+    """Sort rows into slices by their prompts, in four ways; five where a data set says which generator made an image.
 
     Args:
         data: the data sets of a recipe.
         rows: int [n], of the data set list.
         fold: the validation fold; all other rows are training rows.
         most: distinct prompts whose nearest training prompt is searched for; of more, so many are drawn.
-    Returns: one row per given row, four ordered categoricals:
+    Returns: one row per given row, ordered categoricals, the names of `slicings`:
         words: of the prompt, at most MOST_BINS bins of a round width chosen for these prompts;
         source: the column `source` of the row's TSV, or the name of the data set; of more than MOST_NAMES, the rare
             ones are "others", the last slice;
         kind: the column `kind` of the row's TSV; where there is none, "sentence" (no comma), "phrases" (2 to 5 parts
             between commas) or "tags" (6 parts or more); more than MOST_NAMES as for sources;
         similarity: cosine of the prompt and the nearest of all training prompts; missing where the prompt was not
-            drawn, or where there is no training row.
+            drawn, or where there is no training row;
+        generator: of the image, as its import has it, or "unknown"; more than MOST_NAMES as for sources.
     Raises: ValueError for a TSV that cannot be read any more.
     """
     rows = np.asarray(rows)
     prompts = data.prompts.take(pa.array(rows))
     sources, kinds = table_columns(data, rows, prompt_kinds(prompts))
-    return pd.DataFrame(
+    labels = pd.DataFrame(
         {
             "words": bin_words(pc.count_substring_regex(prompts, r"\S+").to_numpy()),
             "source": common_names(sources),
@@ -53,6 +58,34 @@ def label_rows(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000
             "similarity": bin_cosines(nearest_training_cosines(data, rows, fold, most)),
         }
     )
+    if GENERATOR in slicings(data):
+        labels[GENERATOR] = common_names(imported_column(data, rows, GENERATOR, np.full(len(rows), UNKNOWN, object)))
+    return labels
+
+
+def slicings(data: PromptImages) -> tuple[str, ...]:
+    """The ways in which rows of data sets can be sorted."""
+    return (*SLICES, GENERATOR) if any(pairs_path(data, name).is_file() for name in data.names) else SLICES
+
+
+def pairs_path(data: PromptImages, name: str) -> Path:
+    """What an import has written about each image of a data set."""
+    return data.root / f"{name}.pairs.parquet"
+
+
+def imported_column(data: PromptImages, rows: np.ndarray, column: str, values: np.ndarray) -> np.ndarray:
+    """`values` (object [n]), where data sets were imported replaced by what is known of the rows' images."""
+    number, values = data.origin(rows)[0], values.copy()
+    for index in np.unique(number):
+        path = pairs_path(data, data.names[index])
+        if not path.is_file():
+            continue
+        pairs = parquet.read_table(path, columns=["image", column])
+        of_set = np.flatnonzero(number == index)
+        places = pc.index_in(data.images.take(pa.array(rows[of_set])), value_set=pairs["image"].cast(pa.large_string()))
+        known = pairs[column].take(places).fill_null("").to_numpy()
+        values[of_set] = np.where(known == "", values[of_set], known)
+    return values
 
 
 def slice_means(cosines: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
@@ -82,9 +115,13 @@ def prompt_kinds(prompts: pa.ChunkedArray) -> np.ndarray:
 
 
 def table_columns(data: PromptImages, rows: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Source and kind of each row, object [n] both: of the TSVs; where they have none, the set's name and `kinds`."""
+    """Source and kind of each row, object [n] both, of the TSVs.
+
+    Where they have no source it is that of an import, else the set's name; where they have no kind it is of `kinds`.
+    """
     number, local = data.origin(rows)
-    columns = {"source": np.array(data.names, object)[number], "kind": kinds.copy()}
+    sources = imported_column(data, rows, "source", np.array(data.names, object)[number])
+    columns = {"source": sources, "kind": kinds.copy()}
     for index in np.unique(number):
         of_set = number == index
         table = read_table(data.root / f"{data.names[index]}.tsv", [])

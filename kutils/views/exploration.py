@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 from sklearn.manifold import TSNE
-from torchvision.transforms.v2.functional import to_pil_image
 
 from kutils.data.datasets import PromptImages, load_datasets
 from kutils.data.prompt_bank import PromptBank
@@ -70,11 +68,6 @@ class Exploration:
             f"{len(self.runs):,} finished runs"
         )
 
-    def image(self, row: int) -> Path | Image.Image:
-        """The image file of a row, or the image itself where it is packed and the file is gone."""
-        path = self.data.image_path(row)
-        return path if path.is_file() or not self.data.block_rows else to_pil_image(self.data.decode_image(row))
-
     def sources(self) -> dict[str, int]:
         """Numbers of images by the tables' column `source`, or by data set; the largest first, rare sources last."""
         counts = pd.Series(slices.common_names(self.row_sources(np.arange(len(self.data))))).value_counts()
@@ -118,7 +111,7 @@ class Exploration:
         for side in "ab":
             index = pairs[side].to_numpy()
             rows = self.bank.rows[index]
-            columns |= {f"image_{side}": [self.image(int(row)) for row in rows]}
+            columns |= {f"image_{side}": [self.data.picture(int(row)) for row in rows]}
             columns |= {f"prompt_{side}": self.bank.texts(index), f"fold_{side}": self.data.folds[rows]}
         return pd.DataFrame(columns)
 
@@ -146,7 +139,7 @@ class Exploration:
         if other_folds is not None and other_folds.all():
             raise ValueError(f"no prompt is in fold {fold}")
         (indices,), (cosines,) = self.bank.nearest(self.embed_words(words), count, exclude=other_folds)
-        images = [self.image(int(row)) for row in self.bank.rows[indices]]
+        images = [self.data.picture(int(row)) for row in self.bank.rows[indices]]
         columns = {"image": images, "prompt": self.bank.texts(indices), "cosine": cosines, "fold": folds[indices]}
         return pd.DataFrame(columns)
 
@@ -225,7 +218,7 @@ class Exploration:
         return pd.DataFrame(
             {
                 "position": chosen,
-                "image": [self.image(int(row)) for row in rows],
+                "image": [self.data.picture(int(row)) for row in rows],
                 "prompt": self.data.prompts.take(pa.array(rows)).to_pylist(),
                 "cosine": cosines[chosen],
                 "nearest": self.bank.texts(indices[:, 0]),

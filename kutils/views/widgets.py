@@ -160,7 +160,7 @@ def slice_scores(explored: Exploration, fold: int, by: str = "words") -> None:
             return [Markdown(f"All images are of one slice by {by}."), html_tables.show(scores)]
         return [score_plots.slice_scores({by: scores}, means), html_tables.show(scores)]
 
-    live(show, by=dropdown("slice", slices.SLICES, by))
+    live(show, by=dropdown("slice", slices.slicings(explored.data), by))
 
 
 def own_image(explored: Exploration, fold: int, image: str = "", count: int = 8) -> None:
