@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-mutations coverage check pages notebooks train refine lab test-release test-install test-recipes \
+.PHONY: help env demo gpu test test-fast test-mutations coverage check pages notebooks train refine lab test-release test-install test-recipes \
 	kaggle-env test-kernel test-browser kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
@@ -18,6 +18,8 @@ JOBS ?= 2
 COVERAGE ?=
 KAGGLE_PYTHON ?=
 PYTHON313 ?=
+MINUTES ?= 8
+OUTPUT ?=
 bin := .venv/bin
 stamp := .venv/requirements-are-installed
 export OMP_WAIT_POLICY := PASSIVE# torch processes side by side would spin away each other's time
@@ -60,6 +62,9 @@ $(stamp): requirements.txt constraints.txt pyproject.toml
 
 demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 10 minutes (SCALE=full: 40)
 	$(bin)/kutils demo --scale $(SCALE)
+
+gpu: ## check and measure on this machine's GPUs with PYTHON as it is: torch, torchvision, timm (MINUTES=8, OUTPUT=FOLDER)
+	$(PYTHON) -m kutils gpu-check --minutes $(MINUTES) $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: env ## all tests but those of the targets below, on two processes: 6 minutes (JOBS=0: on this one alone)
 	$(bin)/python -m pytest -n $(JOBS) --dist loadfile $(COVERAGE)

@@ -43,6 +43,7 @@ STEPS = {
     },
     "the whole": {
         "demo": ("kutils.demo", "run the whole pipeline at small scale, and print the scores"),
+        "gpu-check": ("kutils.benchmarks.gpu_check", "check and measure on GPUs, in 8 minutes: speed, hours, cost"),
     },
 }
 COMMANDS = {name: module for commands in STEPS.values() for name, (module, _) in commands.items()}

@@ -3,20 +3,24 @@
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from kutils.benchmarks import measuring
-from kutils.data import datasets, image_files, shards
+from kutils.data import datasets, image_files, shards, transforms
 from kutils.data.index import open_index
 from kutils.data.sampler import EpochSampler
 from kutils.generation import shapes
 from kutils.runs import launch, recipes
 from kutils.system import paths
 from kutils.system.embedding_files import EMBEDDING_DIM, map_embeddings
-from kutils.system.tables import write_table
+from kutils.system.tables import hash_prompts, write_table
 
 IMAGE_SIZE = 512  # px, of images that are checked
 TRAINING_SIZE, PACKED_SIZE = 768, 448  # px, of images as a diffusion model makes them, and as they are packed
@@ -73,6 +77,33 @@ def measure_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry
             seconds.append(time.monotonic() - began)
     shutil.rmtree(folder)
     return [measuring.make_entry("packed_shards", "s", times["packed"], times["files"])]
+
+
+def make_sets(folder: Path, pictures: Sequence[Image.Image], rows: int, packed_size: int) -> None:
+    """Two data sets of the same images, `files` in WebP and `packed` in one shard: few pictures, over and over.
+
+    Args:
+        rows: of each, as many as one shard holds at most.
+        packed_size: px, of the images in the shard.
+    """
+    assert rows <= shards.ROWS_PER_SHARD
+    shutil.rmtree(folder, ignore_errors=True)
+    names = [f"pictures/{number:06d}.webp" for number in range(rows)]
+    (folder / "pictures").mkdir(parents=True)
+    encoding, encoded = shards.Encoding(packed_size, "webp", shards.QUALITY), []
+    for name, picture in zip(names, pictures, strict=False):
+        picture.save(folder / name, quality=shards.QUALITY)
+        encoded.append(encoding.encode(transforms.decode_rgb(folder / name)))
+    for number in range(len(encoded), rows):
+        os.link(folder / names[number % len(encoded)], folder / names[number])
+    for name in ("packed", "files"):
+        write_table(folder / f"{name}.tsv", {"image": names, "prompt": names, "fold": np.ones(rows, np.int8)})
+        np.save(folder / f"{name}.npy", np.eye(1, EMBEDDING_DIM, dtype=np.float32).repeat(rows, axis=0))
+    packed = shards.shards_folder(folder / "packed.tsv")
+    path, facts = shards.shard_path(packed, 0), shards.shard_facts(folder, names, encoding)
+    shards.write_images(path, [encoded[number % len(encoded)] for number in range(rows)], facts)
+    record = {"version": shards.VERSION, "rows": rows, "images_sha256": hash_prompts(pa.chunked_array([names]))}
+    paths.write_json(shards.record_path(packed), record | asdict(encoding) | {"shard_bytes": [path.stat().st_size]})
 
 
 def open_dataset(folder: Path, name: str, rows: int) -> datasets.PromptImages:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,28 +62,35 @@ def make_images(folder: Path, count: int, extension: str = "png") -> None:
             os.link(original, path)
 
 
-def make_ensemble(folder: Path) -> tuple[Ensemble, dict[Member, Path]]:
-    """Three families of one random network each, and their files."""
+def make_ensemble(folder: Path, networks_of: Mapping[str, Recipe] | None = None) -> tuple[Ensemble, dict[Member, Path]]:
+    """Families of one random network each, and their files.
+
+    Args:
+        networks_of: recipe of each family; None: those of BACKBONES.
+    """
     families, files = {}, {}
-    for backbone in BACKBONES:
-        recipe = Recipe(
-            **dict.fromkeys(("prefix", "save_dir", "model", "backbone"), backbone),
-            **dict.fromkeys(("mean", "std"), (0.5, 0.5, 0.5)),
-            **dict.fromkeys(("epochs", "global_batch_size", "max_local_batch_size"), 1),
-            **dict.fromkeys(("lr", "min_lr"), 0.0),
-            stage=1,
-            train_folds=(0,),
-            datasets=("none",),
-            augment=False,
-            pretrained=False,
-            input_size=INPUT_SIZE,
-        )
-        member = Member(f"{backbone}.yaml", 0)
-        files[member] = folder / f"{backbone}.pth"
+    for name, recipe in (networks_of or {name: tiny_recipe(name) for name in BACKBONES}).items():
+        member = Member(f"{name}.yaml", 0)
+        files[member] = folder / f"{name}.pth"
         checkpoints.save_checkpoint(files[member], networks.build_model(recipe), recipe, fold=0)
-        families[backbone] = [member]
+        families[name] = [member]
     weights = dict.fromkeys(families, 1 / len(families))
     mean = [1.0, *[0.0] * (EMBEDDING_DIM - 1)]
     nothing = {"scores": {}, "over_equal": {}, "leave_one_out": {}, "error_correlations": {}, "rows": {}}
     fitted = Ensemble("equal", families, weights, mean, **nothing, folds_hash="", targets_hash="")
     return fitted, files
+
+
+def tiny_recipe(backbone: str) -> Recipe:
+    return Recipe(
+        **dict.fromkeys(("prefix", "save_dir", "model", "backbone"), backbone),
+        **dict.fromkeys(("mean", "std"), (0.5, 0.5, 0.5)),
+        **dict.fromkeys(("epochs", "global_batch_size", "max_local_batch_size"), 1),
+        **dict.fromkeys(("lr", "min_lr"), 0.0),
+        stage=1,
+        train_folds=(0,),
+        datasets=("none",),
+        augment=False,
+        pretrained=False,
+        input_size=INPUT_SIZE,
+    )
