@@ -179,13 +179,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"parts, in order of worth: {', '.join(PARTS)}. Results: gpu.md and gpu.json in the folder, and a "
         "record and a log of each part.",
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts (default: 8)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts (default: 8.0)")
     parser.add_argument("--output", type=Path, help="folder of results (default: working/gpu_check)")
     device = "cpu goes with --tiny (default: cuda)"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=device)
     parser.add_argument("--tiny", action="store_true", help="run every line with stand-ins; numbers mean nothing")
     parser.add_argument("--parts", default="", help="some of them, with commas between")
-    parser.add_argument("--price", type=float, default=0.0, help="of one GPU for an hour, for the cost of each recipe")
+    parser.add_argument("--price", type=float, help="of one GPU for an hour, for the cost of each recipe")
     return parser.parse_args(argv)
 
 
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(setting, [name for name in PARTS if name in chosen], arguments.minutes)
     finally:
         records = read_records(setting)
-        report = write_report(folder, machine, records, arguments.price)
+        report = write_report(folder, machine, records, arguments.price or 0.0)
         print(f"\n{report}\nin {folder}: gpu.md, gpu.json", flush=True)
         for path in folder.glob("made_*"):
             shutil.rmtree(path, ignore_errors=True)
