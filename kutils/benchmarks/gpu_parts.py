@@ -94,7 +94,7 @@ def gpu_tests(setting: Setting) -> Iterator:
     options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     pytest.main([*options, *map(str, files)], plugins=[outcomes])
     passed = [name for name, outcome in outcomes.of.items() if outcome == "passed"]
-    yield measuring.entry("gpu_tests", "tests passed", [len(passed)])
+    yield measuring.make_entry("gpu_tests", "tests passed", [len(passed)])
     yield "\n".join(f"{name}: {outcome}" for name, outcome in outcomes.of.items())
     failed = [name for name, outcome in outcomes.of.items() if outcome.startswith("failed")]
     if failed or not outcomes.of:
@@ -118,7 +118,7 @@ def pairs(setting: Setting) -> Iterator:
         began = time.monotonic()
         found = similarity.similar_pairs(rows[:size], THRESHOLD, device=setting.device)
         seconds = time.monotonic() - began
-        yield measuring.entry(f"similar_pairs_{full_size}", f"s, {len(found.first):,} pairs", [seconds])
+        yield measuring.make_entry(f"similar_pairs_{full_size}", f"s, {len(found.first):,} pairs", [seconds])
         gpu_training.free_memory(device)
     yield from nearest(rows, setting)
 
@@ -149,7 +149,7 @@ def nearest(rows: np.ndarray, setting: Setting) -> Iterator:
         seconds = time.monotonic() - began
         if not np.array_equal(found[:, 0], chosen):
             raise ValueError("rows are not the nearest to themselves")
-        yield measuring.entry(f"nearest_of_{PAIRS[-1]}_{count}", "s", [seconds])
+        yield measuring.make_entry(f"nearest_of_{PAIRS[-1]}_{count}", "s", [seconds])
 
 
 def embedding(setting: Setting) -> Iterator:
@@ -160,7 +160,7 @@ def embedding(setting: Setting) -> Iterator:
     if importlib.util.find_spec("sentence_transformers") is None:
         raise Skipped("no sentence_transformers")
     texts = shapes.generate_prompts(64 if setting.tiny else 8000)
-    yield from benchmark_embedding.embed_prompts(texts, repeats=1 if setting.tiny else 2)
+    yield from benchmark_embedding.measure_embedding(texts, repeats=1 if setting.tiny else 2)
 
 
 # ---------------------------------------------------------------- prediction
@@ -185,7 +185,7 @@ def prediction(setting: Setting) -> Iterator:
     *_, state = within_budget.predict_ensemble(fitted, files, images, device=setting.device)
     if state.dropped:
         raise ValueError(f"models were left out: {state.dropped}")
-    yield measuring.entry("predict_ensemble_float16", f"s, {count} images", [time.monotonic() - began])
+    yield measuring.make_entry("predict_ensemble_float16", f"s, {count} images", [time.monotonic() - began])
     recipe = models["convnext_large"]
     model, _, _ = checkpoints.load_model(folder / "convnext_large.pth", recipe)
     workers = min(8, os.cpu_count() or 1)
@@ -195,7 +195,7 @@ def prediction(setting: Setting) -> Iterator:
     halved = run_model(recipe, **first)
     exact = run_model(dataclasses.replace(recipe, amp_dtype="float32"), **first)
     smallest = float(np.einsum("nd,nd->n", halved, exact).min())
-    yield measuring.entry("predict_float16_cosine", "smallest cosine with float32", [smallest])
+    yield measuring.make_entry("predict_float16_cosine", "smallest cosine with float32", [smallest])
     yield from when_full(run_model, recipe, halved, device)
 
 
@@ -244,7 +244,7 @@ def resuming(setting: Setting) -> Iterator:
     log = (setting.folder / "resume.log").read_text("utf-8", errors="replace")
     if resumed.exitcode or "going on after update" not in log or steps != sorted(set(steps)):
         raise ValueError(f"the run did not go on: exit code {resumed.exitcode}, updates logged {steps}")
-    yield measuring.entry("resume", "s", [time.monotonic() - began])
+    yield measuring.make_entry("resume", "s", [time.monotonic() - began])
 
 
 def start_training(changes: list[str]) -> multiprocessing.Process:

@@ -26,9 +26,9 @@ def several_gpus(setting: Setting) -> Iterator:
     for size in (1, world_size):
         rates[size] = on_ranks(setting, size)
     for name, rate in rates[world_size].items():
-        yield measuring.entry(f"ranks_{world_size}_{name}", "images/s", [rate])
+        yield measuring.make_entry(f"ranks_{world_size}_{name}", "images/s", [rate])
         scaling = 100 * rate / (world_size * rates[1][name])
-        yield measuring.entry(f"scaling_{world_size}_{name}", "% of as many times one GPU", [scaling])
+        yield measuring.make_entry(f"scaling_{world_size}_{name}", "% of as many times one GPU", [scaling])
 
 
 def on_ranks(setting: Setting, world_size: int) -> dict[str, float]:
@@ -59,7 +59,7 @@ def work_as_rank(rank: int, world_size: int, port: int, setting: Setting, result
     children.end_with_parent()
     ranks = join_ranks(setting.device)
     recipe = load_recipe("convnext_large", 1, setting)
-    ours, batch = build(recipe, ranks.device), step.made_batch(recipe, ranks.device, seed=rank)
+    ours, batch = build(recipe, ranks.device), step.random_batch(recipe, ranks.device, seed=rank)
     model, rates = engine.distribute(ours.network, ranks).train(), {}
     kinds = {"plain": {}, "sam_local": {"sam_rho": step.RHO}, "sam_averaged": {"sam_rho": step.RHO}}
     kinds["sam_averaged"] |= {"sam_gradient": "averaged"}
@@ -69,9 +69,9 @@ def work_as_rank(rank: int, world_size: int, port: int, setting: Setting, result
         def update(changed=changed) -> None:
             engine.update(model, [batch], ours.optimizer, ours.scaler, changed, ours.dtype)
 
-        step.timed(update, 2, ranks.device)
+        measuring.timed(update, 2, ranks.device)
         ranks.barrier()
-        seconds = step.timed(update, 1 if setting.tiny else RANK_UPDATES, ranks.device)
+        seconds = measuring.timed(update, 1 if setting.tiny else RANK_UPDATES, ranks.device)
         rates[name] = world_size * recipe.max_local_batch_size / max(ranks.gather_objects(seconds))
         sums = ranks.gather_vectors(ours.network.fc.weight.detach().sum(dim=1))
         if not (sums == sums[0]).all():

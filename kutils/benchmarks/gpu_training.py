@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
+from kutils.benchmarks import flops, measuring, step
 from kutils.benchmarks import loader as benchmark_loader
-from kutils.benchmarks import measuring, step
 from kutils.benchmarks.gpu_report import MeasuredRecipe, Setting
 from kutils.runs import recipes
 from kutils.runs.recipes import Recipe
@@ -51,7 +51,7 @@ def prepare(setting: Setting) -> torch.device:
     """The first device, with the precision of training."""
     torch.set_float32_matmul_precision("high")
     if setting.tiny:
-        step.LEAST_SECONDS = 0.0  # of this process alone
+        measuring.LEAST_SECONDS = 0.0  # of this process alone
         torch.set_num_threads(1)
     return torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
 
@@ -62,8 +62,8 @@ def in_turns(
     """Seconds that each takes, several times, by turns."""
 
     def timer(work: Callable[[], object]) -> Callable[[], float]:
-        count = 1 if setting.tiny else step.repetitions(work, device)
-        return lambda: step.timed(work, count, device)
+        count = 1 if setting.tiny else measuring.repetitions(work, device)
+        return lambda: measuring.timed(work, count, device)
 
     return measuring.alternate(1 if setting.tiny else repeats, *map(timer, works))
 
@@ -91,13 +91,13 @@ def network(model: str, setting: Setting) -> Iterator:
 
 def stage_one(model: str, setting: Setting, device: torch.device) -> Iterator:
     recipe, ours, peak = build_fitting(load_recipe(model, 1, setting), device)
-    batch, count = step.made_batch(recipe, device), recipe.max_local_batch_size
+    batch, count = step.random_batch(recipe, device), recipe.max_local_batch_size
     (alone,) = in_turns(setting, device, lambda: ours.update(batch), repeats=2)
     yield measured_recipe(model, 1, ours, batch, peak, alone)
-    flops, (flops_peak, origin) = step.training_flops(recipe), step.peak_flops(ours.dtype, device)
-    unit = f"% of {flops_peak / 1e12:,.3g} TFLOP/s ({origin})"
-    utilisation = [100 * flops * count / seconds / flops_peak for seconds in alone]
-    yield measuring.entry(f"mfu_{model}", unit, utilisation, more=True)
+    operations, (most, origin) = flops.training_flops(recipe), flops.peak_flops(ours.dtype, device)
+    unit = f"% of {most / 1e12:,.3g} TFLOP/s ({origin})"
+    utilisation = [100 * operations * count / seconds / most for seconds in alone]
+    yield measuring.make_entry(f"mfu_{model}", unit, utilisation, more=True)
     try:
         theirs = step.published_trainer(recipe, device, half=device.type == "cuda")
         images = step.published_input(batch, recipe, device)
@@ -108,16 +108,16 @@ def stage_one(model: str, setting: Setting, device: torch.device) -> Iterator:
         yield f"{model}: the memory does not hold the published step beside ours in batches of {count}"
         times = [alone, []]
     rates = ([count / seconds for seconds in way] for way in times)
-    yield measuring.entry(f"step_{model}", f"images/s, batch {count}", *rates, more=True)
+    yield measuring.make_entry(f"step_{model}", f"images/s, batch {count}", *rates, more=True)
 
 
 def stage_two(model: str, setting: Setting, device: torch.device) -> Iterator:
     recipe, ours, peak = build_fitting(load_recipe(model, 2, setting), device)
-    batch, rho = step.made_batch(recipe, device), recipe.sam_rho
+    batch, rho = step.random_batch(recipe, device), recipe.sam_rho
     sharp, plain = in_turns(setting, device, lambda: ours.update(batch, rho), lambda: ours.update(batch), repeats=3)
     yield measured_recipe(model, 2, ours, batch, peak, sharp)
     unit = f"x plain update, batch {recipe.max_local_batch_size}"
-    yield measuring.entry(f"sam_{model}", unit, [a / b for a, b in zip(sharp, plain, strict=True)])
+    yield measuring.make_entry(f"sam_{model}", unit, [a / b for a, b in zip(sharp, plain, strict=True)])
     if setting.tiny or recipe.gradient_checkpointing:
         del ours
         free_memory(device)
@@ -130,7 +130,7 @@ def stage_two(model: str, setting: Setting, device: torch.device) -> Iterator:
             yield f"{model}, stage 2: without checkpointing the memory does not hold batches of {len(batch['image'])}"
         else:
             unit = "x plain update without checkpointing"
-            yield measuring.entry(f"sam_checkpointing_{model}", unit, [value / min(without) for value in sharp])
+            yield measuring.make_entry(f"sam_checkpointing_{model}", unit, [value / min(without) for value in sharp])
 
 
 def build_fitting(recipe: Recipe, device: torch.device) -> tuple[Recipe, step.Ours, int]:
@@ -139,7 +139,7 @@ def build_fitting(recipe: Recipe, device: torch.device) -> tuple[Recipe, step.Ou
     Raises: torch.OutOfMemoryError where one image does not fit.
     """
     while True:
-        batch = step.made_batch(recipe, device)
+        batch = step.random_batch(recipe, device)
         try:
             make, use = partial(build, recipe, device), partial(step.Ours.update, batch=batch, rho=recipe.sam_rho)
             return recipe, *step.with_memory(device, make, use)
@@ -174,11 +174,11 @@ def half_precision(model: str, setting: Setting, device: torch.device) -> Iterat
     """An update in float16 with a loss scaler, beside bfloat16."""
     recipe = load_recipe(model, 1, setting)
     rounded, halved = (dataclasses.replace(recipe, amp_dtype=name) for name in ("bfloat16", "float16"))
-    batch, trainers = step.made_batch(recipe, device), [build(each, device) for each in (halved, rounded)]
+    batch, trainers = step.random_batch(recipe, device), [build(each, device) for each in (halved, rounded)]
     times = in_turns(setting, device, *(lambda each=each: each.update(batch) for each in trainers), repeats=2)
     loss, scale = float(trainers[0].update(batch)), trainers[0].scaler.get_scale()
     rates = ([len(batch["image"]) / seconds for seconds in way] for way in times)
-    yield measuring.entry(f"float16_{model}", "images/s, beside bfloat16", *rates, more=True)
+    yield measuring.make_entry(f"float16_{model}", "images/s, beside bfloat16", *rates, more=True)
     yield f"{model} in float16: loss {loss:.4f}, scale {scale:g}"
     if not loss < 2 or scale < 1:
         raise ValueError(f"training in float16 broke down: loss {loss}, scale {scale}")
@@ -187,7 +187,7 @@ def half_precision(model: str, setting: Setting, device: torch.device) -> Iterat
 def profile(model: str, setting: Setting, device: torch.device) -> Iterator[str]:
     """What the time of updates goes by in, as `profile_steps` of a recipe shows it."""
     ours, lines = build(load_recipe(model, 1, setting), device), []
-    batch, total = step.made_batch(ours.recipe, device), PROFILED + sum(profiling.WARMUP)
+    batch, total = step.random_batch(ours.recipe, device), PROFILED + sum(profiling.WARMUP)
     profiler = profiling.UpdateProfiler(setting.folder, PROFILED, total, device, lines.append)
     for _ in range(total):
         ours.update(batch)
@@ -199,16 +199,16 @@ def compiled(model: str, setting: Setting) -> Iterator:
     """An update of a compiled network beside one that is not; with `tiny` all but the compiler runs."""
     device = prepare(setting)
     recipe = load_recipe(model, 1, setting)
-    eager, ours, batch = build(recipe, device), build(recipe, device), step.made_batch(recipe, device)
+    eager, ours, batch = build(recipe, device), build(recipe, device), step.random_batch(recipe, device)
     began = time.monotonic()
     with torch.compiler.set_stance("force_eager") if setting.tiny else nullcontext():
         size = recipe.max_local_batch_size
         if not engine.compile_network(ours.network, size, recipe, ours.dtype, Ranks(0, 1, device)):
             raise ValueError("the network could not be compiled; the log says why")
-        yield measuring.entry(f"compiling_{model}", "s", [time.monotonic() - began])
+        yield measuring.make_entry(f"compiling_{model}", "s", [time.monotonic() - began])
         times = in_turns(setting, device, lambda: ours.update(batch), lambda: eager.update(batch), repeats=2)
     rates = ([size / seconds for seconds in way] for way in times)
-    yield measuring.entry(f"compiled_{model}", "images/s, beside eager", *rates, more=True)
+    yield measuring.make_entry(f"compiled_{model}", "images/s, beside eager", *rates, more=True)
 
 
 # ---------------------------------------------------------------- the loader
@@ -221,7 +221,7 @@ def loading(setting: Setting) -> Iterator:
     device, folder = prepare(setting), setting.folder / "made_images"
     recipe = load_recipe("convnext_large", 1, setting)
     rows = 16 * recipe.max_local_batch_size if setting.tiny else 64 * recipe.max_local_batch_size
-    pictures = benchmark_loader.made_pictures(2 if setting.tiny else benchmark_loader.NUM_PICTURES)
+    pictures = benchmark_loader.random_pictures(2 if setting.tiny else benchmark_loader.NUM_PICTURES)
     data.make_sets(folder, pictures, rows, PACKED_SIZE)
     ours = build(recipe, device)
     for name, kind in (("packed", "shards"), ("files", "webp")):
@@ -231,16 +231,19 @@ def loading(setting: Setting) -> Iterator:
             seconds = 0.2 if setting.tiny else 6.0
             some = dataclasses.replace(recipe, num_workers=num_workers)
             waited, rate = waiting(dataset, some, ours, seconds)
-            yield measuring.entry(f"wait_{kind}_{num_workers}", f"% of the time, at {rate:,.0f} images/s", [waited])
+            yield measuring.make_entry(
+                f"wait_{kind}_{num_workers}", f"% of the time, at {rate:,.0f} images/s", [waited]
+            )
 
 
 def waiting(dataset, recipe: Recipe, ours: step.Ours, seconds: float) -> tuple[float, float]:
     """Per cent of the time that is waited for batches, and images per second."""
     from kutils.data import datasets
+    from kutils.data.sampler import EpochSampler
 
     rows, size = dataset.training_rows(0), recipe.max_local_batch_size
     sizes = {"global_batch_size": size, "local_batch_size": size}
-    sampler = datasets.EpochSampler(dataset, rows, recipe.seed, **sizes, block_rows=dataset.block_rows)
+    sampler = EpochSampler(dataset, rows, recipe.seed, **sizes, block_rows=dataset.block_rows)
     loader = DataLoader(
         datasets.TrainingImages(dataset, rows, recipe),
         batch_sampler=itertools.chain.from_iterable(map(sampler.batches, itertools.count())),
@@ -250,12 +253,12 @@ def waiting(dataset, recipe: Recipe, ours: step.Ours, seconds: float) -> tuple[f
     batches, waited, updates = iter(loader), 0.0, 0
     for _ in range(2 + 2 * recipe.num_workers):  # what the workers have prepared meanwhile does not count
         ours.update(next(batches))
-    step.synchronize(ours.device)
+    measuring.synchronize(ours.device)
     began = time.perf_counter()
     while (now := time.perf_counter()) - began < seconds:
         batch = next(batches)
         waited += time.perf_counter() - now
         ours.update(batch)
-        step.synchronize(ours.device)  # else the time that the device still needs would be waited for
+        measuring.synchronize(ours.device)  # else the time that the device still needs would be waited for
         updates += 1
     return 100 * waited / (now - began), updates * size / (now - began)

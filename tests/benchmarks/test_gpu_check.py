@@ -85,8 +85,8 @@ def test_the_parts_are_those_that_have_a_limit(setting):
 
 
 def test_embedding_is_measured_where_its_packages_are(setting, monkeypatch):
-    entry = measuring.entry("embed_prompts", "s", [1.0])
-    monkeypatch.setattr(embedding, "embed_prompts", lambda texts, repeats: [entry] * len(set(texts)))
+    entry = measuring.make_entry("embed_prompts", "s", [1.0])
+    monkeypatch.setattr(embedding, "measure_embedding", lambda texts, repeats: [entry] * len(set(texts)))
     assert list(gpu_parts.embedding(setting)) == [entry] * 64
 
 
@@ -210,7 +210,7 @@ def test_hours_and_cost_of_recipes():
 
 def test_targets_say_what_falls_short():
     ours = {"step_convnext_large": ([90.0], [50.0]), "sam_convnext_large": ([2.2], []), "wait_shards_8": ([1.0], [])}
-    entries = [dataclasses.asdict(measuring.entry(name, "", *values, more=True)) for name, values in ours.items()]
+    entries = [dataclasses.asdict(measuring.make_entry(name, "", *values, more=True)) for name, values in ours.items()]
     lines = {item["target"].split(":")[0]: (item["measured"], item["met"]) for item in gpu_report.targets(entries)}
     assert lines == {
         "step_convnext_large": (1.8, True),
