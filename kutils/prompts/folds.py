@@ -30,18 +30,18 @@ from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, read_table, 
 
 @dataclass(frozen=True)
 class DistinctPrompts:
-    """The prompts of several files, each once."""
+    """The distinct prompts of several files."""
 
     tables: dict[Path, pa.Table]
-    codes: dict[Path, np.ndarray]  # int32 [rows of the set]: which distinct prompt a row has
-    num_rows: np.ndarray  # int64 [distinct], over all sets
+    codes: dict[Path, np.ndarray]  # int32 [rows of the file]: the number of each row's distinct prompt
+    num_rows: np.ndarray  # int64 [distinct]: rows with the prompt, over all files
     embeddings: np.ndarray  # float32 [distinct, 384]
 
 
 def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
-    """Read data sets, or prompts files that have no images yet, with the embeddings beside them.
+    """Read data sets, or prompts files without images, with the embeddings beside them.
 
-    Raises: ValueError (naming file and row), also if rows of one prompt differ in their embeddings.
+    Raises: ValueError naming file and row, also if rows of one prompt differ in their embeddings.
     """
     tables, maps = {}, {}
     for path in tsv_paths:
@@ -69,7 +69,7 @@ def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
 
 
 def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddings: np.ndarray) -> None:
-    """Raise ValueError where a row's embedding is not its prompt's: the sign of an .npy file of other rows."""
+    """Raise ValueError if a row's embedding is not that of its prompt, as in an .npy file of other rows."""
     for start in range(0, len(codes), 65536):
         cosine = np.einsum("nd,nd->n", rows[start : start + 65536], embeddings[codes[start : start + 65536]])
         if (cosine < 0.99).any():  # another device or precision stays far above
@@ -82,9 +82,9 @@ def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddi
 
 
 def existing_folds(distinct: DistinctPrompts) -> np.ndarray:
-    """The fold that each prompt has by now, int8 [distinct], -1 for none.
+    """int8 [distinct]: the fold that each prompt already has, -1 for none.
 
-    Raises: ValueError if a prompt is in two, or where no prompt has one.
+    Raises: ValueError if a prompt is in two folds, or if no prompt has a fold.
     """
     folds = np.full(len(distinct.num_rows), -1, np.int8)
     for path, table in distinct.tables.items():
@@ -115,25 +115,55 @@ def assign_folds(
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> dict | None:
-    """Give the prompts of all files folds together, and write the fold columns in place.
+    """Assign folds to the prompts of all files together, and write the fold columns in place.
 
-    Per file, the former table is kept as `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar prompt
-    in another fold, and `<name>.folds.json` holds the report. The reports go first and come last: after a kill in
-    between there are none, `read_fold_report` says so, and the same call again completes the work.
+    For each file, the previous table becomes `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar
+    prompt in another fold, and `<name>.folds.json` holds the report. The reports are removed first and written last:
+    after a kill there are none, `read_fold_report` says so, and the same call completes the work.
 
     Args:
         tsv_paths: data sets, or prompts files (which get a column `fold`), with their .npy beside them.
         threshold: cosine from which prompts are similar, in (0, 1].
-        num_folds: 2 to 10; None: 10, or as many as there are where folds are kept.
+        num_folds: 2 to 10; None: 10, or the existing number with `keep`.
         method: partition, components, leader or kmeans.
         seed: of partition and kmeans.
-        keep: only give folds to prompts that have none (-1); the others stay where they are.
-        device: auto, cpu or cuda; of no interest where ranks are given.
-        ranks: that search for similar pairs together; the main one does all else.
-    Returns: the report, with the folds hash of every file; None on ranks that are not the main one.
+        keep: assign folds only to prompts without one (-1); the others stay where they are.
+        device: auto, cpu or cuda; without effect if ranks are given.
+        ranks: search for similar pairs together; the main one does all else.
+        progress: show a bar.
+    Returns: the report, with the folds hash of every file; None on ranks other than the main one.
     Raises: ValueError, before anything is written.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
+    check_settings(tsv_paths, threshold, num_folds, method, keep)
+    ranks = ranks or Ranks(0, 1, pick_device(device))
+    distinct = read_distinct(tsv_paths)
+    previous = existing_folds(distinct) if keep else None
+    if keep and num_folds not in (None, previous.max() + 1):
+        raise ValueError(f"there are {previous.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
+    num_folds = int(previous.max()) + 1 if keep else num_folds or MAX_FOLDS
+    num_prompts = len(distinct.num_rows)
+    if num_prompts < num_folds:
+        raise ValueError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
+    with strips_folder(distinct.embeddings, threshold, ranks=ranks) as folder:
+        pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
+        if not ranks.is_main:
+            return None
+        if keep:
+            path = folder / f"extended-{seed}.npz"
+            previous, folds = extend_once(path, previous, distinct.num_rows, pairs, seed)
+        else:
+            folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
+        report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
+        report |= {"added_prompts": int((previous < 0).sum())} if keep else {}
+        report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
+        report["warnings"] = report_warnings(report)
+        write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
+    return report
+
+
+def check_settings(tsv_paths: Sequence[Path], threshold: float, num_folds: int | None, method: str, keep: bool) -> None:
+    """Raise ValueError for arguments of `assign_folds` that are out of range or exclude each other."""
     check_threshold(threshold)
     if num_folds is not None and not 2 <= num_folds <= MAX_FOLDS:
         raise ValueError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
@@ -143,52 +173,41 @@ def assign_folds(
         raise ValueError(f"method {method} cannot keep folds; new prompts are added by partition alone")
     if len({path.stem for path in tsv_paths}) < len(tsv_paths):
         raise ValueError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
-    ranks = ranks or Ranks(0, 1, pick_device(device))
-    distinct = read_distinct(tsv_paths)
-    former = existing_folds(distinct) if keep else None
-    if keep and num_folds not in (None, former.max() + 1):
-        raise ValueError(f"there are {former.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
-    num_folds = int(former.max()) + 1 if keep else num_folds or MAX_FOLDS
-    num_prompts = len(distinct.num_rows)
-    if num_prompts < num_folds:
-        raise ValueError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
-    with strips_folder(distinct.embeddings, threshold, ranks=ranks) as folder:
-        pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
-        if not ranks.is_main:
-            return None
-        if keep:
-            former, folds = extended_once(folder / f"extended-{seed}.npz", former, distinct.num_rows, pairs, seed)
-        else:
-            folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
-        report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
-        report |= {"added_prompts": int((former < 0).sum())} if keep else {}
-        report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
-        report["warnings"] = report_warnings(report)
-        write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
-    return report
 
 
-def extended_once(
-    path: Path, former: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, seed: int
+def extend_once(
+    path: Path, previous: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The former folds of all prompts, int8, and `extend_folds` of them.
+    """Give folds to new prompts, and save the result before the first table is written.
 
-    They are kept in a file before the first table is written: a call that was cut between two tables finds there what
-    it has to go on with, for by then some new prompts look like former ones.
+    After a kill between two tables some new prompts already have folds. The next call then finds here which prompts
+    were new, and continues with the same result.
+
+    Args:
+        path: of the file for the result.
+        previous: int8 [prompts], folds in the tables, -1 for none.
+        num_rows: as in `extend_folds`, like pairs and seed.
+    Returns: the folds before the first call and after it, both int8 [prompts].
     """
     if path.is_file():
         with np.load(path, allow_pickle=False) as saved:
-            planned, folds = saved["former"], saved["folds"]
-        if np.array_equal(np.where(former < 0, former, folds), former) and (former[planned >= 0] >= 0).all():
-            return planned, folds
-    folds = extend_folds(former, num_rows, pairs, int(former.max()) + 1, seed)
+            first, folds = saved["former"], saved["folds"]
+        if np.array_equal(np.where(previous < 0, previous, folds), previous) and (previous[first >= 0] >= 0).all():
+            return first, folds
+    folds = extend_folds(previous, num_rows, pairs, int(previous.max()) + 1, seed)
     with paths.atomic_path(path) as temporary:
-        np.savez(temporary, former=former, folds=folds)
-    return former, folds
+        np.savez(temporary, former=previous, folds=folds)
+    return previous, folds
 
 
 def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray, report: dict) -> None:
-    """Write fold columns, clean marks and, last, the reports; adds `datasets` to the report."""
+    """Write fold columns, marks of clean rows and, last, the reports.
+
+    Args:
+        folds: int8 [distinct].
+        clean: bool [distinct].
+        report: receives `datasets`, the rows and the folds hash of each file.
+    """
     report["datasets"] = {}
     for path, table in distinct.tables.items():
         rows = {"rows": table.num_rows, "folds_hash": folds_hash(table["prompt"], folds[distinct.codes[path]])}
@@ -197,7 +216,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
         clean_mark_path(path).unlink(missing_ok=True)
     for path, table in distinct.tables.items():
         codes = distinct.codes[path]
-        if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # else the same again: keep the older .bak
+        if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # otherwise the older .bak stays
             with paths.atomic_path(path.with_name(path.name + ".bak")) as temporary:
                 shutil.copy2(path, temporary)
             column = pa.array(folds[codes])
@@ -209,13 +228,14 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
 
 
 def fold_report_path(tsv_path: Path | str) -> Path:
+    """The file for the report on a data set's folds."""
     return Path(tsv_path).with_suffix(".folds.json")
 
 
 def read_fold_report(tsv_path: Path | str) -> dict:
-    """The report written with a data set's folds.
+    """The report that was written with a data set's folds.
 
-    Raises: ValueError if there is none or the table has other folds by now.
+    Raises: ValueError if there is none, or if the table has other folds now.
     """
     path = fold_report_path(tsv_path)
     again = f"assign folds again: kutils folds {tsv_path}"
@@ -232,6 +252,7 @@ def read_fold_report(tsv_path: Path | str) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils folds`."""
     parser = argparse.ArgumentParser(
         prog="kutils folds",
         description="Assign folds to the rows of data sets so that similar prompts share one, and report what leaks.",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kutils.prompts.embedding import embed_table
 from kutils.prompts.encoder import ENCODER_DTYPES
@@ -17,20 +18,21 @@ from kutils.system.embedding_files import open_embeddings, take_embeddings
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import holds, read_table, write_table
 
-MOST_EXAMPLES = 3  # of near-duplicates that are shown
+MOST_EXAMPLES = 3  # of near-duplicates in a report
 
 
 def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
-    """In order, make each prompt a leader unless an earlier leader is similar; else it follows the most similar one.
+    """Make each prompt, in order, a leader, or a follower of the most similar earlier leader if there is one.
 
     Args:
-        pairs: in any order, with first < second.
-    Returns: int64 [num_prompts], the leader's row; its own for a leader.
+        num_prompts: number of prompts.
+        pairs: similar ones, in any order, with first < second.
+    Returns: int64 [num_prompts], the row of each prompt's leader; a leader has its own row.
     """
     leaders = np.arange(num_prompts)
     order = np.lexsort((pairs.first, pairs.second))
     first, second, cosine = pairs.first[order], pairs.second[order], pairs.cosine[order]
-    bounds = np.flatnonzero(np.diff(second, prepend=-1, append=-1))  # where the pairs of another second one begin
+    bounds = np.flatnonzero(np.diff(second, prepend=-1, append=-1))  # where pairs of the next `second` begin
     for begin, end in pairwise(bounds):
         earlier = first[begin:end]
         is_leader = leaders[earlier] == earlier
@@ -40,7 +42,7 @@ def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
 
 
 def renumber(pairs: SimilarPairs, order: np.ndarray) -> SimilarPairs:
-    """Pairs of rows renumbered by their place in `order` (int [n], a permutation), with first < second again."""
+    """Renumber the rows of pairs by their place in `order` (int [n], a permutation), with first < second again."""
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
     ends = place[pairs.first], place[pairs.second]
@@ -57,27 +59,27 @@ def deduplicate(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """Choose prompts so that no two have cosine >= threshold, and each left out is that close to a chosen one.
+    """Choose prompts of which no two have cosine >= threshold; every other prompt is that close to a chosen one.
 
-    Adding prompts later changes nothing: the prompts chosen of A, and those of B with A's as `kept`, are the ones that
-    would be chosen of A and B together.
+    Prompts that are added later change nothing: choosing from A, and then from B with the choice of A as `kept`, gives
+    the same prompts as choosing from A and B together.
 
     Args:
         embeddings: float32 [n, D], unit rows.
         threshold: in (0, 1].
-        kept: float32 [m, D], prompts chosen before, which stay; those close to one of them are left out.
-        priority: int [n]: prompts of smaller numbers are considered first; those of one number, and all where there is
-            none, in row order.
-        device, ranks, progress: as in `similar_pairs`.
-    Returns: int64 [n], m + its own row for a prompt that is chosen; for one left out, whom it resembles: a row of
-        `kept`, or m + a row of these. With several ranks on the main one; on the others all are chosen.
-    Raises: ValueError for another threshold, or a row that is not finite or not of unit length.
+        kept: float32 [m, D], prompts chosen earlier, which stay; prompts close to one of them are left out.
+        priority: int [n]: prompts with smaller numbers are considered first, equal numbers in row order. None: all in
+            row order.
+        device: as in `similar_pairs`, like ranks and progress.
+    Returns: int64 [n]. A chosen prompt has m + its own row. Another one has the prompt that it resembles: a row of
+        `kept`, or m + a row of `embeddings`. Valid on the main rank; on the others all prompts count as chosen.
+    Raises: ValueError for a threshold out of range, or a row that is not finite or not of unit length.
     """
     ranks = ranks or Ranks(0, 1, pick_device(device))
     num_kept = 0 if kept is None else len(kept)
     order = np.arange(len(embeddings)) if priority is None else np.argsort(priority, kind="stable")
     options = {"ranks": ranks, "progress": progress}
-    with ExitStack() as stack:  # strips of both searches are there until both are done
+    with ExitStack() as stack:  # keeps the strips of both searches until both are done
         folder = stack.enter_context(strips_folder(embeddings, threshold, ranks=ranks))
         within = renumber(similar_pairs(embeddings, threshold, folder=folder, **options), order)
         first, second, cosine = within.first + num_kept, within.second + num_kept, within.cosine
@@ -108,21 +110,26 @@ def deduplicate_table(
     ranks: Ranks | None = None,
     overwrite: bool = False,
 ) -> dict | None:
-    """Split a prompts file in two: those that no earlier kept one resembles, and the rest (the recipe's part 2 sets).
+    """Split a prompts file into prompts without near-duplicates, and the rest (the recipes' part 2 sets).
 
-    Embeds the prompts first where that has not been done; the embeddings come along. Both files have the columns of the
-    input and its order; one that is there with the same rows stays as it is, folds included.
+    The prompts are embedded first if that has not been done, and both parts get their embeddings. Both parts have the
+    columns and the order of the input. A part that exists with the same rows stays as it is, folds included.
 
     Args:
-        against: prompts files that were kept before, which stay as they are; what resembles one of theirs is left out.
-        priority: sources (of the column `source`) in the order in which their prompts are considered; those of other
-            sources follow. Without, the order of the rows.
+        tsv_path: the prompts file to split.
+        kept_path: for the prompts without near-duplicates.
+        rest_path: for all others.
+        threshold: cosine from which prompts are near-duplicates, in (0, 1].
+        against: prompts files of earlier calls. They stay as they are, and what resembles their prompts is left out.
+        priority: sources (values of the column `source`) whose prompts are considered first, in this order; the other
+            sources follow. Empty: the order of the rows.
         dtype: of the embedding, as in `embed_table`.
-        device, ranks: as in `assign_folds`.
-        overwrite: write over other content of the two files; without, a second call has to lead to the same.
-    Returns: kept and rest (numbers of prompts), sources (name -> [kept, rest]; where there is such a column), examples
-        (a prompt left out, the one that it resembles); None on ranks that are not the main one.
-    Raises: ValueError, before anything but the embeddings is written.
+        device: auto, cpu or cuda; without effect if ranks are given.
+        ranks: search for similar pairs together.
+        overwrite: replace other content of the two parts; otherwise a second call must lead to the same.
+    Returns: kept and rest, numbers of prompts; examples, pairs of a prompt that is left out and the one that it
+        resembles; sources, name -> [kept, rest], if there is that column. None on ranks other than the main one.
+    Raises: ValueError, before anything but embeddings is written.
     """
     check_threshold(threshold)
     files = [Path(path).resolve() for path in (tsv_path, kept_path, rest_path, *against)]
@@ -130,58 +137,83 @@ def deduplicate_table(
         raise ValueError("PROMPTS.tsv, --kept, --rest and those of --against have to be different files")
     ranks = ranks or Ranks(0, 1, pick_device(device))
     table = read_table(tsv_path, ["prompt", "source"] if priority else ["prompt"])
-    place = rank_sources(table, priority, tsv_path) if priority else None
-    known = [read_table(path, ["prompt"])["prompt"] for path in against]
-    own, *former = [
-        open_embeddings(embed_table(path, dtype=dtype, ranks=ranks), count)
-        for path, count in zip((tsv_path, *against), (table.num_rows, *map(len, known)), strict=True)
+    order = rank_sources(table, priority, tsv_path) if priority else None
+    earlier = [read_table(path, ["prompt"])["prompt"] for path in against]
+    embeddings, *earlier_embeddings = [
+        open_embeddings(embed_table(path, dtype=dtype, ranks=ranks), len(prompts))
+        for path, prompts in zip((tsv_path, *against), (table["prompt"], *earlier), strict=True)
     ]
     leaders = deduplicate(
-        own,
+        embeddings,
         threshold,
-        kept=np.concatenate(former) if former else None,
-        priority=place,
+        kept=np.concatenate(earlier_embeddings) if earlier else None,
+        priority=order,
         ranks=ranks,
         progress=True,
     )
     if not ranks.is_main:
         return None
-    num_known = sum(map(len, known))
-    keep = leaders == num_known + np.arange(table.num_rows)
+    keep = leaders == sum(map(len, earlier)) + np.arange(table.num_rows)
+    write_parts(table, keep, kept_path, rest_path, overwrite)
+    for path in (kept_path, rest_path):
+        take_embeddings(tsv_path, path)
+    return dedup_report(table, keep, leaders, earlier)
+
+
+def write_parts(
+    table: pa.Table, keep: np.ndarray, kept_path: Path | str, rest_path: Path | str, overwrite: bool
+) -> None:
+    """Write the rows of a table that are kept, and the others, each to its file.
+
+    Args:
+        keep: bool [rows].
+        overwrite: replace files with other rows.
+    Raises: ValueError for a file with other rows, before either is written.
+    """
     parts = {kept_path: table.filter(pa.array(keep)), rest_path: table.filter(pa.array(~keep))}
-    there = [path for path, part in parts.items() if Path(path).exists() and holds(path, part)]
+    finished = [path for path, part in parts.items() if Path(path).exists() and holds(path, part)]
     for path in parts:
-        if Path(path).exists() and path not in there and not overwrite:
+        if Path(path).exists() and path not in finished and not overwrite:
             raise ValueError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
     for path, part in parts.items():
-        if path not in there:  # else it may have folds by now
+        if path not in finished:  # a finished one may have folds by now
             write_table(path, part)
-    for path in parts:
-        take_embeddings(tsv_path, path)
-    every = pa.chunked_array([chunk for prompts in (*known, table["prompt"]) for chunk in prompts.chunks])
-    rows = np.flatnonzero(~keep)[:: max(1, int((~keep).sum()) // MOST_EXAMPLES)][:MOST_EXAMPLES]
-    report = {"kept": int(keep.sum()), "rest": int((~keep).sum())}
-    report["examples"] = [(table["prompt"][int(row)].as_py(), every[int(leaders[row])].as_py()) for row in rows]
+
+
+def dedup_report(table: pa.Table, keep: np.ndarray, leaders: np.ndarray, earlier: list[pa.ChunkedArray]) -> dict:
+    """The report of `deduplicate_table`.
+
+    Args:
+        keep: bool [rows].
+        leaders: int64 [rows], the result of `deduplicate`.
+        earlier: prompts of the files of earlier calls.
+    """
+    prompts = pa.chunked_array([chunk for column in (*earlier, table["prompt"]) for chunk in column.chunks])
+    left_out = np.flatnonzero(~keep)
+    rows = left_out[:: max(1, len(left_out) // MOST_EXAMPLES)][:MOST_EXAMPLES]
+    report = {"kept": int(keep.sum()), "rest": len(left_out)}
+    report["examples"] = [(table["prompt"][int(row)].as_py(), prompts[int(leaders[row])].as_py()) for row in rows]
     if "source" in table.column_names:
-        sources = table["source"].combine_chunks().dictionary_encode()
-        codes, names = sources.indices.to_numpy(), sources.dictionary.to_pylist()
-        counts = (np.bincount(codes[chosen], minlength=len(names)).tolist() for chosen in (keep, ~keep))
-        report["sources"] = {name: list(both) for name, *both in zip(names, *counts, strict=True)}
+        groups = pa.table({"source": table["source"], "keep": keep}).group_by("source", use_threads=False)
+        counts = groups.aggregate([("keep", "sum"), ("keep", "count")]).to_pylist()  # in order of first appearance
+        report["sources"] = {row["source"]: [row["keep_sum"], row["keep_count"] - row["keep_sum"]] for row in counts}
     return report
 
 
 def rank_sources(table: pa.Table, priority: Sequence[str], tsv_path: Path | str) -> np.ndarray:
-    """int [rows]: the place of each row's source in `priority`; ValueError for one that no row has."""
-    sources = table["source"].combine_chunks().dictionary_encode()
-    names = sources.dictionary.to_pylist()
+    """int32 [rows]: the place of each row's source in `priority`, the number of these for other sources.
+
+    Raises: ValueError for a source that no row has.
+    """
+    names = table["source"].unique().to_pylist()
     if missing := [name for name in priority if name not in names]:
         raise ValueError(f"{tsv_path} has no prompts of the source {missing[0]!r}; it has {', '.join(names)}")
-    place = {name: number for number, name in enumerate(priority)}
-    return np.array([place.get(name, len(priority)) for name in names])[sources.indices.to_numpy()]
+    places = pc.index_in(table["source"], value_set=pa.array(priority))
+    return pc.fill_null(places, len(priority)).to_numpy()
 
 
 def format_dedup(report: dict, kept_path: Path, rest_path: Path) -> str:
-    """The result of `deduplicate_table` as lines for people."""
+    """The report of `deduplicate_table` as lines to print."""
     lines = [f"{report['kept']:,} prompts kept in {kept_path}, {report['rest']:,} near-duplicates in {rest_path}"]
     if len(report.get("sources", {})) > 1:
         lines += [f"  {name}: {kept:,} kept, {rest:,} not" for name, (kept, rest) in report["sources"].items()]
@@ -190,6 +222,7 @@ def format_dedup(report: dict, kept_path: Path, rest_path: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils dedup`."""
     parser = argparse.ArgumentParser(
         prog="kutils dedup",
         description="Leave out prompts that resemble an earlier one.",

@@ -19,16 +19,14 @@ from kutils.system.embedding_files import UNIT_TOLERANCE
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks
 
-BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # on the CPU a block's products stay in the cache
-GROUP = 64  # rows whose largest cosine is looked at first: most groups hold nothing, and one comparison says so
-DENSE = 1 / 50  # share of candidates in a block from which its products in float32 cost less than looking at each
-CROWDED, CROWDED_ROWS = (
-    1 / 16,
-    2048,
-)  # share of groups with a candidate from which larger blocks are quartered, to these
+BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # a CPU keeps the products of such a block in its cache
+GROUP = 64  # rows whose largest cosine is compared first: most groups hold no candidate
+DENSE = 1 / 50  # share of candidates in a block from which all float32 products cost less than single ones
+CROWDED = 1 / 16  # share of groups with a candidate from which a block is quartered, if it has CROWDED_ROWS twice
+CROWDED_ROWS = 2048
 VERIFIED = 32_768  # candidates verified at a time: 100 MB
 COPIED = 65_536  # embeddings copied at a time
-EXACTLY = 1e-12  # of float64: so that equal rows are found at 1.0
+EXACTLY = 1e-12  # tolerance in float64, so that equal rows count as similar at a threshold of 1.0
 
 
 class SimilarPairs(NamedTuple):
@@ -41,12 +39,12 @@ class SimilarPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Embeddings on the device, padded with zeros to a multiple of GROUP, and a copy in which candidates are found."""
+    """Embeddings on the device, padded with zeros to a multiple of GROUP, with a rounded copy to find candidates in."""
 
     exact: Tensor  # float32 [padded, D], rows of length 1
     rounded: Tensor  # [padded, D] in bfloat16, float16 or float32
     num_rows: int
-    error: float  # the largest distance of a row to its rounded copy: 0.0017 to 0.002 in bfloat16
+    error: float  # largest distance between a row and its rounded copy: 0.0017 to 0.002 in bfloat16
 
 
 def similar_pairs(
@@ -61,25 +59,27 @@ def similar_pairs(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> SimilarPairs:
-    """All pairs of rows with cosine >= threshold, exactly.
+    """Find all pairs of rows with cosine >= threshold, exactly.
 
-    Candidates are pairs whose product in bfloat16 (float16, float32) is not below the threshold by more than that
-    precision can err; each is verified in float32, and in float64 where float32 could err. Rows are taken in strips of
-    `block_rows`, each a row of blocks, from the diagonal on. Memory, whatever the number of rows: the embeddings in
-    both precisions, the pairs, 4 bytes times block_rows ** 2, and 40 times 2,048 ** 2 where most rows are similar.
+    Products in bfloat16 (float16, float32) select candidates: no pair below the threshold by more than the rounding
+    error can reach it. Each candidate is verified in float32, and in float64 if float32 could err. The work is divided
+    into strips of `block_rows` rows, and each strip into blocks, from the diagonal on. It takes memory for the
+    embeddings in both precisions, the pairs, 4 * block_rows ** 2 bytes, and up to 40 * 2,048 ** 2 bytes if most rows
+    are similar.
 
     Args:
-        embeddings: float32 [n, D], unit rows (lengths within 0.001 of 1 are made exact here); a memory map will do.
+        embeddings: float32 [n, D], unit rows, also a memory map. Lengths within 0.001 of 1 are made exact here.
         threshold: in (0, 1].
-        others: float32 [m, D]; pairs of a row of `embeddings` and a row of these are looked for instead.
+        others: float32 [m, D]: find pairs of a row of `embeddings` and a row of these instead.
         block_rows: rows and columns of a block; 0: 2,048 on the CPU, 16,384 on a GPU.
-        device: auto, cpu or cuda; of no interest where ranks are given.
-        dtype: of the candidates' products: auto (what the device multiplies fast), bfloat16, float16 or float32.
-        folder: where finished strips are kept, so that a call that was cut goes on. Ranks need it, and share it.
-        ranks: over which the strips are dealt.
-        progress: show a bar if it takes more than 5 s.
-    Returns: all pairs; with several ranks on the main one, and none on the others.
-    Raises: ValueError for another threshold, or a row that is not finite or not of unit length.
+        device: auto, cpu or cuda; without effect if ranks are given.
+        dtype: of the products that select candidates: auto (what the device multiplies fast), bfloat16, float16 or
+            float32.
+        folder: for finished strips, so that an interrupted call continues. Several ranks need it, and share it.
+        ranks: share the strips.
+        progress: show a bar if the search takes more than 5 s.
+    Returns: all pairs on the main rank, none on the others.
+    Raises: ValueError for a threshold out of range, or a row that is not finite or not of unit length.
     """
     check_threshold(threshold)
     ranks = ranks or Ranks(0, 1, pick_device(device))
@@ -94,16 +94,16 @@ def similar_pairs(
     blocks_of = {top: range(top if others is None else 0, right.num_rows, block_rows) for top in tops}
     path_of = {top: None if folder is None else strip_path(folder, top, block_rows) for top in tops}
     missing = [top for top in tops if path_of[top] is None or not path_of[top].is_file()]
-    own = deal(ranks.gather_objects(missing)[0], ranks)  # as the main rank sees it
+    own = share_strips(ranks.gather_objects(missing)[0], ranks)  # as the main rank sees it
     total = sum(len(blocks_of[top]) for top in own)
     with exact_products(), progress_bar(total, "block", "pairs", delay=5, disable=not progress) as bar:
 
         def pairs_of_strip(top: int) -> SimilarPairs:
-            found = []
+            parts = []
             for start in blocks_of[top]:
-                found.append(pairs_of_block(left, right, top, start, block_rows, threshold))
+                parts.append(pairs_of_block(left, right, top, start, block_rows, threshold))
                 bar.update()
-            pairs = concatenate_pairs(found, sort=True)
+            pairs = concatenate_pairs(parts, sort=True)
             write_strip(path_of[top], pairs)
             return pairs
 
@@ -111,20 +111,23 @@ def similar_pairs(
         ranks.barrier()
         if not ranks.is_main:
             return concatenate_pairs([])
-        for top in set(tops) - set(own):  # of other ranks, and of a call that was cut
-            kept = read_strip(path_of[top])
-            strips[top] = pairs_of_strip(top) if kept is None else kept
+        for top in set(tops) - set(own):  # of other ranks, and of an interrupted call
+            saved = read_strip(path_of[top])
+            strips[top] = pairs_of_strip(top) if saved is None else saved
         return concatenate_pairs([strips[top] for top in tops])
 
 
-def deal(tops: list[int], ranks: Ranks) -> list[int]:
-    """This rank's strips. Later ones are shorter: dealt to and fro, all ranks get about the same number of blocks."""
+def share_strips(tops: list[int], ranks: Ranks) -> list[int]:
+    """This rank's share of the strips, named by their first rows.
+
+    Later strips are shorter. Dealing them forwards and backwards in turn gives all ranks about the same work.
+    """
     cycle = [*range(ranks.world_size), *reversed(range(ranks.world_size))]
     return [top for number, top in enumerate(tops) if cycle[number % len(cycle)] == ranks.rank]
 
 
 def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRows:
-    """Copy embeddings to the device, block by block, in float32 (scaled to length 1) and in the faster precision."""
+    """Copy embeddings (float32 [n, D]) to the device in float32, scaled to length 1, and in a faster precision."""
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings of shape {list(embeddings.shape)} are no rows of numbers")
     num_rows, dimension = embeddings.shape
@@ -139,9 +142,13 @@ def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRo
 
 
 def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
-    """A float32 copy with rows of length 1.
+    """A copy whose rows have length 1.
 
-    Raises: ValueError for a row that is not finite or not of unit length; `first_row` is the number of the first.
+    Args:
+        embeddings: float32 [n, D].
+        first_row: number of the first row in error messages.
+    Returns: float32 [n, D] on the CPU.
+    Raises: ValueError for a row that is not finite or not of unit length.
     """
     rows = torch.from_numpy(np.array(embeddings, np.float32))
     lengths = rows.norm(dim=1, keepdim=True)
@@ -155,6 +162,7 @@ def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
 
 
 def check_threshold(threshold: float) -> None:
+    """Raise ValueError for a threshold that is not in (0, 1]."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold} is not in (0, 1]; 0.7 groups similar prompts, 0.9 near-duplicates")
 
@@ -164,20 +172,20 @@ def pairs_of_block(
 ) -> SimilarPairs:
     """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right.
 
-    A large block of many candidates, whose lists would take more memory than its products, is quartered.
+    A large block with many candidates is quartered, since their lists would take more memory than its products.
     """
     limit = candidate_limit(left, right, threshold)
     half = block_rows // 2 if block_rows % (2 * GROUP) == 0 else 0
     here, there = slice(top, top + block_rows), slice(start, start + block_rows)
-    found = candidates(left.rounded[here], right.rounded[there], limit, CROWDED if half >= CROWDED_ROWS else 1)
-    if found is None:
+    selected = candidates(left.rounded[here], right.rounded[there], limit, CROWDED if half >= CROWDED_ROWS else 1)
+    if selected is None:
         corners = [(i, j) for i in (top, top + half) for j in (start, start + half)]
         corners = [(i, j) for i, j in corners if i < left.num_rows and j < right.num_rows]
         return concatenate_pairs([pairs_of_block(left, right, *corner, half, threshold) for corner in corners])
-    row, column = found
-    within = (row + top < left.num_rows) & (column + start < right.num_rows)  # not of the padding
+    row, column = selected
+    within = (row + top < left.num_rows) & (column + start < right.num_rows)  # not in the padding
     if left is right:
-        within &= row + top < column + start  # on the diagonal: each pair once, and no row with itself
+        within &= row + top < column + start  # each pair once, and no row with itself
     row, column = row[within], column[within]
     a, b = left.exact[here], right.exact[there]
     if len(row) > DENSE * len(a) * len(b):
@@ -202,10 +210,10 @@ def float32_margin(dimension: int) -> float:
 
 
 def candidate_limit(left: UnitRows, right: UnitRows, threshold: float) -> Tensor:
-    """The product of rounded rows below which no pair can have the threshold's cosine, as a number of their precision.
+    """The smallest product of rounded rows that a pair of the threshold's cosine can have, in the rows' precision.
 
-    With a' = a + d, |d| <= e, and likewise b': |a'b' - ab| <= e_a (1 + e_b) + e_b. Sums are made in float32; the result
-    is rounded once more to the precision of the rows, by at most its unit roundoff times 1.01.
+    With a' = a + d, |d| <= e, and likewise b': |a'b' - ab| <= e_a (1 + e_b) + e_b. Sums are made in float32. The result
+    is rounded once more to the precision of the rows, which adds at most 1.01 times its unit roundoff.
     """
     dtype = left.rounded.dtype
     error = left.error * (1 + right.error) + right.error
@@ -217,12 +225,14 @@ def candidate_limit(left: UnitRows, right: UnitRows, threshold: float) -> Tensor
 
 
 def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> tuple[Tensor, Tensor] | None:
-    """Row and column, int64, of every product of a row of left and a row of right that is not below the limit.
+    """Find the products of a row of left and a row of right that are not below the limit.
 
     Args:
-        left, right: [m, D] and [n, D] of one dtype; m is a multiple of GROUP.
-        most: share of the groups of products that may hold one.
-    Returns: None where more groups do.
+        left: [m, D], m a multiple of GROUP.
+        right: [n, D] of the same dtype.
+        limit: scalar of the same dtype.
+        most: share of the groups of products that may hold a candidate.
+    Returns: row and column of each, int64; None if more groups hold candidates.
     """
     groups = (left @ right.T).view(-1, GROUP, len(right))
     group, column = (groups.amax(dim=1) >= limit).nonzero(as_tuple=True)
@@ -234,19 +244,20 @@ def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> t
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """No TF32 in products of float32, and no sums in half precision, inside the block: the margins count on it."""
+    """Compute float32 products without TF32, and sums in float32, inside the block, as the error bounds assume."""
     matmul, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
-    former = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    settings = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")
     matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = former
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = settings
 
 
 def concatenate_pairs(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
+    """The pairs of all parts, in their order or sorted by first, then second."""
     empty = SimilarPairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
     pairs = SimilarPairs(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
     if sort:
@@ -257,38 +268,40 @@ def concatenate_pairs(parts: list[SimilarPairs], sort: bool = False) -> SimilarP
 
 @contextmanager
 def strips_folder(embeddings: np.ndarray, *settings, ranks: Ranks | None = None) -> Iterator[Path]:
-    """A folder for the strips of these embeddings: the same one after a kill, removed when the block ends well.
+    """Name a folder for the strips of these embeddings, the same one after a kill; removed if the block succeeds.
 
     Args:
         embeddings: float32 [n, D].
-        settings: what else the pairs depend on, such as the threshold.
-        ranks: that share it; the main one removes it.
+        settings: all else that the pairs depend on, such as the threshold.
+        ranks: share the folder; the main one removes it.
     """
     digest = hashlib.sha256(repr((embeddings.shape, *settings)).encode())
     for start in range(0, len(embeddings), COPIED):
         digest.update(np.ascontiguousarray(embeddings[start : start + COPIED]))
     folder = paths.working_dir() / "cache" / f"pairs-{digest.hexdigest()[:16]}"
     yield folder
-    if ranks is None or ranks.is_main:  # others may be done while it still reads
+    if ranks is None or ranks.is_main:  # it may still read when the others are done
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def strip_path(folder: Path, top: int, block_rows: int) -> Path:
-    return folder / f"{top:09d}-{block_rows}.npz"  # another device may have other blocks
+    """The file of a strip; another device may use blocks of another size."""
+    return folder / f"{top:09d}-{block_rows}.npz"
 
 
 def read_strip(path: Path | None) -> SimilarPairs | None:
-    """The pairs of a finished strip, or None."""
+    """The pairs of a finished strip; None if there is no file, or a damaged one."""
     if path is None or not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as saved:
             return SimilarPairs(*(saved[name] for name in SimilarPairs._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: it is worked out again
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def write_strip(path: Path | None, pairs: SimilarPairs) -> None:
+    """Save a finished strip, atomically; nothing without a path."""
     if path is not None:
         with paths.atomic_path(path) as temporary:
             np.savez(temporary, **pairs._asdict())
