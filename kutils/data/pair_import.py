@@ -320,7 +320,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="files, folders, or patterns as 'sd-4.4M/cc/*-{000..012}.tar'")
     add("--output", type=Path, required=True, metavar="input/NAME", help="the data set to make")
-    add("--format", choices=tuple(FORMS), default="", help="default: recognised by the content")
+    add("--format", choices=tuple(FORMS), default="", help="form of the sources (default: recognised by the content)")
     group = parser.add_argument_group("what is read")
     add = group.add_argument
     known = "default: prompt, caption, text, ..., or the text file"
@@ -330,7 +330,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image-root", default="", metavar="FOLDER", help="that image paths are relative to (default: the list's own)")
     condition = "take pairs of this kind alone: model=X, nsfw!=true, image_nsfw<0.3; several must all hold"
     add("--where", nargs="+", default=[], metavar="KEY=VALUE", help=condition)
-    add("--limit", type=int, default=0, metavar="N", help="end after so many pairs (default: all)")
+    add("--limit", type=int, default=0, metavar="N", help="end after so many pairs (default: 0, no end)")
     add("--generator", default="", metavar="NAME", help="of all pairs (default: what each says, as its `model`)")
     add("--source", default="", metavar="NAME", help="of all pairs (default: what each says, or its file's name)")
     add("--fold-key", default="", metavar="KEY", help="field with folds 0 to 9, as of an export (default: -1)")
@@ -344,12 +344,13 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("prompts")
     add = group.add_argument
     add("--raw-prompts", action="store_true", help="take prompts as they are; line breaks and tabs become spaces")
-    add("--min-words", type=int, default=limits.min_words, help=f"default: {limits.min_words}")
-    add("--max-words", type=int, default=limits.max_words, help=f"default: {limits.max_words}")
+    add("--min-words", type=int, default=limits.min_words, help=f"shorter ones go (default: {limits.min_words})")
+    add("--max-words", type=int, default=limits.max_words, help=f"longer ones go (default: {limits.max_words})")
     add("--min-latin", type=float, default=limits.min_latin, help=f"share among letters (default: {limits.min_latin})")
     add("--any-language", action="store_true", help="keep what looks like another language")
     add("--tokenizer", default="", metavar="FOLDER", help="of CLIP's tokenizer: set more than 77 tokens apart")
-    add("--dedup", type=float, default=0.0, metavar="COSINE", help="leave out near-duplicates of earlier prompts (0.9)")
+    dedup = "cosine such as 0.9: leave out near-duplicates of earlier prompts (default: 0.0, none)"
+    add("--dedup", type=float, default=0.0, metavar="COSINE", help=dedup)
     told = "auto: the source's if a sample agrees with the encoder, else encoded; default: auto"
     add("--embeddings", choices=EMBEDDINGS, default="auto", help=told)
     group = parser.add_argument_group("work")
