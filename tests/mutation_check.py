@@ -52,6 +52,7 @@ def run_tests(copy: Path, tests: list[str], log: Path) -> int:
         os.chdir(copy)
         os.environ["PYTHONPATH"] = str(copy)
         sys.path[0] = str(copy)  # it was the folder of this script
+        del sys.modules["__main__"].__file__  # or children of tests would import this script
         os._exit(pytest.main(["-x", "-q", "--durations=0", "-p", "no:cacheprovider", *tests]))
     began = time.monotonic()
     while time.monotonic() - began < TIMEOUT_SECONDS:
