@@ -98,6 +98,9 @@ def test_equal_rows_are_similar_at_every_threshold():
     rows = unit_rows(5)[[0, 1, 2, 1, 3, 1]]
     pairs = similar_pairs(rows, 1.0)
     assert list(zip(pairs.first, pairs.second, strict=True)) == [(1, 3), (1, 5), (3, 5)]
+    rows = unit_rows(200)  # the cosine of a row with itself is not always 1 in float64
+    pairs = similar_pairs(np.concatenate([rows, rows]), 1.0)
+    assert list(zip(pairs.first, pairs.second, strict=True)) == [(row, 200 + row) for row in range(200)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -95,6 +95,14 @@ def test_first_step_by_hand():
     assert parameter.item() == pytest.approx(0.9 * 2 + 0.1 * z - 0.1 * 0.5 * 2, rel=1e-6)
 
 
+def test_weights_decay_by_lr_plus_eps():
+    """As in madgrad, where the rate itself is lr + eps: at 1e-6 they decay twice as fast as by lr alone."""
+    parameter = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    parameter.grad = torch.zeros(1, dtype=torch.float64)
+    optimizers.PerParameterMADGRAD([parameter], lr=1e-6, weight_decay=0.5, eps=1e-6).step()
+    assert 2 - parameter.item() == pytest.approx(2e-6 * 0.5 * 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("former", [{}, {"decouple_decay": True}], ids=["now", "of a run cut under madgrad's class"])
 def test_state_survives_saving(tmp_path, former):
     start, gradients = weights_and_gradients(6)
