@@ -125,6 +125,13 @@ def test_an_epoch_holds_every_prompt_once_over_all_sets(workspace):
     assert sum(counts) == 200 and all(40 < count < 94 for count in counts)
 
 
+def test_prompts_that_fill_their_last_update_are_all_dealt():
+    data = type("Data", (), {"prompt_codes": np.arange(80, dtype=np.int32) // 2})
+    sampler = sampler_of(data, np.arange(80), local_batch_size=8)
+    dealt = [row // 2 for batch in sampler.batches(0) for _, row in batch]
+    assert sampler.steps_per_epoch == 5 and sorted(dealt) == list(range(40))
+
+
 @settings(max_examples=25, deadline=None)
 @given(world_size=st.sampled_from([1, 2, 4]), local=st.sampled_from([1, 2]), first=st.integers(0, 3))
 def test_any_number_of_ranks_deals_the_same_global_batches(world_size, local, first):

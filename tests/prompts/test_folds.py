@@ -527,6 +527,21 @@ def test_dedup_never_writes_over_its_input(prompts_file):
     assert contents(prompts_file.parent) == before
 
 
+def test_a_new_prompt_moves_to_the_fold_that_attracts_it_where_there_is_room():
+    pairs = SimilarPairs(np.array([1, 1]), np.array([2, 3]), np.full(2, 0.8, np.float32))  # 2 and 3 resemble 1
+    graph = partition.similarity_graph(4, pairs)
+    for free, expected in ((7, [0, 1, 1, 0]), (4, [0, 1, 0, 0])):  # prompt 2 has 5 rows
+        folds, room = np.array([0, 1, 0, 0], np.int8), np.array([0, free])
+        partition.move_prompts(folds, np.array([2]), graph, np.array([1, 1, 5, 1]), room, seed=0)
+        assert folds.tolist() == expected
+        assert room.tolist() == ([5, free - 5] if expected[2] else [0, free])
+
+
+def test_a_pair_weighs_the_more_the_fewer_neighbours_its_prompts_have():
+    pairs = SimilarPairs(np.array([0, 0, 1, 2]), np.array([1, 2, 2, 3]), np.full(4, 0.8, np.float32))
+    assert partition.edge_weights(4, pairs).tolist() == [500, 500, 500, 1000]  # neighbours: 2, 2, 3, 1
+
+
 @pytest.mark.parametrize(
     ("main", "defaults"),
     [
