@@ -43,7 +43,7 @@ def test_a_plan_resolves_model_overrides_and_folder(workspace):
     ("model", "fold", "overrides", "said"),
     [
         ("convnext_lrge", 0, "", "did you mean 'convnext_large'"),
-        ("convnext_large", 11, "", "fold is 11"),
+        ("convnext_large", 10, "", "fold is 10"),
         ("convnext_large", "0", "", "fold is '0'"),
         ("convnext_large", 0, "epoch=1", "did you mean 'epochs'"),
     ],

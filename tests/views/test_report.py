@@ -105,6 +105,8 @@ def test_the_numbers_are_those_of_the_run(reported, monkeypatch):
     score, base = result["cosine_similarity"], result["mean_prompt_baseline"]
     for number in (f"{score:.4f}", f"{base:.4f}", f"{score - base:+.4f}"):
         assert number in page.texts
+    row = page.texts.index("all rows")
+    assert page.texts[row + 1 : row + 4] == [str(result["validation_rows"]), f"{score:.4f}", f"{score - base:+.4f}"]
     told = page.sections["Scores by slice"]
     data = datasets.load_datasets(["toy"])
     rows = data.validation_rows(0)
