@@ -25,6 +25,7 @@ BAD_INPUTS = {  # what a user can put right, for each command
     "dedup": ["none.tsv", "--kept", "kept.tsv", "--rest", "rest.tsv"],
     "folds": ["none.tsv"],
     "generate": ["none.tsv", "--output", "out"],
+    "import": ["none.tar", "--output", "input/none"],
     "check": ["none.tsv"],
     "shards": ["none.tsv"],
     "pretrained": ["folder", "no_model"],
