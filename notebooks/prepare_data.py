@@ -50,7 +50,7 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Is everything there?
-# Prompts that are not embedded yet are embedded, and folds assigned where there are none. What is there stays as it is.
+# Prompts without embeddings are embedded, and rows without folds get some. What exists stays as it is.
 
 # %%
 from kutils.data import preparation
@@ -78,8 +78,8 @@ table.slice(0, 6).to_pandas()
 
 # %% [markdown]
 # ## Are images, prompts and folds in order?
-# A bad row (an image that cannot be read, or that is there under two prompts) should not be trained on: `kutils check
-# input/<name>.tsv` looks at all images and sets bad rows apart. Problems are mended as they say.
+# A row is bad if its image cannot be read, or also belongs to another prompt. `kutils check input/<name>.tsv` examines
+# all images and sets bad rows apart. The message of a problem says how to solve it.
 
 # %%
 from kutils.data import checking
@@ -97,7 +97,7 @@ data_plots.image_counts([item.report for item in checked]);
 
 # %% [markdown]
 # ## Do the images show their prompts?
-# Random images with their prompts; where one has nothing to do with the other, image paths and rows have slipped.
+# Random images with their prompts. If they do not fit, image paths and rows are shifted against each other.
 
 # %%
 images, prompts = preparation.random_examples(names, count=8)
@@ -116,7 +116,7 @@ data_plots.prompt_lengths(bank.prompts.to_pylist());
 # %% [markdown]
 # ## How similar are the prompts to each other?
 # Random pairs lie far below the threshold. The share of nearest neighbours above it is the share of prompts that a
-# random split would tear from their like, and so give away the answer.
+# random split would separate from a similar one, so that training would know the answer.
 
 # %%
 score_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);

@@ -53,8 +53,8 @@ launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## What do the sources hold?
-# Of equal prompts the first stays. What is changed is the notation of image generators; what is dropped cannot be a
-# prompt. Where the examples below show the wrong ones, give other limits: `kutils sources --help`.
+# Of equal prompts the first stays. The notation of image generators is changed; what cannot be a prompt is dropped. If
+# the examples below show the wrong ones, give other limits: `kutils sources --help`.
 
 # %%
 from kutils.data import preparation
@@ -73,8 +73,8 @@ score_plots.bar_counts(dropped or {"dropped": 0}, title=title, unit="entries");
 
 # %% [markdown]
 # ## How many say the same?
-# A prompt that resembles one before it says little more. What is left out becomes part 2 of the data set, with one
-# image per prompt, for the training on all data.
+# A prompt that resembles an earlier one adds little. What is left out becomes part 2 of the data set, with one image
+# per prompt, for the training on all data.
 
 # %%
 from kutils.prompts import near_duplicates
@@ -86,8 +86,8 @@ print(near_duplicates.format_dedup(chosen, lists.kept, lists.rest))
 
 # %% [markdown]
 # ## Which folds keep similar prompts together?
-# A leaked prompt has a similar one in another fold, which gives away its answer. With lists kept earlier, theirs stay
-# in the folds that they have.
+# A leaked prompt has a similar one in another fold, which gives away its answer. Prompts of earlier lists stay in their
+# folds.
 
 # %%
 from kutils.prompts import folds
@@ -113,7 +113,7 @@ data_plots.prompt_lengths(bank.prompts.to_pylist());
 # %% [markdown]
 # ## How similar are those that are left?
 # No nearest neighbour lies above the near-duplicates' cosine any more. The share above the folds' threshold is the
-# share of prompts that random folds would tear from their like.
+# share of prompts that random folds would separate from a similar one.
 
 # %%
 score_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);

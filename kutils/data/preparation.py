@@ -11,7 +11,7 @@ from kutils.data.datasets import load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.prompts import collection, embedding, grammar
 from kutils.prompts import folds as prompt_folds
-from kutils.prompts.partition import leakage_report, report_warnings
+from kutils.prompts.leakage import leakage_report, report_warnings
 from kutils.prompts.similarity import similar_pairs
 from kutils.runs.recipes import nearest
 from kutils.system import paths

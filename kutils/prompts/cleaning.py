@@ -12,12 +12,12 @@ from typing import NamedTuple
 from kutils.prompts.syntax import tidy
 from kutils.system.errors import first_line
 
-NUM_EXAMPLES = 3  # per reason, the first ones
+NUM_EXAMPLES = 3  # that a report has of each reason
 EXAMPLE_CHARACTERS = 300
-MAX_CHARACTERS = 10_000  # a line of more is no prompt, and patterns take a time that grows with its square
-CLIP_TOKENS = 77  # that Stable Diffusion reads, with the two special ones
+MAX_CHARACTERS = 10_000  # a longer line is no prompt, and the time of the patterns grows with its square
+CLIP_TOKENS = 77  # that Stable Diffusion reads, two special ones included
 
-# frequent words that are no English ones (as pour, sin, met, under are) and not usual in names (de, la, van, di, der)
+# frequent words, without those that are also English (pour, sin, met, under) or usual in names (de, la, van, di, der)
 FOREIGN_WORDS = {
     "Spanish": "una con en y para por que su sus como muy pero sobre entre hasta desde estilo mujer hombre",
     "Portuguese": "uma com em um n\u00e3o para por que ao na nos pelo pela sobre entre estilo mulher homem \u00e9",
@@ -42,11 +42,11 @@ ENGLISH_WORDS = frozenset(ENGLISH_WORDS.split())
 class CleaningSettings:
     """Limits of `Cleaner`.
 
-    Raises: ValueError for a limit that cannot be.
+    Raises: ValueError for limits out of range.
     """
 
-    min_words: int = 3  # one or two words leave nearly all of an image open
-    max_words: int = 75  # a word is a token at least, and CLIP has room for 75: more never fit
+    min_words: int = 3  # one or two words say nearly nothing about an image
+    max_words: int = 75  # CLIP reads 75 tokens, and a word takes at least one
     min_latin: float = 0.8  # share of Latin letters among all letters; 0: any script
     english: bool = True  # apply `foreign_language`
 
@@ -60,17 +60,17 @@ class CleaningSettings:
 
 
 class SourceEntry(NamedTuple):
-    """What a source holds at one place."""
+    """One line, row or item of a source."""
 
     number: int  # line, row or item, from 1
     text: str
-    flaw: str = ""  # why it cannot be a prompt, as the reader of the source saw it
+    flaw: str = ""  # why it cannot be a prompt; empty if the reader of the source found no reason
 
 
 def prompt_key(prompt: str) -> bytes:
-    """What two prompts share that differ only in case, white space or punctuation at the end (12 bytes of a hash).
+    """A hash of 12 bytes, the same for prompts that differ only in case, white space or punctuation at the end.
 
-    White space does not count at all: some collections write "8 k , art" for "8k, art".
+    White space does not count at all, since some collections write "8 k , art" for "8k, art".
     """
     folded = "".join(unicodedata.normalize("NFC", prompt).casefold().split())
     letters = folded.rstrip(string.punctuation + "\u2026\u201d\u2019\u3002") or folded
@@ -78,12 +78,13 @@ def prompt_key(prompt: str) -> bytes:
 
 
 def count_words(prompt: str) -> int:
-    """Words between white space that hold a letter or digit."""
+    """The number of words, separated by white space, that hold a letter or digit."""
     return sum(word.isalnum() or any(map(str.isalnum, word)) for word in prompt.split())
 
 
 @functools.lru_cache(maxsize=65536)
 def is_latin(letter: str) -> bool:
+    """Whether a letter belongs to the Latin script."""
     return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
 
 
@@ -94,11 +95,13 @@ def latin_share(prompt: str) -> float:
 
 
 def foreign_language(prompt: str) -> str | None:
-    """The language of a prompt that is likely not English, else None: a heuristic that rather keeps than drops.
+    """Guess whether a prompt is in another language than English; in doubt it is not.
 
-    A prompt is taken for foreign if it holds at least two different words of one list of FOREIGN_WORDS and more of them
-    than of ENGLISH_WORDS, or no English word and accents on more than an eighth of its letters. Names count for
-    nothing, and short prompts of nouns alone pass.
+    A prompt counts as foreign with at least two different words of one list of FOREIGN_WORDS, and more of them than of
+    ENGLISH_WORDS; or with no English word, and accents on more than an eighth of its letters. Names do not count, and
+    short prompts of nouns alone pass.
+
+    Returns: the language, or "accents"; None for a prompt that may be English.
     """
     words = {word.strip(string.punctuation) for word in prompt.casefold().split()}
     num_english = len(words & ENGLISH_WORDS)
@@ -115,13 +118,14 @@ def foreign_language(prompt: str) -> str | None:
 
 
 def load_token_counter(folder: Path | str) -> Callable[[list[str]], list[int]]:
-    """Open a CLIP tokenizer; the function counts the tokens of many prompts, the two special ones included.
+    """Open a CLIP tokenizer.
 
     Args:
         folder: of the tokenizer's files, such as `tokenizer/` of a Stable Diffusion download.
-    Raises: ValueError if transformers cannot read it, or it is not CLIP's (77 tokens at most).
+    Returns: a function that counts the tokens of each prompt of a list, the two special ones included.
+    Raises: ValueError if transformers cannot read it, or if it is not CLIP's (77 tokens at most).
     """
-    from transformers import AutoTokenizer  # seconds to import, and needed for this option alone
+    from transformers import AutoTokenizer  # takes seconds to import, and only this option needs it
 
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer {folder}: there is no such folder")
@@ -139,12 +143,14 @@ def load_token_counter(folder: Path | str) -> Callable[[list[str]], list[int]]:
 
 
 class Cleaner:
-    """Takes entries source by source, keeps clean prompts, and counts everything else with its first examples.
+    """Collects clean prompts source by source, and counts what it drops and changes, with examples.
 
     Args:
         settings: limits.
         count_tokens: from `load_token_counter`; None: no limit in tokens.
         excluded: prompts to leave out, such as those of an earlier set.
+
+    The results so far are `prompts`, `sources` (of each prompt) and `num_read`, the number of entries.
     """
 
     def __init__(
@@ -168,9 +174,9 @@ class Cleaner:
 
         Args:
             entries: in the order of the source; the first of equal prompts is kept.
-            place: of the entries in examples, such as the name of the file.
-            source: what the kept prompts carry.
-            limit: stop as soon as so many prompts are kept, over all calls; entries behind count as not read.
+            place: where the entries are from, for examples, such as the name of the file.
+            source: of the prompts in the output.
+            limit: stop once so many prompts are kept, over all calls; later entries count as not read.
         """
         candidates = []
         for entry in entries:
@@ -198,13 +204,13 @@ class Cleaner:
             self.sources.append(source)
 
     def examine(self, entry: SourceEntry) -> tuple[str, list[str], str]:
-        """An entry's tidied text, the kinds of change, and why it is not kept whatever the others are, or ""."""
+        """Tidy an entry: its text, the kinds of change, and the flaw for which it is dropped, or an empty text."""
         too_long = len(entry.text) > MAX_CHARACTERS
         text, kinds = ("", []) if too_long else tidy(entry.text)
         return text, kinds, entry.flaw or ("too many characters" if too_long else self.flaw(text))
 
     def flaw(self, text: str) -> str:
-        """Why a tidied prompt is not kept whatever the others are; empty if nothing speaks against it."""
+        """The flaw for which a tidied prompt is dropped, whatever other prompts there are; empty if it has none."""
         if not text:
             return "empty"
         if "\ufffd" in text:
@@ -221,7 +227,11 @@ class Cleaner:
         return "another language" if self.settings.english and foreign_language(text) else ""
 
     def report(self) -> dict:
-        """Counts and examples: `kept` + the counts of `dropped` = `read`; `changed` is of kept prompts."""
+        """The report, ready for JSON.
+
+        Returns: counts `read` and `kept`; the `settings`; `dropped`, reason -> count and examples, where the counts and
+            `kept` add up to `read`; `changed`, likewise, of prompts that are kept.
+        """
         order = {"key": lambda item: (-item[1]["count"], item[0])}
         return {
             "read": self.num_read,
@@ -233,7 +243,7 @@ class Cleaner:
 
 
 def count_case(counts: dict[str, dict], reason: str, example: dict) -> None:
-    """Count a case, and remember it if it is one of the first."""
+    """Count a case of a reason, and keep it as an example if it is one of the first."""
     case = counts.setdefault(reason, {"count": 0, "examples": []})
     case["count"] += 1
     if len(case["examples"]) < NUM_EXAMPLES:
@@ -241,13 +251,13 @@ def count_case(counts: dict[str, dict], reason: str, example: dict) -> None:
 
 
 def excerpt(text: str) -> str:
-    """A text as an example: not too long, and without surrogates, which no file takes."""
+    """A text as an example: shortened, and without surrogates, which cannot be written to a file."""
     text = text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + "..."
     return text.encode(errors="backslashreplace").decode()
 
 
 def format_cleaning(report: dict) -> str:
-    """The report as text."""
+    """The report as lines to print."""
     lines = [f"{report['read']:,} read, {report['kept']:,} kept"]
     for part in ("dropped", "changed"):
         total = f"{report['read'] - report['kept']:,} dropped" if part == "dropped" else "changed (of those kept)"

@@ -13,7 +13,7 @@ from kutils.system import paths
 from kutils.system.progress import progress_bar
 from kutils.system.tables import holds, read_table, write_table
 
-BATCH_ENTRIES = 10_000  # cleaned, and their tokens counted, together
+BATCH_ENTRIES = 10_000  # that are cleaned together
 
 
 def default_name(path: Path) -> str:
@@ -33,12 +33,15 @@ def gather(
     """Read sources one after the other into a cleaner.
 
     Args:
-        name: for the column `source`; None: each file's own.
-        limit: end as soon as so many prompts are kept.
+        sources: files.
+        cleaner: receives their entries.
+        name: for the column `source`; None: the name of each file.
+        limit: stop once so many prompts are kept.
+        progress: show a bar of entries.
         options: of `read_source`.
-    Returns: per source that was opened its file, name, and the numbers read and kept.
+    Returns: for each source that was opened: `file`, `source`, and the numbers `read` and `kept`.
     """
-    told = []
+    counts = []
     with progress_bar(0, "entry", "reading", disable=not progress) as bar:
         for path in sources:
             if limit is not None and len(cleaner.prompts) >= limit:
@@ -51,14 +54,19 @@ def gather(
                 if limit is not None and len(cleaner.prompts) >= limit:
                     break
             read, kept = cleaner.num_read - before[0], len(cleaner.prompts) - before[1]
-            told.append({"file": str(path), "source": name or default_name(path), "read": read, "kept": kept})
-    return told
+            counts.append({"file": str(path), "source": name or default_name(path), "read": read, "kept": kept})
+    return counts
 
 
 def write_prompts(output: Path, prompts: Sequence[str], sources: Sequence[str], *, overwrite: bool = False) -> None:
-    """Write a prompts file; one that is there with the same prompts and sources stays, with its folds if it has any.
+    """Write a prompts file; a file with the same prompts and sources stays as it is, folds included.
 
-    Raises: ValueError if other content is there and `overwrite` is not given.
+    Args:
+        output: the file.
+        prompts: n texts.
+        sources: of each prompt.
+        overwrite: replace other content.
+    Raises: ValueError if the file has other content and `overwrite` is False.
     """
     table = {"prompt": pa.array(prompts, pa.string()), "source": pa.array(sources, pa.string())}
     if output.exists() and not overwrite:
@@ -80,12 +88,17 @@ def make_prompts_file(
     overwrite: bool = False,
     **options,
 ) -> dict:
-    """Sources to `output` (header prompt source) and `<output>.report.json`: the same input gives the same bytes.
+    """Collect prompts into `output` (header prompt source), and report in `<output>.report.json`.
+
+    The same input gives the same bytes.
 
     Args:
-        tokenizer: folder of CLIP's, which leaves out what Stable Diffusion would cut; None: no such limit.
+        sources: files, the most wanted first: of equal prompts the first stays.
+        output: the prompts file.
+        settings: limits of the cleaning.
+        tokenizer: folder of CLIP's tokenizer, to leave out what Stable Diffusion would cut; None: no such limit.
         exclude: prompts files whose prompts are left out.
-        overwrite: write over other content of `output`.
+        overwrite: replace other content of `output`.
         options: of `gather` and `read_source`.
     Returns: the report.
     Raises: ValueError, before anything is written.
@@ -95,8 +108,8 @@ def make_prompts_file(
         raise ValueError(f"{output} is both read and written; choose another output")
     excluded = [prompt for path in exclude for prompt in read_table(path, ["prompt"])["prompt"].to_pylist()]
     cleaner = Cleaner(settings, load_token_counter(tokenizer) if tokenizer else None, excluded)
-    told = gather(sources, cleaner, **options)
-    report = {"sources": told, **cleaner.report()}
+    counts = gather(sources, cleaner, **options)
+    report = {"sources": counts, **cleaner.report()}
     if not cleaner.prompts:
         raise ValueError(f"no prompt is left for {output}:\n{format_cleaning(report)}")
     write_prompts(output, cleaner.prompts, cleaner.sources, overwrite=overwrite)
@@ -105,12 +118,14 @@ def make_prompts_file(
 
 
 def positive(text: str) -> int:
+    """The type of an argument that is an integer from 1 on."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils sources`."""
     limits = CleaningSettings()
     parser = argparse.ArgumentParser(
         prog="kutils sources",

@@ -11,15 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.prompts.clean_marks import clean_mark_path, write_clean_mark
-from kutils.prompts.partition import (
-    FOLD_METHODS,
-    assign,
-    extend_folds,
-    format_leakage,
-    leakage_report,
-    leaked_prompts,
-    report_warnings,
-)
+from kutils.prompts.leakage import format_leakage, leakage_report, report_warnings
+from kutils.prompts.partition import FOLD_METHODS, assign, extend_folds, leaked_prompts
 from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pairs, strips_folder
 from kutils.system import paths
 from kutils.system.devices import pick_device

@@ -25,11 +25,11 @@ FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
-EXPECTED = ("rejected caption", "precanned caption")  # VizWiz's own marks: left out, but nothing is wrong with the file
+EXPECTED = ("rejected caption", "precanned caption")  # marks of VizWiz: such captions are dropped without an error
 
 
 def open_text(path: Path) -> TextIO:
-    """A file of UTF-8 lines, gzipped or not, with or without byte-order mark; other bytes come as lone surrogates.
+    """Open a UTF-8 text, gzipped or not, with or without byte-order mark; other bytes become lone surrogates.
 
     Raises: ValueError for the byte-order mark of UTF-16.
     """
@@ -43,7 +43,7 @@ def open_text(path: Path) -> TextIO:
 
 
 def make_entry(number: int, value: object) -> SourceEntry:
-    """What is at one place of a source, with its flaw if it cannot be a prompt."""
+    """The entry of a value, with a flaw if the value cannot be a prompt."""
     if isinstance(value, str) and value.isascii():
         return SourceEntry(number, value)
     if value is None:
@@ -57,23 +57,28 @@ def make_entry(number: int, value: object) -> SourceEntry:
     return SourceEntry(number, value)
 
 
-def find_column(path: Path, names: Sequence[str], asked: str | None) -> str:
-    """The column or key to read: the one that was asked for, else the first of PROMPT_COLUMNS, in any case.
+def find_column(path: Path, names: Sequence[str], column: str | None) -> str:
+    """The column or key that holds the prompts.
 
-    Raises: ValueError naming those that are there.
+    Args:
+        path: of the file.
+        names: its columns or keys.
+        column: the one to use; None: the first of PROMPT_COLUMNS, in upper or lower case.
+    Raises: ValueError naming the columns of the file.
     """
     lower = {name.lower(): name for name in reversed(names)}
-    found = (
-        (asked if asked in names else None) if asked else next((lower[c] for c in PROMPT_COLUMNS if c in lower), None)
-    )
-    if found is None:
-        lacks = f"has no column {asked!r}" if asked else f"has none of the columns {', '.join(PROMPT_COLUMNS)}"
-        there = ", ".join(map(repr, names)) or "none"
-        raise ValueError(f"{path} {lacks}; name the right one by --column (there are: {there})")
-    return found
+    usual = [lower[name] for name in PROMPT_COLUMNS if name in lower]
+    if not column and usual:
+        return usual[0]
+    if column in names:
+        return column
+    lacks = f"has no column {column!r}" if column else f"has none of the columns {', '.join(PROMPT_COLUMNS)}"
+    available = ", ".join(map(repr, names)) or "none"
+    raise ValueError(f"{path} {lacks}; name the right one by --column (there are: {available})")
 
 
 def read_text(path: Path, column: str | None) -> Iterator[SourceEntry]:
+    """Text: a prompt on each line."""
     with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
             yield make_entry(number, line.rstrip("\r\n"))
@@ -82,12 +87,7 @@ def read_text(path: Path, column: str | None) -> Iterator[SourceEntry]:
 def read_conceptual(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Conceptual Captions: caption and URL, no header."""
     with open_text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            values = line.rstrip("\r\n").split("\t")
-            flaw = len(values) != 2
-            yield (
-                SourceEntry(number, line, "wrong number of columns") if flaw else make_entry(number, values[0] or None)
-            )
+        yield from tab_separated(stream, first_number=1, num_columns=2, index=0)
 
 
 def read_tsv(path: Path, column: str | None) -> Iterator[SourceEntry]:
@@ -95,21 +95,33 @@ def read_tsv(path: Path, column: str | None) -> Iterator[SourceEntry]:
     with open_text(path) as stream:
         header = stream.readline().rstrip("\r\n").split("\t")
         index = header.index(find_column(path, header, column))
-        for number, line in enumerate(stream, start=2):
-            values = line.rstrip("\r\n").split("\t")
-            if len(values) != len(header):
-                yield SourceEntry(number, line, "wrong number of columns")
-            else:
-                yield make_entry(number, values[index] or None)
+        yield from tab_separated(stream, first_number=2, num_columns=len(header), index=index)
+
+
+def tab_separated(stream: TextIO, first_number: int, num_columns: int, index: int) -> Iterator[SourceEntry]:
+    """The entries of tab-separated lines, from the current line on.
+
+    Args:
+        first_number: of the current line.
+        num_columns: that each line must have.
+        index: of the column of prompts.
+    """
+    for number, line in enumerate(stream, start=first_number):
+        values = line.rstrip("\r\n").split("\t")
+        if len(values) != num_columns:
+            yield SourceEntry(number, line, "wrong number of columns")
+        else:
+            yield make_entry(number, values[index] or None)
 
 
 def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
-    """Comma-separated, with a header and standard quoting; a value may hold line breaks, its number is its last line.
+    """Comma-separated, with a header and standard quoting. The number of an entry with line breaks is its last line.
 
-    Python's reader, because it tells the line (Arrow's does not, behind a value with a line break or a bad byte).
+    Python's reader names the line of an error. Those of Arrow and pandas cannot, after a value with a line break or a
+    bad byte.
 
-    Raises: ValueError for a quote that no line closes rightly, whatever is left out: nothing says which of the lines
-        that it swallows are good.
+    Raises: ValueError for a quote that is never closed correctly, even if bad lines are skipped: it cannot be known
+        which of the lines inside it are good.
     """
     with open_text(path) as stream:
         rows = csv.reader(stream, strict=True)
@@ -139,6 +151,7 @@ def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
 
 
 def read_parquet(path: Path, column: str | None) -> Iterator[SourceEntry]:
+    """Parquet: a column of texts, plain or dictionary-encoded."""
     try:
         table = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -162,7 +175,7 @@ def read_parquet(path: Path, column: str | None) -> Iterator[SourceEntry]:
 
 
 def read_jsonl(path: Path, column: str | None) -> Iterator[SourceEntry]:
-    """JSON lines: an object with the key, or a text, on each."""
+    """JSON lines: on each line an object with the key, or a text."""
     key = None
     with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
@@ -180,9 +193,9 @@ def read_jsonl(path: Path, column: str | None) -> Iterator[SourceEntry]:
 
 
 def read_json_list(path: Path, column: str | None) -> Iterator[SourceEntry]:
-    """A JSON list of objects with the key, or of texts; or captions as COCO and VizWiz have them: `annotations`.
+    """A JSON list of objects with the key, or of texts; or an object with such a list, `annotations`, as of COCO.
 
-    Read whole: a JSON text has no beginning that could be used without its end.
+    The file is read whole.
     """
     with open_text(path) as stream:
         try:
@@ -208,7 +221,7 @@ def read_json_list(path: Path, column: str | None) -> Iterator[SourceEntry]:
         yield entry
 
 
-# what the number of an entry counts, and the reader
+# name -> what the number of an entry counts, and the reader
 READERS: dict[str, tuple[str, Callable[[Path, str | None], Iterator[SourceEntry]]]] = {
     "text": ("line", read_text),
     "csv": ("line", read_csv),
@@ -221,20 +234,20 @@ READERS: dict[str, tuple[str, Callable[[Path, str | None], Iterator[SourceEntry]
 
 
 def recognise_format(path: Path) -> str:
-    """The format of a file, a key of READERS, by its suffix and its beginning.
+    """The format of a file, a key of READERS, from its suffix and its beginning.
 
-    Raises: ValueError if neither tells.
+    Raises: ValueError if these are of no known format.
     """
     with path.open("rb") as stream:
         if stream.read(4) == b"PAR1":
             return "parquet"
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    found = FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
-    if found is None or found == "tsv":
+    by_suffix = FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
+    if by_suffix is None or by_suffix == "tsv":
         with open_text(path) as stream:
             first, second = stream.readline(1 << 20), stream.readline(100)
         values = first.rstrip("\r\n").split("\t")
-        if found == "tsv":
+        if by_suffix == "tsv":
             return "conceptual" if len(values) == 2 and values[1].startswith(("http://", "https://")) else "tsv"
         if first.lstrip()[:1] in ("{", "["):
             try:
@@ -243,18 +256,19 @@ def recognise_format(path: Path) -> str:
                 complete = False
             return "jsonl" if complete and second.strip() else "json"
         raise ValueError(f"{path}: neither its name nor its beginning tells the format; give --format")
-    return found
+    return by_suffix
 
 
 def read_source(
     path: Path | str, *, column: str | None = None, source_format: str = "auto", skip_bad_lines: bool = False
 ) -> Iterator[SourceEntry]:
-    """The entries of one file, in its order, a few at a time (a JSON list is read whole).
+    """Read the entries of one file in order, a few at a time (a JSON list is read whole).
 
     Args:
-        column: name of the column or key; None: the first of PROMPT_COLUMNS that is there.
+        path: of the file.
+        column: name of the column or key; None: the first of PROMPT_COLUMNS in the file.
         source_format: a key of READERS, or auto.
-        skip_bad_lines: give entries with a flaw instead of raising; only for files with a few bad lines among many.
+        skip_bad_lines: return entries with a flaw, instead of an error; for files with a few bad lines among many.
     Raises: ValueError naming file and line.
     """
     path = Path(path)

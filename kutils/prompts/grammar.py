@@ -18,11 +18,11 @@ from kutils.prompts.collection import positive, write_prompts
 from kutils.prompts.grammar_words import PATTERNS, PLURALS, WORDS
 from kutils.system.tables import read_table
 
-SKEW = 2.2  # word floor(n * u**SKEW) of n is drawn, u uniform: the first tenth of a list makes 35 % of what is drawn
+SKEW = 2.2  # word floor(n * u**SKEW) of n is drawn, u uniform: the first tenth of a list makes 35 % of the draws
 SLOT = re.compile(r"\{(\w+)(:s)?\}")
 ARTICLE = re.compile(r"@ (\w+)")
 JOINS = ("{} and {}", "{}, next to {}", "{} beside {}", "{} with {}", "{}, {}", "{}, near {}")
-JOINED_WORDS = 20  # at most, of each of the two: an image has no room for two long stories, nor has CLIP
+JOINED_WORDS = 20  # of each of two prompts that are joined, at most: CLIP could not read two long ones
 ENDS = " .,;:!-"
 
 
@@ -48,7 +48,7 @@ def plural(noun: str) -> str:
 
 @functools.cache
 def compile_grammar() -> Callable[[random.Random], str]:
-    """A function that makes one prompt by chance from WORDS and PATTERNS."""
+    """A function that makes one random prompt from WORDS and PATTERNS."""
     words = {name: [" ".join(word.split()) for word in text.split(",")] for name, text in WORDS.items()}
     parts = {
         option: [piece for piece in re.split(r"(\{\w+(?::s)?\})", option) if piece]
@@ -71,11 +71,13 @@ def compile_grammar() -> Callable[[random.Random], str]:
             text += plural(word) if slot and slot[2] else word
         return text
 
-    return lambda rng: ARTICLE.sub(lambda found: f"{article(found[1])} {found[1]}", expand("prompt", rng))
+    return lambda rng: ARTICLE.sub(lambda match: f"{article(match[1])} {match[1]}", expand("prompt", rng))
 
 
 def compose_prompts(count: int, seed: int = 0) -> list[str]:
-    """Distinct prompts of the grammar, the same for the same seed; a longer list begins with the shorter one.
+    """Distinct random prompts of the grammar.
+
+    The same seed gives the same prompts, and a longer list begins with the shorter one.
 
     Raises: ValueError for a negative count.
     """
@@ -91,16 +93,19 @@ def compose_prompts(count: int, seed: int = 0) -> list[str]:
 def join_prompts(
     prompts: Sequence[str], embeddings: np.ndarray, count: int, *, num_clusters: int = 100, seed: int = 0
 ) -> list[str]:
-    """Distinct prompts, each made of two given ones of different topics: "X and Y", "X, next to Y", ...
+    """Join pairs of prompts of different topics to new prompts: "X and Y", "X, next to Y", ...
 
-    Topics are clusters of the embeddings (mini-batch k-means). Prompts of more than JOINED_WORDS are passed over, and
-    those that differ from an earlier one in case or punctuation alone (`prompt_key`). The same for the same input and
-    seed; a longer list begins with the shorter one.
+    Topics are clusters of the embeddings (mini-batch k-means). Not used are prompts of more than JOINED_WORDS, and
+    prompts that differ from an earlier one in case or punctuation alone (`prompt_key`). The same input and seed give
+    the same prompts, and a longer list begins with the shorter one.
 
     Args:
         prompts: n texts.
         embeddings: float32 [n, D], their unit rows.
-        num_clusters: topics, at least 2.
+        count: number of prompts to make.
+        num_clusters: number of topics, at least 2.
+        seed: of the clusters and the draws.
+    Returns: distinct prompts.
     Raises: ValueError for sizes that do not fit, or where so many prompts cannot be made of the pairs there are.
     """
     first_row = {}
@@ -122,7 +127,7 @@ def join_prompts(
 
     topics = MiniBatchKMeans(num_clusters, random_state=seed, n_init=1, batch_size=4096).fit_predict(embeddings)
     short = [row for row, prompt in enumerate(prompts) if prompt.strip(ENDS) and count_words(prompt) <= JOINED_WORDS]
-    sizes = np.bincount(topics[short], minlength=num_clusters).astype(object)  # integers of Python cannot overflow
+    sizes = np.bincount(topics[short], minlength=num_clusters).astype(object)  # Python's integers cannot overflow
     num_pairs = (sum(sizes) ** 2 - sum(sizes**2)) // 2
     if count > num_pairs // 2:
         raise ValueError(
@@ -141,7 +146,7 @@ def join_prompts(
 
 
 def lower_start(prompt: str) -> str:
-    """A prompt as the later part of a sentence: without the capital of a first word that is no name."""
+    """A prompt as the later part of a sentence: a first word such as "The" loses its capital, a name does not."""
     first = prompt.split(" ")[0]
     return (
         first.lower() + prompt[len(first) :] if first in ("A", "An", "The", "Two", "Three", "Some", "Many") else prompt
@@ -149,7 +154,7 @@ def lower_start(prompt: str) -> str:
 
 
 def join_table(tsv_path: Path | str, count: int, *, num_clusters: int = 100, seed: int = 0) -> list[str]:
-    """`join_prompts` of a prompts file; embeds it first where that has not been done.
+    """Apply `join_prompts` to a prompts file, which is embedded first if that has not been done.
 
     Raises: ValueError.
     """
@@ -161,6 +166,7 @@ def join_table(tsv_path: Path | str, count: int, *, num_clusters: int = 100, see
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`kutils templates`."""
     parser = argparse.ArgumentParser(
         prog="kutils templates",
         description="Make prompts from a grammar, or by joining two prompts of different topics.",

@@ -1,9 +1,8 @@
 """Splits prompts into folds that keep similar prompts together, and measures what still leaks.
 
-Folds that keep similar prompts together (cosine >= 0.7 in the published recipe) make validation honest. Grouping
-transitively percolates: chains of similar captions join up to half of all real prompts to one component, which one
-fold would have to swallow. The default is therefore a balanced partition of the similarity graph, which cuts a few
-edges; the report says whom that touches.
+Folds that keep similar prompts together (cosine >= 0.7 in the published recipe) make validation honest. But chains of
+similar captions connect up to half of all real prompts to one component, which would not fit one fold. The default is
+therefore a balanced partition of the graph of similar prompts. It cuts a few edges; the report counts their prompts.
 """
 
 import numpy as np
@@ -16,38 +15,40 @@ from kutils.prompts.near_duplicates import greedy_leaders
 from kutils.prompts.similarity import SimilarPairs
 
 FOLD_METHODS = ("partition", "components", "leader", "kmeans")
-KMEANS_CLUSTERS = 200  # as many topics as were published for this competition; fewer where they would be tiny
-PARTITION_ATTEMPTS = 5  # seeds of METIS: on real prompts the best leaks 3 to 15 % less than their mean
-MOST_PARTS = 2000  # of new prompts that join folds: of few prompts each, and placed one by one in seconds
-SWEEPS = 10  # over the prompts that have joined
-EVEN = 0.1  # fold sizes this close to their mean count as equally good
-LARGE_LEAK = 0.25  # share of leaked prompts that the report warns about
+KMEANS_CLUSTERS = 200  # as many topics as were published for this competition; fewer for small data sets
+PARTITION_ATTEMPTS = 5  # runs of METIS: on real prompts the best one leaks 3 to 15 % less than their mean
+MOST_PARTS = 2000  # into which new prompts are cut before they join folds; placing them takes seconds
+SWEEPS = 10  # over the new prompts, to move single ones to better folds
+EVEN = 0.1  # folds whose sizes differ from the mean by up to this share count as even
 
 
 def similarity_graph(num_prompts: int, pairs: SimilarPairs, weights: np.ndarray | None = None) -> csr_array:
-    """Symmetric [num_prompts, num_prompts] adjacency; weights: one per pair, 1 by default."""
+    """Symmetric adjacency matrix, [num_prompts, num_prompts]; weights: int [pairs], 1 by default."""
     data = np.ones(len(pairs.first), np.int64) if weights is None else weights
     ends = np.concatenate([pairs.first, pairs.second]), np.concatenate([pairs.second, pairs.first])
     return csr_array((np.tile(data, 2), ends), shape=(num_prompts, num_prompts))
 
 
 def groups_by_components(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
-    """Connected component of each prompt, int [num_prompts]: nothing leaks, sizes are what they are."""
+    """Connected component of each prompt, int [num_prompts]: nothing leaks, but sizes can differ widely."""
     return connected_components(similarity_graph(num_prompts, pairs), directed=False)[1]
 
 
 def groups_by_kmeans(embeddings: np.ndarray, num_folds: int, seed: int = 0) -> np.ndarray:
-    """Cluster of each prompt by mini-batch k-means (Sculley 2010), int [num_prompts]: topics, whatever is similar.
+    """Cluster prompts into topics by mini-batch k-means (Sculley 2010).
 
     Args:
         embeddings: float32 [num_prompts, D].
+        num_folds: at least so many clusters.
+        seed: of the clustering.
+    Returns: int [num_prompts], cluster of each prompt.
     """
     clusters = int(np.clip(len(embeddings) // 20, num_folds, KMEANS_CLUSTERS))
     return MiniBatchKMeans(clusters, batch_size=4096, n_init=1, random_state=seed).fit_predict(embeddings)
 
 
 def folds_of_groups(groups: np.ndarray, num_rows: np.ndarray, num_folds: int) -> np.ndarray:
-    """Deal whole groups to folds of similar size by scikit-learn's GroupKFold.
+    """Assign whole groups to folds of similar size by scikit-learn's GroupKFold.
 
     Args:
         groups: int [prompts], group of each.
@@ -72,19 +73,21 @@ def folds_of_groups(groups: np.ndarray, num_rows: np.ndarray, num_folds: int) ->
 def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int, seed: int = 0) -> np.ndarray:
     """Cut the similarity graph into even parts so that few prompts have a neighbour in another part.
 
-    METIS (Karypis and Kumar 1998) minimises the weight of cut edges. What counts here is the number of prompts at them,
-    so that an edge weighs the more, the fewer neighbours its ends have: a prompt with one neighbour leaks by one cut, a
-    prompt with a hundred leaks no more by its second. (At 0.7, means over seeds: of 60,000 real prompts 0.90 % leak
+    METIS (Karypis and Kumar 1998) minimises the weight of cut edges; the goal here is few prompts at cut edges. An edge
+    therefore weighs more, the fewer neighbours its ends have: one cut makes a prompt with one neighbour leak, and a
+    second cut adds nothing to a prompt with a hundred. (At 0.7, means over seeds: of 60,000 real prompts 0.90 % leak
     instead of 1.17 % with equal weights, of 4,012 about cats 21.7 % instead of 23.2 %.)
 
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
-        seed: METIS takes its random numbers from the C library, so that folds repeat on one machine, not on all.
+        pairs: similar prompts.
+        num_folds: number of folds.
+        seed: METIS uses the random numbers of the C library, so that folds repeat on one machine, not on all.
     Returns: int8 [prompts].
     Raises: ValueError if a fold stays empty.
     """
     graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
-    attempts = range(PARTITION_ATTEMPTS)  # recursive once: k-way refinement leaks less, but leaves small parts empty
+    attempts = range(PARTITION_ATTEMPTS)  # one is recursive: k-way leaks less, but can leave small parts empty
     candidates = [
         cut_graph(graph, num_rows, num_folds, seed * PARTITION_ATTEMPTS + attempt, attempt == 0).astype(np.int8)
         for attempt in attempts
@@ -96,14 +99,23 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
 
 
 def edge_weights(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
-    """int64 [pairs], 1 to 1000: what it costs to cut the pair, the more, the fewer similar ones its prompts have."""
+    """int64 [pairs], 1 to 1000: the cost of cutting each pair, higher if its prompts have few similar ones."""
     degree = np.bincount(np.concatenate([pairs.first, pairs.second]), minlength=num_prompts)
     return np.maximum(1, 1000 // np.minimum(degree[pairs.first], degree[pairs.second]))
 
 
 def cut_graph(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, recursive: bool) -> np.ndarray:
-    """Cut a graph into parts of even weight by METIS: int [vertices]. The C library takes seed 0 for 1."""
-    import pymetis  # absent where folds are only looked at, as on Kaggle
+    """Cut a graph into parts of even weight by METIS.
+
+    Args:
+        graph: symmetric, its values are the weights of the edges.
+        weights: int [vertices].
+        num_parts: number of parts.
+        seed: from 0; the C library treats 0 as 1, so 1 is added.
+        recursive: bisect repeatedly, instead of k-way partitioning.
+    Returns: int [vertices], part of each.
+    """
+    import pymetis  # absent where folds are only read, as on Kaggle
 
     dtype = pymetis.zero_copy_dtype()
     part = pymetis.part_graph(
@@ -118,7 +130,7 @@ def cut_graph(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, 
 
 
 def fold_cost(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> tuple[float, int]:
-    """What makes folds worse: their unevenness where it exceeds EVEN, then the rows of leaked prompts."""
+    """The cost by which folds are compared: unevenness beyond EVEN first, then the rows of leaked prompts."""
     sizes = np.bincount(folds, num_rows, num_folds)
     return max(EVEN, np.abs(sizes / sizes.mean() - 1).max()), int(num_rows[leaked_prompts(folds, pairs)].sum())
 
@@ -126,16 +138,19 @@ def fold_cost(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_
 def extend_folds(
     folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int, seed: int = 0
 ) -> np.ndarray:
-    """Give folds to new prompts; those that have one keep it.
+    """Assign folds to new prompts; the others keep theirs.
 
-    The new prompts are cut into up to MOST_PARTS parts, as in `folds_by_partition`. The part that a fold attracts most,
-    by the weight of the pairs between them, is added to it and attracts others from then on, as long as there is room;
-    the smaller folds have more. Last, single prompts move where they are attracted more. (Of 60,000 real prompts 0.9 %
-    leak in folds made anew; 3.0 % where a tenth of them has joined, 10.5 % where half has.)
+    The new prompts are cut into at most MOST_PARTS parts, as in `folds_by_partition`. Parts join folds one by one: next
+    is the part and fold with the heaviest pairs between them, if the fold has room. Smaller folds have more room. Last,
+    single prompts move to folds that attract them more. (Of 60,000 real prompts 0.9 % leak if all are assigned at once,
+    3.0 % if a tenth has joined later, 10.5 % if half has.)
 
     Args:
         folds: int8 [prompts], -1 for the new ones.
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
+        pairs: similar prompts.
+        num_folds: number of folds.
+        seed: of METIS and of the order in which single prompts move.
     Returns: int8 [prompts].
     """
     new = np.flatnonzero(folds < 0)
@@ -147,35 +162,57 @@ def extend_folds(
     part_of = np.arange(len(new)) if num_parts == len(new) else cut_graph(among, num_rows[new], num_parts, seed, False)
     rows = np.bincount(part_of, num_rows[new], num_parts)
     members = csr_array((np.ones(len(new), np.int64), (part_of, np.arange(len(new)))), (num_parts, len(new)))
-    former = np.flatnonzero(folds >= 0)
-    in_fold = csr_array((np.ones(len(former), np.int64), (former, folds[former])), (len(folds), num_folds))
+    assigned = np.flatnonzero(folds >= 0)
+    in_fold = csr_array((np.ones(len(assigned), np.int64), (assigned, folds[assigned])), (len(folds), num_folds))
     pull = (members @ graph[new] @ in_fold).toarray()  # [parts, folds]
     between = members @ among @ members.T
-    sizes = np.bincount(folds[former], num_rows[former], num_folds)
+    sizes = np.bincount(folds[assigned], num_rows[assigned], num_folds)
     room = (1 + EVEN / 2) * level_after(sizes, rows.sum()) - sizes
-    fold_of, open_parts = np.full(num_parts, -1, np.int8), rows > 0
-    while open_parts.any():
-        wanted = np.where(open_parts[:, None] & (rows[:, None] <= room), pull, 0)
-        part, fold = np.unravel_index(np.argmax(wanted), wanted.shape)
-        if wanted[part, fold] == 0:  # nothing is attracted, or fits
-            part, fold = np.argmax(np.where(open_parts, rows, -1)), np.argmax(room)
-        fold_of[part], open_parts[part] = fold, False
-        room[fold] -= rows[part]
-        pull[:, fold] += between[[part]].toarray()[0]
     extended = folds.copy()
-    extended[new] = fold_of[part_of]
+    extended[new] = place_parts(rows, pull, between, room)[part_of]
     move_prompts(extended, new, graph, num_rows, room, seed)
     return extended
+
+
+def place_parts(rows: np.ndarray, pull: np.ndarray, between: csr_array, room: np.ndarray) -> np.ndarray:
+    """Assign parts to folds one by one, the most attracted part first.
+
+    Args:
+        rows: [parts], rows of each.
+        pull: int [parts, folds], weight of the pairs between them; changed.
+        between: [parts, parts], weight of the pairs between parts.
+        room: [folds], rows that each fold can still take; changed.
+    Returns: int8 [parts], fold of each; -1 for a part without rows.
+    """
+    fold_of, is_open = np.full(len(rows), -1, np.int8), rows > 0
+    while is_open.any():
+        possible = np.where(is_open[:, None] & (rows[:, None] <= room), pull, 0)
+        part, fold = np.unravel_index(np.argmax(possible), possible.shape)
+        if possible[part, fold] == 0:  # no part is attracted, or none fits: the largest one goes where most room is
+            part, fold = np.argmax(np.where(is_open, rows, -1)), np.argmax(room)
+        fold_of[part], is_open[part] = fold, False
+        room[fold] -= rows[part]
+        pull[:, fold] += between[[part]].toarray()[0]
+    return fold_of
 
 
 def move_prompts(
     folds: np.ndarray, new: np.ndarray, graph: csr_array, num_rows: np.ndarray, room: np.ndarray, seed: int
 ) -> None:
-    """Move new prompts, one by one, to folds that attract them more and have room; changes `folds` and `room`."""
+    """Move new prompts, one by one, to folds that attract them more and have room; changes `folds` and `room`.
+
+    Args:
+        folds: int8 [prompts].
+        new: int64, the prompts that may move.
+        graph: weights of similar prompts, [prompts, prompts].
+        num_rows: int [prompts].
+        room: [folds], rows that each fold can still take.
+        seed: of the order of the prompts.
+    """
     random = np.random.default_rng(seed)
     for _ in range(SWEEPS):
         in_fold = csr_array((np.ones(len(folds), np.int64), (np.arange(len(folds)), folds)), (len(folds), len(room)))
-        some = random.permutation(new)[: -(-len(new) // 2)]  # of two that would change places, one moves
+        some = random.permutation(new)[: -(-len(new) // 2)]  # half of them, lest two similar prompts swap folds
         pull = (graph[some] @ in_fold).toarray()
         gain = pull.max(axis=1) - pull[np.arange(len(some)), folds[some]]
         best = pull.argmax(axis=1)
@@ -188,7 +225,7 @@ def move_prompts(
 
 
 def level_after(sizes: np.ndarray, added: int) -> int:
-    """The size up to which the smaller folds are filled by `added` rows, as by water."""
+    """The common size that the smaller folds reach when `added` rows are spread over them."""
     sizes = np.sort(sizes)
     for count in range(1, len(sizes) + 1):
         level = (sizes[:count].sum() + added) / count
@@ -205,10 +242,17 @@ def assign(
     seed: int,
     embeddings: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Folds of distinct prompts by one of FOLD_METHODS: int8 [prompts], each of 0 to num_folds - 1 at least once.
+    """Assign folds to distinct prompts by one of FOLD_METHODS.
 
     Args:
+        num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
+        pairs: similar prompts; without effect for kmeans.
+        num_folds: number of folds.
+        method: one of FOLD_METHODS.
+        seed: of partition and kmeans.
         embeddings: float32 [prompts, D], for kmeans alone.
+    Returns: int8 [prompts], each fold from 0 to num_folds - 1 at least once.
+    Raises: ValueError if the prompts cannot fill the folds.
     """
     if method == "partition":
         return folds_by_partition(num_rows, pairs, num_folds, seed)
@@ -220,87 +264,9 @@ def assign(
 
 
 def leaked_prompts(folds: np.ndarray, pairs: SimilarPairs) -> np.ndarray:
-    """bool [prompts]: has a similar prompt in another fold."""
+    """bool [prompts]: whether each prompt has a similar one in another fold."""
     cut = folds[pairs.first] != folds[pairs.second]
     leaked = np.zeros(len(folds), bool)
     leaked[pairs.first[cut]] = True
     leaked[pairs.second[cut]] = True
     return leaked
-
-
-def leakage_report(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> dict:
-    """Fold sizes, and who has similar prompts where.
-
-    Args:
-        folds: int8 [prompts]; num_rows: int [prompts].
-    Returns: numbers ready for JSON; every `_share` is of prompts, except `rows_share` and `edges_cut_share`.
-    """
-    num_prompts, num_edges = len(folds), len(pairs.first)
-    leaked = leaked_prompts(folds, pairs)
-    has_neighbour = np.zeros(num_prompts, bool)
-    has_neighbour[pairs.first] = has_neighbour[pairs.second] = True
-    edges_cut = int((folds[pairs.first] != folds[pairs.second]).sum())
-    largest = float(np.bincount(groups_by_components(num_prompts, pairs), num_rows).max() / num_rows.sum())
-    per_fold = []
-    for fold in range(num_folds):
-        here = folds == fold
-        rows = int(num_rows[here].sum())
-        per_fold.append(
-            {
-                "fold": fold,
-                "rows": rows,
-                "rows_share": rows / int(num_rows.sum()),
-                "prompts": int(here.sum()),
-                "leaked": int(leaked[here].sum()),
-                "leaked_share": float(leaked[here].mean()) if here.any() else 0.0,
-            }
-        )
-    return {
-        "rows": int(num_rows.sum()),
-        "prompts": num_prompts,
-        "edges": num_edges,
-        "edges_cut": edges_cut,
-        "edges_cut_share": edges_cut / num_edges if num_edges else 0.0,
-        "neighbour_share": float(has_neighbour.mean()),
-        "leaked_share": float(leaked.mean()),
-        "largest_component_rows_share": largest,
-        "folds": per_fold,
-    }
-
-
-def report_warnings(report: dict) -> list[str]:
-    """What a user should know before training on these folds."""
-    found = []
-    num_folds, largest = len(report["folds"]), report["largest_component_rows_share"]
-    if largest > 1.2 / num_folds:
-        found.append(
-            f"the largest connected component holds {largest:.1%} of the rows: folds by components would be uneven"
-        )
-    shares = [fold["rows_share"] * num_folds for fold in report["folds"]]
-    if min(shares) < 0.8 or max(shares) > 1.2:
-        found.append(f"fold sizes are uneven: {min(shares):.2f} to {max(shares):.2f} of their mean")
-    if report["leaked_share"] > LARGE_LEAK:
-        found.append(
-            f"{report['leaked_share']:.1%} of the prompts have a similar one in another fold: look at the cosine on "
-            "clean rows, the one on all rows flatters"
-        )
-    return found
-
-
-def format_leakage(report: dict) -> str:
-    """The report as lines for people."""
-    lines = [
-        f"{report['rows']:,} rows, {report['prompts']:,} distinct prompts; folds by {report['method']} at cosine "
-        f">= {report['threshold']:g}",
-        f"{report['edges']:,} similar pairs, {report['edges_cut_share']:.1%} of them across folds",
-        f"{report['neighbour_share']:.1%} of the prompts have a similar one, {report['leaked_share']:.1%} have one in "
-        "another fold",
-        f"largest connected component: {report['largest_component_rows_share']:.1%} of the rows",
-        f"{'fold':>6}{'rows':>12}{'share':>8}{'prompts':>12}{'leaked':>8}",
-    ]
-    for fold in report["folds"]:
-        lines.append(
-            f"{fold['fold']:>6}{fold['rows']:>12,}{fold['rows_share']:>8.1%}{fold['prompts']:>12,}"
-            f"{fold['leaked_share']:>8.1%}"
-        )
-    return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])

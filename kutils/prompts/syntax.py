@@ -47,48 +47,52 @@ SQUARE = re.compile(r"(?<!\\)\[([^\[\]]*)(?<!\\)\]")
 EDIT_STEP = re.compile(r":\s*\d*\.?\d+\s*$")
 MULTI_PROMPT = re.compile(r"\s*:{2,}(?:\s?-?\d+(?:\.\d+)?(?![\w.]))?\s*")
 ESCAPED = re.compile(r"\\{1,4}(['\"()\[\]{}])")
-# most prompts hold none of these and need no second look
+# a prompt without any of these is plain; most are
 SUSPECT = re.compile(r"[\\(\[{<&_\u2013\u2014]|--|::|\w ?:|\s-[A-Za-z]")
 
 
 def strip_html(text: str) -> str:
+    """Replace HTML entities by their characters, and tags by spaces."""
     return TAG.sub(" ", ENTITY.sub(lambda entity: html.unescape(entity[0]), text))
 
 
 def strip_urls(text: str) -> str:
-    return mended(text, URL.sub(" ", text))
+    """Remove web addresses."""
+    return close_gaps(text, URL.sub(" ", text))
 
 
 def strip_negative_prompt(text: str) -> str:
-    return mended(text, NEGATIVE.sub("", text))
+    """Remove "Negative prompt: ..." up to the end."""
+    return close_gaps(text, NEGATIVE.sub("", text))
 
 
 def strip_parameters(text: str) -> str:
-    return mended(text, DREAM_TAIL.sub("", PARAMETER.sub(" ", SETTINGS_TAIL.sub("", text))))
+    """Remove the settings that image generators write behind or read from a prompt."""
+    return close_gaps(text, DREAM_TAIL.sub("", PARAMETER.sub(" ", SETTINGS_TAIL.sub("", text))))
 
 
 def strip_weights(text: str) -> str:
-    """Take the notation of attention away and leave the words.
+    """Remove the notation of attention weights, and leave the words.
 
-    Parentheses are English as well: they go only from a prompt that doubles them or writes a weight, and there all go,
-    as a generator reads them.
+    Parentheses are also English. They are removed only from a prompt that doubles some or writes a weight, and then all
+    of them, since a generator reads all as weights.
     """
     plain = MULTI_PROMPT.sub(", ", EXTRA_NETWORK.sub(" ", text))
     emphasised = EMPHASIS.search(plain) is not None
     plain = SQUARE.sub(open_square, plain)
-    if emphasised or SQUARE.search(plain):  # still: brackets within brackets
+    if emphasised or SQUARE.search(plain):  # some are left: brackets within brackets
         plain = BRACKET.sub("", WEIGHT.sub("", plain))
-    return mended(text, plain)
+    return close_gaps(text, plain)
 
 
-def open_square(found: re.Match) -> str:
+def open_square(match: re.Match) -> str:
     """The words of `[word]`, `[one|other]` and `[from:to:0.5]`."""
-    words = EDIT_STEP.sub("", found[1])
-    return re.sub(r"\s*[|:]\s*" if words != found[1] else r"\s*\|\s*", ", ", words).strip(" ,")
+    words = EDIT_STEP.sub("", match[1])
+    return re.sub(r"\s*[|:]\s*" if words != match[1] else r"\s*\|\s*", ", ", words).strip(" ,")
 
 
-def mended(before: str, after: str) -> str:
-    """`after`, without the commas, gaps and empty parentheses that a removal leaves behind."""
+def close_gaps(before: str, after: str) -> str:
+    """Remove from `after` the commas, gaps and empty parentheses that a removal from `before` has left."""
     if after == before:
         return after
     after = re.sub(r"\(\s*\)", "", after)
@@ -112,9 +116,9 @@ CHARACTERS: dict[str, Callable[[str], str]] = {
 
 
 def tidy(text: str) -> tuple[str, list[str]]:
-    """A prompt as one line of plain words: NFC, single spaces, no control characters, no generator's notation.
+    """Make a prompt one line of plain words: NFC, single spaces, no control characters, no notation of generators.
 
-    Tidied again, it stays as it is.
+    A tidied prompt stays as it is when tidied again.
 
     Returns: the text, possibly empty, and the kinds of change (keys of CHARACTERS and SYNTAX, "white space").
     """
@@ -122,9 +126,9 @@ def tidy(text: str) -> tuple[str, list[str]]:
     single = " ".join(text.split())
     if single != text:
         kinds["white space"] = None
-    former = None
-    while single != former:  # what is under an entity or a bracket can be more of the same
-        former = single
+    previous = None
+    while single != previous:  # an entity or a bracket can hold further ones
+        previous = single
         steps = {} if single.isascii() and single.isprintable() else CHARACTERS
         steps = steps | SYNTAX if SUSPECT.search(single) else steps
         for kind, step in steps.items():

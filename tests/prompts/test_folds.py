@@ -11,7 +11,7 @@ from fixtures.prompts import cosines, neighbourhoods, pairs_of
 
 from kutils.data import datasets
 from kutils.prompts import folds as prompt_folds
-from kutils.prompts import near_duplicates, partition
+from kutils.prompts import leakage, near_duplicates, partition
 from kutils.prompts.folds import assign_folds, read_fold_report
 from kutils.prompts.similarity import SimilarPairs, similar_pairs
 from kutils.system import paths
@@ -104,7 +104,7 @@ def test_groups_by_hand():
 def test_leakage_by_hand():
     folds = np.array([0, 0, 1, 1, 1, 0], np.int8)  # cuts 1 - 2
     assert partition.leaked_prompts(folds, GRAPH).tolist() == [False, True, True, False, False, False]
-    report = partition.leakage_report(folds, NUM_ROWS, GRAPH, 2)
+    report = leakage.leakage_report(folds, NUM_ROWS, GRAPH, 2)
     assert report == {
         "rows": 10,
         "prompts": 6,
@@ -119,9 +119,9 @@ def test_leakage_by_hand():
             {"fold": 1, "rows": 5, "rows_share": 0.5, "prompts": 3, "leaked": 1, "leaked_share": pytest.approx(1 / 3)},
         ],
     }
-    warnings = partition.report_warnings(report)
+    warnings = leakage.report_warnings(report)
     assert len(warnings) == 1 and warnings[0].startswith("33.3% of the prompts have a similar one in another fold")
-    text = partition.format_leakage(report | {"method": "partition", "threshold": 0.7, "warnings": warnings})
+    text = leakage.format_leakage(report | {"method": "partition", "threshold": 0.7, "warnings": warnings})
     assert "10 rows, 6 distinct prompts; folds by partition at cosine >= 0.7" in text
     assert "3 similar pairs, 33.3% of them across folds" in text
     assert "83.3% of the prompts have a similar one, 33.3% have one in another fold" in text
@@ -129,8 +129,8 @@ def test_leakage_by_hand():
 
 def test_uneven_folds_are_warned_about():
     folds = np.array([0, 0, 0, 1, 1, 1], np.int8)
-    report = partition.leakage_report(folds, np.array([4, 4, 4, 1, 1, 1]), GRAPH, 2)
-    assert partition.report_warnings(report) == [
+    report = leakage.leakage_report(folds, np.array([4, 4, 4, 1, 1, 1]), GRAPH, 2)
+    assert leakage.report_warnings(report) == [
         "the largest connected component holds 80.0% of the rows: folds by components would be uneven",
         "fold sizes are uneven: 0.40 to 1.60 of their mean",
     ]

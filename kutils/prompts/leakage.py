@@ -1,0 +1,89 @@
+"""Reports how far similar prompts are in different folds, and how even the folds are."""
+
+import numpy as np
+
+from kutils.prompts.partition import groups_by_components, leaked_prompts
+from kutils.prompts.similarity import SimilarPairs
+
+LARGE_LEAK = 0.25  # share of leaked prompts from which the report warns
+
+
+def leakage_report(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> dict:
+    """Count fold sizes, similar pairs, and the prompts that have a similar one in another fold.
+
+    Args:
+        folds: int8 [prompts].
+        num_rows: int [prompts], rows of the data sets that hold the prompt.
+        pairs: similar prompts.
+        num_folds: number of folds.
+    Returns: numbers ready for JSON; every `_share` is of prompts, except `rows_share` and `edges_cut_share`.
+    """
+    num_prompts, num_edges = len(folds), len(pairs.first)
+    leaked = leaked_prompts(folds, pairs)
+    has_neighbour = np.zeros(num_prompts, bool)
+    has_neighbour[pairs.first] = has_neighbour[pairs.second] = True
+    edges_cut = int((folds[pairs.first] != folds[pairs.second]).sum())
+    largest = float(np.bincount(groups_by_components(num_prompts, pairs), num_rows).max() / num_rows.sum())
+    per_fold = []
+    for fold in range(num_folds):
+        here = folds == fold
+        rows = int(num_rows[here].sum())
+        per_fold.append(
+            {
+                "fold": fold,
+                "rows": rows,
+                "rows_share": rows / int(num_rows.sum()),
+                "prompts": int(here.sum()),
+                "leaked": int(leaked[here].sum()),
+                "leaked_share": float(leaked[here].mean()) if here.any() else 0.0,
+            }
+        )
+    return {
+        "rows": int(num_rows.sum()),
+        "prompts": num_prompts,
+        "edges": num_edges,
+        "edges_cut": edges_cut,
+        "edges_cut_share": edges_cut / num_edges if num_edges else 0.0,
+        "neighbour_share": float(has_neighbour.mean()),
+        "leaked_share": float(leaked.mean()),
+        "largest_component_rows_share": largest,
+        "folds": per_fold,
+    }
+
+
+def report_warnings(report: dict) -> list[str]:
+    """Messages about folds that are uneven or leak much."""
+    messages = []
+    num_folds, largest = len(report["folds"]), report["largest_component_rows_share"]
+    if largest > 1.2 / num_folds:
+        messages.append(
+            f"the largest connected component holds {largest:.1%} of the rows: folds by components would be uneven"
+        )
+    shares = [fold["rows_share"] * num_folds for fold in report["folds"]]
+    if min(shares) < 0.8 or max(shares) > 1.2:
+        messages.append(f"fold sizes are uneven: {min(shares):.2f} to {max(shares):.2f} of their mean")
+    if report["leaked_share"] > LARGE_LEAK:
+        messages.append(
+            f"{report['leaked_share']:.1%} of the prompts have a similar one in another fold: look at the cosine on "
+            "clean rows, the one on all rows flatters"
+        )
+    return messages
+
+
+def format_leakage(report: dict) -> str:
+    """The report as lines to print."""
+    lines = [
+        f"{report['rows']:,} rows, {report['prompts']:,} distinct prompts; folds by {report['method']} at cosine "
+        f">= {report['threshold']:g}",
+        f"{report['edges']:,} similar pairs, {report['edges_cut_share']:.1%} of them across folds",
+        f"{report['neighbour_share']:.1%} of the prompts have a similar one, {report['leaked_share']:.1%} have one in "
+        "another fold",
+        f"largest connected component: {report['largest_component_rows_share']:.1%} of the rows",
+        f"{'fold':>6}{'rows':>12}{'share':>8}{'prompts':>12}{'leaked':>8}",
+    ]
+    for fold in report["folds"]:
+        lines.append(
+            f"{fold['fold']:>6}{fold['rows']:>12,}{fold['rows_share']:>8.1%}{fold['prompts']:>12,}"
+            f"{fold['leaked_share']:>8.1%}"
+        )
+    return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])
