@@ -21,6 +21,7 @@ STEPS = {
     "images with their prompts": {
         "generate": ("kutils.generation.generate", "make a data set of images from prompts"),
         "import": ("kutils.data.pair_import", "make a data set of downloaded pairs: tars, Parquet, folders, lists"),
+        "export": ("kutils.data.pair_export", "write a data set as tars or Parquet files, to share it"),
         "check": ("kutils.data.checking", "look at every image and row, and set bad rows apart"),
         "shards": ("kutils.data.shards", "pack images at the size of training into few large files"),
     },

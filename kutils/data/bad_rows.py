@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from kutils.data import image_files
 from kutils.data.datasets import last_values
+from kutils.data.pair_facts import facts_path
 from kutils.data.shard_links import link, take_shards
 from kutils.data.shards import have_no_files, open_shards
 from kutils.prompts.clean_marks import read_clean_mark, write_clean_mark
@@ -204,8 +205,8 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
         checked.with_suffix(suffix).unlink(missing_ok=True)
     if have_no_files(path):
         take_shards(path, bad == 0, checked, good_rows["image"])
-    if path.with_suffix(".pairs.parquet").is_file():  # its rows are told by their images
-        link(path.with_suffix(".pairs.parquet"), checked.with_suffix(".pairs.parquet"))
+    if facts_path(path).is_file():  # its rows are told by their images
+        link(facts_path(path), facts_path(checked))
     if with_embeddings:
         copy_embeddings(path, checked, good, good_rows["prompt"], len(bad))
     clean = read_clean_mark(path, len(bad), hash_of(table))

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
 import re
 import shutil
@@ -79,13 +78,8 @@ def check_disk(result: Result, found: Probe) -> str:
     pairs = found.wanted * sum(result.parts[number].pairs for number in missing)
     pairs = min(pairs, job.limit or pairs)
     needed = pairs * (found.pair_bytes + ROW_BYTES + (0 if job.packed else FILE_BYTES))
-    free = shutil.disk_usage(result.output.parent).free
-    if needed > free:
-        text = (
-            f"about {needed / 1e9:,.1f} GB are needed for {pairs:,.0f} pairs, {free / 1e9:,.1f} GB are free; give "
-            "--pack 448 or a smaller size, less sources, or --limit"
-        )
-        raise OSError(errno.ENOSPC, text, str(result.output.parent))
+    advice = "give --pack 448 or a smaller size, less sources, or --limit"
+    free = paths.check_room(result.output.parent, needed, advice)
     return f"about {needed / 1e9:,.2f} GB will be written, {free / 1e9:,.0f} GB are free"
 
 

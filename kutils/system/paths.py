@@ -1,5 +1,6 @@
 """Says where the repository, `input/` and `working/` are; writes files whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -112,6 +113,15 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_room(folder: Path, needed_bytes: float, advice: str) -> int:
+    """The free bytes of a folder's disk; OSError, which says what to do, if there are less than needed."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        text = f"about {needed_bytes / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; {advice}"
+        raise OSError(errno.ENOSPC, text, str(folder))
+    return free
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

@@ -3,15 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import parquet
 
 from kutils.data.datasets import PromptImages
+from kutils.data.pair_facts import facts_path, read_facts
 from kutils.data.prompt_bank import PromptBank
 from kutils.system.tables import read_table
 
@@ -65,25 +64,17 @@ def label_rows(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000
 
 def slicings(data: PromptImages) -> tuple[str, ...]:
     """The ways in which rows of data sets can be sorted."""
-    return (*SLICES, GENERATOR) if any(pairs_path(data, name).is_file() for name in data.names) else SLICES
-
-
-def pairs_path(data: PromptImages, name: str) -> Path:
-    """What an import has written about each image of a data set."""
-    return data.root / f"{name}.pairs.parquet"
+    imported = any(facts_path(data.root / f"{name}.tsv").is_file() for name in data.names)
+    return (*SLICES, GENERATOR) if imported else SLICES
 
 
 def imported_column(data: PromptImages, rows: np.ndarray, column: str, values: np.ndarray) -> np.ndarray:
-    """`values` (object [n]), where data sets were imported replaced by what is known of the rows' images."""
+    """`values` (object [n]), replaced where data sets were imported by what is known of the rows' images."""
     number, values = data.origin(rows)[0], values.copy()
     for index in np.unique(number):
-        path = pairs_path(data, data.names[index])
-        if not path.is_file():
-            continue
-        pairs = parquet.read_table(path, columns=["image", column])
         of_set = np.flatnonzero(number == index)
-        places = pc.index_in(data.images.take(pa.array(rows[of_set])), value_set=pairs["image"].cast(pa.large_string()))
-        known = pairs[column].take(places).fill_null("").to_numpy()
+        images = data.images.take(pa.array(rows[of_set]))
+        known = read_facts(data.root / f"{data.names[index]}.tsv", images, [column])[column]
         values[of_set] = np.where(known == "", values[of_set], known)
     return values
 
