@@ -249,3 +249,26 @@ def test_a_preset_for_one_gpu_is_the_recipe_for_eight_in_smaller_batches(path):
     if preset.stage > 1:
         before = recipes.load_recipe(recipes.find_recipe(preset.model, preset.stage - 1))
         assert preset.initial_checkpoint(2) == before.checkpoint_path(2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("sd44m_*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_for_downloaded_pairs_is_the_publications_on_another_data_set(path):
+    own = recipes.load_recipe(path)
+    recipe = recipes.load_recipe(recipes.find_recipe(own.model.removeprefix("sd44m_"), own.stage))
+    differing = {key for key, value in vars(recipe).items() if value != getattr(own, key)}
+    assert differing <= {"prefix", "save_dir", "model", "datasets", "initialize_from"} and own.datasets == ("sd44m",)
+    assert path.stem == own.prefix == f"{own.model}_stage{own.stage}"
+    if own.stage > 1:
+        before = recipes.load_recipe(recipes.find_recipe(own.model, own.stage - 1))
+        assert own.initial_checkpoint(2) == before.checkpoint_path(2)
+    flops, images = recipe_table.forward_flops(recipe_table.build(recipe), recipe), 3_960_000
+    hours = recipe_table.hours(recipe, flops) * images / recipe_table.images_per_epoch(recipe)
+    head = path.read_text().split("\nprefix:")[0]
+    assert f"About {recipe_table.describe_hours(hours)} h per fold" in head and f"{images:,} images per epoch" in head
+    assert f"{flops / 1e9:.0f} GFLOP" in head and f"conf/{path.name}" in head
+
+
+def test_there_is_a_recipe_for_downloaded_pairs_of_each_network():
+    models = {recipes.load_recipe(path).model for path in recipe_table.seed_recipes()}
+    names = {f"sd44m_{model}_stage{stage}.yaml" for model in models for stage in (1, 2)}
+    assert names == {path.name for path in (ROOT / "conf").glob("sd44m_*.yaml")} and len(names) == 10
