@@ -5,100 +5,55 @@ import contextlib
 import dataclasses
 import functools
 import re
-import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from torchvision.transforms.v2.functional import to_pil_image
 
 from kutils.data import pair_embeddings, pair_parts, pair_results
-from kutils.data.pair_formats import FORMS, Part, find_parts, read_part
+from kutils.data.pair_formats import FORMS, find_parts
 from kutils.data.pair_parts import Counts, Job, Outcome, import_part, leading_parts
+from kutils.data.pair_plan import make_plan
 from kutils.data.pair_results import Result
-from kutils.data.pairs import Fault, Keys, Pair, parse_condition
+from kutils.data.pairs import Fault, Keys, parse_condition
 from kutils.data.shards import IMAGE_FORMATS, QUALITY, Encoding
+from kutils.data.transforms import decode_bytes
 from kutils.prompts.cleaning import CleaningSettings, format_cleaning
 from kutils.prompts.similarity import check_threshold
 from kutils.system import devices, paths, processes
-from kutils.system.chunks import ChunkFiles
-from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks, join_workers
 
-VERSION = 1  # of the work: what another version has begun is begun anew
-PROBED_PARTS, PROBED_PAIRS = 4, 16  # whose first pairs tell sizes and fields
-ROW_BYTES = 3 * 4 * EMBEDDING_DIM + 600  # embeddings, up to three times for a while, and texts
-FILE_BYTES = 2048  # that a file takes beyond its content, on average
 EMBEDDINGS = ("auto", "encode", "later")
-LATER_TEXTS = ("caption", "description", "recaption")  # fields that are often written by a model that sees the image
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What the first pairs of some parts tell about all."""
+def preview(sources: Sequence[str], options: Sequence[str] = (), count: int = 8) -> tuple[list, list[str]]:
+    """The first pairs of sources as an import with these options would take them; nothing is written.
 
-    pair_bytes: float  # of an image as it will be kept
-    wanted: float  # share of pairs that --where leaves
-    embedding_lengths: Counter  # of the source's embeddings; 0 where a pair has none
-    fields: list[str]
-    prompt_keys: list[str]  # the fields or files that prompts came from
-    faults: list[str]
-
-
-def probe(parts: Sequence[Part], job: Job) -> Probe:
-    """Look at the first pairs of some parts; nothing is written."""
-    sizes, lengths, fields, prompt_keys, faults, seen = [], Counter(), {}, {}, [], 0
-    for part in parts[:: max(1, len(parts) // PROBED_PARTS)]:
-        outcome = Outcome(part, job)
-        for item in islice(read_part(part, job.keys), PROBED_PAIRS):
-            seen += 1
-            if isinstance(item, Pair):
-                fields |= dict.fromkeys(item.fields)
-                prompt_keys[item.prompt_key] = None
-                lengths[0 if item.embedding is None else item.embedding.size] += 1
-                item = outcome.examine(item, Counts())
-            if isinstance(item, Fault):
-                faults.append(f"{part.name}, {item.key}: {item.reason}")
-            elif item is not None:
-                sizes.append(len(item[1]))
-    wanted = (len(sizes) + len(faults) + 1) / (seen + 1)
-    return Probe(sum(sizes) / max(1, len(sizes)), wanted, lengths, list(fields), list(prompt_keys), faults)
-
-
-def check_disk(result: Result, found: Probe) -> str:
-    """What will be written, and how much room there is; OSError where that is not enough."""
-    chunks, job, total = result.chunks, result.job, range(len(result.parts))
-    missing = chunks.missing() if chunks.folder.is_dir() else total
-    pairs = found.wanted * sum(result.parts[number].pairs for number in missing)
-    pairs = min(pairs, job.limit or pairs)
-    needed = pairs * (found.pair_bytes + ROW_BYTES + (0 if job.packed else FILE_BYTES))
-    advice = "give --pack 448 or a smaller size, less sources, or --limit"
-    free = paths.check_room(result.output.parent, needed, advice)
-    return f"about {needed / 1e9:,.2f} GB will be written, {free / 1e9:,.0f} GB are free"
-
-
-def describe(parts: Sequence[Part], found: Probe, job: Job) -> str:
-    """What was recognised, for a person."""
-    forms = ", ".join(dict.fromkeys(part.form for part in parts))
-    pairs, size = (sum(getattr(part, name) for part in parts) for name in ("pairs", "size"))
-    lines = [f"{forms}: {len({part.path for part in parts}):,} files, about {pairs:,} pairs, {size / 1e9:,.2f} GB"]
-    lengths = [str(length) for length in found.embedding_lengths if length]
-    if lengths and not job.with_embeddings:
-        lines.append(f"the source's embeddings ({', '.join(lengths)} numbers) are not used: all prompts are encoded")
-    told = f"prompts from {', '.join(map(repr, found.prompt_keys)) or 'nowhere'}"
-    lines.append(f"{told}; fields for --where: {', '.join(map(str, found.fields)) or 'none'}")
-    if any(word in str(name).lower() for name in found.prompt_keys for word in LATER_TEXTS):
-        lines.append(
-            "note: captions that were written afterwards, by a person or a model, are another target than the prompt "
-            "that an image was made from; where there are both, name the prompt by --prompt-key"
-        )
-    return "\n".join(lines)
+    Args:
+        options: of the command.
+        count: of pairs.
+    Returns: Pillow images as they will be kept, and cleaned prompts.
+    Raises: ValueError where there is no such pair.
+    """
+    args = make_parser().parse_args([*sources, "--output", "input/preview", *options])
+    job, images, prompts = make_job(args), [], []
+    for part in find_parts(sources, args.format, job.keys):
+        for item in Outcome(part, job).examine_all(Counts()):
+            if not isinstance(item, Fault):
+                row, content, _ = item
+                images.append(to_pil_image(decode_bytes(content, row["key"])))
+                prompts.append(row["prompt"])
+            if len(images) == count:
+                return images, prompts
+    if not images:
+        raise ValueError(f"{', '.join(sources)}: no pair could be used; `kutils import` says why")
+    return images, prompts
 
 
 def import_pairs(
@@ -170,48 +125,6 @@ def lock(output: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     except Timeout:
         raise ValueError(f"another import of {output.name} is running; wait for it, or choose another name") from None
-
-
-def make_plan(
-    sources: Sequence[str], output: Path, job: Job, form: str, embeddings: str, dedup: float, overwrite: bool
-) -> tuple[Result, str]:
-    """What is to be done, and from where on: `work`, `publish` what is built already, or nothing: it is `done`."""
-    parts = find_parts(sources, form, job.keys)
-    found = probe(parts, job)
-    common = found.embedding_lengths.most_common(1)
-    with_embeddings = embeddings == "auto" and bool(common) and common[0][0] == EMBEDDING_DIM
-    job = dataclasses.replace(job, with_embeddings=with_embeddings)
-    files = [[*part[2:], part.form, part.path.stat().st_mtime_ns] for part in parts]
-    settings = dataclasses.asdict(job) | {"embeddings": embeddings, "dedup": dedup}
-    work = {"version": VERSION, "parts": files, "settings": settings}
-    result = Result(output, parts, job, ChunkFiles(output, work, len(parts)), work)
-    if check_output(result, overwrite):
-        return result, "done"
-    print(describe(parts, found, job), flush=True)
-    if pair_results.is_built(result):
-        return result, "publish"
-    print(check_disk(result, found), flush=True)
-    result.chunks.open()
-    for leftover in result.chunks.folder.glob(".*.partial"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    return result, "work"
-
-
-def check_output(result: Result, overwrite: bool) -> bool:
-    """Whether the data set is there as asked for; ValueError where something else is."""
-    there = [path for suffix in pair_results.SUFFIXES if (path := result.path(suffix)).exists()]
-    record = paths.read_record(result.path(".import.json"))
-    if pair_results.is_built(result) or not there:  # or a call was cut that had begun to put files in place
-        return False
-    if record is None:
-        raise ValueError(f"{there[0]} is there and was not imported; choose another name")
-    is_whole = all(result.path(suffix).exists() for suffix in record["files"])
-    if record["work"] == result.work_digest and is_whole and not overwrite:
-        return True
-    if not overwrite:
-        what = "was imported from other files or with other settings" if is_whole else "is not whole any more"
-        raise ValueError(f"{result.output} {what}; choose another name, or give --overwrite to replace it")
-    return False
 
 
 def work_parts(result: Result, num_workers: int | None, ranks: Ranks, progress: bool) -> None:

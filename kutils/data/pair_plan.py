@@ -1,0 +1,128 @@
+"""Plans an import of pairs: what the sources are, how much room is needed, and whether it has been done already."""
+
+import dataclasses
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from kutils.data import pair_results
+from kutils.data.pair_formats import Part, find_parts, read_part
+from kutils.data.pair_parts import Counts, Job, Outcome
+from kutils.data.pair_results import Result
+from kutils.data.pairs import Fault, Pair
+from kutils.system import paths
+from kutils.system.chunks import ChunkFiles
+from kutils.system.embedding_files import EMBEDDING_DIM
+
+VERSION = 1  # of the work: what another version has begun is begun anew
+PROBED_PARTS, PROBED_PAIRS = 4, 16  # whose first pairs tell sizes and fields
+ROW_BYTES = 3 * 4 * EMBEDDING_DIM + 600  # embeddings, up to three times for a while, and texts
+FILE_BYTES = 2048  # that a file takes beyond its content, on average
+LATER_TEXTS = ("caption", "description", "recaption")  # fields that are often written by a model that sees the image
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the first pairs of some parts tell about all."""
+
+    pair_bytes: float  # of an image as it will be kept
+    wanted: float  # share of pairs that --where leaves
+    embedding_lengths: Counter  # of the source's embeddings; 0 where a pair has none
+    fields: list[str]
+    prompt_keys: list[str]  # the fields or files that prompts came from
+    faults: list[str]
+
+
+def probe(parts: Sequence[Part], job: Job) -> Probe:
+    """Look at the first pairs of some parts; nothing is written."""
+    sizes, lengths, fields, prompt_keys, faults, seen = [], Counter(), {}, {}, [], 0
+    for part in parts[:: max(1, len(parts) // PROBED_PARTS)]:
+        outcome = Outcome(part, job)
+        for item in islice(read_part(part, job.keys), PROBED_PAIRS):
+            seen += 1
+            if isinstance(item, Pair):
+                fields |= dict.fromkeys(item.fields)
+                prompt_keys[item.prompt_key] = None
+                lengths[0 if item.embedding is None else item.embedding.size] += 1
+                item = outcome.examine(item, Counts())
+            if isinstance(item, Fault):
+                faults.append(f"{part.name}, {item.key}: {item.reason}")
+            elif item is not None:
+                sizes.append(len(item[1]))
+    wanted = (len(sizes) + len(faults) + 1) / (seen + 1)
+    return Probe(sum(sizes) / max(1, len(sizes)), wanted, lengths, list(fields), list(prompt_keys), faults)
+
+
+def check_disk(result: Result, found: Probe) -> str:
+    """What will be written, and how much room there is; OSError where that is not enough."""
+    chunks, job, total = result.chunks, result.job, range(len(result.parts))
+    missing = chunks.missing() if chunks.folder.is_dir() else total
+    pairs = found.wanted * sum(result.parts[number].pairs for number in missing)
+    pairs = min(pairs, job.limit or pairs)
+    needed = pairs * (found.pair_bytes + ROW_BYTES + (0 if job.packed else FILE_BYTES))
+    advice = "give --pack 448 or a smaller size, less sources, or --limit"
+    free = paths.check_room(result.output.parent, needed, advice)
+    return f"about {needed / 1e9:,.2f} GB will be written, {free / 1e9:,.0f} GB are free"
+
+
+def describe(parts: Sequence[Part], found: Probe, job: Job) -> str:
+    """What was recognised, for a person."""
+    forms = ", ".join(dict.fromkeys(part.form for part in parts))
+    pairs, size = (sum(getattr(part, name) for part in parts) for name in ("pairs", "size"))
+    lines = [f"{forms}: {len({part.path for part in parts}):,} files, about {pairs:,} pairs, {size / 1e9:,.2f} GB"]
+    lengths = [str(length) for length in found.embedding_lengths if length]
+    if lengths and not job.with_embeddings:
+        lines.append(f"the source's embeddings ({', '.join(lengths)} numbers) are not used: all prompts are encoded")
+    told = f"prompts from {', '.join(map(repr, found.prompt_keys)) or 'nowhere'}"
+    lines.append(f"{told}; fields for --where: {', '.join(map(str, found.fields)) or 'none'}")
+    if any(word in str(name).lower() for name in found.prompt_keys for word in LATER_TEXTS):
+        lines.append(
+            "note: captions that were written afterwards, by a person or a model, are another target than the prompt "
+            "that an image was made from; where there are both, name the prompt by --prompt-key"
+        )
+    return "\n".join(lines)
+
+
+def make_plan(
+    sources: Sequence[str], output: Path, job: Job, form: str, embeddings: str, dedup: float, overwrite: bool
+) -> tuple[Result, str]:
+    """What is to be done, and from where on: `work`, `publish` what is built already, or nothing: it is `done`."""
+    parts = find_parts(sources, form, job.keys)
+    found = probe(parts, job)
+    common = found.embedding_lengths.most_common(1)
+    with_embeddings = embeddings == "auto" and bool(common) and common[0][0] == EMBEDDING_DIM
+    job = dataclasses.replace(job, with_embeddings=with_embeddings)
+    files = [[*part[2:], part.form, part.path.stat().st_mtime_ns] for part in parts]
+    settings = dataclasses.asdict(job) | {"embeddings": embeddings, "dedup": dedup}
+    work = {"version": VERSION, "parts": files, "settings": settings}
+    result = Result(output, parts, job, ChunkFiles(output, work, len(parts)), work)
+    if check_output(result, overwrite):
+        return result, "done"
+    print(describe(parts, found, job), flush=True)
+    if pair_results.is_built(result):
+        return result, "publish"
+    print(check_disk(result, found), flush=True)
+    result.chunks.open()
+    for leftover in result.chunks.folder.glob(".*.partial"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    return result, "work"
+
+
+def check_output(result: Result, overwrite: bool) -> bool:
+    """Whether the data set is there as asked for; ValueError where something else is."""
+    there = [path for suffix in pair_results.SUFFIXES if (path := result.path(suffix)).exists()]
+    record = paths.read_record(result.path(".import.json"))
+    if pair_results.is_built(result) or not there:  # or a call was cut that had begun to put files in place
+        return False
+    if record is None:
+        raise ValueError(f"{there[0]} is there and was not imported; choose another name")
+    is_whole = all(result.path(suffix).exists() for suffix in record["files"])
+    if record["work"] == result.work_digest and is_whole and not overwrite:
+        return True
+    if not overwrite:
+        what = "was imported from other files or with other settings" if is_whole else "is not whole any more"
+        raise ValueError(f"{result.output} {what}; choose another name, or give --overwrite to replace it")
+    return False
