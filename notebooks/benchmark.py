@@ -24,8 +24,8 @@
 # there is less.
 #
 # **How long it takes.** On two CPU cores `quick` (loader, step, differences, predict_ensemble, nearest_prompts) five
-# minutes; besides, `open_5m_rows` six, `embed_prompts` and `similar_pairs` five each, `packed_shards` two, `folds` and
-# `check_images` one.
+# minutes; besides, `open_5m_rows` six, `embed_prompts` and `similar_pairs` five each, `packed_shards` and
+# `import_pairs` two, `folds` and `check_images` one.
 
 # %% tags=["parameters"]
 sections: str = "quick"  # what to measure: quick, all, or some, as "loader,step"; a wrong name lists them
@@ -174,6 +174,18 @@ if "check_images" in chosen:
     measuring.save_entries(data.measure_check(images, repeats))
 if "packed_shards" in chosen:
     measuring.save_entries(data.measure_shards(images, repeats))
+
+# %% [markdown]
+# ## How fast are downloaded pairs imported?
+# `import_keep`: small pairs whose bytes are kept, beside webdataset's own loop, which splits tars into samples and no
+# more. `import_pack`: lossless images of 512 px packed at 448 px, beside Pillow's open, resize, save; and by two
+# processes beside one.
+
+# %%
+if "import_pairs" in chosen:
+    from kutils.benchmarks import importing
+
+    measuring.save_entries(importing.measure_import(images, repeats))
 
 # %% [markdown]
 # ## What was found?

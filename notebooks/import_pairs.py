@@ -27,7 +27,7 @@
 # %% tags=["parameters"]
 sources: str = ""  # files, folders or patterns, as "downloads/sd-4.4M/cc/*-{000..012}.tar"; empty: the shapes
 name: str = "imported"  # of the data set to make below input/
-options: str = "--pack 448"  # of `kutils import`, as "--pack 448 --limit 2000 --where model=sd-2.0 --dedup 0.9"
+options: str = "--pack 448"  # of the import, all that its help lists: a limit, near-duplicates, which pairs
 num_prompts: int = 1000  # prompts of the shapes, where there are no sources
 threshold: float = 0.7  # cosine from which prompts are similar, and belong to one fold
 num_folds: int = 10  # number of folds, 2..10

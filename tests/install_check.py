@@ -167,11 +167,9 @@ def check(copy: Copy) -> None:
     copy.run("kutils ask $(find input/drawn_images -name '*_0.*' | sort | head -2)")
     copy.expect("working/compare.ipynb", "working/explore.ipynb")
 
-    data = ["sources", "templates", "grouping", "generate", "check", "shards", "prompt_bank"]
-    models = ["pretrained", "train", "evaluate", "predict", "ensemble", "retrieval", "neighbours", "report"]
-    commands = [*data, *models, "kaggle", "launch"]
-    for module in commands:
-        copy.run(f"python -m kutils.{module} --help")
+    names = copy.run("python -c 'from kutils.__main__ import COMMANDS; print(*COMMANDS)'").split()
+    for name in names:
+        copy.run(f"kutils {name} --help")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ BAD_INPUTS = {  # what a user can put right, for each command
     "folds": ["none.tsv"],
     "generate": ["none.tsv", "--output", "out"],
     "import": ["none.tar", "--output", "input/none"],
+    "export": ["none", "--format", "parquet"],
     "check": ["none.tsv"],
     "shards": ["none.tsv"],
     "pretrained": ["folder", "no_model"],

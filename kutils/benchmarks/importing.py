@@ -24,12 +24,12 @@ from kutils.system import paths, processes
 from kutils.system.chunks import ChunkFiles
 from kutils.system.embedding_files import EMBEDDING_DIM
 
-SIZE, PACKED_SIZE = 512, 448  # px
-PAIRS_PER_TAR = 50
+KEPT_SIZE, SIZE, PACKED_SIZE = 64, 512, 448  # px
+KEPT_PER_TAR, PACKED_PER_TAR = 5000, 50  # pairs; a part that is packed is long work
 NUM_PICTURES = 32  # that differ; the others are copies of them
 
 
-def make_tars(folder: Path, pairs: int, size: int) -> list[str]:
+def make_tars(folder: Path, pairs: int, size: int, pairs_per_tar: int) -> list[str]:
     """Tars of the 12th place's form: lossless WebP, prompt, float16 embedding and a few facts of each pair."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -41,14 +41,14 @@ def make_tars(folder: Path, pairs: int, size: int) -> list[str]:
     row = np.full(EMBEDDING_DIM, EMBEDDING_DIM**-0.5, np.float16)
 
     def rows(first: int) -> Iterator[dict]:
-        for number in range(first, min(first + PAIRS_PER_TAR, pairs)):
+        for number in range(first, min(first + pairs_per_tar, pairs)):
             image = {"bytes": contents[number % NUM_PICTURES], "path": f"{number:09d}.webp"}
             known = {"fold": -1, "generator": "shapes", "seed": str(number), "source": ""}
             yield {"image": image, "prompt": f"{prompts[number % NUM_PICTURES]}, {number}", "embedding": row} | known
 
-    files = [folder / f"{first // PAIRS_PER_TAR:06d}.tar" for first in range(0, pairs, PAIRS_PER_TAR)]
+    files = [folder / f"{first // pairs_per_tar:06d}.tar" for first in range(0, pairs, pairs_per_tar)]
     for number, path in enumerate(files):
-        pair_export.write_tar(path, rows(number * PAIRS_PER_TAR))
+        pair_export.write_tar(path, rows(number * pairs_per_tar))
     return list(map(str, files))
 
 
@@ -108,12 +108,12 @@ def measure_import(pairs: int = 2000, repeats: int = 3) -> list[measuring.Entry]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        small = make_tars(folder / "small", 5 * pairs, 64)
+        small = make_tars(folder / "small", 5 * pairs, KEPT_SIZE, KEPT_PER_TAR)
         kept = Import(small, folder, "keep")
         plain = functools.partial(timed, parse_all, small)
         times = measuring.alternate(repeats, lambda: kept.rate(0), plain)
         entries.append(make_entry("import_keep", "pairs/s", *times, more=True))
-        tars = make_tars(folder / "large", pairs, SIZE)
+        tars = make_tars(folder / "large", pairs, SIZE, PACKED_PER_TAR)
         packed = Import(tars, folder, str(PACKED_SIZE))
         plain = functools.partial(timed_packing, tars, folder / "plain")
         times = measuring.alternate(repeats, lambda: packed.rate(0), plain)

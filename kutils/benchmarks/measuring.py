@@ -31,6 +31,7 @@ SECTIONS = (
     "folds",
     "check_images",
     "packed_shards",
+    "import_pairs",
 )
 
 

@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from PIL import UnidentifiedImageError
+
 from kutils.data.pair_tars import suffix_of
 from kutils.data.pairs import IMAGE_SUFFIXES, MOST_BYTES, PROMPT_KEYS, Fault, Keys, Pair, find_key
 
@@ -171,7 +173,9 @@ def read_prompt(name: str, content: bytes, parser) -> Pair | Fault:
     try:
         # the slow search is for prompts that are hidden in pixels
         found = parser.parse(io.BytesIO(content)) or parser.parse(io.BytesIO(content), Eagerness.EAGER)
-    except Exception as error:  # of Pillow and of anything that a damaged text may lead to
+    except UnidentifiedImageError:  # whose message holds an address in memory, another one in every run
+        return Fault(name, "it is no image of a known format")
+    except Exception as error:  # of anything that a damaged text may lead to
         return Fault(name, f"it cannot be read ({type(error).__name__}: {error})")
     prompts = list(dict.fromkeys(prompt.value for prompt in found.prompts if prompt.value)) if found else []
     if len(prompts) != 1:
