@@ -1,4 +1,4 @@
-"""Loads pretrained backbones from the hub, a file or a folder; `kutils pretrained FOLDER` downloads them.
+"""Loads pretrained backbones from the hub, a package, a file or a folder; `kutils pretrained FOLDER` downloads them.
 
 On a machine without network, `pretrained=FOLDER` takes each recipe's own file from a folder that was downloaded
 elsewhere.
@@ -19,6 +19,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from kutils.models.packages import load_packaged
 from kutils.runs import recipes as runs_recipes
 from kutils.system import paths
 from kutils.system.errors import first_line
@@ -44,9 +45,9 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
 
     Args:
         name: timm model name with its weights tag, such as `vit_large_patch14_clip_224.laion2b`.
-        weights: True from the hub, False random, else the path of a file or of a folder that holds `<name>.safetensors`
-            (.pth, .pt, .bin). A file may hold timm's names or a whole open_clip model; position embeddings of another
-            resolution are resampled, both by timm.
+        weights: True from the hub, False random, `package` from an installed package, else the path of a file or of a
+            folder that holds `<name>.safetensors` (.pth, .pt, .bin). A file may hold timm's names or a whole open_clip
+            model; position embeddings of another resolution are resampled, both by timm.
         keep_projection: keep the weights' own last layer (CLIP's projection); else it is taken off.
         options: of `timm.create_model`.
     Raises: ValueError for weights that cannot be had or are not wholly this network's.
@@ -55,11 +56,13 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
     if weights is False:
         classes = source.num_classes if keep_projection else 0
         return timm.create_model(name, pretrained=False, num_classes=classes, **options)
-    file = None if weights is True else find_weights(Path(weights), name)
+    file = None if weights in (True, runs_recipes.FROM_PACKAGE) else find_weights(Path(weights), name)
+    state = load_packaged(name) if weights == runs_recipes.FROM_PACKAGE else None
     try:
-        overlay = {}
         if file is not None:
             state = load_state_dict(str(file), weights_only=True)
+        overlay = {}
+        if state is not None:
             overlay = {"state_dict": state, "num_classes": count_classes(state, source)}
         # with the weights' own number of classes: with another, timm would not mind weights of a wholly other network
         classes = overlay.get("num_classes", source.num_classes)

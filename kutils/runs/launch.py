@@ -278,7 +278,8 @@ def is_finished(run: Run, notebook: Path, node: Node) -> bool:
 def with_absolute_paths(recipe: recipes.Recipe) -> recipes.Recipe:
     """The recipe with every path made absolute: notebook and ranks have other current folders."""
     values = {key: getattr(recipe, key) for key in ("run_dir", "model_dir", "pretrained")}
-    absolute = {key: str(Path(value).absolute()) for key, value in values.items() if isinstance(value, str) and value}
+    given = {key: value for key, value in values.items() if value not in (True, False, "", recipes.FROM_PACKAGE)}
+    absolute = {key: str(Path(value).absolute()) for key, value in given.items()}
     return replace(recipe, **absolute)
 
 

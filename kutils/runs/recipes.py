@@ -13,6 +13,8 @@ import yaml
 
 from kutils.system import paths
 
+FROM_PACKAGE = "package"  # of the key `pretrained`
+
 
 class ConfigError(ValueError):
     """A recipe or an override that cannot be used as it is; the message names the key and says what to do."""
@@ -36,7 +38,10 @@ class Recipe:
     train_folds: tuple[int, ...] = setting("validation folds that dist_train.sh runs, one after the other")
     datasets: tuple[str, ...] = setting("data sets: input/<name>.tsv and .npy, concatenated")
     backbone: str = setting("timm model name")
-    pretrained: bool | str = setting("true: from the hub, false: random, or the path of a weights file", True)
+    pretrained: bool | str = setting(
+        "true: from the hub, package: from an installed Python package, false: random, or the path of a weights file",
+        True,
+    )
     initialize_from: str | None = setting("checkpoint to start from; {fold}: the fold; relative to model_dir", None)
     head: str = setting(
         "what of the backbone the linear head sees",
