@@ -1,5 +1,6 @@
 """Predicts the embedding of a prompt from the image that was generated from it."""
 
+import importlib
 import os
 import shlex
 import sys
@@ -14,11 +15,16 @@ UNCHANGED = (
 
 
 def command_of(module: str, arguments: list[str]) -> list[str]:
-    """The command and its arguments that do what `python -m <module> <arguments>` did; empty for any other module."""
+    """The command and its arguments for what `python -m <module> <arguments>` did or seems to do; empty for others."""
     name = module.removeprefix("kutils.")
     if name == "grouping":  # its first argument, folds or dedup, is a command by now
         return arguments if arguments[:1] in (["folds"], ["dedup"]) else ["folds"]
-    return [RENAMED.get(name, name), *arguments] if name in (*RENAMED, *UNCHANGED) else []
+    if name in (*RENAMED, *UNCHANGED):
+        return [RENAMED.get(name, name), *arguments]
+    if not module.startswith("kutils."):  # `-m kutils` must find its own module unloaded
+        return []
+    commands = importlib.import_module("kutils.__main__").COMMANDS  # a command's module does nothing by itself
+    return next(([command, *arguments] for command, found in commands.items() if found == module), [])
 
 
 if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:  # Python looks up the module that it is to run
@@ -27,6 +33,6 @@ if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:  # Python looks up the modu
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(2)  # torchrun ends the first rank, which may not have said it yet, as soon as another one ends
         else:
-            line = f"-m {sys.orig_argv[position]} is gone; it is now -m kutils {command[0]}, or: kutils"
+            line = f"-m {sys.orig_argv[position]} is no command; write -m kutils {command[0]}, or: kutils"
             print(f"error: {line} {shlex.join(command)}", file=sys.stderr)
         sys.exit(2)

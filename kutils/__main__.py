@@ -72,7 +72,7 @@ def run(command: str, arguments: list[str]) -> int:
         end_with_parent()
     try:
         module = importlib.import_module(COMMANDS[command])
-        return module.main(arguments, write_report) if command == "train" else module.main(arguments)
+        return module.main(arguments, ensure_report) if command == "train" else module.main(arguments)
     except (ValueError, OSError, CommandFailed) as error:
         if os.environ.get("KUTILS_DEBUG"):
             raise
@@ -97,7 +97,7 @@ def have_joined() -> bool:
     return ranks is not None and ranks.dist.is_initialized()
 
 
-def write_report(run_folder: Path) -> None:
+def ensure_report(run_folder: Path) -> None:
     """Write a finished run's `report.html` if it is not there; whatever goes wrong, the run is finished."""
     if (run_folder / "report.html").is_file():
         return

@@ -129,7 +129,7 @@ def score_submission(path: Path, truth: np.ndarray) -> float:
     return mean_cosine(values.reshape(truth.shape), truth)
 
 
-def run(scale_name: str) -> dict:
+def run_demo(scale_name: str) -> dict:
     """Everything in order; writes `working/demo/scores.json`.
 
     Returns: what is in that file.
@@ -207,5 +207,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     times = ", ".join(f"{name}: at most {scale.minutes} minutes on two cores" for name, scale in SCALES.items())
     parser.add_argument("--scale", choices=tuple(SCALES), default="quick", help=times)
-    run(parser.parse_args(argv).scale)
+    run_demo(parser.parse_args(argv).scale)
     return 0

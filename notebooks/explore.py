@@ -129,7 +129,7 @@ if has_models:
 
 # %%
 if has_models:
-    widgets.slice_scores(explored, fold, slice)
+    widgets.browse_slices(explored, fold, slice)
 
 # %% [markdown]
 # ## Where do the models disagree?

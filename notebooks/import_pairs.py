@@ -110,7 +110,7 @@ image_plots.image_grid(*preparation.random_examples([name], count=8), columns=4)
 from kutils.prompts import folds
 from kutils.views import data_plots
 
-report = preparation.prepare([name], threshold, num_folds)
+report = preparation.prepare_datasets([name], threshold, num_folds)
 print(folds.format_leakage(report))
 data_plots.fold_report(report);
 

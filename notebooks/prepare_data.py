@@ -63,7 +63,7 @@ if names == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file
     counts = ["--num-prompts", str(num_prompts), "--images-per-prompt", str(images_per_prompt)]
     launch.run_module("kutils", "generate", "--shapes-dataset", "shapes", *counts)
     refold = True  # by this notebook's threshold and method
-report = preparation.prepare(names, threshold, num_folds, method, refold=refold)
+report = preparation.prepare_datasets(names, threshold, num_folds, method, refold=refold)
 
 # %% [markdown]
 # ## What do the rows look like?

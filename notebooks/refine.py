@@ -117,5 +117,5 @@ if result:
 
 # %%
 if result:
-    shown = examples.best_and_worst(table, run.recipe, count=4)
+    shown = examples.choose_extremes(table, run.recipe, count=4)
     image_plots.best_and_worst(shown)

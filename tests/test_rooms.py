@@ -78,6 +78,17 @@ def test_a_module_imports_earlier_rooms(module):
     assert not (wrong := sorted(name for name in own if room(name) > room(module))), f"{module} imports {wrong}"
 
 
+def test_a_public_name_has_one_meaning():
+    """No function or class of one name in two modules; each command's module has its `main`."""
+    places = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(read(path)).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert len(places["main"]) > 20
+    assert {name: modules for name, modules in places.items() if len(modules) > 1 and name != "main"} == {}
+
+
 def test_nothing_imports_the_benchmarks():
     importers = [
         module for module in MODULES if any(".benchmarks." in name for name in imported(read(MODULES[module]))[0])

@@ -61,7 +61,7 @@ def levels_apart(ours: torch.Tensor, theirs: Image.Image) -> np.ndarray:
 def loss_differences(model: str) -> list[measuring.Entry]:
     """Of the step in float32, plain and with SAM, and of the precision that `amp_dtype: auto` chooses for GPUs."""
     device = devices.pick_device("auto")
-    recipe = step.load_recipe(model)
+    recipe = step.benchmark_recipe(model)
     recipe = dataclasses.replace(recipe, amp_dtype="float32", augment=False, drop_path_rate=0.0)
     rounded = dataclasses.replace(recipe, amp_dtype="bfloat16")
     plain, sharp = (published_losses(recipe, device, rho) for rho in (0.0, step.RHO))
@@ -74,19 +74,19 @@ def loss_differences(model: str) -> list[measuring.Entry]:
     return [measuring.make_entry(name, unit, [float(apart.max())]) for name, apart in found.items()]
 
 
-def batches(recipe: Recipe, device: torch.device) -> list[dict]:
+def random_batches(recipe: Recipe, device: torch.device) -> list[dict]:
     return [step.random_batch(recipe, device, seed) for seed in range(UPDATES)]
 
 
 def our_losses(recipe: Recipe, device: torch.device, rho: float) -> np.ndarray:
     trainer = step.Ours(recipe, device)
-    return np.array([float(trainer.update(batch, rho)) for batch in batches(recipe, device)])
+    return np.array([float(trainer.update(batch, rho)) for batch in random_batches(recipe, device)])
 
 
 def published_losses(recipe: Recipe, device: torch.device, rho: float) -> np.ndarray:
     trainer = step.published_trainer(recipe, device, half=False)
     trainer.rho = rho
     losses = []
-    for batch in batches(recipe, device):
+    for batch in random_batches(recipe, device):
         losses.append(trainer.update(step.published_input(batch, recipe, device), batch["target"]))
     return np.array(losses)

@@ -42,7 +42,7 @@ PARTS = {  # in order of worth: the most seconds that each may take of MINUTES
 MINUTES = 8.0
 LEAST_SHARE = 1 / 6  # of its limit, without which a part is not started
 STOP_SECONDS = 3  # between SIGTERM and SIGKILL
-MODULE = "kutils.benchmarks.gpu_parts"  # its `run` is what the processes call
+MODULE = "kutils.benchmarks.gpu_parts"  # its `run_part` is what the processes call
 
 
 def check(setting: Setting, chosen: Sequence[str], minutes: float) -> None:
@@ -67,7 +67,7 @@ def check(setting: Setting, chosen: Sequence[str], minutes: float) -> None:
         if left < LEAST_SHARE * limit:
             record = unfinished(setting, name, f"not started: {max(0.0, left):.0f} s were left", "skipped")
         else:
-            record = run_part(context, setting, name, min(limit, left))
+            record = start_part(context, setting, name, min(limit, left))
         result = f"{record['status']} after {record['seconds']:.0f} s"
         print(f"{number} of {len(chosen)}, {name}: {result}{record['reason'] and ': '}{record['reason']}", flush=True)
 
@@ -83,7 +83,7 @@ def read_records(setting: Setting) -> list[dict]:
     return records
 
 
-def run_part(context, setting: Setting, name: str, limit: float) -> dict:
+def start_part(context, setting: Setting, name: str, limit: float) -> dict:
     """Run one part, end it and all that it has started at its limit, and return its record, whatever happened."""
     process = context.Process(target=call, args=(MODULE, name, setting))
     process.start()
@@ -108,7 +108,7 @@ def call(module: str, name: str, setting: Setting) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)
-    importlib.import_module(module).run(name, setting)
+    importlib.import_module(module).run_part(name, setting)
 
 
 def end_group(process) -> None:
@@ -140,7 +140,7 @@ def unfinished(setting: Setting, name: str, reason: str, status: str = "failed")
     return record
 
 
-def machine_facts(device: str, gpus: int) -> dict:
+def card_and_versions(device: str, gpus: int) -> dict:
     """Card, driver and versions."""
     facts = {"card": "no GPU" if device == "cpu" else "a GPU that nvidia-smi does not name"}
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -161,7 +161,7 @@ def count_gpus() -> int:
     )
 
 
-def write_report(folder: Path, machine: dict, records: Sequence[dict], price: float) -> str:
+def save_results(folder: Path, machine: dict, records: Sequence[dict], price: float) -> str:
     """Write `gpu.json` and `gpu.md` into the results' folder; returns the tables."""
     content = gpu_report.summary(machine, records, price)
     paths.write_json(folder / "gpu.json", content)
@@ -171,7 +171,7 @@ def write_report(folder: Path, machine: dict, records: Sequence[dict], price: fl
     return text
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kutils gpu-check",
         description="Say within minutes whether all that needs a GPU works on this one, how fast it is, and what "
@@ -186,11 +186,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="run every line with stand-ins; numbers mean nothing")
     parser.add_argument("--parts", default="", help="some of them, with commas between")
     parser.add_argument("--price", type=float, help="of one GPU for an hour, for the cost of each recipe")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     chosen = recipes.split_names(arguments.parts) or list(PARTS)
     for name in chosen:
         if name not in PARTS:
@@ -207,14 +203,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     search_path = filter(None, [str(paths.code_root()), os.environ.get("PYTHONPATH")])
     os.environ["PYTHONPATH"] = os.pathsep.join(search_path)  # where the parts find this package
     os.environ |= {"KUTILS_WORKING": str(folder / "made_working"), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    machine = machine_facts(arguments.device, gpus)
+    machine = card_and_versions(arguments.device, gpus)
     setting = Setting(arguments.device, arguments.tiny, machine["card"], gpus, folder)
     interrupt_once("stopping: what was measured is written\n")
     try:
         check(setting, [name for name in PARTS if name in chosen], arguments.minutes)
     finally:
         records = read_records(setting)
-        report = write_report(folder, machine, records, arguments.price or 0.0)
+        report = save_results(folder, machine, records, arguments.price or 0.0)
         print(f"\n{report}\nin {folder}: gpu.md, gpu.json", flush=True)
         for path in folder.glob("made_*"):
             shutil.rmtree(path, ignore_errors=True)

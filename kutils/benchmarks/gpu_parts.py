@@ -34,7 +34,7 @@ SPARE_BYTES = 3 * 10**9  # of a GPU's memory that are left when it has to halve 
 TRAINING_ROWS = 200  # of the run that is killed
 
 
-def run(name: str, setting: Setting) -> None:
+def run_part(name: str, setting: Setting) -> None:
     """Run a part, and save its record into the results' folder at its start, after every result and at its end."""
     record = {"part": name, "status": "running", "reason": "", "seconds": 0.0}
     record |= {"card": setting.card, "tiny": setting.tiny}
@@ -104,11 +104,11 @@ def gpu_tests(setting: Setting) -> Iterator:
 # ---------------------------------------------------------------- prompts
 
 
-def pairs(setting: Setting) -> Iterator:
+def similar_rows(setting: Setting) -> Iterator:
     """All similar pairs among made rows, and the ten nearest of them."""
     from kutils.prompts import similarity
 
-    device, sizes = gpu_training.prepare(setting), (2_000, 6_000) if setting.tiny else PAIRS
+    device, sizes = gpu_training.prepare_device(setting), (2_000, 6_000) if setting.tiny else PAIRS
     rows = made_rows(sizes[-1], device)
     some = rows[: min(COMPARED, sizes[0])]
     here, there = (similarity.similar_pairs(some, THRESHOLD, device=name) for name in (setting.device, "cpu"))
@@ -120,7 +120,7 @@ def pairs(setting: Setting) -> Iterator:
         seconds = time.monotonic() - began
         yield measuring.make_entry(f"similar_pairs_{full_size}", f"s, {len(found.first):,} pairs", [seconds])
         gpu_training.free_memory(device)
-    yield from nearest(rows, setting)
+    yield from nearest_rows(rows, setting)
 
 
 def made_rows(count: int, device: torch.device) -> np.ndarray:
@@ -135,7 +135,7 @@ def made_rows(count: int, device: torch.device) -> np.ndarray:
     return rows
 
 
-def nearest(rows: np.ndarray, setting: Setting) -> Iterator:
+def nearest_rows(rows: np.ndarray, setting: Setting) -> Iterator:
     """Seconds for the ten nearest rows of one embedding, and of 256."""
     import pyarrow as pa
 
@@ -172,12 +172,12 @@ def prediction(setting: Setting) -> Iterator:
     from kutils.ensemble import image_cache, predict, within_budget
     from kutils.models import checkpoints
 
-    device, folder = gpu_training.prepare(setting), setting.folder / "made_predictions"
+    device, folder = gpu_training.prepare_device(setting), setting.folder / "made_predictions"
     count, half = (40, "bfloat16") if setting.tiny else (2048, "float16")
     benchmark_prediction.make_images(folder / "images", count)
     images = image_cache.find_images(folder / "images")
     models = {
-        name: gpu_training.load_recipe(name, 1, setting, f"amp_dtype={half}")
+        name: gpu_training.untrained_recipe(name, 1, setting, f"amp_dtype={half}")
         for name in ("convnext_large", "vit_large")
     }
     fitted, files = benchmark_prediction.make_ensemble(folder, models)
@@ -285,7 +285,7 @@ PARTS: dict[str, Callable[[Setting], Iterator]] = {
     "eva02_large": functools.partial(gpu_training.network, "eva02_large_clsavg"),
     "convnext_xxlarge": functools.partial(gpu_training.network, "convnext_xxlarge"),
     "loader": gpu_training.loading,
-    "pairs": pairs,
+    "pairs": similar_rows,
     "prediction": prediction,
     "resume": resuming,
     "embedding": embedding,

@@ -88,7 +88,7 @@ def batch_for(recipe: Recipe, found: dict) -> int:
     return min(recipe.global_batch_size, 2 ** (max(1, most).bit_length() - 1))
 
 
-def advice(measured: Sequence[dict], price: float) -> list[dict]:
+def recipe_costs(measured: Sequence[dict], price: float) -> list[dict]:
     """For each recipe that was measured: batch per GPU, hours and cost of a fold.
 
     Args:
@@ -137,7 +137,7 @@ def summary(machine: dict, parts: Sequence[dict], price: float = 0.0) -> dict:
     content = {"machine": machine, "tiny": any(part["tiny"] for part in parts)}
     content |= {"parts": [{key: part[key] for key in ("part", "status", "reason", "seconds")} for part in parts]}
     content |= {"targets": targets(entries), "recipes": measured, "price_per_hour": price}
-    content |= {"advice": advice(measured, price), "entries": entries}
+    content |= {"advice": recipe_costs(measured, price), "entries": entries}
     return content | {"notes": [note for part in parts for note in part["notes"]]}
 
 
@@ -160,14 +160,14 @@ def markdown(content: dict) -> str:
     if measured:
         lines += ["", *table(("what", "unit", "here", "published or plain", "times as good"), measured)]
     if content["advice"]:
-        lines += ["", *table(*advice_rows(content))]
+        lines += ["", *table(*cost_rows(content))]
         lines += ["", BATCH_NOTE]
     for note in content["notes"]:
         lines += ["", f"```text\n{note}\n```" if "\n" in note else note]
     return "\n".join(lines) + "\n"
 
 
-def advice_rows(content: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def cost_rows(content: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     head = ("recipe", "images/s", "memory, GB", "measured batch", "batch to take", "hours per fold, one GPU")
     rows = []
     for item in content["advice"]:

@@ -32,7 +32,7 @@ WORKERS = (8, 16)
 PACKED_SIZE = 448  # px, of images in shards
 
 
-def load_recipe(model: str, stage: int, setting: Setting, *changes: str) -> Recipe:
+def untrained_recipe(model: str, stage: int, setting: Setting, *changes: str) -> Recipe:
     """A recipe of `conf/` with random weights; with `tiny` a stand-in in batches of four."""
     overrides = ["pretrained=false", f"device={setting.device}", *changes]
     if setting.tiny:
@@ -42,12 +42,12 @@ def load_recipe(model: str, stage: int, setting: Setting, *changes: str) -> Reci
     return recipes.load_recipe(recipes.find_recipe(model, stage), overrides)
 
 
-def build(recipe: Recipe, device: torch.device) -> step.Ours:
+def build_step(recipe: Recipe, device: torch.device) -> step.Ours:
     with device:  # drawing 847 million random weights takes a CPU 10 s
         return step.Ours(recipe, device)
 
 
-def prepare(setting: Setting) -> torch.device:
+def prepare_device(setting: Setting) -> torch.device:
     """The first device, with the precision of training."""
     torch.set_float32_matmul_precision("high")
     if setting.tiny:
@@ -79,7 +79,7 @@ def free_memory(device: torch.device) -> None:
 
 def network(model: str, setting: Setting) -> Iterator:
     """Updates of stage 1 beside the published step, then of stage 2: SAM beside a plain update."""
-    device = prepare(setting)
+    device = prepare_device(setting)
     yield from stage_one(model, setting, device)
     free_memory(device)
     yield from stage_two(model, setting, device)
@@ -90,7 +90,7 @@ def network(model: str, setting: Setting) -> Iterator:
 
 
 def stage_one(model: str, setting: Setting, device: torch.device) -> Iterator:
-    recipe, ours, peak = build_fitting(load_recipe(model, 1, setting), device)
+    recipe, ours, peak = build_fitting(untrained_recipe(model, 1, setting), device)
     batch, count = step.random_batch(recipe, device), recipe.max_local_batch_size
     (alone,) = in_turns(setting, device, lambda: ours.update(batch), repeats=2)
     yield measured_recipe(model, 1, ours, batch, peak, alone)
@@ -112,7 +112,7 @@ def stage_one(model: str, setting: Setting, device: torch.device) -> Iterator:
 
 
 def stage_two(model: str, setting: Setting, device: torch.device) -> Iterator:
-    recipe, ours, peak = build_fitting(load_recipe(model, 2, setting), device)
+    recipe, ours, peak = build_fitting(untrained_recipe(model, 2, setting), device)
     batch, rho = step.random_batch(recipe, device), recipe.sam_rho
     sharp, plain = in_turns(setting, device, lambda: ours.update(batch, rho), lambda: ours.update(batch), repeats=3)
     yield measured_recipe(model, 2, ours, batch, peak, sharp)
@@ -122,7 +122,7 @@ def stage_two(model: str, setting: Setting, device: torch.device) -> Iterator:
         del ours
         free_memory(device)
         try:
-            whole = build(dataclasses.replace(recipe, gradient_checkpointing=False), device)
+            whole = build_step(dataclasses.replace(recipe, gradient_checkpointing=False), device)
             (without,) = in_turns(setting, device, lambda: whole.update(batch), repeats=2)
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
@@ -141,7 +141,7 @@ def build_fitting(recipe: Recipe, device: torch.device) -> tuple[Recipe, step.Ou
     while True:
         batch = step.random_batch(recipe, device)
         try:
-            make, use = partial(build, recipe, device), partial(step.Ours.update, batch=batch, rho=recipe.sam_rho)
+            make, use = partial(build_step, recipe, device), partial(step.Ours.update, batch=batch, rho=recipe.sam_rho)
             return recipe, *step.with_memory(device, make, use)
         except RuntimeError as error:
             if recipe.max_local_batch_size == 1 or not devices.is_out_of_memory(error):
@@ -172,9 +172,9 @@ def most_images(count: int, peak: int, half_peak: int, total: int) -> int | None
 
 def half_precision(model: str, setting: Setting, device: torch.device) -> Iterator:
     """An update in float16 with a loss scaler, beside bfloat16."""
-    recipe = load_recipe(model, 1, setting)
+    recipe = untrained_recipe(model, 1, setting)
     rounded, halved = (dataclasses.replace(recipe, amp_dtype=name) for name in ("bfloat16", "float16"))
-    batch, trainers = step.random_batch(recipe, device), [build(each, device) for each in (halved, rounded)]
+    batch, trainers = step.random_batch(recipe, device), [build_step(each, device) for each in (halved, rounded)]
     times = in_turns(setting, device, *(lambda each=each: each.update(batch) for each in trainers), repeats=2)
     loss, scale = float(trainers[0].update(batch)), trainers[0].scaler.get_scale()
     rates = ([len(batch["image"]) / seconds for seconds in way] for way in times)
@@ -186,7 +186,7 @@ def half_precision(model: str, setting: Setting, device: torch.device) -> Iterat
 
 def profile(model: str, setting: Setting, device: torch.device) -> Iterator[str]:
     """What the time of updates goes by in, as `profile_steps` of a recipe shows it."""
-    ours, lines = build(load_recipe(model, 1, setting), device), []
+    ours, lines = build_step(untrained_recipe(model, 1, setting), device), []
     batch, total = step.random_batch(ours.recipe, device), PROFILED + sum(profiling.WARMUP)
     profiler = profiling.UpdateProfiler(setting.folder, PROFILED, total, device, lines.append)
     for _ in range(total):
@@ -197,9 +197,9 @@ def profile(model: str, setting: Setting, device: torch.device) -> Iterator[str]
 
 def compiled(model: str, setting: Setting) -> Iterator:
     """An update of a compiled network beside one that is not; with `tiny` all but the compiler runs."""
-    device = prepare(setting)
-    recipe = load_recipe(model, 1, setting)
-    eager, ours, batch = build(recipe, device), build(recipe, device), step.random_batch(recipe, device)
+    device = prepare_device(setting)
+    recipe = untrained_recipe(model, 1, setting)
+    eager, ours, batch = build_step(recipe, device), build_step(recipe, device), step.random_batch(recipe, device)
     began = time.monotonic()
     with torch.compiler.set_stance("force_eager") if setting.tiny else nullcontext():
         size = recipe.max_local_batch_size
@@ -218,12 +218,12 @@ def loading(setting: Setting) -> Iterator:
     """Share of the time that updates of ConvNeXt-L wait for the loader of training: from WebP files and from shards."""
     from kutils.benchmarks import data  # needs PyArrow
 
-    device, folder = prepare(setting), setting.folder / "made_images"
-    recipe = load_recipe("convnext_large", 1, setting)
+    device, folder = prepare_device(setting), setting.folder / "made_images"
+    recipe = untrained_recipe("convnext_large", 1, setting)
     rows = 16 * recipe.max_local_batch_size if setting.tiny else 64 * recipe.max_local_batch_size
     pictures = benchmark_loader.random_pictures(2 if setting.tiny else benchmark_loader.NUM_PICTURES)
     data.make_sets(folder, pictures, rows, PACKED_SIZE)
-    ours = build(recipe, device)
+    ours = build_step(recipe, device)
     for name, kind in (("packed", "shards"), ("files", "webp")):
         dataset = data.open_dataset(folder, name, rows)
         some_workers = [1] if setting.tiny else [min(number, devices.usable_cores()) for number in WORKERS]

@@ -110,7 +110,7 @@ def measure_import(pairs: int = 2000, repeats: int = 3) -> list[measuring.Entry]
     try:
         small = make_tars(folder / "small", 5 * pairs, KEPT_SIZE, KEPT_PER_TAR)
         kept = Import(small, folder, "keep")
-        plain = functools.partial(timed, parse_all, small)
+        plain = functools.partial(pairs_per_second, parse_all, small)
         times = measuring.alternate(repeats, lambda: kept.rate(0), plain)
         entries.append(make_entry("import_keep", "pairs/s", *times, more=True))
         tars = make_tars(folder / "large", pairs, SIZE, PACKED_PER_TAR)
@@ -126,13 +126,13 @@ def measure_import(pairs: int = 2000, repeats: int = 3) -> list[measuring.Entry]
     return entries
 
 
-def timed(function, *arguments) -> float:
+def pairs_per_second(function, *arguments) -> float:
     """Pairs per second of a function that returns their number."""
     began = time.monotonic()
     return function(*arguments) / (time.monotonic() - began)
 
 
 def timed_packing(tars: Sequence[str], folder: Path) -> float:
-    rate = timed(pack_by_pillow, tars, folder)
+    rate = pairs_per_second(pack_by_pillow, tars, folder)
     shutil.rmtree(folder)
     return rate

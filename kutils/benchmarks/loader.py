@@ -60,7 +60,7 @@ def measure(
         return pace(len(files), lambda: [host(path, number) for number, path in enumerate(files)])
 
     def ours_all() -> float:
-        return pace(len(files), lambda: [device_part(batch) for batch in batches(files, host)])
+        return pace(len(files), lambda: [device_part(batch) for batch in host_batches(files, host)])
 
     def theirs() -> float:
         return pace(len(files), lambda: [load_image(path) for path in files])
@@ -86,7 +86,7 @@ def plain_host(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor | No
     return transforms.resize_square(transforms.decode_rgb(path), INPUT_SIZE), None
 
 
-def batches(files: Sequence[Path], host: Callable) -> Iterator[list]:
+def host_batches(files: Sequence[Path], host: Callable) -> Iterator[list]:
     for start in range(0, len(files), BATCH_SIZE):
         yield [host(path, start + offset) for offset, path in enumerate(files[start : start + BATCH_SIZE])]
 

@@ -100,7 +100,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = self.backward(images, targets)
         if self.rho > 0:
-            with perturbed(self.network, self.rho):
+            with moved_uphill(self.network, self.rho):
                 self.optimizer.zero_grad()
                 self.backward(images, targets)
         self.scaler.step(self.optimizer)
@@ -118,7 +118,7 @@ class Trainer:
 
 
 @contextmanager
-def perturbed(network: nn.Module, rho: float) -> Iterator[None]:
+def moved_uphill(network: nn.Module, rho: float) -> Iterator[None]:
     """Weights moved by rho along the gradient inside the block: w + e, and w + e - e after it (Foret et al. 2021)."""
     parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
     norm = torch.norm(torch.stack([parameter.grad.norm(p=2) for parameter in parameters]), p=2)

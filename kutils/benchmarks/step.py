@@ -66,7 +66,7 @@ def published_trainer(recipe: Recipe, device: torch.device, half: bool):
     return published.Trainer(network, recipe.lr, decay, half=half)
 
 
-def load_recipe(model: str) -> Recipe:
+def benchmark_recipe(model: str) -> Recipe:
     """Stage 1 of a model with random weights; on a CPU in float32 and without augmentation, which `loader` measures."""
     overrides = [] if torch.cuda.is_available() else ["amp_dtype=float32", "augment=false"]
     return recipes.load_recipe(recipes.find_recipe(model, 1), ["pretrained=false", "device=auto", *overrides])
@@ -103,7 +103,7 @@ def measure_training(model: str, repeats: int = 5) -> list[measuring.Entry]:
         repeats: of each way, by turns.
     Returns: no entry, and a line that says so, where the GPU's memory does not hold both ways.
     """
-    recipe, device = load_recipe(model), devices.pick_device("auto")
+    recipe, device = benchmark_recipe(model), devices.pick_device("auto")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as training does
     try:
@@ -224,7 +224,7 @@ def measure_data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -
         seconds: of training, at least, of each.
     """
     device = devices.pick_device("auto")
-    recipe = dataclasses.replace(load_recipe(model), augment=True)
+    recipe = dataclasses.replace(benchmark_recipe(model), augment=True)
     size = recipe.input_size
     transform = published.training_transform(size, recipe.mean, recipe.std)
 

@@ -151,7 +151,7 @@ def export_pairs(
     folder.parent.mkdir(parents=True, exist_ok=True)
     chunks = ChunkFiles(folder, work, len(firsts))
     chunks.open()
-    check_room(rows, folder.parent, (len(chunks.missing()) / max(1, len(firsts))))
+    check_export_room(rows, folder.parent, (len(chunks.missing()) / max(1, len(firsts))))
     built = chunks.folder / "files"
     with progress_bar(len(rows), "pair", f"exporting {name}", disable=not progress) as bar:
         missing = set(chunks.missing())
@@ -170,7 +170,7 @@ def export_pairs(
     return folder
 
 
-def check_room(rows: ExportedRows, folder: Path, share: float) -> None:
+def check_export_room(rows: ExportedRows, folder: Path, share: float) -> None:
     """Raise OSError where the disk has less room than a share of the export needs, by the first images."""
     some = [len(row["image"]["bytes"]) for row in islice(rows.read(range(len(rows))), 64)]
     pair_bytes = sum(some) / len(some) + 4 * EMBEDDING_DIM + 4096

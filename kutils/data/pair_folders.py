@@ -148,14 +148,14 @@ def read_texts(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair 
 
 def read_embedded(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
     """Images that carry their prompt, as A1111, ComfyUI, InvokeAI, NovelAI and Fooocus write it."""
-    parser = make_parser()
+    parser = metadata_parser()
     files = Files(path)
     for name in [name for name in files.names() if is_image(name)][first : first + count]:
         content = files.read(name)
         yield content if isinstance(content, Fault) else read_prompt(name, content, parser)
 
 
-def make_parser():
+def metadata_parser():
     """The reader of generators' metadata; ValueError where its package is missing."""
     try:
         from sd_parsers import ParserManager

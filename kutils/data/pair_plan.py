@@ -68,7 +68,7 @@ def check_disk(result: Result, found: Probe) -> str:
     return f"about {needed / 1e9:,.2f} GB will be written, {free / 1e9:,.0f} GB are free"
 
 
-def describe(parts: Sequence[Part], found: Probe, job: Job) -> str:
+def describe_import(parts: Sequence[Part], found: Probe, job: Job) -> str:
     """What was recognised, for a person."""
     forms = ", ".join(dict.fromkeys(part.form for part in parts))
     pairs, size = (sum(getattr(part, name) for part in parts) for name in ("pairs", "size"))
@@ -99,9 +99,9 @@ def make_plan(
     settings = dataclasses.asdict(job) | {"embeddings": embeddings, "dedup": dedup}
     work = {"version": VERSION, "parts": files, "settings": settings}
     result = Result(output, parts, job, ChunkFiles(output, work, len(parts)), work)
-    if check_output(result, overwrite):
+    if check_import_output(result, overwrite):
         return result, "done"
-    print(describe(parts, found, job), flush=True)
+    print(describe_import(parts, found, job), flush=True)
     if pair_results.is_built(result):
         return result, "publish"
     print(check_disk(result, found), flush=True)
@@ -111,7 +111,7 @@ def make_plan(
     return result, "work"
 
 
-def check_output(result: Result, overwrite: bool) -> bool:
+def check_import_output(result: Result, overwrite: bool) -> bool:
     """Whether the data set is there as asked for; ValueError where something else is."""
     there = [path for suffix in pair_results.SUFFIXES if (path := result.path(suffix)).exists()]
     record = paths.read_record(result.path(".import.json"))

@@ -83,7 +83,7 @@ def build(result: Result, with_embeddings: bool, facts: dict) -> None:
     result.built("").parent.mkdir(exist_ok=True)
     num_rows, prompts_hash, images_hash = write_tables(result)
     if with_embeddings:
-        take_embeddings(result, num_rows)
+        keep_embeddings(result, num_rows)
         record = {"encoder": encoder_name(None), "rows": num_rows, "prompts_sha256": prompts_hash}
         paths.write_json(result.built(".npy.json"), record)
     if result.job.packed:
@@ -131,7 +131,7 @@ def write_tables(result: Result) -> tuple[int, str, str]:
     return num_rows, prompts.hexdigest(), images.hexdigest()
 
 
-def take_embeddings(result: Result, num_rows: int) -> None:
+def keep_embeddings(result: Result, num_rows: int) -> None:
     """The embeddings of the kept rows, from those of all."""
     source, target = result.chunks.folder / "all.npy", result.built(".npy")
     if target.is_file():

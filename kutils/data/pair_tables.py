@@ -18,8 +18,8 @@ from kutils.data.pairs import (
     Fault,
     Keys,
     Pair,
-    describe_keys,
     find_key,
+    list_keys,
 )
 from kutils.prompts.formats import open_text
 from kutils.system.paths import is_safe_relative
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 def find_layout(path: Path, schema: pa.Schema, keys: Keys) -> Layout:
     """Tell the columns by names and types; ValueError naming those that are there."""
-    there = f"(columns: {describe_keys(schema.names)})"
+    there = f"(columns: {list_keys(schema.names)})"
     kinds = {field.name: field.type for field in schema}
     asked = [name.strip() for name in keys.image.split(",") if name.strip()]
     images = asked or [name for name, kind in kinds.items() if holds_images(kind)]
@@ -177,10 +177,10 @@ def read_list(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair |
             image = find_image(path, value, keys)
             key = value if isinstance(value, str) else str(number)
             if isinstance(image, Fault):
-                there = f" (keys: {describe_keys(item)})" if image_key is None else ""
+                there = f" (keys: {list_keys(item)})" if image_key is None else ""
                 yield image._replace(key=key, reason=image.reason + there)
             elif item.get(prompt_key) is None:
-                yield Fault(key, f"no text (keys: {describe_keys(item)})")
+                yield Fault(key, f"no text (keys: {list_keys(item)})")
             else:
                 yield Pair(key, image, item[prompt_key], item, None, prompt_key)
 

@@ -71,7 +71,7 @@ def text_of(fields: Mapping[str, object], known: Sequence[str]) -> str:
     return "" if value is None or isinstance(value, (Mapping, list)) else str(value)
 
 
-def describe_keys(names: Iterable[str]) -> str:
+def list_keys(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 

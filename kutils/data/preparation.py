@@ -65,7 +65,7 @@ def have_folds(tsv_paths: Sequence[Path]) -> bool:
     return any("fold" in table.column_names and (table["fold"].to_numpy() >= 0).any() for table in tables)
 
 
-def prepare(
+def prepare_datasets(
     names: Sequence[str],
     threshold: float = 0.7,
     num_folds: int = 10,

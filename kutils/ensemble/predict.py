@@ -209,34 +209,6 @@ class Predictor:
 # ---------------------------------------------------------------- command
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="kutils predict",
-        description="Predict the prompt embeddings of a folder of images with one model: an .npz file of `ids` (names "
-        "without extension, sorted) and `embeddings` (float32 [n, 384], unit rows).",
-        epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="recipe file, as given or below the repository's conf/")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="trained with that recipe")
-    parser.add_argument("--images", required=True, type=Path, help="folder of images")
-    parser.add_argument("--output", required=True, type=Path, help=".npz file; one that is there is not overwritten")
-    parser.add_argument(
-        "--fallback",
-        type=Path,
-        help="file of ensemble weights: unreadable images get its mean training embedding (default: they are an error)",
-    )
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images at a time (default: {BATCH_SIZE})")
-    parser.add_argument(
-        "--tta",
-        default="none",
-        choices=TTA,
-        help="two_resolutions: predict at the recipe's size and at a larger one, and average (default: none)",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
-    return parser.parse_args(argv)
-
-
 def predict_folder(arguments: argparse.Namespace) -> None:
     """Predict and write; ValueError for what is in the way, before the model is loaded where possible."""
     if arguments.output.suffix != ".npz":
@@ -282,5 +254,29 @@ def predict_folder(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    predict_folder(parse_arguments(argv))
+    parser = argparse.ArgumentParser(
+        prog="kutils predict",
+        description="Predict the prompt embeddings of a folder of images with one model: an .npz file of `ids` (names "
+        "without extension, sorted) and `embeddings` (float32 [n, 384], unit rows).",
+        epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="recipe file, as given or below the repository's conf/")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="trained with that recipe")
+    parser.add_argument("--images", required=True, type=Path, help="folder of images")
+    parser.add_argument("--output", required=True, type=Path, help=".npz file; one that is there is not overwritten")
+    parser.add_argument(
+        "--fallback",
+        type=Path,
+        help="file of ensemble weights: unreadable images get its mean training embedding (default: they are an error)",
+    )
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images at a time (default: {BATCH_SIZE})")
+    parser.add_argument(
+        "--tta",
+        default="none",
+        choices=TTA,
+        help="two_resolutions: predict at the recipe's size and at a larger one, and average (default: none)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    predict_folder(parser.parse_args(argv))
     return 0

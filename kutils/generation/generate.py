@@ -32,7 +32,7 @@ def write_table_only(image_set: ImageSet, backend: str, overwrite: bool) -> None
     print(f"{image_set.tsv_path} {'written' if is_new else 'left as it is'}: {counts}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def generate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kutils generate",
         description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/, and OUTPUT.npy where "
@@ -91,7 +91,7 @@ def chosen_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
+    parser = generate_parser()
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.shapes_dataset is None):
         parser.error("give either PROMPTS.tsv with --output, or --shapes-dataset NAME")

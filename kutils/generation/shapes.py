@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from kutils.generation import shape_objects, shape_scenes
+from kutils.prompts.grammar import plural
 
 # each meaning with its wordings; no wording has two meanings
 OBJECTS = {
@@ -44,8 +45,6 @@ OBJECTS = {
     "umbrella": ("umbrella", "parasol"),
     "whale": ("whale",),
 }
-PLURALS = {"butterfly": "butterflies", "cactus": "cacti", "fish": "fish", "goldfish": "goldfish", "snowman": "snowmen"}
-PLURALS |= {"medieval fortress": "medieval fortresses"}
 COLOURS = {
     "red": ("red", "crimson", "scarlet"),
     "orange": ("orange", "tangerine"),
@@ -149,10 +148,6 @@ class Scene:
     relation: str | None = None
     background: str = "plain"
     style: str = "clean"
-
-
-def plural(noun: str) -> str:
-    return PLURALS.get(noun, f"{noun}s")
 
 
 def meanings() -> dict[str, tuple[str, str | int]]:

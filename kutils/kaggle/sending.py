@@ -73,7 +73,7 @@ def check_run(name: str) -> None:
     files = client.fetch_output(version, output)
     print(f"its output, {len(files)} files: {output}", flush=True)
     if name == "submission":
-        print(check_output(output), flush=True)
+        print(check_kernel_output(output), flush=True)
     paths.write_json(pushed_path(name), values | {"checked": True})
 
 
@@ -89,7 +89,7 @@ def read_pushed(name: str) -> dict:
     return json.loads(pushed_path(name).read_text(encoding="utf-8"))
 
 
-def check_output(folder: Path) -> str:
+def check_kernel_output(folder: Path) -> str:
     """Check the submission that a kernel has written.
 
     Returns: rows, images and models in one line.

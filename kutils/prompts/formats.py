@@ -42,7 +42,7 @@ def open_text(path: Path) -> TextIO:
     return io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
-def make_entry(number: int, value: object) -> SourceEntry:
+def source_entry(number: int, value: object) -> SourceEntry:
     """The entry of a value, with a flaw if the value cannot be a prompt."""
     if isinstance(value, str) and value.isascii():
         return SourceEntry(number, value)
@@ -81,7 +81,7 @@ def read_text(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Text: a prompt on each line."""
     with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
-            yield make_entry(number, line.rstrip("\r\n"))
+            yield source_entry(number, line.rstrip("\r\n"))
 
 
 def read_conceptual(path: Path, column: str | None) -> Iterator[SourceEntry]:
@@ -111,7 +111,7 @@ def tab_separated(stream: TextIO, first_number: int, num_columns: int, index: in
         if len(values) != num_columns:
             yield SourceEntry(number, line, "wrong number of columns")
         else:
-            yield make_entry(number, values[index] or None)
+            yield source_entry(number, values[index] or None)
 
 
 def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
@@ -147,10 +147,10 @@ def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
             if len(values) not in (0, len(header)):
                 yield SourceEntry(rows.line_num, ",".join(values), "wrong number of columns")
             else:
-                yield make_entry(rows.line_num, (values[index] or None) if values else "")
+                yield source_entry(rows.line_num, (values[index] or None) if values else "")
 
 
-def read_parquet(path: Path, column: str | None) -> Iterator[SourceEntry]:
+def parquet_entries(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Parquet: a column of texts, plain or dictionary-encoded."""
     try:
         table = parquet.ParquetFile(path)
@@ -169,7 +169,7 @@ def read_parquet(path: Path, column: str | None) -> Iterator[SourceEntry]:
                 values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
                 for value in values.cast(pa.large_binary()).to_pylist():
                     number += 1
-                    yield make_entry(number, value and value.decode(errors="surrogateescape"))
+                    yield source_entry(number, value and value.decode(errors="surrogateescape"))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged behind row {number:,} ({error})") from error
 
@@ -189,7 +189,7 @@ def read_jsonl(path: Path, column: str | None) -> Iterator[SourceEntry]:
             if isinstance(value, dict):
                 key = key or find_column(path, list(value), column)
                 value = value.get(key) or None
-            yield make_entry(number, value)
+            yield source_entry(number, value)
 
 
 def read_json_list(path: Path, column: str | None) -> Iterator[SourceEntry]:
@@ -212,10 +212,10 @@ def read_json_list(path: Path, column: str | None) -> Iterator[SourceEntry]:
     key = None
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
-            yield make_entry(number, item)
+            yield source_entry(number, item)
             continue
         key = key or find_column(path, list(item), column)
-        entry = make_entry(number, item.get(key) or None)
+        entry = source_entry(number, item.get(key) or None)
         for mark, flaw in zip(("is_rejected", "is_precanned"), EXPECTED, strict=True):
             entry = entry._replace(flaw=flaw) if item.get(mark) else entry
         yield entry
@@ -227,7 +227,7 @@ READERS: dict[str, tuple[str, Callable[[Path, str | None], Iterator[SourceEntry]
     "csv": ("line", read_csv),
     "tsv": ("line", read_tsv),
     "conceptual": ("line", read_conceptual),
-    "parquet": ("row", read_parquet),
+    "parquet": ("row", parquet_entries),
     "jsonl": ("line", read_jsonl),
     "json": ("item", read_json_list),
 }

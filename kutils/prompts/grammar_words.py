@@ -246,6 +246,7 @@ PLURALS = {noun: noun for noun in UNCHANGED.split()} | {
     "man": "men",
     "policeman": "policemen",
     "fisherman": "fishermen",
+    "snowman": "snowmen",
     "mouse": "mice",
     "goose": "geese",
     "wolf": "wolves",

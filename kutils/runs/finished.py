@@ -108,7 +108,7 @@ def read_run(folder: Path) -> FinishedRun:
     )
 
 
-def recipe_of(run: FinishedRun) -> tuple[Path, Recipe] | None:
+def recipe_file_of(run: FinishedRun) -> tuple[Path, Recipe] | None:
     """The recipe file that the run was started with, or the one of its model and stage; None if there is none now."""
     try:
         if "config" in run.environment:
@@ -144,7 +144,7 @@ def command(run: FinishedRun, processes: int) -> str:
     """The command that trains the run again, from the repository root; its recipe file is as it is now."""
     start = "python -m" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes} -m"
     path, changes = run.folder / "config.yaml", []
-    if found := recipe_of(run):
+    if found := recipe_file_of(run):
         path, recipe = shown_path(found[0]), found[1]
         changes = [f"{key}={as_text(getattr(run.recipe, key))}" for key in changed_keys(run, recipe)]
     return f"{start} kutils train " + shlex.join(["--config", str(path), "--fold", str(run.fold), *changes])

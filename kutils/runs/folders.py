@@ -21,6 +21,8 @@ from kutils.system import paths
 # keys that may differ between two starts of one run: they do not change what is computed
 OPERATIONAL = ("num_workers", "resume", "checkpoint_every_steps", "checkpoint_every_minutes", "profile_steps")
 OPERATIONAL += ("model_dir", "run_dir")
+# numbers of a line of metrics.jsonl that stand together
+PAIRED = {"loss": ("lr",), "images_per_second": ("data_wait",), "cosine_similarity": ()}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transformers")
 
 
@@ -177,8 +179,21 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines; an unfinished last line (a run that was cut) is left out."""
+    """All whole lines; an unfinished last line (a run that was cut) is left out.
+
+    Raises: ValueError naming file and line for one that is no JSON, or lacks a number that it must have.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    metrics = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        if text.startswith("{") and text.endswith("}"):
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is damaged ({error}); remove it") from error
+            needed = {"epoch", "step"} | {name for key in PAIRED if key in line for name in (key, *PAIRED[key])}
+            if wrong := sorted(name for name in needed if not isinstance(line.get(name), (int, float))):
+                raise ValueError(f"{path}, line {number} has no number for {', '.join(wrong)}; remove the line")
+            metrics.append(line)
+    return metrics

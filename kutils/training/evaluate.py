@@ -33,7 +33,7 @@ class Score:
     unseen: bool | None  # None: the checkpoint does not say what it has trained on
 
 
-def evaluate(
+def score_checkpoint(
     recipe: Recipe,
     checkpoint: Path,
     fold: int | None,
@@ -96,7 +96,7 @@ def save_features(path: Path, local: torch.Tensor, total: int, ranks: Ranks) -> 
                 np.save(temporary, features)
 
 
-def describe(score: Score, checkpoint: Path) -> str:
+def describe_score(score: Score, checkpoint: Path) -> str:
     """A few lines for a person."""
     lines = [f"{checkpoint.name}: cosine {score.cosine_similarity:.4f} on {score.rows:,} images"]
     if score.cosine_similarity_clean is not None:
@@ -110,7 +110,7 @@ def describe(score: Score, checkpoint: Path) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kutils evaluate",
         description="Score a checkpoint on the rows of a fold, without training.",
@@ -125,10 +125,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, help=".npz to write: predicted embeddings with data set and row")
     parser.add_argument("--features", type=Path, help=".npy to write: float32 [rows, C], what the linear head saw")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
-    return parser.parse_args(argv)
-
-
-def run(arguments: argparse.Namespace) -> None:
+    arguments = parser.parse_args(argv)
     recipe = recipes.load_recipe(arguments.config, arguments.overrides)
     fold = None if arguments.fold == "all" else int(arguments.fold)
     if arguments.checkpoint is None and fold is None:
@@ -141,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{path} exists; remove it or give another name")
     ranks = join_ranks(recipe.device)
     ranks.barrier()  # all have looked at the files before one of them writes
-    score = evaluate(
+    score = score_checkpoint(
         recipe,
         checkpoint,
         fold,
@@ -150,10 +147,5 @@ def run(arguments: argparse.Namespace) -> None:
         features_path=arguments.features,
     )
     if ranks.is_main:
-        print(describe(score, checkpoint), flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    run(arguments)
+        print(describe_score(score, checkpoint), flush=True)
     return 0

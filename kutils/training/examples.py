@@ -55,7 +55,7 @@ def validation_table(recipe: Recipe, fold: int, run_folder: Path) -> pd.DataFram
     return table.sort_values("cosine", ignore_index=True)
 
 
-def best_and_worst(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
+def choose_extremes(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.DataFrame:
     """Choose the best and the worst predictions of a validation table, and find the prompts nearest to them.
 
     Args:

@@ -45,7 +45,9 @@ class RunLog:
             self.board.add_scalar(f"train/{name}", value, state.step)
         self.progress.show(state.step, f"epoch {state.epoch + 1}/{self.recipe.epochs}", values)
         if not interval.first and (share := self.data_wait.add(interval)):
-            self.say(profiling.advice(self.recipe, share, self.machine["cores"], self.machine["ranks_per_machine"]))
+            self.say(
+                profiling.waiting_advice(self.recipe, share, self.machine["cores"], self.machine["ranks_per_machine"])
+            )
 
     def evaluation(self, state: State, score: float, clean_score: float | None) -> None:
         """Log the validation cosine after an epoch."""

@@ -231,7 +231,7 @@ class DataWait:
         return share if self.told else None
 
 
-def advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -> str:
+def waiting_advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -> str:
     """What to change where a run waits for data.
 
     Args:

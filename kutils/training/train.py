@@ -209,7 +209,8 @@ def validate(
     return evaluation
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], object] | None = None) -> int:
+    """Train as the arguments say; `when_finished` is called with the run's folder, in the main rank alone."""
     parser = argparse.ArgumentParser(
         prog="kutils train",
         description="Train one fold of a recipe, alone or as a rank of torchrun. Run again, it goes on after a cut.",
@@ -224,12 +225,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     own = (arguments.config, arguments.fold)
     if (None in own) if arguments.plan is None else (own != (None, None) or arguments.overrides):
         parser.error("give --config and --fold, or --plan alone")
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], object] | None = None) -> int:
-    """Train as the arguments say; `when_finished` is called with the run's folder, in the main rank alone."""
-    arguments = parse_arguments(argv)
     # torchrun and job systems signal a rank's whole process group: its data loaders would end, and the rank with them
     # before it has saved
     os.register_at_fork(after_in_child=os.setpgrp)

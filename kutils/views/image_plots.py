@@ -70,7 +70,7 @@ def best_and_worst(rows: pd.DataFrame) -> Figure:
     """The best predictions above the worst: image, cosine, true prompt, and the nearest prompt of a bank.
 
     Args:
-        rows: of `examples.best_and_worst`: as for `predictions`, and `best`, a bool.
+        rows: of `examples.choose_extremes`: as for `predictions`, and `best`, a bool.
     Raises: ValueError for no row, or a cosine that is not finite.
     """
     finite(rows["cosine"], "cosines")

@@ -95,7 +95,7 @@ def validation_values(run: FinishedRun) -> dict:
     low, median, high = cosines.quantile([0.05, 0.5, 0.95])
     histogram = score_plots.similarity_histogram(cosines)
     values = {"missing": "", "cosines": cosines, "histogram": histogram, "low": low, "median": median, "high": high}
-    chosen = examples.best_and_worst(table, run.recipe, EXAMPLES)
+    chosen = examples.choose_extremes(table, run.recipe, EXAMPLES)
     pictures = pd.DataFrame([read_thumbnail(data, row) for row in chosen["row"]], chosen.index, ["uri", "problem"])
     chosen = chosen.join(pictures)
     return (
@@ -152,7 +152,7 @@ def speed_values(run: FinishedRun) -> dict:
     advice = ""
     if waiting > profiling.MUCH_WAITING:
         machine = (run.environment.get(name) for name in ("cores", "ranks_per_machine"))  # older runs lack them
-        advice = profiling.advice(run.recipe, waiting, *machine)
+        advice = profiling.waiting_advice(run.recipe, waiting, *machine)
     return {"speed_numbers": facts, "advice": advice, "throughput": training_plots.throughput(run)}
 
 
@@ -169,7 +169,7 @@ def configuration_values(run: FinishedRun) -> dict:
     """Every key of the run, beside its recipe file where that is still there."""
     frame = pd.DataFrame({"this run": pd.Series(dataclasses.asdict(run.recipe)).map(finished.as_text)})
     frame, name, changed = frame.rename_axis("key"), "", []
-    if recipe_file := finished.recipe_of(run):
+    if recipe_file := finished.recipe_file_of(run):
         path, recipe = recipe_file
         name, changed = str(finished.shown_path(path)), finished.changed_keys(run, recipe)
         frame[name] = pd.Series(dataclasses.asdict(recipe)).map(finished.as_text)

@@ -151,7 +151,7 @@ def examples(explored: Exploration, fold: int, model: str = "", sort: str = "wor
     live(show, fold=folds, model=models, sort=dropdown("sort", SORTS, sort), count=slider("images", count, 24))
 
 
-def slice_scores(explored: Exploration, fold: int, by: str = "words") -> None:
+def browse_slices(explored: Exploration, fold: int, by: str = "words") -> None:
     """Show the mean cosine of every model over parts of the validation images."""
 
     def show(by: str) -> Sequence:

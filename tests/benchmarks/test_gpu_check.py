@@ -119,7 +119,7 @@ def test_what_breaks_loses_nothing_of_the_others(setting, monkeypatch, capsys):
     child = Path("/proc", (setting.folder / "child.pid").read_text(), "status")
     assert not child.exists() or "Z (zombie)" in child.read_text()
 
-    page = gpu_check.write_report(setting.folder, {"card": "no GPU"}, records, price=0)
+    page = gpu_check.save_results(setting.folder, {"card": "no GPU"}, records, price=0)
     assert "| killed | failed |" in page and "it took more than its 4 s" in page and "a note" in page
     content = json.loads((setting.folder / "gpu.json").read_text())
     before = ("before_the_kill", "before_the_crash", "before_the_limit", "before_the_import")
@@ -167,7 +167,7 @@ def test_what_cannot_be_run_is_said(arguments, message, tmp_path, monkeypatch, c
 
 
 def test_a_batch_that_does_not_fit_is_halved(setting, monkeypatch):
-    recipe, tried = gpu_training.load_recipe("vit_large", 1, setting), []
+    recipe, tried = gpu_training.untrained_recipe("vit_large", 1, setting), []
 
     def with_memory(device, make, use):
         use(make())
@@ -197,7 +197,7 @@ def test_hours_and_cost_of_recipes():
         MeasuredRecipe("convnext_large", 1, 32, 500.0, 40.0, 100),
         MeasuredRecipe("eva02_large_clsavg", 2, 16, 100.0, 9, None),
     ]
-    advice = by_name(gpu_report.advice(list(map(dataclasses.asdict, measured)), price=3.0), "recipe")
+    advice = by_name(gpu_report.recipe_costs(list(map(dataclasses.asdict, measured)), price=3.0), "recipe")
     first = advice["convnext_large, stage 1"]
     assert first["gpu_hours"] == pytest.approx(578_456 * 13 / 500 / 3600) and first["batch"] == 64
     assert first["cost"] == pytest.approx(3 * first["gpu_hours"])

@@ -60,7 +60,7 @@ def test_the_published_trainer_trains():
     trainer.backward(images, targets)
     norm = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).norm()
     moved = before + 0.05 * network.fc.weight.grad / norm
-    with published.perturbed(network, 0.05):
+    with published.moved_uphill(network, 0.05):
         torch.testing.assert_close(network.fc.weight.detach(), moved)
     torch.testing.assert_close(network.fc.weight.detach(), before)
     cosines = trainer.evaluate(images, targets)
@@ -138,14 +138,14 @@ def test_differences_are_those_of_rounding(workspace, little):
 
 def test_the_losses_that_are_compared_fall(workspace, little):
     """Losses that stay where they are would agree whatever the optimiser does."""
-    recipe = step.load_recipe("tiny_vit")
+    recipe = step.benchmark_recipe("tiny_vit")
     losses = differences.our_losses(recipe, torch.device("cpu"), rho=0.0)
     assert losses[-1] < losses[0] - 0.05
 
 
 def test_operations_of_training_are_counted_without_memory():
     """ConvNeXt-L at 384 px: 101.1 billion multiply-adds forward (Liu et al. 2022, table 1)."""
-    operations = flops.training_flops(step.load_recipe("convnext_large"))
+    operations = flops.training_flops(step.benchmark_recipe("convnext_large"))
     assert operations == pytest.approx(6 * 101.1e9, rel=0.01)
 
 

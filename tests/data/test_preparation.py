@@ -32,11 +32,13 @@ def test_what_is_missing_is_made_and_then_kept(inputs):
     path = inputs / "toy.tsv"
     (inputs / "toy.npy").unlink()
     set_folds(path, np.full(80, -1))
-    report = preparation.prepare(["toy"], threshold=0.99, num_folds=4, method="leader")
+    report = preparation.prepare_datasets(["toy"], threshold=0.99, num_folds=4, method="leader")
     assert np.load(inputs / "toy.npy").shape == (80, 384) and sorted(set(folds_of(path))) == [0, 1, 2, 3]
     assert (report["rows"], report["prompts"], report["num_folds"]) == (80, 40, 4)
     before = {item: item.stat().st_mtime_ns for item in inputs.glob("toy.*")}
-    assert preparation.prepare(["toy"], threshold=0.99, num_folds=4, method="leader")["folds"] == report["folds"]
+    assert (
+        preparation.prepare_datasets(["toy"], threshold=0.99, num_folds=4, method="leader")["folds"] == report["folds"]
+    )
     assert before == {item: item.stat().st_mtime_ns for item in inputs.glob("toy.*")}
 
 
@@ -45,7 +47,7 @@ def test_folds_made_elsewhere_are_kept_and_measured(inputs, capsys):
     embeddings[2:4] = embeddings[0]  # prompts 0 and 1, in folds 0 and 1, are the same to the encoder
     np.save(inputs / "toy.npy", embeddings)
     before = {item: item.read_bytes() for item in inputs.glob("toy.*")}
-    report = preparation.prepare(["toy"])
+    report = preparation.prepare_datasets(["toy"])
     assert before == {item: item.read_bytes() for item in inputs.glob("toy.*")}
     assert "kept as they are" in capsys.readouterr().out
     assert [fold["rows"] for fold in report["folds"]] == [8] * 10
@@ -60,45 +62,45 @@ def test_a_prompt_in_two_folds_is_an_error(inputs):
     with pytest.raises(
         ValueError, match=r"1 prompts are in two folds.*toy prompt .*folds 2 and 9.*folds input/toy.tsv"
     ):
-        preparation.prepare(["toy"])
+        preparation.prepare_datasets(["toy"])
 
 
 def test_folds_that_are_there_are_not_replaced_unless_asked(inputs):
     path = inputs / "toy.tsv"
-    preparation.prepare(["toy"], num_folds=4, refold=True)
+    preparation.prepare_datasets(["toy"], num_folds=4, refold=True)
     kept = path.read_bytes()
     with pytest.raises(ValueError, match=r"num_folds 4, not 5; method partition, not leader.*refold=True"):
-        preparation.prepare(["toy"], num_folds=5, method="leader")
+        preparation.prepare_datasets(["toy"], num_folds=5, method="leader")
     assert path.read_bytes() == kept
-    assert preparation.prepare(["toy"], num_folds=5, method="leader", refold=True)["num_folds"] == 5
+    assert preparation.prepare_datasets(["toy"], num_folds=5, method="leader", refold=True)["num_folds"] == 5
     assert set(folds_of(path)) == set(range(5))
     folds = folds_of(path).copy()
     folds[:3] = -1
     set_folds(path, folds)
     with pytest.raises(ValueError, match="3 of 80 rows have no fold and the others have one"):
-        preparation.prepare(["toy"], num_folds=5, method="leader")
+        preparation.prepare_datasets(["toy"], num_folds=5, method="leader")
 
 
 def test_a_data_set_that_is_not_there_is_named_with_the_nearest(inputs):
     with pytest.raises(ValueError, match=r"tay.tsv is not there; did you mean 'toy'\?; .*--output input/tay"):
-        preparation.prepare(["toy", "tay"])
+        preparation.prepare_datasets(["toy", "tay"])
 
 
 def test_data_sets_are_folded_together(inputs):
     make_dataset(inputs, "more", num_prompts=30)
-    report = preparation.prepare(["toy", "more"], refold=True)
+    report = preparation.prepare_datasets(["toy", "more"], refold=True)
     assert report["rows"] == 140 and set(report["datasets"]) == {"toy", "more"}
-    assert preparation.prepare(["toy"])["rows"] == 140  # one of them alone: as it was folded
-    preparation.prepare(["toy"], refold=True)
+    assert preparation.prepare_datasets(["toy"])["rows"] == 140  # one of them alone: as it was folded
+    preparation.prepare_datasets(["toy"], refold=True)
     with pytest.raises(ValueError, match=r"toy alone, not toy, more together"):
-        preparation.prepare(["toy", "more"])
+        preparation.prepare_datasets(["toy", "more"])
 
 
 def test_outdated_embeddings_are_made_again(inputs):
     shutil.copy(inputs / "toy.tsv", inputs / "old.tsv")
     (inputs / "old.npy").write_bytes((inputs / "toy.npy").read_bytes())
     (inputs / "old.npy.json").write_text(json.dumps({"encoder": "all-MiniLM-L6-v2", "rows": 80, "prompts_sha256": ""}))
-    preparation.prepare(["old"], refold=True)
+    preparation.prepare_datasets(["old"], refold=True)
     assert not np.array_equal(np.load(inputs / "old.npy"), np.load(inputs / "toy.npy"))
 
 
@@ -146,5 +148,5 @@ def test_embeddings_of_another_precision_stay(inputs):
     path = inputs / "toy.tsv"
     embedding.embed_table(path, dtype="bfloat16", overwrite=True, progress=False)
     before = (inputs / "toy.npy").read_bytes()
-    preparation.prepare(["toy"], refold=True)
+    preparation.prepare_datasets(["toy"], refold=True)
     assert (inputs / "toy.npy").read_bytes() == before

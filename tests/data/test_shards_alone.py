@@ -89,7 +89,7 @@ def test_a_run_its_report_and_what_is_shown(packed, tiny_recipe, workspace):
     assert result.unreadable_images == 0 and result.updates > 0
     folder = recipe.run_folder(0)
     table = examples.validation_table(recipe, 0, folder)
-    chosen = examples.best_and_worst(table, recipe, 2)
+    chosen = examples.choose_extremes(table, recipe, 2)
     data = load_datasets(["sd.checked"])
     for row, image in zip(chosen["row"], chosen["image"], strict=True):
         expected = data.decode_image(int(row)).permute(1, 2, 0).numpy()

@@ -149,7 +149,7 @@ def test_the_whole_path_to_training(workspace, make, tmp_path):
     assert tmp_path / "input" == paths.input_dir()
     prompts = [f"{animal} {place}" for animal in ("a cat", "two dogs", "an owl") for place in "abcdefg"]
     make("drawn", prompts=prompts)
-    report = preparation.prepare(["drawn"], threshold=0.95, num_folds=3)
+    report = preparation.prepare_datasets(["drawn"], threshold=0.95, num_folds=3)
     data = datasets.load_datasets(["drawn"])
     assert report["prompts"] == 21 and len(data) == 42 and set(data.folds.tolist()) == {0, 1, 2}
     (checked,) = checking.check_datasets([tmp_path / "input" / "drawn.tsv"], num_workers=1, progress=False)

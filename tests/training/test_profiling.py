@@ -211,15 +211,15 @@ def test_waiting_is_judged_over_20_seconds_or_updates_and_told_once():
 def test_advice_fits_the_machine(workspace, tiny_recipe, cores, ranks, workers, said):
     recipe = tiny_recipe(num_workers=workers, datasets=("toy", "more toys"), input_size=384)
     packing = f"kutils shards {workspace}/input/toy.tsv '{workspace}/input/more toys.tsv' --size 448"
-    assert profiling.advice(recipe, 0.347, cores, ranks) == (
+    assert profiling.waiting_advice(recipe, 0.347, cores, ranks) == (
         f"35% of the time went by in waiting for images. {said} Images packed at the size of training load faster: "
         f"{packing}"
     )
     (workspace / "input" / "toy.shards").mkdir()
-    left = profiling.advice(recipe, 0.347, cores, ranks)
+    left = profiling.waiting_advice(recipe, 0.347, cores, ranks)
     assert left.endswith(f"load faster: kutils shards '{workspace}/input/more toys.tsv' --size 448")
     (workspace / "input" / "more toys.shards").mkdir()
-    assert profiling.advice(recipe, 0.347, cores, ranks).endswith(
+    assert profiling.waiting_advice(recipe, 0.347, cores, ranks).endswith(
         f"{said} The images are packed already: a faster disk or more cores would help."
     )
 

@@ -480,7 +480,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monk
     path = recipe_file(epochs=3)
     real = engine.update
     calls, heard = [], []
-    monkeypatch.setattr(__main__, "write_report", lambda folder: heard.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(__main__, "ensure_report", lambda folder: heard.append(signal.getsignal(signal.SIGTERM)))
     environment = workspace / "working" / "runs" / "tiny_fold0" / "environment.json"
 
     def interrupted(*arguments):

@@ -298,6 +298,11 @@ def test_packed_images_are_shown_where_their_files_are_gone(broken):
     assert [image.size for image in shown["image"]] == [(32, 32)] * 2
 
 
+def test_an_ensemble_that_is_gone_is_an_error_in_words(workspace):
+    with pytest.raises(ValueError, match="no ensemble is fitted"):
+        exploration.predict_image(workspace / "any.png", None)
+
+
 def test_a_photo_is_turned_as_its_record_asks(tmp_path):
     lying = Image.new("RGB", (40, 20), "red")
     record = lying.getexif()

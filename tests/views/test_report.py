@@ -170,10 +170,10 @@ def test_the_best_and_the_worst_image_of_a_prompt_are_two(finished):
     table = pd.DataFrame({"row": rows, "prompt": list("aababbab"), "cosine": rows / 10})
     table["embedding"] = list(np.load(finished / "input" / "toy.npy")[:8])
     recipe = read_run(finished / "working" / "runs" / "first_fold0").recipe
-    chosen = examples.best_and_worst(table, recipe, count=4)
+    chosen = examples.choose_extremes(table, recipe, count=4)
     assert chosen["row"].tolist() == [7, 6, 0, 2] and chosen["best"].tolist() == [True, True, False, False]
-    assert examples.best_and_worst(table, recipe, count=1)["row"].tolist() == [7, 0]
-    assert examples.best_and_worst(table[:1], recipe)["best"].tolist() == [True]
+    assert examples.choose_extremes(table, recipe, count=1)["row"].tolist() == [7, 0]
+    assert examples.choose_extremes(table[:1], recipe)["best"].tolist() == [True]
 
 
 def test_a_prompt_is_text(reported):
@@ -310,13 +310,19 @@ def test_a_bad_run_costs_the_others_no_report(finished, capsys):
     lacking, damaged, good = (
         finished / "working" / "runs" / name for name in ("first_fold0", "second_fold0", "first_fold1")
     )
+    edited = lacking.with_name("edited_fold0")
+    shutil.copytree(lacking, edited)
+    lines = [json.loads(line) for line in (edited / "metrics.jsonl").read_text().splitlines()]
+    del lines[1]["lr"]
+    (edited / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     paths.write_json(lacking / "result.json", {"fold": 0})
     (damaged / "result.json").write_text("{")
     assert run_command("report", ["*"]) == 1
     printed = capsys.readouterr()
     assert printed.out.split() == [str(good / "report.html")]
     assert f"{lacking}/result.json lacks prefix" in printed.err and f"{damaged}/result.json is damaged" in printed.err
-    assert len(printed.err.splitlines()) == 2
+    assert f"{edited}/metrics.jsonl, line 2 has no number for lr; remove the line" in printed.err
+    assert len(printed.err.splitlines()) == 3
 
 
 def test_a_resumed_run_says_when(finished):
@@ -333,7 +339,7 @@ def test_what_a_report_looks_through_is_bounded(finished, monkeypatch):
     run = read_run(finished / "working" / "runs" / "first_fold0")
     table = examples.validation_table(run.recipe, 0, run.folder)
     monkeypatch.setattr(examples, "MOST_PROMPTS", 1)
-    assert examples.best_and_worst(table, run.recipe)["nearest"].nunique() == 1
+    assert examples.choose_extremes(table, run.recipe)["nearest"].nunique() == 1
 
 
 def test_a_validation_table_tells_its_rows(finished):
