@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from kutils.benchmarks import measuring, step
 from kutils.benchmarks.gpu_report import Setting, Skipped
-from kutils.benchmarks.gpu_training import build, load_recipe
+from kutils.benchmarks.gpu_training import build_step, untrained_recipe
 from kutils.system import children
 from kutils.system.ranks import join_ranks, leave_ranks
 from kutils.training import engine
@@ -58,8 +58,8 @@ def work_as_rank(rank: int, world_size: int, port: int, setting: Setting, result
     os.environ.update({name: str(value) for name, value in place.items()})
     children.end_with_parent()
     ranks = join_ranks(setting.device)
-    recipe = load_recipe("convnext_large", 1, setting)
-    ours, batch = build(recipe, ranks.device), step.random_batch(recipe, ranks.device, seed=rank)
+    recipe = untrained_recipe("convnext_large", 1, setting)
+    ours, batch = build_step(recipe, ranks.device), step.random_batch(recipe, ranks.device, seed=rank)
     model, rates = engine.distribute(ours.network, ranks).train(), {}
     kinds = {"plain": {}, "sam_local": {"sam_rho": step.RHO}, "sam_averaged": {"sam_rho": step.RHO}}
     kinds["sam_averaged"] |= {"sam_gradient": "averaged"}
