@@ -165,7 +165,8 @@ if "folds" in chosen:
 # %% [markdown]
 # ## What do checking and packing of images cost, and save?
 # Every file is read, hashed and decoded as `kutils check` does it, by two processes and by one. And an epoch
-# through the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet.
+# through the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet;
+# `imported_shards`: from shards that an import has packed, beside those of `kutils shards`.
 
 # %%
 if {"check_images", "packed_shards"} & set(chosen):

@@ -1,7 +1,8 @@
 """Real prompts and images through preparation. KUTILS_REAL_DATA names their folder, no part of this repository.
 
 It holds `pairs/` (pairs.tsv: image prompt source generator kind; images/), `competition/` (images/, prompts.csv,
-sample_submission.csv with the true embeddings) and `prompts/prompts.tsv.gz` (prompt source).
+sample_submission.csv with the true embeddings), `prompts/prompts.tsv.gz` (prompt source) and `metadata/` (images of
+generators that write the prompt into the file).
 """
 
 import csv
@@ -12,10 +13,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from fixtures import pairs as written
 from PIL import Image
 
+from kutils.__main__ import run
 from kutils.data import image_files
 from kutils.data.datasets import load_datasets
 from kutils.data.prompt_bank import PromptBank
@@ -111,6 +115,77 @@ def test_bank_of_the_pairs_knows_its_own_prompts(data):
     indices, cosines = bank.nearest(data.targets(np.arange(len(data))), k=1)
     assert bank.texts(indices[:, 0]) == data.prompts.to_pylist()
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
+
+
+def write_source(form: str, folder: Path, data, generators: list[str]) -> Path:
+    """All pairs in the form of the 12th place's tars, or as a Parquet file of the hub."""
+    targets = data.targets(np.arange(len(data))).astype(np.float16)
+    contents = [data.image_path(row).read_bytes() for row in range(len(data))]
+    prompts = data.prompts.to_pylist()
+    if form == "parquet":
+        columns = {"image": [{"bytes": content, "path": None} for content in contents], "prompt": prompts}
+        table = pd.DataFrame(columns | {"model": generators, "embs": list(targets.astype(np.float32))})
+        folder.mkdir()
+        table.to_parquet(folder / "pairs.parquet", row_group_size=300)
+        return folder / "pairs.parquet"
+    samples = [
+        {
+            "__key__": f"{row:09d}",
+            "txt": prompt,
+            "webp": content,
+            "embs.npy": written.as_npy(target),
+            "json": {"ntokens": len(prompt.split()), "cluster": 0, "model": model},
+        }
+        for row, (prompt, content, target, model) in enumerate(zip(prompts, contents, targets, generators, strict=True))
+    ]
+    for number in range(3):
+        written.write_tar(folder / f"sd-4.4M-cc-{number:03d}.tar", samples[400 * number : 400 * (number + 1)])
+    return folder
+
+
+@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+def test_pairs_come_back_from_a_download_row_for_row(real, data, tmp_path, monkeypatch, capfd, form):
+    generators = read_table(real / "pairs" / "pairs.tsv", ["generator"])["generator"].to_pylist()
+    source = write_source(form, tmp_path / "download", data, generators)
+    monkeypatch.setenv("KUTILS_INPUT", str(tmp_path / "input"))
+    arguments = [str(source), "--output", str(tmp_path / "input" / "again"), "--pack", "keep", "--raw-prompts"]
+    assert run("import", arguments) == 0
+    printed = capfd.readouterr().out
+    assert "1,015 pairs of 1,015 read" in printed and "embeddings: 0 prompts were encoded, 879 compared" in printed
+    again = load_datasets(["again"], need_folds=False)
+    assert again.prompts.to_pylist() == data.prompts.to_pylist()
+    rows = np.arange(len(data))
+    np.testing.assert_allclose(again.targets(rows), data.targets(rows), atol=5e-4)  # half of float16's digits
+    for row in range(0, len(data), 7):
+        assert torch.equal(again.decode_image(row), data.decode_image(row))
+    facts = pd.read_parquet(tmp_path / "input" / "again.pairs.parquet")
+    assert facts["generator"].tolist() == generators
+
+
+def test_prompts_that_generators_wrote_into_images(real, tmp_path):
+    arguments = [str(real / "metadata"), "--output", str(tmp_path / "read"), "--raw-prompts", "--embeddings", "later"]
+    assert run("import", arguments) == 0
+    prompts = read_table(tmp_path / "read.tsv", ["prompt"])["prompt"].to_pylist()
+    facts = pd.read_parquet(tmp_path / "read.pairs.parquet")
+    by_key = dict(zip(facts["key"], zip(prompts, facts["generator"], facts["seed"], strict=True), strict=True))
+    duck = ("photo of a duck", "realistic_realisticVisionV20_v20", "235284042")
+    assert by_key["AUTOMATIC1111_automatic1111_cropped.jpg"] == by_key["bad_images_text_after_idat.png"] == duck
+    # hidden in the pixels
+    circle = ("a circle", "realisticVisionV51_v51VAE", "2015833630")
+    assert by_key["AUTOMATIC1111_automatic1111_stealth.png"] == circle
+    fish = ("a smiling goldfish", "juggernautXL_v8Rundiffusion", "6952411511246973023")
+    assert by_key["Fooocus_fooocus1_cropped.png"] == fish
+    assert by_key["NovelAI_novelai1_cropped.png"][0] == "masterpiece, best quality, cat, space, icon"
+    assert by_key["InvokeAI_invokeai_imeta1.png"][0].startswith("digital artwork, oil painting.")
+    faults = read_table(tmp_path / "read.faults.tsv", ["key", "reason"])
+    assert len(by_key) == 10 and dict(zip(*(faults[name].to_pylist() for name in ("key", "reason")), strict=True)) == {
+        "ComfyUI_night_evening_day_morning_cropped.png": "6 different prompts in one image",
+        "ComfyUI_noisy_latents_3_subjects_cropped.png": "6 different prompts in one image",
+        "ComfyUI_unclip_2pass_cropped.png": "2 different prompts in one image",
+        "bad_images_empty_file.png": "it is no image of a known format",
+        "bad_images_empty_image.jpg": "no text: no generator has written its prompt into it",
+        "bad_images_empty_image.png": "no text: no generator has written its prompt into it",
+    }
 
 
 def test_competition_embeddings_are_reproduced(real, encoder):

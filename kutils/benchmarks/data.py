@@ -49,25 +49,29 @@ def measure_check(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]
 
 
 def measure_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
-    """An epoch of one image per prompt through the loader of training, from shards and from WebP files of 768 px.
+    """An epoch of one image per prompt through the loader of training: from shards, WebP files of 768 px, an import.
 
-    Neither is in memory before. Shards hold fewer pixels: most of what is saved is their decoding.
+    None is in memory before. Shards hold fewer pixels: most of what is saved is their decoding. The import packs the
+    same files; its shards are compared with those of `kutils shards`.
 
     Args:
         images: rows of the data set.
-        repeats: of both, by turns.
+        repeats: of all three, by turns.
     """
     folder = paths.working_dir() / "benchmark" / "packed_shards"
     shutil.rmtree(folder, ignore_errors=True)
     pictures = make_pictures(folder / "pictures", images, TRAINING_SIZE)
+    names = [str(path.relative_to(folder)) for path in pictures]
     for name in ("packed", "files"):
-        names = [str(path.relative_to(folder)) for path in pictures]
         write_table(folder / f"{name}.tsv", {"image": names, "prompt": names, "fold": np.ones(images, np.int8)})
-        np.save(folder / f"{name}.npy", np.eye(1, EMBEDDING_DIM, dtype=np.float32).repeat(images, axis=0))
-    # as a command: processes that are not forked would run a script, which the notebook can be, once more
+    # as commands: processes that are not forked would run a script, which the notebook can be, once more
     launch.run_module("kutils", "shards", str(folder / "packed.tsv"), "--size", str(PACKED_SIZE))
+    options = ["--output", str(folder / "imported"), "--embeddings", "later", "--raw-prompts", "--format", "list"]
+    launch.run_module("kutils", "import", str(folder / "files.tsv"), *options, "--pack", str(PACKED_SIZE))
+    times = {"packed": [], "files": [], "imported": []}
+    for name in times:
+        np.save(folder / f"{name}.npy", np.eye(1, EMBEDDING_DIM, dtype=np.float32).repeat(images, axis=0))
     os.sync()  # what is not on the disk yet cannot be forgotten
-    times = {"packed": [], "files": []}
     for _ in range(repeats):
         for name, seconds in times.items():
             data = open_dataset(folder, name, images)
@@ -76,7 +80,10 @@ def measure_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry
             load_epoch(data)
             seconds.append(time.monotonic() - began)
     shutil.rmtree(folder)
-    return [measuring.make_entry("packed_shards", "s", times["packed"], times["files"])]
+    return [
+        measuring.make_entry("packed_shards", "s", times["packed"], times["files"]),
+        measuring.make_entry("imported_shards", "s", times["imported"], times["packed"]),
+    ]
 
 
 def make_sets(folder: Path, pictures: Sequence[Image.Image], rows: int, packed_size: int) -> None:

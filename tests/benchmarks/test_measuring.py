@@ -11,9 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kutils.__main__ import run
 from kutils.benchmarks import data as benchmark_data
 from kutils.benchmarks import measuring, prediction, rows
 from kutils.data import datasets, transforms
+from kutils.runs import launch
 from kutils.system.paths import repository_root
 
 ROOT = repository_root()
@@ -139,7 +141,9 @@ def test_the_check_of_images_is_measured_with_two_processes_and_one(workspace):
 
 
 @pytest.mark.slow
-def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace):
-    (measured,) = benchmark_data.measure_shards(images=64, repeats=1)
-    assert measured.name == "packed_shards" and measured.ratio == measured.reference / measured.ours
+def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace, monkeypatch):
+    monkeypatch.setattr(launch, "run_module", lambda _, command, *arguments: run(command, arguments))
+    packed, imported = benchmark_data.measure_shards(images=64, repeats=1)
+    assert packed.name == "packed_shards" and packed.ratio == packed.reference / packed.ours
+    assert imported.name == "imported_shards" and imported.reference == packed.ours
     assert not list((workspace / "working" / "benchmark").iterdir())
