@@ -14,7 +14,7 @@ from PIL import Image
 
 from kutils.benchmarks import measuring
 from kutils.benchmarks.measuring import make_entry
-from kutils.data import pair_export, pair_import, pair_parts
+from kutils.data import pair_export, pair_job, pair_parts
 from kutils.data.pair_formats import find_parts
 from kutils.data.pair_tars import read_tar
 from kutils.data.pairs import Keys
@@ -75,8 +75,8 @@ class Import:
     """Imports of the same tars into one folder, each begun anew."""
 
     def __init__(self, tars: Sequence[str], folder: Path, pack: str):
-        args = pair_import.make_parser().parse_args([*tars, "--output", str(folder / "imported"), "--pack", pack])
-        self.job = dataclasses.replace(pair_import.make_job(args), with_embeddings=True)
+        args = pair_job.make_parser().parse_args([*tars, "--output", str(folder / "imported"), "--pack", pack])
+        self.job = dataclasses.replace(pair_job.make_job(args), with_embeddings=True)
         self.parts, self.folder = find_parts(tars, "webdataset", Keys()), folder
 
     def rate(self, num_workers: int) -> float:

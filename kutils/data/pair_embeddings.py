@@ -77,8 +77,8 @@ def compare(chunks: ChunkFiles, numbers: list[int], encoder: TextEncoder) -> dic
     if not sample:
         return {"compared": 0, "why": "no prompt has one in the source, or all were changed"}
     prompts, expected = zip(*sample.values(), strict=True)
-    found = embedding.encode_prompts(list(prompts), encoder, progress=False)
-    cosines = np.einsum("nd,nd->n", found, np.stack(expected))
+    encoded = embedding.encode_prompts(list(prompts), encoder, progress=False)
+    cosines = np.einsum("nd,nd->n", encoded, np.stack(expected))
     worst, differing = int(np.argmin(cosines)), int((cosines < SAME_COSINE).sum())
     report = {"compared": len(prompts), "smallest_cosine": round(float(cosines[worst]), 6), "why": ""}
     if differing:

@@ -102,16 +102,16 @@ def read_diffusiondb(path: Path, keys: Keys) -> Iterator[Pair | Fault]:
     if not records:
         yield Fault("", f"there is no JSON file of the name {path.name.removesuffix('.zip')}.json, or it is broken")
         return
-    there = {PurePosixPath(name).name: name for name in names if is_image(name)}
-    for name in sorted(records.keys() | there.keys()):
-        if name not in there:
+    images = {PurePosixPath(name).name: name for name in names if is_image(name)}
+    for name in sorted(records.keys() | images.keys()):
+        if name not in images:
             yield Fault(name, "there is no such file")
         elif name not in records:
             yield Fault(name, "no text: the JSON file does not name it")
         else:
             fields = records[name] | {DIFFUSIONDB.get(key, key): value for key, value in records[name].items()}
             key = find_key(fields, PROMPT_KEYS, keys.prompt)
-            prompt, image = fields.get(key), files.image(there[name])
+            prompt, image = fields.get(key), files.image(images[name])
             if isinstance(image, Fault) or prompt is None:
                 yield image if isinstance(image, Fault) else Fault(name, f"no text (keys: {', '.join(fields)})")
             else:
@@ -122,7 +122,7 @@ def read_diffusiondb(path: Path, keys: Keys) -> Iterator[Pair | Fault]:
 
 
 def read_texts(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
-    """Images with a text file of the same stem; a text without an image is told with the first ones."""
+    """Images with a text file of the same stem; the first part also reports texts without an image."""
     files = Files(path)
     names = files.names()
     images = [name for name in names if is_image(name)]
@@ -172,17 +172,17 @@ def read_prompt(name: str, content: bytes, parser) -> Pair | Fault:
 
     try:
         # the slow search is for prompts that are hidden in pixels
-        found = parser.parse(io.BytesIO(content)) or parser.parse(io.BytesIO(content), Eagerness.EAGER)
+        parsed = parser.parse(io.BytesIO(content)) or parser.parse(io.BytesIO(content), Eagerness.EAGER)
     except UnidentifiedImageError:  # whose message holds an address in memory, another one in every run
         return Fault(name, "it is no image of a known format")
     except Exception as error:  # of anything that a damaged text may lead to
         return Fault(name, f"it cannot be read ({type(error).__name__}: {error})")
-    prompts = list(dict.fromkeys(prompt.value for prompt in found.prompts if prompt.value)) if found else []
+    prompts = list(dict.fromkeys(prompt.value for prompt in parsed.prompts if prompt.value)) if parsed else []
     if len(prompts) != 1:
         several = f"{len(prompts)} different prompts in one image"
         return Fault(name, several if prompts else "no text: no generator has written its prompt into it")
-    fields = {"tool": found.generator.value if found.generator else ""}
-    for sampler in found.samplers[:1]:
+    fields = {"tool": parsed.generator.value if parsed.generator else ""}
+    for sampler in parsed.samplers[:1]:
         model = sampler.model.name if sampler.model else None
         fields |= {"seed": sampler.parameters.get("seed", ""), "sampler": sampler.name, "model": model or ""}
     fields["generator"] = fields.get("model") or fields["tool"]

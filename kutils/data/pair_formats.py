@@ -67,25 +67,25 @@ def expand(source: str) -> list[Path]:
     paths = []
     for name in expand_braces(source):
         is_pattern = any(mark in name for mark in "*?[")
-        found = sorted(glob(name, recursive=True)) if is_pattern else [name]  # noqa: PTH207 (it may begin anywhere)
-        if not found or not Path(found[0]).exists():
+        matches = sorted(glob(name, recursive=True)) if is_pattern else [name]  # noqa: PTH207 (it may begin anywhere)
+        if not matches or not Path(matches[0]).exists():
             raise ValueError(f"{name} is not there" + (f" (of {source})" if name != source else ""))
-        paths += map(Path, found)
+        paths += map(Path, matches)
     return paths
 
 
 def expand_braces(pattern: str) -> list[str]:
     """`x{00..02}` to x00, x01, x02 and `x{a,b}` to xa, xb, as a shell does; one pair of braces after the other."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
         return [pattern]
-    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
         first, last = int(limits[1]), int(limits[2])
         step = 1 if first <= last else -1
         choices = [f"{number:0{len(limits[1])}d}" for number in range(first, last + step, step)]
     else:
-        choices = found[1].split(",")
-    before, after = pattern[: found.start()], pattern[found.end() :]
+        choices = match[1].split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
     return [name for choice in choices for name in expand_braces(before + choice + after)]
 
 
@@ -115,21 +115,21 @@ def files_of(path: Path, form: str) -> Iterator[tuple[str, Path]]:
         if kind := form or recognise_file(path):
             yield kind, path
         return
-    found: dict[str | None, list[Path]] = {}
+    by_form: dict[str | None, list[Path]] = {}
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             file = Path(folder) / name
             kind = pair_folders.recognise(file) if name.lower().endswith(".zip") else kind_by_name(name)
             if kind != "list" or form == "list" or name in LISTS:
-                found.setdefault(kind, []).append(file)
+                by_form.setdefault(kind, []).append(file)
         if any(map(pair_folders.is_image, names)):
-            found.setdefault(pair_folders.recognise(Path(folder)), []).append(Path(folder))
-    if form in ("texts", "embedded") or "texts" in found:  # a folder without any text lacks them all
-        found[form or "texts"] = sorted(found.pop("texts", []) + found.pop("embedded", []))
+            by_form.setdefault(pair_folders.recognise(Path(folder)), []).append(Path(folder))
+    if form in ("texts", "embedded") or "texts" in by_form:  # a folder without any text lacks them all
+        by_form[form or "texts"] = sorted(by_form.pop("texts", []) + by_form.pop("embedded", []))
     for kind in (form,) if form else FORMS:
-        if found.get(kind):
-            yield from ((kind, file) for file in found[kind])
+        if by_form.get(kind):
+            yield from ((kind, file) for file in by_form[kind])
             return
 
 

@@ -1,10 +1,8 @@
 """Imports pairs of image and prompt from downloads: `kutils import SOURCE ... --output input/NAME`."""
 
-import argparse
 import contextlib
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -16,20 +14,19 @@ from filelock import FileLock, Timeout
 from torchvision.transforms.v2.functional import to_pil_image
 
 from kutils.data import pair_embeddings, pair_parts, pair_results
-from kutils.data.pair_formats import FORMS, find_parts
-from kutils.data.pair_parts import Counts, Job, Outcome, import_part, leading_parts
+from kutils.data.pair_formats import find_parts
+from kutils.data.pair_job import Counts, Job, make_job, make_parser
+from kutils.data.pair_outcome import Outcome
+from kutils.data.pair_parts import import_part, leading_parts
 from kutils.data.pair_plan import make_plan
 from kutils.data.pair_results import Result
-from kutils.data.pairs import Fault, Keys, parse_condition
-from kutils.data.shards import IMAGE_FORMATS, QUALITY, Encoding
+from kutils.data.pairs import Fault
 from kutils.data.transforms import decode_bytes
-from kutils.prompts.cleaning import CleaningSettings, format_cleaning
+from kutils.prompts.cleaning import format_cleaning
 from kutils.prompts.similarity import check_threshold
 from kutils.system import devices, paths, processes
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks, join_workers
-
-EMBEDDINGS = ("auto", "encode", "later")
 
 
 def preview(sources: Sequence[str], options: Sequence[str] = (), count: int = 8) -> tuple[list, list[str]]:
@@ -193,10 +190,10 @@ def format_record(record: dict, output: Path) -> str:
         lines.append(f"  {faults:,} set apart in {output}.faults.tsv:")
         lines += [f"  {count:>9,}  {kind}" for kind, count in sorted(record["faults"].items(), key=lambda kv: -kv[1])]
     if embedded := record.get("embeddings"):
-        told = f"embeddings: {embedded['encoded']:,} prompts were encoded"
+        line = f"embeddings: {embedded['encoded']:,} prompts were encoded"
         if embedded["compared"]:
-            told += f", {embedded['compared']:,} compared (smallest cosine {embedded['smallest_cosine']:.4f})"
-        lines.append(told + (f": {embedded['why']}" if embedded["why"] else ""))
+            line += f", {embedded['compared']:,} compared (smallest cosine {embedded['smallest_cosine']:.4f})"
+        lines.append(line + (f": {embedded['why']}" if embedded["why"] else ""))
     read = record["read"] - record["unwanted"]
     kept = read - sum(case["count"] for case in record["dropped"].values())
     if record["dropped"] or record["changed"]:
@@ -205,102 +202,6 @@ def format_record(record: dict, output: Path) -> str:
 
 
 # ---------------------------------------------------------------- the command
-
-
-def parse_pack(text: str) -> int | str:
-    if text != "keep" and not text.isdigit():
-        raise ValueError
-    return text if text == "keep" else int(text)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    limits = CleaningSettings()
-    forms = "\n".join(f"  {name:12}{text}" for name, text in FORMS.items())
-    parser = argparse.ArgumentParser(
-        prog="kutils import",
-        description="Make a data set of downloaded pairs of image and prompt: NAME.tsv, images or shards, NAME.npy. "
-        "What is no pair is set apart in NAME.faults.tsv; NAME.pairs.parquet has what is known of each pair. Run again "
-        "after a kill, it goes on. torchrun starts it on several nodes.",
-        epilog=f"forms:\n{forms}\n\nFolds are assigned next: kutils folds input/NAME.tsv",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="files, folders, or patterns as 'sd-4.4M/cc/*-{000..012}.tar'")
-    add("--output", type=Path, required=True, metavar="input/NAME", help="the data set to make")
-    add("--format", choices=tuple(FORMS), default="", help="form of the sources (default: recognised by the content)")
-    group = parser.add_argument_group("what is read")
-    add = group.add_argument
-    known = "default: prompt, caption, text, ..., or the text file"
-    add("--prompt-key", default="", metavar="KEY", help=f"field, column or ending of the prompt ({known})")
-    add("--image-key", default="", metavar="KEY", help="field, column or ending of the image; of Parquet also 'A,B'")
-    add("--embedding-key", default="", metavar="KEY", help="field or column of the prompt's embedding")
-    add("--image-root", default="", metavar="FOLDER", help="that image paths are relative to (default: the list's own)")
-    condition = "take pairs of this kind alone: model=X, nsfw!=true, image_nsfw<0.3; several must all hold"
-    add("--where", nargs="+", default=[], metavar="KEY=VALUE", help=condition)
-    add("--limit", type=int, default=0, metavar="N", help="end after so many pairs (default: 0, no end)")
-    add("--generator", default="", metavar="NAME", help="of all pairs (default: what each says, as its `model`)")
-    add("--source", default="", metavar="NAME", help="of all pairs (default: what each says, or its file's name)")
-    add("--fold-key", default="", metavar="KEY", help="field with folds 0 to 9, as of an export (default: -1)")
-    group = parser.add_argument_group("how images are kept")
-    add = group.add_argument
-    pack = "into shards: SIZE px of the shorter side (448), or `keep` the bytes; without, each image is a file as it is"
-    add("--pack", type=parse_pack, metavar="SIZE|keep", help=pack)
-    add("--image-format", choices=IMAGE_FORMATS, default="webp", help="of packed images (default: webp)")
-    add("--quality", type=int, default=None, help=f"of packed images, 1 to 100 (default: {QUALITY}; png has none)")
-    add("--verify", action="store_true", help="decode images that --pack keep takes as they are, too")
-    group = parser.add_argument_group("prompts")
-    add = group.add_argument
-    add("--raw-prompts", action="store_true", help="take prompts as they are; line breaks and tabs become spaces")
-    add("--min-words", type=int, default=limits.min_words, help=f"shorter ones go (default: {limits.min_words})")
-    add("--max-words", type=int, default=limits.max_words, help=f"longer ones go (default: {limits.max_words})")
-    add("--min-latin", type=float, default=limits.min_latin, help=f"share among letters (default: {limits.min_latin})")
-    add("--any-language", action="store_true", help="keep what looks like another language")
-    add("--tokenizer", default="", metavar="FOLDER", help="of CLIP's tokenizer: set more than 77 tokens apart")
-    dedup = "cosine such as 0.9: leave out near-duplicates of earlier prompts (default: 0.0, none)"
-    add("--dedup", type=float, default=0.0, metavar="COSINE", help=dedup)
-    told = "auto: the source's if a sample agrees with the encoder, else encoded; default: auto"
-    add("--embeddings", choices=EMBEDDINGS, default="auto", help=told)
-    group = parser.add_argument_group("work")
-    add = group.add_argument
-    add("--overwrite", action="store_true", help="replace another import of this name")
-    add("--workers", type=int, default=None, help="processes (default: one per core)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where prompts are encoded (default: auto)")
-    return parser
-
-
-def make_job(args: argparse.Namespace) -> Job:
-    """How pairs become rows, by the command's arguments.
-
-    Raises: ValueError for arguments that cannot be, or do not go together.
-    """
-    size = args.pack if isinstance(args.pack, int) else None
-    if size is None and (args.quality is not None or args.image_format != "webp"):
-        raise ValueError("--quality and --image-format are of images that are encoded: give --pack SIZE")
-    cleaning = CleaningSettings(args.min_words, args.max_words, args.min_latin, not args.any_language)
-    if args.raw_prompts and (cleaning != CleaningSettings() or args.tokenizer):
-        raise ValueError("--raw-prompts goes without limits to prompts")
-    if args.limit < 0 or (args.workers is not None and args.workers < 1):
-        raise ValueError("--limit is 0 or more, --workers 1 or more")
-    name = args.output.name
-    if not re.fullmatch(r"[^\s/\\.~][^\s/\\]*", name):
-        raise ValueError(f"--output {args.output}: {name!r} cannot name a data set")
-    quality = (None if args.image_format == "png" else QUALITY) if args.quality is None else args.quality
-    encoding = None if size is None else Encoding(size, args.image_format, quality)
-    return Job(
-        name=name,
-        keys=Keys(args.prompt_key, args.image_key, args.embedding_key, args.image_root),
-        where=tuple(map(parse_condition, args.where)),
-        packed=args.pack is not None,
-        encoding=encoding,
-        verify=args.verify or args.pack is None,
-        settings=None if args.raw_prompts else cleaning,
-        tokenizer=args.tokenizer,
-        limit=args.limit,
-        with_embeddings=False,
-        generator=args.generator,
-        source=args.source,
-        fold_key=args.fold_key,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from kutils.data import pair_results
 from kutils.data.pair_formats import Part, find_parts, read_part
-from kutils.data.pair_parts import Counts, Job, Outcome
+from kutils.data.pair_job import Counts, Job
+from kutils.data.pair_outcome import Outcome
 from kutils.data.pair_results import Result
 from kutils.data.pairs import Fault, Pair
 from kutils.system import paths
@@ -22,6 +25,10 @@ PROBED_PARTS, PROBED_PAIRS = 4, 16  # whose first pairs tell sizes and fields
 ROW_BYTES = 3 * 4 * EMBEDDING_DIM + 600  # embeddings, up to three times for a while, and texts
 FILE_BYTES = 2048  # that a file takes beyond its content, on average
 LATER_TEXTS = ("caption", "description", "recaption")  # fields that are often written by a model that sees the image
+
+
+def format_bytes(size: float) -> str:
+    return tqdm.format_sizeof(size, suffix="B")
 
 
 @dataclass(frozen=True)
@@ -56,29 +63,30 @@ def probe(parts: Sequence[Part], job: Job) -> Probe:
     return Probe(sum(sizes) / max(1, len(sizes)), wanted, lengths, list(fields), list(prompt_keys), faults)
 
 
-def check_disk(result: Result, found: Probe) -> str:
+def check_disk(result: Result, sample: Probe) -> str:
     """What will be written, and how much room there is; OSError where that is not enough."""
     chunks, job, total = result.chunks, result.job, range(len(result.parts))
     missing = chunks.missing() if chunks.folder.is_dir() else total
-    pairs = found.wanted * sum(result.parts[number].pairs for number in missing)
+    pairs = sample.wanted * sum(result.parts[number].pairs for number in missing)
     pairs = min(pairs, job.limit or pairs)
-    needed = pairs * (found.pair_bytes + ROW_BYTES + (0 if job.packed else FILE_BYTES))
+    needed = pairs * (sample.pair_bytes + ROW_BYTES + (0 if job.packed else FILE_BYTES))
     advice = "give --pack 448 or a smaller size, less sources, or --limit"
     free = paths.check_room(result.output.parent, needed, advice)
-    return f"about {needed / 1e9:,.2f} GB will be written, {free / 1e9:,.0f} GB are free"
+    return f"about {format_bytes(needed)} will be written, {format_bytes(free)} are free"
 
 
-def describe_import(parts: Sequence[Part], found: Probe, job: Job) -> str:
+def describe_import(parts: Sequence[Part], sample: Probe, job: Job) -> str:
     """What was recognised, for a person."""
     forms = ", ".join(dict.fromkeys(part.form for part in parts))
     pairs, size = (sum(getattr(part, name) for part in parts) for name in ("pairs", "size"))
-    lines = [f"{forms}: {len({part.path for part in parts}):,} files, about {pairs:,} pairs, {size / 1e9:,.2f} GB"]
-    lengths = [str(length) for length in found.embedding_lengths if length]
+    files = len({part.path for part in parts})
+    lines = [f"{forms}: {files:,} files or folders, about {pairs:,} pairs, {format_bytes(size)}"]
+    lengths = [str(length) for length in sample.embedding_lengths if length]
     if lengths and not job.with_embeddings:
         lines.append(f"the source's embeddings ({', '.join(lengths)} numbers) are not used: all prompts are encoded")
-    told = f"prompts from {', '.join(map(repr, found.prompt_keys)) or 'nowhere'}"
-    lines.append(f"{told}; fields for --where: {', '.join(map(str, found.fields)) or 'none'}")
-    if any(word in str(name).lower() for name in found.prompt_keys for word in LATER_TEXTS):
+    line = f"prompts from {', '.join(map(repr, sample.prompt_keys)) or 'nowhere'}"
+    lines.append(f"{line}; fields for --where: {', '.join(map(str, sample.fields)) or 'none'}")
+    if any(word in str(name).lower() for name in sample.prompt_keys for word in LATER_TEXTS):
         lines.append(
             "note: captions that were written afterwards, by a person or a model, are another target than the prompt "
             "that an image was made from; where there are both, name the prompt by --prompt-key"
@@ -91,8 +99,8 @@ def make_plan(
 ) -> tuple[Result, str]:
     """What is to be done, and from where on: `work`, `publish` what is built already, or nothing: it is `done`."""
     parts = find_parts(sources, form, job.keys)
-    found = probe(parts, job)
-    common = found.embedding_lengths.most_common(1)
+    sample = probe(parts, job)
+    common = sample.embedding_lengths.most_common(1)
     with_embeddings = embeddings == "auto" and bool(common) and common[0][0] == EMBEDDING_DIM
     job = dataclasses.replace(job, with_embeddings=with_embeddings)
     files = [[*part[2:], part.form, part.path.stat().st_mtime_ns] for part in parts]
@@ -101,10 +109,10 @@ def make_plan(
     result = Result(output, parts, job, ChunkFiles(output, work, len(parts)), work)
     if check_import_output(result, overwrite):
         return result, "done"
-    print(describe_import(parts, found, job), flush=True)
+    print(describe_import(parts, sample, job), flush=True)
     if pair_results.is_built(result):
         return result, "publish"
-    print(check_disk(result, found), flush=True)
+    print(check_disk(result, sample), flush=True)
     result.chunks.open()
     for leftover in result.chunks.folder.glob(".*.partial"):  # of a run that was killed
         shutil.rmtree(leftover)
@@ -113,12 +121,12 @@ def make_plan(
 
 def check_import_output(result: Result, overwrite: bool) -> bool:
     """Whether the data set is there as asked for; ValueError where something else is."""
-    there = [path for suffix in pair_results.SUFFIXES if (path := result.path(suffix)).exists()]
+    existing = [path for suffix in pair_results.SUFFIXES if (path := result.path(suffix)).exists()]
     record = paths.read_record(result.path(".import.json"))
-    if pair_results.is_built(result) or not there:  # or a call was cut that had begun to put files in place
+    if pair_results.is_built(result) or not existing:  # or a call was cut that had begun to put files in place
         return False
     if record is None:
-        raise ValueError(f"{there[0]} is there and was not imported; choose another name")
+        raise ValueError(f"{existing[0]} exists and was not imported; choose another name")
     is_whole = all(result.path(suffix).exists() for suffix in record["files"])
     if record["work"] == result.work_digest and is_whole and not overwrite:
         return True

@@ -15,7 +15,8 @@ from pyarrow import parquet
 from kutils.data import shards
 from kutils.data.pair_embeddings import part_batches
 from kutils.data.pair_formats import Part
-from kutils.data.pair_parts import Counts, Job, faults_path, part_folder, read_counts
+from kutils.data.pair_job import Counts, Job
+from kutils.data.pair_parts import faults_path, part_folder, read_counts
 from kutils.data.shard_links import link, link_rows, write_record
 from kutils.prompts.encoder import encoder_name
 from kutils.system import paths

@@ -43,8 +43,8 @@ class Layout(NamedTuple):
 
 
 def find_layout(path: Path, schema: pa.Schema, keys: Keys) -> Layout:
-    """Tell the columns by names and types; ValueError naming those that are there."""
-    there = f"(columns: {list_keys(schema.names)})"
+    """Find the columns by their names and types; ValueError that lists the columns of the file."""
+    available = f"(columns: {list_keys(schema.names)})"
     kinds = {field.name: field.type for field in schema}
     asked = [name.strip() for name in keys.image.split(",") if name.strip()]
     images = asked or [name for name, kind in kinds.items() if holds_images(kind)]
@@ -52,16 +52,16 @@ def find_layout(path: Path, schema: pa.Schema, keys: Keys) -> Layout:
         images = [named]
     if not images or not set(images) <= set(kinds):
         lacks = f"has no column {keys.image!r}" if asked else "has no column with images"
-        raise ValueError(f"{path} {lacks}; name it by --image-key {there}")
+        raise ValueError(f"{path} {lacks}; name it by --image-key {available}")
     texts = [name for name, kind in kinds.items() if is_text(kind) and name not in images]
     prompt = find_key(texts, PROMPT_KEYS, keys.prompt)
     if prompt is None:
         lacks = f"has no column {keys.prompt!r} with texts" if keys.prompt else "has no column with prompts"
-        raise ValueError(f"{path} {lacks}; name it by --prompt-key {there}")
+        raise ValueError(f"{path} {lacks}; name it by --prompt-key {available}")
     vectors = [name for name, kind in kinds.items() if is_vector(kind)]
     embedding = find_key(vectors, EMBEDDING_KEYS, keys.embedding)
     if keys.embedding and embedding is None:
-        raise ValueError(f"{path} has no column {keys.embedding!r} with lists of numbers {there}")
+        raise ValueError(f"{path} has no column {keys.embedding!r} with lists of numbers {available}")
     others = [name for name, kind in kinds.items() if name not in (*images, prompt) and is_plain(kind)]
     return Layout(prompt, images, embedding, others)
 
@@ -177,8 +177,8 @@ def read_list(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair |
             image = find_image(path, value, keys)
             key = value if isinstance(value, str) else str(number)
             if isinstance(image, Fault):
-                there = f" (keys: {list_keys(item)})" if image_key is None else ""
-                yield image._replace(key=key, reason=image.reason + there)
+                available = f" (keys: {list_keys(item)})" if image_key is None else ""
+                yield image._replace(key=key, reason=image.reason + available)
             elif item.get(prompt_key) is None:
                 yield Fault(key, f"no text (keys: {list_keys(item)})")
             else:

@@ -220,8 +220,8 @@ def read_sample(key: str, files: dict[str, bytes | None], image: str, keys: Keys
         text = find_key(fields, PROMPT_KEYS, keys.prompt)
         prompt = fields.get(text)
     if prompt is None:
-        there = f"its files: {', '.join(files)}" + (f"; keys of its JSON: {', '.join(fields)}" if fields else "")
-        return Fault(key, f"no text ({there})")
+        available = f"its files: {', '.join(files)}" + (f"; keys of its JSON: {', '.join(fields)}" if fields else "")
+        return Fault(key, f"no text ({available})")
     return Pair(key, files[image], prompt, fields, embedding, text)
 
 

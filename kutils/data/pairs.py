@@ -100,8 +100,8 @@ class Condition:
 
 def parse_condition(text: str) -> Condition:
     """`model=sd-2.0`, `nsfw!=true`, `image_nsfw<0.3`; ValueError for anything else."""
-    found = re.fullmatch(r"\s*([^=<>!]+?)\s*(=|!=|<=|>=|<|>)\s*(.*?)\s*", text, re.DOTALL)
-    if not found:
+    match = re.fullmatch(r"\s*([^=<>!]+?)\s*(=|!=|<=|>=|<|>)\s*(.*?)\s*", text, re.DOTALL)
+    if not match:
         raise ValueError(f"--where {text!r}: give KEY=VALUE, KEY!=VALUE, KEY<NUMBER or KEY>NUMBER")
-    value = {"true": "1", "false": "0"}.get(found[3].lower(), found[3])
-    return Condition(found[1], found[2], value)
+    value = {"true": "1", "false": "0"}.get(match[3].lower(), match[3])
+    return Condition(match[1], match[2], value)

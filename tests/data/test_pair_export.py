@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from kutils.__main__ import run
-from kutils.data import pair_export, pair_import
+from kutils.data import pair_export, pair_import, pair_job
 from kutils.data.datasets import load_datasets
 from kutils.data.pair_export import export_pairs
 from kutils.data.pair_facts import read_facts
@@ -25,8 +25,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def import_here(source, output, *arguments):
-    args = pair_import.make_parser().parse_args([str(source), "--output", str(output), *arguments])
-    job = pair_import.make_job(args)
+    args = pair_job.make_parser().parse_args([str(source), "--output", str(output), *arguments])
+    job = pair_job.make_job(args)
     return pair_import.import_pairs([str(source)], output, job, num_workers=1, ranks=ALONE, progress=False)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from kutils.__main__ import run
-from kutils.data import pair_embeddings, pair_import, pair_parts, pair_results, shards
+from kutils.data import pair_embeddings, pair_images, pair_import, pair_job, pair_parts, pair_results, shards
 from kutils.data.datasets import load_datasets
 from kutils.data.pair_formats import find_parts
 from kutils.data.pairs import Keys
@@ -51,13 +51,13 @@ def inputs(tmp_path, monkeypatch):
 
 def import_here(source, output, *arguments, **options):
     """The command in this process; returns its record."""
-    args = pair_import.make_parser().parse_args([str(source), "--output", str(output), *arguments])
+    args = pair_job.make_parser().parse_args([str(source), "--output", str(output), *arguments])
     options = {"embeddings": args.embeddings, "dedup": args.dedup, "overwrite": args.overwrite} | options
     sources = [str(source)]
     return pair_import.import_pairs(
         sources,
         output,
-        pair_import.make_job(args),
+        pair_job.make_job(args),
         form=args.format,
         num_workers=1,
         ranks=ALONE,
@@ -454,7 +454,7 @@ def test_a_bomb_of_webp_is_not_opened():
     bits = int.from_bytes(content[21:25], "little") | 0x0FFF_FFFF
     tracemalloc.start()
     with pytest.raises(Exception, match=r"too many pixels \(16,384 x 16,384"):
-        pair_parts.pair_images.prepare(content[:21] + bits.to_bytes(4, "little") + content[25:], None, True)
+        pair_images.prepare(content[:21] + bits.to_bytes(4, "little") + content[25:], None, True)
     assert tracemalloc.get_traced_memory()[1] < 1e6
     tracemalloc.stop()
 
@@ -467,9 +467,9 @@ def test_a_bomb_of_webp_is_not_opened():
 def test_heads_of_images(format, options):
     for size in ((1, 1), (48, 40), (257, 3)):
         content = made.encode(made.picture(0, size), format, **options)
-        name, *sides = pair_parts.pair_images.read_header(content)
+        name, *sides = pair_images.read_header(content)
         assert (name, sides) == (format.upper(), list(size))
-        pair_parts.pair_images.check_whole(content, name)
+        pair_images.check_whole(content, name)
         with Image.open(io.BytesIO(content)) as picture:
             assert picture.size == size
 
@@ -556,7 +556,7 @@ def test_what_is_there_is_not_overwritten(inputs, tmp_path, capsys):
     assert not (inputs / "a_images").exists() and not (inputs / "a.folds.json").exists()
     assert len(load_datasets(["a"], need_folds=False)) == 5
     write_table(inputs / "own.tsv", folds)
-    with pytest.raises(ValueError, match=r"own.tsv is there and was not imported; choose another name"):
+    with pytest.raises(ValueError, match=r"own.tsv exists and was not imported; choose another name"):
         import_here(path, inputs / "own", "--overwrite")
     (inputs / "a.npy").unlink()
     with pytest.raises(ValueError, match="is not whole any more"):
@@ -600,8 +600,8 @@ def test_arguments_that_do_not_go_together(inputs, tmp_path, capsys):
 
 def test_memory_does_not_grow_with_the_pairs(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "ROWS_PER_SHARD", 256)
-    args = pair_import.make_parser().parse_args(["x", "--output", str(inputs / "a"), "--pack", "keep"])
-    job = dataclasses.replace(pair_import.make_job(args), with_embeddings=True)
+    args = pair_job.make_parser().parse_args(["x", "--output", str(inputs / "a"), "--pack", "keep"])
+    job = dataclasses.replace(pair_job.make_job(args), with_embeddings=True)
     peaks = []
     for count in (600, 2400):
         made.write_tar(tmp_path / f"{count}.tar", map(made.sample, range(count)))

@@ -11,7 +11,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from kutils.__main__ import run
-from kutils.data import checking, pair_import, preparation, shards
+from kutils.data import checking, pair_import, pair_job, preparation, shards
 from kutils.data.datasets import TrainingImages, load_datasets
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
@@ -36,8 +36,8 @@ def packed(workspace, monkeypatch):
     samples = [made.sample(number, f"{made.PROMPTS[number % 12]}, number {number}") for number in range(40)]
     samples[7]["webp"], samples[9]["webp"] = bytes(broken), samples[8]["webp"]
     output, path = workspace / "input" / "sd", made.write_tar(workspace / "sd.tar", samples)
-    args = pair_import.make_parser().parse_args([str(path), "--output", str(output), "--pack", "keep"])
-    job = pair_import.make_job(args)
+    args = pair_job.make_parser().parse_args([str(path), "--output", str(output), "--pack", "keep"])
+    job = pair_job.make_job(args)
     pair_import.import_pairs([str(path)], output, job, num_workers=1, ranks=ALONE, progress=False)
     prompt_folds.assign_folds([workspace / "input" / "sd.tsv"], num_folds=4, progress=False)
     return workspace / "input" / "sd.tsv"
