@@ -19,11 +19,16 @@ class PromptEmbedder(nn.Module):
         backbone: the timm model.
         fc: Linear to 384 without bias. (Both names are those of the published checkpoints.)
         head: what of the backbone `fc` sees.
+        held: BatchNorm layers that stay in evaluation mode.
     """
 
-    def __init__(self, backbone: nn.Module, head: str):
+    def __init__(self, backbone: nn.Module, head: str, hold_batch_statistics: bool = False):
         super().__init__()
         self.backbone, self.head = backbone, head
+        layers = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if hold_batch_statistics and not layers:
+            raise ValueError(f"hold_batch_statistics=true: {type(backbone).__name__} has no BatchNorm; leave it out")
+        self.held = layers if hold_batch_statistics else []
         self.fc = heads.linear_head(heads.num_features(backbone, head))
         self.unfreeze()
 
@@ -54,6 +59,8 @@ class PromptEmbedder(nn.Module):
         super().train(mode)
         if mode and self.frozen:
             self.backbone.eval()
+        for layer in self.held:
+            layer.eval()
         return self
 
 
@@ -76,7 +83,7 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
         stride_patches(backbone, recipe.input_size)
     if recipe.gradient_checkpointing:
         backbone.set_grad_checkpointing(True)
-    return PromptEmbedder(backbone, recipe.head)
+    return PromptEmbedder(backbone, recipe.head, recipe.hold_batch_statistics)
 
 
 def stride_patches(vit: nn.Module, input_size: int) -> None:

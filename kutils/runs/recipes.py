@@ -48,6 +48,12 @@ class Recipe:
         "pooled",
         choices=("pooled", "clip_projection", "cls_avg", "cls_only"),
     )
+    head_init: str = setting(
+        "random weights of the linear head, or ridge regression on the frozen backbone's features: one pass over the "
+        "training images, in place of frozen epochs",
+        "xavier",
+        choices=("xavier", "ridge"),
+    )
     drop_path_rate: float = setting("stochastic depth, rising linearly over the blocks", 0.0)
     patch_mode: str = setting(
         "ViT above its own resolution: strided patches (as published) or interpolated position embeddings",
@@ -64,6 +70,11 @@ class Recipe:
     lr: float = setting("learning rate at the start of the cosine")
     warmup_lr: float = setting("learning rate of the first update of the warm-up", 0.0)
     min_lr: float = setting("learning rate at the end of the cosine")
+    optimizer: str = setting("MADGRAD, as published, or AdamW", "madgrad", choices=("madgrad", "adamw"))
+    layer_decay: float = setting("factor on the learning rate from one layer of the backbone to the one below", 1.0)
+    hold_batch_statistics: bool = setting(
+        "BatchNorm normalises by the statistics that the pretrained weights came with, in training too", False
+    )
     weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
     sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
     sam_gradient: str = setting(
@@ -136,6 +147,12 @@ class Recipe:
             )
         if self.sam_rho == 0 and self.sam_gradient != "local":
             raise ConfigError(f"sam_gradient={self.sam_gradient} is for SAM, and sam_rho=0 is none; leave it out")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if self.head_init == "ridge" and self.initialize_from is not None:
+            raise ConfigError(
+                "head_init=ridge would replace the head of the checkpoint that initialize_from names; leave one out"
+            )
         if self.stage > 1 and self.initialize_from is None:
             raise ConfigError(f"stage {self.stage} starts from a checkpoint; set initialize_from")
 

@@ -50,6 +50,11 @@ class Ranks:
         dist.all_gather_into_tensor(gathered, vector)
         return gathered.view(self.world_size, -1).cpu()
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor, on the rank's device, by the sum of every rank's."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
     def gather_interleaved(self, local: torch.Tensor, total: int) -> np.ndarray:
         """Rows dealt as rank, rank + world_size, ... put back in order.
 

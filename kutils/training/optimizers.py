@@ -1,9 +1,10 @@
-"""Builds the optimiser MADGRAD, its parameter groups and the learning-rate schedule."""
+"""Builds the optimiser (MADGRAD or AdamW), its parameter groups and the learning-rate schedule."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
+from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
@@ -108,19 +109,48 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Which embeddings those are is what the backbone itself says (timm's `no_weight_decay`), not a list of substrings.
     """
-    named = model.backbone.no_weight_decay() if hasattr(model.backbone, "no_weight_decay") else set()
-    exempt = {f"backbone.{name}" for name in named}
+    exempt = {f"backbone.{name}" for name in embeddings(model.backbone)}
     groups: dict[bool, list] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.ndim > 1 and name not in exempt].append(parameter)
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> PerParameterMADGRAD:
-    """MADGRAD over all parameters; frozen ones, without a gradient, are passed over and their count stays at 0."""
-    return PerParameterMADGRAD(
-        parameter_groups(model, recipe.weight_decay), lr=recipe.lr, weight_decay=recipe.weight_decay
-    )
+def embeddings(backbone: nn.Module) -> set[str]:
+    """Names of the backbone's parameters that timm exempts from weight decay."""
+    return set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
+
+
+def groups_by_layer(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """The head, then timm's groups of the backbone's layers, with decay or without as in `parameter_groups`.
+
+    A group's `lr_scale`, by which the schedule multiplies its rate, is 1 in the head, layer_decay in the backbone's
+    last layer, layer_decay ** 2 in the layer below, and so on (Clark et al. 2020, section 3.2; Bao et al. 2022).
+
+    Args:
+        model: a `PromptEmbedder`, not frozen: timm leaves frozen parameters out.
+    Raises: ValueError for a backbone that does not say which layers it has.
+    """
+    if not hasattr(model.backbone, "group_matcher"):
+        name = type(model.backbone).__name__
+        raise ValueError(f"layer_decay={layer_decay} needs a backbone of known layers; {name} has none, leave it out")
+    exempt = embeddings(model.backbone)
+    head = {"params": list(model.fc.parameters()), "weight_decay": weight_decay, "lr_scale": 1.0}
+    groups = param_groups_layer_decay(model.backbone, weight_decay, exempt, layer_decay=layer_decay)
+    for group in groups:
+        group["lr_scale"] *= layer_decay  # without a classifier, timm takes the last block for the head
+    return [head, *groups]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters; frozen ones, without a gradient, are passed over and start fresh."""
+    if recipe.layer_decay == 1:
+        groups = parameter_groups(model, recipe.weight_decay)
+    else:
+        groups = groups_by_layer(model, recipe.weight_decay, recipe.layer_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    return PerParameterMADGRAD(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> CosineLRScheduler:

@@ -25,7 +25,7 @@ from kutils.runs.finished import RunResult
 from kutils.runs.recipes import Recipe
 from kutils.system import children, devices
 from kutils.system.ranks import Ranks, join_ranks, leave_ranks
-from kutils.training import engine, loading, optimizers, out_of_fold, profiling, resume
+from kutils.training import engine, loading, optimizers, out_of_fold, profiling, resume, ridge_head
 from kutils.training.clock import Clock
 from kutils.training.log import RunLog
 from kutils.training.meter import Meter
@@ -76,7 +76,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     # ---------------------------------------------------------------- before the first update
     check_space(recipe, fold, network)
     resume_file = resume.ResumeFile(folder, network, optimizer, scaler, ranks)
-    if not resume_file.exists():
+    is_resumed = resume_file.exists()
+    if not is_resumed:
         validation_check.check_validation_images(data, validation_rows, recipe.num_workers, ranks)
     ranks.barrier()
     resume_file.load(state, data)
@@ -93,6 +94,17 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
         f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {device_name} in "
         f"{str(dtype).removeprefix('torch.')}" + (f"; going on after update {state.step:,}" if state.step else "")
     )
+    if recipe.head_init == "ridge" and not is_resumed:
+        fit = ridge_head.fit_head(network, data, training_rows, fold, recipe, dtype, ranks)
+        state.seen, state.bad = fit.images, fit.bad
+        loading.check_bad_images(state.bad, state.seen, folder, data, ranks)
+        with torch.no_grad():
+            network.fc.weight.copy_(fit.weight)
+        log.say(
+            f"head in closed form from {fit.images:,} images: penalty {fit.penalty:.3g}, cosine {fit.cosine:.4f} on "
+            "held-out training prompts"
+        )
+        resume_file.save(state)  # the pass is not repeated after a cut
     num_profiled = recipe.profile_steps if ranks.is_main else 0
     profiler = profiling.UpdateProfiler(folder, num_profiled, total_steps - state.step, ranks.device, log.say)
     clock = Clock(recipe, sampler.steps_per_epoch)
@@ -183,7 +195,7 @@ def check_space(recipe: Recipe, fold: int, network: PromptEmbedder) -> None:
     """Raise ValueError if checkpoints or the resume file would not fit on their disks."""
     weight_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
     folders.check_writable(recipe.checkpoint_path(fold).parent, 3 * weight_bytes)
-    # the resume file holds the weights and three tensors of MADGRAD's; while it is replaced, it is there twice
+    # the resume file holds the weights and up to three tensors of the optimiser's; while replaced, it is there twice
     folders.check_writable(recipe.run_folder(fold).parent, 9 * weight_bytes)
 
 

@@ -47,6 +47,27 @@ def test_xavier_head():
     assert weight.std().item() == pytest.approx((2 / (1024 + 384)) ** 0.5, rel=0.01)
 
 
+def test_batch_statistics_that_are_held_stay_and_are_used(tiny_recipe):
+    model = build_model(tiny_recipe(backbone="test_efficientnet", hold_batch_statistics=True))
+    loose = build_model(tiny_recipe(backbone="test_efficientnet"))
+    loose.load_state_dict(model.state_dict())
+    before = {name: value.clone() for name, value in model.backbone.named_buffers()}
+    with torch.no_grad():
+        expected = model.eval()(images(32))
+    for network in (model, loose):
+        network.freeze_backbone()
+        network.train()
+        network.unfreeze()
+        network.train()
+    torch.testing.assert_close(model(images(32)), expected)
+    assert not torch.allclose(loose(images(32)), expected, atol=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in model.backbone.named_buffers())
+    model(images(32)).sum().backward()
+    assert model.backbone.bn1.weight.grad is not None  # its scale and shift are trained
+    with pytest.raises(ValueError, match="hold_batch_statistics=true: ConvNeXt has no BatchNorm; leave it out"):
+        build_model(tiny_recipe(hold_batch_statistics=True))
+
+
 def test_a_frozen_backbone_gets_no_gradient_and_stays_in_evaluation_mode(tiny_recipe):
     model = build_model(tiny_recipe(drop_path_rate=0.5))
     model.freeze_backbone()

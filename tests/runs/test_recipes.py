@@ -200,3 +200,17 @@ def test_a_setting_of_sam_without_sam_is_refused(tiny_recipe):
     assert tiny_recipe(sam_rho=0.05, sam_gradient="averaged").sam_gradient == "averaged"
     with pytest.raises(ConfigError, match="sam_gradient=averaged is for SAM, and sam_rho=0 is none"):
         tiny_recipe(sam_gradient="averaged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_decay": 0.0}, "layer_decay is 0.0; it must be above 0 and at most 1"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5; it must be above 0 and at most 1"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it can be madgrad, adamw"),
+        ({"head_init": "ridge", "initialize_from": "a.pth"}, "head_init=ridge would replace .* initialize_from"),
+    ],
+)
+def test_settings_of_fine_tuning_that_make_no_sense_are_refused(tiny_recipe, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        tiny_recipe(**changes)

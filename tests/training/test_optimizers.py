@@ -1,6 +1,7 @@
 """MADGRAD with a count per parameter, parameter groups, and the schedule of the recipes."""
 
 import math
+import re
 
 import madgrad
 import pytest
@@ -138,6 +139,76 @@ def test_no_decay_on_vectors_and_embeddings(tiny_recipe, backbone):
     for name, parameter in model.named_parameters():
         embedding = name in ("backbone.pos_embed", "backbone.cls_token")
         assert (name in spared) == (parameter.ndim <= 1 or embedding), name
+
+
+def scales_by_hand(backbone: str, name: str, decay: float) -> float:
+    """The factor on a parameter's rate: 1 for the head, for each layer below `decay` times that of the one above."""
+    if name == "fc.weight":
+        return 1.0
+    if backbone == "test_vit":  # a stem, and six blocks, to the last of which the last norm belongs
+        block = re.match(r"backbone\.blocks\.(\d+)\.", name)
+        return decay ** (6 - int(block[1])) if block else decay if "norm" in name else decay**7
+    stages = {
+        "0": 1,
+        "1": 2,
+        "2": 2,
+        "3": 3,
+        "4": 3,
+        "5": 4,
+        "6": 1,
+    }  # of EfficientNet-Lite0; then conv_head, as of the last
+    block = re.match(r"backbone\.blocks\.(\d)\.(\d)\.", name)
+    if block:
+        below = sum(count for stage, count in stages.items() if stage < block[1])
+        return decay ** (16 - below - int(block[2]))
+    return decay**17 if name.startswith(("backbone.conv_stem", "backbone.bn1")) else decay
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("kind", ["madgrad", "adamw"])
+def test_lower_layers_learn_more_slowly(tiny_recipe, backbone, kind):
+    """Layers counted by hand; rates as the schedule sets them, in the middle of a warm-up too."""
+    recipe = tiny_recipe(
+        backbone=backbone, optimizer=kind, layer_decay=0.7, warmup_epochs=1, lr=1e-2, weight_decay=0.05
+    )
+    model = build_model(recipe)
+    optimizer = optimizers.build_optimizer(model, recipe)
+    assert type(optimizer) is {"madgrad": optimizers.PerParameterMADGRAD, "adamw": torch.optim.AdamW}[kind]
+    schedule = optimizers.build_schedule(optimizer, recipe, 10)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for update in (0, 5, 15):
+        schedule.step_update(update)
+        rates = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                rates[names.pop(parameter) if update == 15 else names[parameter]] = group["lr"]
+                spared = parameter.ndim <= 1 or names.get(parameter) in ("backbone.pos_embed", "backbone.cls_token")
+                assert update == 15 or group["weight_decay"] == (0.0 if spared else 0.05)
+        top = published_rate(update, recipe, 10)
+        expected = {name: top * scales_by_hand(backbone, name, 0.7) for name in rates}
+        assert rates == pytest.approx(expected, rel=1e-9)
+    assert not names and optimizer.param_groups[0]["lr"] == pytest.approx(top)  # the head's, which is logged
+
+
+def test_adamw_by_hand(tiny_recipe):
+    """First step: w (1 - lr decay) - lr g / (|g| + eps); each weight moves by the rate, whatever its gradient."""
+    model = build_model(tiny_recipe())
+    optimizer = optimizers.build_optimizer(model, tiny_recipe(optimizer="adamw", lr=0.01, weight_decay=0.5))
+    before = model.fc.weight.detach().clone()
+    gradient = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    model.fc.weight.grad = gradient.clone()
+    optimizer.step()
+    expected = before * (1 - 0.01 * 0.5) - 0.01 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(model.fc.weight.detach(), expected)
+    untouched = [value for name, value in model.named_parameters() if name != "fc.weight"]
+    assert all(parameter not in optimizer.state for parameter in untouched)  # as while the backbone is frozen
+
+
+def test_layer_decay_needs_layers(tiny_recipe):
+    model = build_model(tiny_recipe())
+    model.backbone = torch.nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match=r"layer_decay=0\.5 needs a backbone of known layers; Conv2d has none"):
+        optimizers.build_optimizer(model, tiny_recipe(layer_decay=0.5))
 
 
 def published_rate(update: int, recipe, steps_per_epoch: int) -> float:

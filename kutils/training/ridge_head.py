@@ -1,0 +1,147 @@
+"""Fits the head in closed form, `head_init: ridge`: ridge regression on the features of the frozen backbone."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kutils.data import datasets
+from kutils.data.datasets import PromptImages
+from kutils.models.networks import PromptEmbedder
+from kutils.runs.recipes import Recipe
+from kutils.system import progress
+from kutils.system.ranks import Ranks
+from kutils.training import engine, loading
+from kutils.training.losses import cosine_similarity
+
+PENALTIES = np.logspace(-6, 2, 33)  # times the mean square of a feature and the number of images
+MOST_HELD_OUT = 20_000  # rows whose features are kept, over all ranks, to choose the penalty: 0.2 GB for 3,072 features
+
+
+@dataclass(frozen=True)
+class RidgeFit:
+    """A head in closed form, and what it was chosen by."""
+
+    weight: Tensor  # float32 [384, C], on the device
+    penalty: float  # what was added to the diagonal of X'X
+    cosine: float  # mean over held-out training images of a head that was fitted without them
+    images: int
+    bad: list[tuple[int, str]]  # images that could not be read, over all ranks: row and reason
+
+
+class Sums:
+    """X'X and X'Y of rows that come in batches, in float64: all that the regression needs of them."""
+
+    def __init__(self, num_features: int, num_targets: int, device: torch.device):
+        self.squares = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.products = torch.zeros(num_features, num_targets, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Add rows: [n, C] and [n, D] of any float dtype."""
+        features = features.double()
+        self.squares += features.T @ features
+        self.products += features.T @ targets.double()
+
+    def over_ranks(self, ranks: Ranks) -> "Sums":
+        """Add up what all ranks have: every rank then holds the sums over all rows."""
+        ranks.add_up(self.squares)
+        ranks.add_up(self.products)
+        return self
+
+
+def solutions(sums: Sums, penalties: np.ndarray) -> Iterator[Tensor]:
+    """Ridge regression for each penalty from one decomposition: float64 [D, C], which minimises
+    ||X W' - Y||^2 + penalty ||W||^2 (Hoerl and Kennard 1970, eq. 2.1)."""
+    values, vectors = torch.linalg.eigh(sums.squares)
+    rotated = vectors.T @ sums.products
+    for penalty in penalties:
+        yield (vectors @ (rotated / (values.clamp(min=0) + penalty)[:, None])).T
+
+
+def held_out(data: PromptImages, rows: np.ndarray, fold: int) -> np.ndarray:
+    """bool [n]: the training rows that choose the penalty, a tenth of them or so.
+
+    They are those of the next fold, which resemble the others little; prompts at random where there is one fold alone.
+    """
+    folds = data.folds[rows]
+    others = np.unique(folds)
+    if len(others) > 1:
+        return folds == min(others, key=lambda other: (other - fold) % 10)
+    chosen = np.random.default_rng(0).random(data.prompt_codes.max() + 1) < 0.1
+    return chosen[data.prompt_codes[rows]]
+
+
+@torch.inference_mode()
+def fit_head(
+    network: PromptEmbedder,
+    data: PromptImages,
+    rows: np.ndarray,
+    fold: int,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> RidgeFit:
+    """Regress the prompts' embeddings on what the head sees, over all images once, without augmentation.
+
+    The head has no bias, as published, and so neither features nor targets are centred: a constant part must come from
+    features that hardly vary. The penalty is the one whose head has the highest cosine on held-out prompts; the head is
+    then fitted on all rows. Every rank takes its share of the images and gets the whole result.
+
+    Args:
+        network: on the device; its backbone is run in evaluation mode.
+        rows: int [n], the training rows.
+        fold: the validation fold, whose rows are not among them.
+        dtype: of autocast.
+    Raises: ValueError if features are not finite.
+    """
+    held = held_out(data, rows, fold)
+    step = -(-int(held.sum()) // MOST_HELD_OUT)
+    examples = datasets.TrainingImages(data, rows, dataclasses.replace(recipe, augment=False))
+    mine = np.arange(ranks.rank, len(rows), ranks.world_size)
+    batches = np.split(mine, range(recipe.max_local_batch_size, len(mine), recipe.max_local_batch_size))
+    samples = [[(0, int(row)) for row in rows[batch]] for batch in batches]
+    loader = DataLoader(examples, batch_sampler=samples, **loading.loader_options(recipe, ranks))
+    num_features, num_targets = network.fc.in_features, network.fc.out_features
+    parts = {part: Sums(num_features, num_targets, ranks.device) for part in (False, True)}
+    kept: list[tuple[Tensor, Tensor]] = []
+    bad: list[tuple[int, str]] = []
+    network.eval()
+    with progress.progress_bar(len(mine), "image", "head in closed form", disable=not ranks.is_main) as shown:
+        for positions, batch in zip(batches, loader, strict=True):
+            images = engine.to_network_input({"image": batch["image"]}, recipe, ranks.device)
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+                features = network.features(images).float()
+            targets = batch["target"].to(ranks.device)
+            for part, sums in parts.items():
+                chosen = torch.from_numpy(np.flatnonzero(held[positions] == part)).to(ranks.device)
+                sums.add(features[chosen], targets[chosen])
+            some = torch.from_numpy(np.flatnonzero(held[positions])[::step]).to(ranks.device)
+            kept.append((features[some], targets[some]))
+            bad += batch["bad"]
+            shown.update(len(positions))
+    network.train()
+    fitted, chosen = parts[False].over_ranks(ranks), parts[True].over_ranks(ranks)
+    if not torch.isfinite(fitted.squares).all() or not torch.isfinite(chosen.squares).all():
+        raise ValueError(f"head_init=ridge: features of {recipe.backbone} are not finite; train with amp_dtype=float32")
+    penalties = PENALTIES * float(fitted.squares.diagonal().mean())
+    features, targets = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
+    scores = torch.zeros(len(penalties) + 1, dtype=torch.float64, device=ranks.device)
+    for number, weight in enumerate(solutions(fitted, penalties)):
+        scores[number] = cosine_similarity(features @ weight.float().T, targets).sum(dtype=torch.float64)
+    scores[-1] = len(features)
+    ranks.add_up(scores)
+    best = int(scores[:-1].argmax())
+    fitted.squares += chosen.squares
+    fitted.products += chosen.products
+    (weight,) = solutions(fitted, penalties[best : best + 1])
+    return RidgeFit(
+        weight=weight.float(),
+        penalty=float(penalties[best]),
+        cosine=float(scores[best] / scores[-1]),
+        images=len(rows),
+        bad=[item for items in ranks.gather_objects(bad) for item in items],
+    )
