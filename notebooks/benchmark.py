@@ -163,29 +163,21 @@ if "folds" in chosen:
     measuring.save_entries(similarity.measure_leakage(embeddings, repeats))
 
 # %% [markdown]
-# ## What do checking and packing of images cost, and save?
-# Every file is read, hashed and decoded as `kutils check` does it, by two processes and by one. And an epoch
-# through the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet;
-# `imported_shards`: from shards that an import has packed, beside those of `kutils shards`.
+# ## What do checking, packing and importing of images cost, and save?
+# `check_images`: every file is read, hashed and decoded, by two processes and by one. `packed_shards`: an epoch through
+# the loader of training, from shards of 448 px and from files of 768 px, none of them in memory yet; and from shards
+# that an import has packed, beside those of `kutils shards`. `import_pairs`: small pairs whose bytes are kept, beside
+# webdataset's own loop, which splits tars into samples and no more; lossless images of 512 px packed at 448 px, beside
+# Pillow's open, resize, save; and by two processes, beside one.
 
 # %%
-if {"check_images", "packed_shards"} & set(chosen):
-    from kutils.benchmarks import data
+if {"check_images", "packed_shards", "import_pairs"} & set(chosen):
+    from kutils.benchmarks import data, importing
 if "check_images" in chosen:
     measuring.save_entries(data.measure_check(images, repeats))
 if "packed_shards" in chosen:
     measuring.save_entries(data.measure_shards(images, repeats))
-
-# %% [markdown]
-# ## How fast are downloaded pairs imported?
-# `import_keep`: small pairs whose bytes are kept, beside webdataset's own loop, which splits tars into samples and no
-# more. `import_pack`: lossless images of 512 px packed at 448 px, beside Pillow's open, resize, save; and by two
-# processes beside one.
-
-# %%
 if "import_pairs" in chosen:
-    from kutils.benchmarks import importing
-
     measuring.save_entries(importing.measure_import(images, repeats))
 
 # %% [markdown]

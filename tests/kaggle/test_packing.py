@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -326,7 +327,7 @@ def test_a_dry_run_shows_and_sends_nothing(repository, fitted, stub, capsys, com
     assert run(*command, "--dry-run") == 0
     said = capsys.readouterr().out
     assert f'"id": "{OWNER}/kutils-' in said and "would do the same as: kaggle" in said and not stub.requests
-    assert "metadata.json" in said
+    assert re.search(r": \d+ files, [\d,.]+ MB\n", said)
 
 
 def test_the_dry_run_of_a_submission(repository, stub, capsys):
