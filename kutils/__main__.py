@@ -28,7 +28,7 @@ STEPS = {
     "one model": {
         "pretrained": ("kutils.models.pretrained", "download pretrained weights for machines without network"),
         "train": ("kutils.training.train", "train one fold of a recipe; goes on where it was cut"),
-        "train-folds": ("kutils.runs.launch", "train all folds of a recipe, as working/dist_train.sh does"),
+        "train-folds": ("kutils.runs.all_folds", "train all folds of a recipe, as working/dist_train.sh does"),
         "evaluate": ("kutils.training.evaluate", "score a checkpoint, and save its predictions or features"),
         "predict": ("kutils.ensemble.predict", "predict the embeddings of a folder of images"),
         "report": ("kutils.views.report", "write report.html for finished runs"),
@@ -36,7 +36,7 @@ STEPS = {
     "many models": {
         "ensemble": ("kutils.ensemble.fit", "fit the weights of an ensemble"),
         "neighbours": ("kutils.ensemble.neighbours", "score the nearest training prompts as predictions"),
-        "bank": ("kutils.data.prompt_bank", "write prompts and embeddings as one file to search in"),
+        "bank": ("kutils.data.bank_command", "write prompts and embeddings as one file to search in"),
         "ask": ("kutils.ensemble.trained_models", "print the prompts that trained models see in an image"),
     },
     "Kaggle": {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kutils.data import prompt_bank
+from kutils.data import bank_command
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import predict, weights, within_budget
 from kutils.ensemble.image_cache import PixelCache
@@ -150,7 +150,7 @@ def ask(args: argparse.Namespace) -> None:
     names = dict.fromkeys(name for model in models for name in datasets_of(model))
     if fitted:
         names |= dict.fromkeys(sorted(json.loads(fitted[1].folds_hash)))
-    bank, source = prompt_bank.from_arguments(args, list(names))
+    bank, source = bank_command.from_arguments(args, list(names))
     path, ensemble = fitted or (None, None)
     embeddings = embed_images(models, args.images, ensemble=ensemble, ensemble_path=path, device=args.device)
     titles = {model.name: title_of(model) for model in models}

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from kutils.runs.recipes import setting
+from kutils.runs.recipe_keys import setting
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 # settings that change rounding at most (the weights are compared themselves, under whatever name they come)

@@ -1,39 +1,24 @@
-"""Starts training from a notebook or the shell: one fold on all ranks, or every fold of a recipe.
+"""Plans one fold of a recipe and trains it on the ranks of this machine, from a notebook or the shell.
 
 This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
 """
 
-import argparse
 import ast
-import asyncio
-import concurrent.futures
-import contextlib
-import json
 import os
 import re
 import shlex
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from kutils.runs import finished, folders, recipes
-from kutils.runs.nodes import Node, this_node
+from kutils.runs import folders, recipes
+from kutils.runs.nodes import this_node
 from kutils.system import paths
-from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, interrupt_once, run_module
+from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, run_module
 
 # for notebooks and ranks, beside what is defined here
 __all__ = ["CommandFailed", "end_with_parent", "run_module"]
-
-HELP = """\
-several nodes: start the same command on each, with NNODES, NODE_RANK (0 on the first, which keeps the notebook),
-  MASTER_ADDR (of the first) and MASTER_PORT (29500) set, or torchrun's own PET_NNODES, PET_NODE_RANK,
-  PET_MASTER_ADDR, PET_MASTER_PORT or PET_RDZV_ENDPOINT; all see the same input/ and working/
-stop: Ctrl-C or SIGTERM; the ranks save where they are, which may take minutes: leave them 10 before SIGKILL
-resume: the same command again; folds that are finished are passed over, one that was cut goes on"""
 
 
 def check_parameters(cells: Sequence[str]) -> None:
@@ -234,112 +219,3 @@ def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()] or [""]
     return f"\nfirst to fail here: local rank {local_rank}, exit code {exit_code.strip()}: {said[-1]}\nits log: {log}"
-
-
-def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) -> None:
-    """Train every fold of a recipe, one after the other; each leaves an executed notebook in its run folder.
-
-    Folds that are finished are passed over, one that was cut goes on. On further nodes of a job the ranks start without
-    a notebook.
-    """
-    first = plan(config_name, 0, overrides)
-    recipe, node = with_absolute_paths(first.recipe), this_node()
-    num_processes = count_processes(num_processes, recipe.device)  # says now, not after a minute, that GPUs are missing
-    for number, fold in enumerate(recipe.train_folds, start=1):
-        run = replace(first, recipe=recipe, fold=fold)
-        print(f"fold {fold} ({number} of {len(recipe.train_folds)}): {run.folder}", flush=True)
-        notebook = run.folder / ("train.ipynb" if recipe.stage == 1 else "refine.ipynb")
-        if is_finished(run, notebook, node):
-            print(f"already finished: {finished.read_result(run.folder).summary()}", flush=True)
-        elif node.rank > 0:
-            train_on_ranks(run, num_processes)
-        else:
-            execute(notebook, {"planned": str(run.write()), "fold": fold, "num_processes": num_processes})
-
-
-def is_finished(run: Run, notebook: Path, node: Node) -> bool:
-    """True if there is nothing left to do for a fold; ValueError if the folder holds a run of another configuration.
-
-    One node alone also draws the figures that a former start did not come to. Several nodes must decide alike: there
-    the result alone counts.
-    """
-    if run.recipe.resume == "never" or not finished.read_result(run.folder):
-        return False
-    folders.check_same_configuration(run.folder, run.recipe)
-    if node.count > 1:
-        return True
-    try:
-        record = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]
-        return record["end_time"] is not None and not record["exception"]
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def with_absolute_paths(recipe: recipes.Recipe) -> recipes.Recipe:
-    """The recipe with every path made absolute: notebook and ranks have other current folders."""
-    values = {key: getattr(recipe, key) for key in ("run_dir", "model_dir", "pretrained")}
-    given = {key: value for key, value in values.items() if value not in (True, False, "", recipes.FROM_PACKAGE)}
-    absolute = {key: str(Path(value).absolute()) for key, value in given.items()}
-    return replace(recipe, **absolute)
-
-
-def execute(notebook: Path, parameters: dict) -> None:
-    """Run the repository's notebook of this name and keep it executed; an interrupt stops its cell in order.
-
-    Raises: CommandFailed with the message of the cell that failed; KeyboardInterrupt once the notebook has stopped.
-    """
-    import jupyter_client  # these two take a second; only this command needs them
-    import papermill
-
-    manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
-    # in the main thread a signal would make papermill kill the kernel after 5 s; in another it leaves signals alone
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        done = thread.submit(
-            papermill.execute_notebook,
-            paths.repository_path(f"notebooks/{notebook.name}"),
-            notebook,
-            parameters=parameters,
-            cwd=str(paths.repository_root()),
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            km=manager,
-        )
-        try:
-            done.result()
-        except papermill.PapermillExecutionError as error:
-            raise CommandFailed(f"{error.evalue}\n(the notebook as far as it came: {notebook})") from None
-        except KeyboardInterrupt:
-            interrupt(manager, done)
-            raise
-        finally:
-            if manager.has_kernel:
-                asyncio.run(manager.shutdown_kernel())
-
-
-def interrupt(manager, done: concurrent.futures.Future) -> None:
-    """Interrupt a notebook's kernel until the notebook has stopped: between two cells an interrupt is lost."""
-    deadline = time.monotonic() + SAVING_SECONDS + 120  # longer than the cell itself waits for its ranks
-    while not done.done() and time.monotonic() < deadline:
-        if manager.has_kernel:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(manager.provisioner.pid, signal.SIGINT)
-        concurrent.futures.wait([done], timeout=10)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="kutils train-folds",
-        description="Train every fold of a recipe on the GPUs of this machine, one fold after the other: what "
-        "`bash dist_train.sh` runs.",
-        epilog=f"{HELP}\n\nkeys of a recipe, for key=value:\n{recipes.describe_keys()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("num_processes", type=int, help="ranks on this machine: its number of GPUs")
-    parser.add_argument("config", help="recipe file, as given or below the repository's conf/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change for these runs")
-    arguments = parser.parse_args(argv)
-    interrupt_once(f"stopping: ranks that train save their state first, for up to {SAVING_SECONDS // 60} minutes\n")
-    run_folds(arguments.num_processes, arguments.config, arguments.overrides)
-    return 0

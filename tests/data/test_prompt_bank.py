@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from fixtures.datasets import make_dataset, unit_rows
 
-from kutils.data import prompt_bank
+from kutils.data import bank_command, prompt_bank
 from kutils.data.prompt_bank import PromptBank
 from kutils.system.progress import progress_bar
 from kutils.system.tables import write_table
@@ -265,7 +265,7 @@ def test_bank_of_a_prompts_file(tmp_path):
 
 def test_command_writes_a_bank(workspace, capsys):
     output = workspace / "toy.arrow"
-    prompt_bank.main(["--datasets", "toy", "--output", str(output), "--dtype", "float16"])
+    bank_command.main(["--datasets", "toy", "--output", str(output), "--dtype", "float16"])
     assert "toy.arrow: 40 prompts of toy, 0.0 MB" in capsys.readouterr().out
     bank = PromptBank.load(output)
     assert bank.embeddings.type.value_type == pa.float16() and len(bank) == 40
@@ -275,6 +275,6 @@ def test_command_writes_a_bank(workspace, capsys):
         (["--prompts", "no.tsv", "--output", str(workspace / "x.arrow")], "no.tsv is not there"),
     ]:
         with pytest.raises(ValueError, match=message):
-            prompt_bank.main(arguments)
-    prompt_bank.main(["--prompts", str(workspace / "input" / "toy.tsv"), "--output", str(workspace / "x.arrow")])
+            bank_command.main(arguments)
+    bank_command.main(["--prompts", str(workspace / "input" / "toy.tsv"), "--output", str(workspace / "x.arrow")])
     assert len(PromptBank.load(workspace / "x.arrow")) == 80

@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 
 from kutils.models import packages
 from kutils.models.networks import build_model
-from kutils.runs import launch, recipes
+from kutils.runs import all_folds, recipes
 
 LITE = tuple(packages.PACKAGES)
 BUILDINGS = {442, 449, 483, 497, 663, 698}  # bell cote, boathouse, castle, church, monastery, palace
@@ -111,4 +111,4 @@ def test_a_file_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch, 
 
 
 def test_a_planned_run_still_names_the_package(tiny_recipe):
-    assert launch.with_absolute_paths(tiny_recipe(pretrained="package")).pretrained == recipes.FROM_PACKAGE
+    assert all_folds.with_absolute_paths(tiny_recipe(pretrained="package")).pretrained == recipes.FROM_PACKAGE

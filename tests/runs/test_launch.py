@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fixtures.finished_runs import RESULT
 
-from kutils.runs import launch
+from kutils.runs import all_folds, launch
 from kutils.runs.launch import CommandFailed, check_parameters
 from kutils.runs.nodes import Node
 
@@ -75,21 +75,21 @@ def test_a_fold_is_finished_with_its_result_and_alone_with_its_notebook_too(work
     (workspace / "recipe.yaml").write_text(tiny_recipe().to_yaml())
     run = launch.plan_run("", 1, 0, recipe=str(workspace / "recipe.yaml"))
     notebook, alone, first = run.folder / "train.ipynb", Node(1, 0, ""), Node(2, 0, "a:1")
-    assert not launch.is_finished(run, notebook, alone) and not launch.is_finished(run, notebook, first)
+    assert not all_folds.is_finished(run, notebook, alone) and not all_folds.is_finished(run, notebook, first)
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(run.recipe.to_yaml())
     RESULT.write(run.folder)
-    assert not launch.is_finished(run, notebook, alone) and launch.is_finished(run, notebook, first)
+    assert not all_folds.is_finished(run, notebook, alone) and all_folds.is_finished(run, notebook, first)
     ended = "2026-01-01T10:00:00"
     for exception, end_time, finished in ((True, ended, False), (None, None, False), (None, ended, True)):
         record = {"exception": exception, "end_time": end_time}  # failed, cut, as it should be: what papermill writes
         notebook.write_text(json.dumps({"metadata": {"papermill": record}}))
-        assert launch.is_finished(run, notebook, alone) is finished
+        assert all_folds.is_finished(run, notebook, alone) is finished
     other = launch.plan_run("", 1, 0, "epochs=7", str(workspace / "recipe.yaml"))
     with pytest.raises(ValueError, match=r"another configuration .*epochs was 2, is 7"):
-        launch.is_finished(other, notebook, alone)
+        all_folds.is_finished(other, notebook, alone)
     again = launch.plan_run("", 1, 0, "resume=never", str(workspace / "recipe.yaml"))
-    assert not launch.is_finished(again, notebook, alone)
+    assert not all_folds.is_finished(again, notebook, alone)
 
 
 @pytest.fixture
@@ -260,8 +260,8 @@ def test_paths_mean_the_same_to_the_launcher_the_notebook_and_the_ranks(workspac
     monkeypatch.chdir(workspace)
     recipe = tiny_recipe(run_dir="mine", pretrained="weights", model_dir="/models")
     expected = {"run_dir": f"{workspace}/mine", "pretrained": f"{workspace}/weights", "model_dir": "/models"}
-    assert launch.with_absolute_paths(recipe) == tiny_recipe(**expected)
-    assert launch.with_absolute_paths(tiny_recipe()) == tiny_recipe()  # random weights, default folders
+    assert all_folds.with_absolute_paths(recipe) == tiny_recipe(**expected)
+    assert all_folds.with_absolute_paths(tiny_recipe()) == tiny_recipe()  # random weights, default folders
 
 
 def test_a_plan_on_several_nodes_is_each_nodes_own_and_what_is_none_is_named(workspace, tiny_recipe, monkeypatch):

@@ -1,0 +1,177 @@
+"""Defines the keys of a recipe: type, default, help text, and which values go together."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from kutils.system import paths
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used as it is; the message names the key and says what to do."""
+
+
+def setting(text: str, default=dataclasses.MISSING, choices: tuple = ()):
+    """A recipe key: its help text, its default (none: every recipe must say it) and, where they are few, its values."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides a training run, apart from the fold. The YAML files in `conf/` hold one each."""
+
+    prefix: str = setting("stem of the names of the run folder and checkpoints")
+    save_dir: str = setting("folder of the checkpoints below model_dir")
+    model: str = setting("name for `-p model`: one recipe per model and stage")
+    stage: int = setting(
+        "1: from pretrained weights, 2: SAM from stage 1, 3: one more epoch from stage 2", choices=(1, 2, 3)
+    )
+    train_folds: tuple[int, ...] = setting("validation folds that dist_train.sh runs, one after the other")
+    datasets: tuple[str, ...] = setting("data sets: input/<name>.tsv and .npy, concatenated")
+    backbone: str = setting("timm model name")
+    pretrained: bool | str = setting(
+        "true: from the hub, package: from an installed Python package, false: random, or the path of a weights file",
+        True,
+    )
+    initialize_from: str | None = setting("checkpoint to start from; {fold}: the fold; relative to model_dir", None)
+    head: str = setting(
+        "what of the backbone the linear head sees",
+        "pooled",
+        choices=("pooled", "clip_projection", "cls_avg", "cls_only"),
+    )
+    head_init: str = setting(
+        "random weights of the linear head, or ridge regression on the frozen backbone's features: one pass over the "
+        "training images, in place of frozen epochs",
+        "xavier",
+        choices=("xavier", "ridge"),
+    )
+    drop_path_rate: float = setting("stochastic depth, rising linearly over the blocks", 0.0)
+    patch_mode: str = setting(
+        "ViT above its own resolution: strided patches (as published) or interpolated position embeddings",
+        "interpolated",
+        choices=("strided", "interpolated"),
+    )
+    input_size: int = setting("side of the square input, px")
+    mean: tuple[float, float, float] = setting("channel means of the normalisation, for pixels in [0, 1]")
+    std: tuple[float, float, float] = setting("channel standard deviations of the normalisation")
+    augment: bool = setting("random resized crop and colour jitter; false: resize to the square")
+    epochs: int = setting("epochs; in each, one image per prompt")
+    warmup_epochs: int = setting("epochs in which the rate goes from warmup_lr to lr", 0)
+    freeze_epochs: int = setting("first epochs in which the head alone is trained", 0)
+    lr: float = setting("learning rate at the start of the cosine")
+    warmup_lr: float = setting("learning rate of the first update of the warm-up", 0.0)
+    min_lr: float = setting("learning rate at the end of the cosine")
+    optimizer: str = setting("MADGRAD, as published, or AdamW", "madgrad", choices=("madgrad", "adamw"))
+    layer_decay: float = setting("factor on the learning rate from one layer of the backbone to the one below", 1.0)
+    hold_batch_statistics: bool = setting(
+        "BatchNorm normalises by the statistics that the pretrained weights came with, in training too", False
+    )
+    weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
+    sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
+    sam_gradient: str = setting(
+        "SAM perturbs by each rank's and batch's own gradient, or by the average over the global batch (less memory)",
+        "local",
+        choices=("local", "averaged"),
+    )
+    global_batch_size: int = setting("images per optimiser update over all ranks")
+    max_local_batch_size: int = setting("most images per rank and forward pass; the rest is gradient accumulation")
+    gradient_checkpointing: bool = setting("less memory for about a third more time", False)
+    compile: bool = setting(
+        "torch.compile the network: minutes at the start, then faster steps on a GPU; falls back with a warning where "
+        "it cannot",
+        False,
+    )
+    amp_dtype: str = setting(
+        "autocast; auto: bfloat16 where the device has it, float16 on older GPUs, else float32",
+        "auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    seed: int = setting("seed of weights, sampling and augmentation", 71)
+    device: str = setting("auto: GPU if there is one, else CPU", "auto", choices=("auto", "cuda", "cpu"))
+    num_workers: int = setting("data loader processes per rank; 0: in the training process", 8)
+    resume: str = setting(
+        "auto: go on where this run was cut; never: start over, and move a former run of this name aside",
+        "auto",
+        choices=("auto", "never"),
+    )
+    checkpoint_every_steps: int = setting("save the resume state every so many updates; 0: by time and epoch alone", 0)
+    checkpoint_every_minutes: float = setting("save the resume state every so many minutes; 0: by epoch alone", 15.0)
+    profile_steps: int = setting("updates to profile with torch.profiler; 0: none", 0)
+    model_dir: str = setting("folder of published checkpoints; empty: working/models", "")
+    run_dir: str = setting("folder of run folders; empty: working/runs", "")
+
+    def __post_init__(self):
+        for item in dataclasses.fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{item.name} is {value!r}; it can be {', '.join(map(str, choices))}")
+        for name in ("prefix", "save_dir"):
+            value = getattr(self, name)
+            if not paths.is_safe_relative(value) or (name == "prefix" and "/" in value):
+                raise ConfigError(f"{name} is {value!r}; it names a file or folder below another and cannot leave it")
+        for name in ("epochs", "input_size", "global_batch_size", "max_local_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        numbers = ("lr", "min_lr", "warmup_lr", "weight_decay", "sam_rho", "drop_path_rate", "warmup_epochs")
+        for name in (
+            *numbers,
+            "freeze_epochs",
+            "num_workers",
+            "checkpoint_every_steps",
+            "checkpoint_every_minutes",
+            "profile_steps",
+            "seed",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number of at least 0")
+        if not self.datasets:
+            raise ConfigError("datasets is empty; name at least one data set of input/, as in datasets=cc3m,lexica")
+        if any(not paths.is_safe_relative(name) for name in self.datasets):
+            raise ConfigError(f"datasets is {', '.join(self.datasets)}; each is a name below input/, without ..")
+        if len(set(self.datasets)) < len(self.datasets):
+            raise ConfigError(f"datasets names one twice: {', '.join(self.datasets)}")
+        if any(not 0 <= fold <= 9 for fold in self.train_folds):
+            raise ConfigError(f"train_folds is {self.train_folds}; folds are 0 to 9")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+            raise ConfigError(
+                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; lower it or raise them"
+            )
+        if self.sam_rho == 0 and self.sam_gradient != "local":
+            raise ConfigError(f"sam_gradient={self.sam_gradient} is for SAM, and sam_rho=0 is none; leave it out")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if self.head_init == "ridge" and self.initialize_from is not None:
+            raise ConfigError(
+                "head_init=ridge would replace the head of the checkpoint that initialize_from names; leave one out"
+            )
+        if self.stage > 1 and self.initialize_from is None:
+            raise ConfigError(f"stage {self.stage} starts from a checkpoint; set initialize_from")
+
+    def checkpoint_path(self, fold: int, kind: str = "best_cossim") -> Path:
+        """`<model_dir>/<save_dir>/<prefix>_fold<k>_<kind>.pth`; kind is `best_cossim` or `epoch<n>`."""
+        return self.models_folder() / self.save_dir / f"{self.prefix}_fold{fold}_{kind}.pth"
+
+    def models_folder(self) -> Path:
+        return Path(self.model_dir).absolute() if self.model_dir else paths.working_dir() / "models"
+
+    def run_folder(self, fold: int) -> Path:
+        """`<run_dir>/<prefix>_fold<k>`: config, metrics, logs, resume state and predictions of one run."""
+        root = Path(self.run_dir).absolute() if self.run_dir else paths.working_dir() / "runs"
+        return root / f"{self.prefix}_fold{fold}"
+
+    def initial_checkpoint(self, fold: int) -> Path | None:
+        """The checkpoint that this run starts from, the fold filled in; None where there is none."""
+        if self.initialize_from is None:
+            return None
+        return self.models_folder() / self.initialize_from.replace("{fold}", str(fold))
+
+    def values(self) -> dict:
+        """Every key with its value, in types that YAML and JSON have."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.values(), sort_keys=False, default_flow_style=None, width=120)
