@@ -36,6 +36,7 @@ STEPS = {
     "many models": {
         "ensemble": ("kutils.ensemble.fit", "fit the weights of an ensemble"),
         "neighbours": ("kutils.ensemble.neighbours", "score the nearest training prompts as predictions"),
+        "ladder": ("kutils.views.ladder_plots", "score models beside simpler and ideal predictions, with intervals"),
         "bank": ("kutils.data.bank_command", "write prompts and embeddings as one file to search in"),
         "ask": ("kutils.ensemble.trained_models", "print the prompts that trained models see in an image"),
     },

@@ -25,6 +25,7 @@ BAD_INPUTS = {  # what a user can put right, for each command
     "dedup": ["none.tsv", "--kept", "kept.tsv", "--rest", "rest.tsv"],
     "folds": ["none.tsv"],
     "generate": ["none.tsv", "--output", "out"],
+    "ladder": ["--config", "none.yaml"],
     "import": ["none.tar", "--output", "input/none"],
     "export": ["none", "--format", "parquet"],
     "check": ["none.tsv"],

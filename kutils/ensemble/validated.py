@@ -62,7 +62,7 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
     if not runs:
         raise NoPredictions(
             f"no finished run was validated on fold {fold} of {', '.join(data.names)}; train one: papermill "
-            f"notebooks/train.ipynb working/runs/train_tiny_convnext_fold{fold}.ipynb -p model tiny_convnext "
+            f"notebooks/train.ipynb working/runs/train_lite0_fold{fold}.ipynb -p model lite0 "
             f"-p fold {fold}" + "".join(f"\n  {note}" for note in notes)
         )
     rows = functools.reduce(np.intersect1d, (own_rows for own_rows, _ in runs.values()))

@@ -1,0 +1,277 @@
+"""Scores what a model is worth beside simpler and ideal predictions of the same rows: the rungs of a ladder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import curve_fit
+from torch.utils.data import DataLoader
+
+from kutils.data import datasets
+from kutils.data.datasets import PromptImages
+from kutils.ensemble import bootstrap, validated
+from kutils.ensemble.blending import unit
+from kutils.models import networks
+from kutils.runs import folders
+from kutils.runs.recipes import Recipe
+from kutils.system import devices
+from kutils.system.ranks import Ranks
+from kutils.training import engine, loading, ridge_head
+
+PIXELS = 8  # side of the images that show how far colours alone lead
+MOST_ROWS = 20_000  # training images, scored images, and prompts of the bank; more are drawn by prompt
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the training prompts, for the learning curve
+AHEAD = 10  # times as many prompts: how far the curve is continued
+COVERAGES = np.linspace(0.1, 1, 10)
+BLOCK = 1000  # predictions that are compared with the bank at a time
+SHUFFLED, MEAN_PROMPT = "frozen backbone, shuffled pairs", "mean prompt"
+SIMILAR, SMALL = "prompt of the most similar training image", f"ridge on {PIXELS} x {PIXELS} pixels"
+FROZEN, CEILING = "frozen backbone, ridge", "ceiling: most similar other image of any fold"
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Scores of one fold, from what needs no image to what no model of one image should beat."""
+
+    datasets: tuple[str, ...]
+    fold: int
+    table: pd.DataFrame  # a row per rung, see `score_rungs`
+    bank: int  # prompts among which the true one is ranked
+    curve: pd.DataFrame  # prompts, cosine: of the frozen backbone and ridge
+    limit: tuple[float, float, float] | None  # a, b, c of cosine = a - b / prompts ** c; None where it does not fit
+    coverage: pd.DataFrame  # coverage, cosine: mean over the longest predictions
+    notes: list[str]
+
+    def extrapolated(self, prompts: float) -> float | None:
+        """The cosine that the fitted curve gives for a number of training prompts: a guess, not a measurement."""
+        if self.limit is None:
+            return None
+        a, b, c = self.limit
+        return float(a - b / prompts**c)
+
+
+def climb(
+    names: Sequence[str], fold: int, runs: Sequence[str], recipe: Recipe, most: int = MOST_ROWS, seed: int = 0
+) -> Ladder:
+    """Build the ladder of a fold.
+
+    Args:
+        names: data sets.
+        runs: finished runs, as `folders.find_finished` takes them; none given: all of this fold.
+        recipe: its pretrained backbone, input size and precision give the features of the frozen rungs.
+        most: images of each kind, drawn by prompt where there are more.
+    Raises: ValueError for a fold without rows, or a recipe that starts from a checkpoint.
+    """
+    if recipe.initialize_from is not None:
+        raise ValueError("the ladder's frozen backbone is that of pretrained weights; give a recipe of stage 1")
+    data = datasets.load_datasets(names)
+    training, scored = loading.split_rows(data, fold)
+    predictions, notes = {}, []
+    try:
+        models = validated.read_validated(data, fold, folders.find_finished(runs))
+        scored, notes = models.rows, models.notes
+        predictions = {name: models.predictions[name] for name in reversed(models.scores())}
+    except validated.NoPredictions as error:
+        notes.append(str(error).splitlines()[0])
+    kept = draw_prompts(data.prompt_codes[scored], most, seed)
+    scored, predictions = scored[kept], {name: values[kept] for name, values in predictions.items()}
+    training = training[draw_prompts(data.prompt_codes[training], most, seed)]
+    targets = data.targets(training)
+    held = ridge_head.held_out(data, training, fold)
+    features, pixels = (
+        np.split(values, [len(training)]) for values in see(data, np.concatenate([training, scored]), recipe)
+    )
+    lengths = features[1] @ ridge_head.regress(features[0], targets, held).T
+    twins = np.concatenate([targets, data.targets(scored)])
+    rungs = {
+        SHUFFLED: features[1] @ ridge_head.regress(features[0], shuffle(data, training, seed), held).T,
+        MEAN_PROMPT: np.tile(data.training_mean(fold), (len(scored), 1)),
+        SMALL: pixels[1] @ ridge_head.regress(pixels[0], targets, held).T,
+        SIMILAR: targets[most_similar(features[1], features[0])],
+        FROZEN: lengths,
+        **predictions,
+        CEILING: twins[most_similar(features[1], np.concatenate(features), first=len(training))],
+    }
+    bank = bank_of(data, scored, most, seed)
+    curve = score_by_prompts(data, training, features, targets, held, data.targets(scored), seed)
+    return Ladder(
+        datasets=tuple(names),
+        fold=fold,
+        table=score_rungs({name: unit(values) for name, values in rungs.items()}, data, scored, bank),
+        bank=len(bank),
+        curve=curve,
+        limit=fit_curve(curve),
+        coverage=by_length(lengths, data.targets(scored)),
+        notes=notes,
+    )
+
+
+def draw_prompts(codes: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Positions of at most so many rows, ascending: whole prompts at random; all rows where there are no more."""
+    order = np.random.default_rng(seed).permutation(codes.max() + 1)[codes]
+    ranked = np.argsort(order, kind="stable")[:most]
+    return np.sort(ranked)
+
+
+def see(data: PromptImages, rows: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the recipe's pretrained backbone, [n, C], and pixels of small pictures with a constant, [n, 193]."""
+    ranks = Ranks(0, 1, devices.pick_device(recipe.device))
+    network = networks.build_model(recipe).to(ranks.device)
+    loader = loading.validation_loader(data, rows, recipe, ranks)
+    dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
+    seen = engine.evaluate(network, loader, recipe, dtype, ranks, total=len(rows), keep_features=True)
+    small = DataLoader(
+        datasets.ValidationImages(data, rows, PIXELS), batch_size=256, **loading.loader_options(recipe, ranks)
+    )
+    pixels = np.concatenate([batch["image"].flatten(1).numpy() for batch in small]) / np.float32(255)
+    return seen.features.cpu().numpy(), np.concatenate([pixels, np.ones((len(rows), 1), np.float32)], axis=1)
+
+
+def most_similar(queries: np.ndarray, keys: np.ndarray, first: int | None = None) -> np.ndarray:
+    """The key of highest cosine for each query, int64 [q], a block at a time.
+
+    Args:
+        queries: float [q, C]; keys: float [k, C].
+        first: query i is key first + i, which is left out.
+    """
+    queries, keys = unit(queries), unit(keys)
+    found = []
+    for start in range(0, len(queries), BLOCK):
+        cosines = queries[start : start + BLOCK] @ keys.T
+        if first is not None:
+            itself = np.arange(len(cosines))
+            cosines[itself, first + start + itself] = -np.inf
+        found.append(cosines.argmax(axis=1))
+    return np.concatenate(found)
+
+
+def shuffle(data: PromptImages, rows: np.ndarray, seed: int) -> np.ndarray:
+    """Targets of the rows after each prompt got that of another one: float32 [n, 384]."""
+    codes, first = np.unique(data.prompt_codes[rows], return_index=True)
+    other = np.random.default_rng(seed).permutation(len(codes))
+    return data.targets(rows[first[other]])[np.searchsorted(codes, data.prompt_codes[rows])]
+
+
+def bank_of(data: PromptImages, scored: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """A row of each prompt of a bank: those of the scored rows, then others at random up to `most`: int64 [prompts]."""
+    codes, first = np.unique(data.prompt_codes, return_index=True)
+    mine = np.isin(codes, data.prompt_codes[scored])
+    others = np.random.default_rng(seed).permutation(first[~mine])[: max(0, most - int(mine.sum()))]
+    return np.concatenate([first[mine], others])
+
+
+def score_rungs(rungs: dict[str, np.ndarray], data: PromptImages, scored: np.ndarray, bank: np.ndarray) -> pd.DataFrame:
+    """Score predictions of the same rows, in the order given.
+
+    Args:
+        rungs: name -> float [n, 384], unit rows.
+        scored: int [n], their rows.
+        bank: rows of the prompts among which the true one is ranked, by cosine with the prediction.
+    Returns: per rung cosine, low, high (95 % interval), gain over the rung before with gain_low and gain_high, clean
+        (mean over clean rows, NaN without), recall_1, recall_5, recall_10, median_rank.
+    """
+    targets, prompts = data.targets(scored), data.prompt_codes[scored]
+    clean = np.zeros(len(scored), bool) if data.clean is None else data.clean[scored]
+    vectors, lines, previous = data.targets(bank), {}, None
+    for name, predicted in rungs.items():
+        cosines = np.einsum("nd,nd->n", predicted, targets, dtype=np.float64)
+        low, high = bootstrap.interval(cosines, prompts)
+        gain = np.full(len(cosines), np.nan) if previous is None else cosines - previous
+        gain_low, gain_high = (np.nan, np.nan) if previous is None else bootstrap.interval(gain, prompts)
+        ranks = np.concatenate(
+            [
+                1 + (predicted[part] @ vectors.T > cosines[part, None] + 1e-6).sum(axis=1)
+                for part in np.split(np.arange(len(scored)), range(BLOCK, len(scored), BLOCK))
+            ]
+        )
+        lines[name] = {
+            "cosine": cosines.mean(),
+            "low": low,
+            "high": high,
+            "gain": gain.mean(),
+            "gain_low": gain_low,
+            "gain_high": gain_high,
+            "clean": cosines[clean].mean() if clean.any() else np.nan,
+            **{f"recall_{k}": (ranks <= k).mean() for k in (1, 5, 10)},
+            "median_rank": np.median(ranks),
+        }
+        previous = cosines
+    return pd.DataFrame(lines).T.rename_axis("rung")
+
+
+def score_by_prompts(
+    data: PromptImages,
+    training: np.ndarray,
+    features: Sequence[np.ndarray],
+    targets: np.ndarray,
+    held: np.ndarray,
+    true: np.ndarray,
+    seed: int,
+) -> pd.DataFrame:
+    """Cosine of the frozen backbone and ridge by the number of training prompts, each set within the next larger one.
+
+    Args:
+        features: of the training rows and of the scored rows.
+        targets, true: embeddings of their prompts.
+        held: bool, training rows that choose the penalty.
+    """
+    codes = np.unique(data.prompt_codes[training], return_inverse=True)[1]
+    order = np.random.default_rng(seed).permutation(codes.max() + 1)
+    points = []
+    for share in SHARES:
+        count = round(share * len(order))
+        some = order[codes] < count
+        if held[some].any() and not held[some].all():
+            weight = ridge_head.regress(features[0][some], targets[some], held[some])
+            cosines = np.einsum("nd,nd->n", unit(features[1] @ weight.T), true)
+            points.append({"prompts": count, "cosine": cosines.mean()})
+    return pd.DataFrame(points)
+
+
+def fit_curve(curve: pd.DataFrame) -> tuple[float, float, float] | None:
+    """a, b and c of cosine = a - b / prompts ** c (Hestness et al. 2017) by least squares; None without a fit."""
+    if len(curve) < 4:
+        return None
+    try:
+        found, _ = curve_fit(
+            lambda prompts, a, b, c: a - b / prompts**c,
+            curve["prompts"].to_numpy(float),
+            curve["cosine"].to_numpy(float),
+            p0=(curve["cosine"].max() + 0.05, 1.0, 0.5),
+            bounds=([0, 0, 0.05], [1, np.inf, 2]),
+        )
+    except RuntimeError:  # no optimum found
+        return None
+    return tuple(map(float, found))
+
+
+def by_length(lengths: np.ndarray, targets: np.ndarray) -> pd.DataFrame:
+    """Mean cosine of the longest predictions, for each share of COVERAGES: what a prediction's length says of it.
+
+    Args:
+        lengths: float [n, 384], predictions before they are normalised.
+    """
+    order = np.argsort(-np.linalg.norm(lengths, axis=1), kind="stable")
+    cosines = np.einsum("nd,nd->n", unit(lengths), targets)[order]
+    counts = np.maximum(1, (COVERAGES * len(order)).round().astype(int))
+    return pd.DataFrame({"coverage": COVERAGES, "cosine": [cosines[:count].mean() for count in counts]})
+
+
+def format_ladder(ladder: Ladder) -> str:
+    """The table as text, and what its columns mean."""
+    lines = [f"{'rung':44}{'cosine':>8}{'95 %':>18}{'over the rung above':>28}{'clean':>8}"]
+    lines[0] += f"{'R@1':>7}{'R@5':>7}{'R@10':>7}{'rank':>7}"
+    for name, row in ladder.table.iterrows():
+        gain = "" if np.isnan(row["gain"]) else f"{row['gain']:+.4f} [{row['gain_low']:+.4f}, {row['gain_high']:+.4f}]"
+        clean = "" if np.isnan(row["clean"]) else f"{row['clean']:.4f}"
+        lines.append(
+            f"{name:44}{row['cosine']:>8.4f}  [{row['low']:.4f}, {row['high']:.4f}]{gain:>28}{clean:>8}"
+            f"{row['recall_1']:>7.1%}{row['recall_5']:>7.1%}{row['recall_10']:>7.1%}{row['median_rank']:>7,.0f}"
+        )
+    lines.append(f"R@k: the true prompt is among the k nearest of {ladder.bank:,} prompts; rank: its median place")
+    if ladder.limit is not None:
+        prompts = AHEAD * int(ladder.curve["prompts"].iloc[-1])
+        lines.append(f"{FROZEN}: {ladder.extrapolated(prompts):.3f} with {prompts:,} training prompts (extrapolated)")
+    lines += [f"note: {note}" for note in ladder.notes]
+    return "\n".join(lines)
