@@ -7,7 +7,7 @@ SHELL := bash
 
 PYTHON ?= python3
 SCALE ?= quick
-MODEL ?= tiny_convnext
+MODEL ?= lite0
 FOLD ?= 0
 STAGE ?= 2
 OVERRIDES ?=

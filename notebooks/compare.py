@@ -16,7 +16,7 @@
 #
 # **What it does.** Shows finished runs beside each other: scores and cost, curves, what differs between their
 # configurations, scores by slice, and the difference to the best run on the same images with its uncertainty.
-# `papermill notebooks/compare.ipynb working/runs/compare.ipynb -p runs "tiny_vit*, tiny_convnext_stage1_fold0"`
+# `papermill notebooks/compare.ipynb working/runs/compare.ipynb -p runs "tiny_vit*, lite0_stage1_fold0"`
 #
 # **What it needs.** Finished runs in `working/runs/`, and for the last sections the data sets they were validated on,
 # as they were.

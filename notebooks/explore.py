@@ -25,7 +25,7 @@
 
 # %% tags=["parameters"]
 datasets: str = ""  # of input/, as "cc3m,lexica"; empty: those of the run finished last, or shapes
-models: str = ""  # finished runs, as "tiny_vit_*,tiny_convnext_*"; empty: all
+models: str = ""  # finished runs, as "tiny_vit_*,lite0_*"; empty: all
 fold: int = 0  # whose validation images are looked at
 search: str = "a small red boat at sunset"  # words to look for among the prompts
 search_fold: int = -1  # look in this fold alone; -1: in all

@@ -136,5 +136,5 @@ data_plots.fold_report(report);
 
 # %%
 changes = "" if names == ["shapes"] else f' -p overrides "datasets={",".join(names)}"'
-model = "convnext_large" if changes else "tiny_convnext"
+model = "convnext_large" if changes else "lite0"
 print(f"papermill notebooks/train.ipynb working/runs/train_{model}_fold0.ipynb -p model {model} -p fold 0{changes}")

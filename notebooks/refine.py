@@ -16,7 +16,7 @@
 #
 # **What it does.** Stage 2 goes on from stage 1's best checkpoint of the same fold with sharpness-aware minimisation
 # (SAM), all data sets and no augmentation; stage 3 adds one epoch to stage 2.
-# `papermill notebooks/refine.ipynb working/runs/refine_tiny_convnext_fold0.ipynb -p model tiny_convnext -p fold 0`
+# `papermill notebooks/refine.ipynb working/runs/refine_lite0_fold0.ipynb -p model lite0 -p fold 0`
 #
 # **What it needs.** The checkpoint of the stage before, trained on the same folds, and the recipe's data sets in
 # `input/`.
@@ -25,7 +25,7 @@
 # recipe in `conf/` estimates; a step costs twice one of stage 1.
 
 # %% tags=["parameters"]
-model: str = "tiny_convnext"  # a model that has a recipe in conf/
+model: str = "lite0"  # a model that has a recipe in conf/
 stage: int = 2  # 2: SAM from stage 1; 3: one more epoch from stage 2
 fold: int = 0  # validation fold, 0..9
 num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU

@@ -16,7 +16,7 @@
 #
 # **What it does.** Fine-tunes one encoder on one fold: backbone, linear head, unit vector; MADGRAD, cosine loss, the
 # head alone during the warm-up epochs.
-# `papermill notebooks/train.ipynb working/runs/train_tiny_convnext_fold0.ipynb -p model tiny_convnext -p fold 0`
+# `papermill notebooks/train.ipynb working/runs/train_lite0_fold0.ipynb -p model lite0 -p fold 0`
 #
 # **What it needs.** The recipe's data sets in `input/` and its pretrained weights (the tiny models need neither: their
 # pictures are made on the spot).
@@ -25,7 +25,7 @@
 # head of each recipe in `conf/` estimates.
 
 # %% tags=["parameters"]
-model: str = "tiny_convnext"  # a model that has a recipe in conf/
+model: str = "lite0"  # a model that has a recipe in conf/
 fold: int = 0  # validation fold, 0..9
 num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU
 overrides: str = ""  # keys of the recipe to change, as for dist_train.sh

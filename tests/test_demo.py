@@ -10,7 +10,7 @@ from fixtures.datasets import unit_rows
 from kutils import demo
 from kutils.kaggle.submission import write_submission
 
-SCORES = {"mean_prompt_baseline": 0.5, "models": {"a stage 1": 0.56, "b stage 1": 0.551}, "ensemble": 0.559}
+SCORES = {"mean_prompt_baseline": 0.5, "models": {"lite0 stage 1": 0.621, "tiny_vit stage 1": 0.551}, "ensemble": 0.559}
 SCORES |= {"ensemble_members": {"a": 0.56, "b": 0.55}}
 
 
@@ -21,8 +21,9 @@ def test_scores_that_are_good_enough_pass():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"models": {"a": 0.56, "b": 0.549}}, r"b has 0.5490"),
-        ({"models": {"a": float("nan")}}, r"a has nan"),
+        ({"models": {"lite0 stage 1": 0.62, "tiny_vit stage 1": 0.549}}, r"tiny_vit stage 1 has 0.5490"),
+        ({"models": {"lite0 stage 2": 0.619, "tiny_vit stage 1": 0.56}}, r"lite0 stage 2 has 0.6190"),
+        ({"models": {"lite0": float("nan")}}, r"lite0 has nan"),
         ({"ensemble": 0.557}, r"ensemble has 0.5570.*best member 0.5600"),
     ],
 )

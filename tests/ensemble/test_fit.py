@@ -376,7 +376,7 @@ def test_a_recipe_that_is_not_there_or_named_twice(world):
 def test_the_ensemble_in_conf_is_read():
     method, families = read_config("conf/ensemble_tiny.yaml")
     assert method == "family" and {name: len(members) for name, members in families.items()} == {
-        "tiny_convnext": 1,
+        "lite0": 1,
         "tiny_vit": 1,
     }
 
