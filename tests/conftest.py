@@ -3,12 +3,15 @@
 import os
 
 from fixtures.datasets import TINY, make_dataset, use_folders
+from fixtures.forked_python import PYTHON
 from fixtures.ranks import Ranks
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch processes side by side would spin away each other's time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
+import sys
+from multiprocessing import spawn
 
 import pytest
 import torch
@@ -28,6 +31,16 @@ def tiny_recipe():
 def no_traces(tmp_path_factory, monkeypatch):
     """Nothing that a test works out lands in the repository's `working/`."""
     monkeypatch.setenv("KUTILS_WORKING", str(tmp_path_factory.mktemp("working")))
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch):
+    """What a test starts, or what it tests, starts at once: `sys.executable` is a Python that is forked."""
+    before = spawn.get_executable()
+    monkeypatch.setattr(sys, "executable", PYTHON)
+    spawn.set_executable(PYTHON)
+    yield
+    spawn.set_executable(before)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from fixtures import forked_python
 from install_check import ROOT, copy_repository
 
 LIST = Path(__file__).with_name("mutations.toml")
@@ -76,6 +77,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True  # a file that changes twice in a second would be taken for the one before
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    assert os.environ["FORKED_PYTHON"] == forked_python.FOLDER  # one server for all of them
     for name in LOADED_ONCE:
         importlib.import_module(name)
     survivors, began = [], time.monotonic()

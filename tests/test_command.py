@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils import UNCHANGED
 from kutils import __main__ as command
@@ -46,10 +47,10 @@ BAD_INPUTS = {  # what a user can put right, for each command
 }
 
 
-def run_python(*arguments, environment=None, **options):
-    """Run this Python, with no kutils on its search path but what the environment or current folder brings."""
+def run_python(*arguments, environment=None, python=REAL_PYTHON, **options):
+    """Run Python, with no kutils on its search path but what the environment or current folder brings."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | (environment or {})
-    command = [sys.executable, *map(str, arguments)]
+    command = [python, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
@@ -230,7 +231,7 @@ def test_a_package_in_the_current_folder_does_not_keep_the_clone_around_it_from_
 
 def test_dist_train_runs_the_clone_that_it_stands_in(clone, tmp_path):
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "bin" / "python").symlink_to(REAL_PYTHON)
     environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
     script = [clone / "working" / "dist_train.sh", "8", "conf/x.yaml"]
     for folder in (ROOT, clone, clone / "working", tmp_path):
@@ -284,7 +285,8 @@ def installed(site, tmp_path):
     def run(*commands: str) -> list[str]:
         environment = {"PYTHONPATH": str(site), "KUTILS_INPUT": "", "KUTILS_WORKING": ""}
         arguments = json.dumps([shlex.split(command) for command in commands])
-        return run_python("-c", SEVERAL, arguments, environment=environment, cwd=tmp_path).stderr.splitlines()
+        options = {"environment": environment, "cwd": tmp_path, "python": sys.executable}
+        return run_python("-c", SEVERAL, arguments, **options).stderr.splitlines()
 
     before = files_of(site)
     yield run

@@ -230,7 +230,7 @@ def test_the_table_of_recipes_is_what_the_recipes_say():
 @pytest.mark.parametrize("path", recipe_table.seed_recipes(), ids=lambda path: path.stem[:50])
 def test_the_head_of_a_recipe_says_the_same(path):
     recipe = recipes.load_recipe(path)
-    flops = recipe_table.forward_flops(recipe_table.build(recipe), recipe)
+    flops = recipe_table.forward_flops(recipe_table.build(recipe), recipe.input_size)
     head = path.read_text().split("\nprefix:")[0]
     assert f"{recipe_table.images_per_epoch(recipe):,} images per epoch" in head
     assert f"{flops / 1e9:.0f} GFLOP" in head
@@ -261,7 +261,7 @@ def test_a_recipe_for_downloaded_pairs_is_the_publications_on_another_data_set(p
     if own.stage > 1:
         before = recipes.load_recipe(recipes.find_recipe(own.model, own.stage - 1))
         assert own.initial_checkpoint(2) == before.checkpoint_path(2)
-    flops, images = recipe_table.forward_flops(recipe_table.build(recipe), recipe), 3_960_000
+    flops, images = recipe_table.forward_flops(recipe_table.build(recipe), recipe.input_size), 3_960_000
     hours = recipe_table.hours(recipe, flops) * images / recipe_table.images_per_epoch(recipe)
     head = path.read_text().split("\nprefix:")[0]
     assert f"About {recipe_table.describe_hours(hours)} h per fold" in head and f"{images:,} images per epoch" in head

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.datasets import make_dataset
+from fixtures.forked_python import REAL_PYTHON
 from fixtures.published_networks import published_network
 
 from kutils.models import checkpoints
@@ -125,7 +126,7 @@ def miniature(tmp_path_factory):
         "KUTILS_INPUT": str(root / "input"),
         "OMP_NUM_THREADS": "1",
         "VIRTUAL_ENV": sys.prefix,  # dist_train.sh takes the Python that this runs with
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(REAL_PYTHON).parent}:{os.environ['PATH']}",
     }
     return root, environment
 
@@ -195,7 +196,7 @@ def test_a_chain_of_stages(miniature, model):
         ranks = check_run(root / "by_dist_train", path, overrides, fold, notebook)
 
         output = root / f"{path.stem}.ipynb"
-        command = [sys.executable, "-m", "papermill", f"notebooks/{kind}.ipynb", str(output), "-p", "model", model]
+        command = [REAL_PYTHON, "-m", "papermill", f"notebooks/{kind}.ipynb", str(output), "-p", "model", model]
         command += ["-p", "fold", str(fold), "-r", "overrides", " ".join(overrides), "--no-progress-bar"]
         command += ["-p", "stage", str(recipe.stage)] if kind == "refine" else []
         run(command, environment, root / "by_papermill", ROOT)

@@ -7,7 +7,9 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import mutation_check
 import pytest
+from fixtures.forked_python import REAL_PYTHON
 from fixtures.rooms_page import ROOMS
 
 from kutils.system.paths import repository_root
@@ -52,7 +54,7 @@ def read(path: Path) -> str:
 
 
 def run_python(code: str, tmp_path: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([REAL_PYTHON, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -99,6 +101,12 @@ def test_nothing_imports_the_benchmarks():
 def test_there_is_no_circle():
     graph = {module: imported(read(path))[0] for module, path in MODULES.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # raises CycleError, naming the circle
+
+
+def test_every_fault_of_the_mutation_check_fits_its_file_and_names_tests():
+    mutations = mutation_check.read_mutations([])
+    assert {mutation["file"].split("/")[1] for mutation in mutations} == set(ROOMS)
+    assert all((ROOT / test).exists() for mutation in mutations for test in mutation["tests"])
 
 
 def test_planning_a_run_brings_no_torch(tmp_path):

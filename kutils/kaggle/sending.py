@@ -23,6 +23,7 @@ RUN_HOURS = 12.5  # a session ends after 12, and may wait for a machine first
 def listing(folder: Path, command: str = "") -> str:
     """What a folder would send: its files with their sizes, its metadata, and the command that sends the same."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files.sort(key=lambda path: not path.name.endswith("-metadata.json"))  # shown, however many there are
     total = sum(path.stat().st_size for path in files)
     lines = [f"{folder}: {len(files)} files, {total / 1e6:,.1f} MB"]
     lines += [f"  {path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in files[:40]]

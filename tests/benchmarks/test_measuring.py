@@ -1,6 +1,7 @@
 """The benchmark: entries and their arithmetic, the data it makes, and one section from end to end in little."""
 
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils.__main__ import run
 from kutils.benchmarks import data as benchmark_data
@@ -59,7 +61,7 @@ def test_an_unknown_section_names_the_nearest():
 def test_private_memory_is_what_was_written():
     """In a process of its own: what others have left here may be freed meanwhile."""
     code = f"import runpy; runpy.run_path({__file__!r})['check_private_memory']()"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True, timeout=120)
+    subprocess.run([REAL_PYTHON, "-c", code], cwd=ROOT / "tests", check=True, timeout=120)
 
 
 def check_private_memory():
@@ -142,6 +144,7 @@ def test_the_check_of_images_is_measured_with_two_processes_and_one(workspace):
 
 @pytest.mark.slow
 def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace, monkeypatch):
+    monkeypatch.setattr(os, "sync", lambda: None)  # it would wait for all that other programs write
     monkeypatch.setattr(launch, "run_module", lambda _, command, *arguments: run(command, arguments))
     packed, imported = benchmark_data.measure_shards(images=64, repeats=1)
     assert packed.name == "packed_shards" and packed.ratio == packed.reference / packed.ours

@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -136,15 +135,18 @@ def slow(path, columns):
     time.sleep(1)
     return real(path, columns)
 index.read_table = slow
-while time.time() < float(sys.argv[1]):
-    time.sleep(0.01)
+print("ready", flush=True)
+sys.stdin.readline()
 data = datasets.load_datasets(["toy"])
 print(len(count), len(data), data.folds_hashes["toy"])
 """
-    begin = str(time.time() + 12)  # all have imported what they need by then
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, begin]
-    children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) for _ in range(3)]
+    assert all(child.stdout.readline() == "ready\n" for child in children)  # each has imported what it needs
+    for child in children:
+        child.stdin.write("\n")
+        child.stdin.flush()
     told = [child.communicate(timeout=120)[0].split() for child in children]
     assert sorted(count for count, *_ in told) == ["0", "0", "1"]
     assert {tuple(rest) for _, *rest in told} == {("80", load_datasets(["toy"]).folds_hashes["toy"])}

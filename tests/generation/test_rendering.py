@@ -1,12 +1,12 @@
 """Data sets by the built-in renderer: the same in any order of work, complete after a kill, nothing overwritten."""
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.forked_python import REAL_PYTHON
 from PIL import Image
 
 from kutils.data import datasets
@@ -113,7 +113,7 @@ def test_embedded_data_set_is_ready_for_training(workspace):
 
 def test_a_kill_ends_the_processes_too(tmp_path):
     write_table(tmp_path / "p.tsv", {"prompt": shapes.generate_prompts(2000)})
-    command = [sys.executable, "-m", "kutils", "generate", "p.tsv", "--output", "set", "--workers", "2"]
+    command = [REAL_PYTHON, "-m", "kutils", "generate", "p.tsv", "--output", "set", "--workers", "2"]
     parent = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     wait_until(lambda: list(tmp_path.rglob("*.jpg")))
     listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()

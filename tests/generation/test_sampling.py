@@ -322,7 +322,7 @@ def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
     while len(list(folder.rglob("0*.webp"))) < 10:
         assert child.running and time.monotonic() < deadline, child.stderr
         time.sleep(0.02)
-    os.kill(child.pids[0], number)
+    os.kill(child.processes[0].pid, number)
     code = child.wait(60)
     kept = files_of(folder)
     assert 10 <= len([name for name in kept if ".partial" not in name]) < 120

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ import pytest
 import torch
 from fixtures.datasets import unit_rows
 from fixtures.ensembles import by_hand, save_images, write_ensemble
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils.ensemble.members import Member
 from kutils.kaggle import submission
@@ -125,7 +125,7 @@ assert submission.check_submission({str(tmp_path / "s.csv")!r}, ids) == 6_144_00
 assert "torch" not in sys.modules
 print(time.time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([REAL_PYTHON, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, megabytes = map(float, done.stdout.split())
     assert seconds < 60 and megabytes < 500
@@ -209,7 +209,7 @@ def test_the_kernel_writes_a_valid_file_from_both_forms_of_mounts(tmp_path, weig
     kernel = paths.repository_root() / "notebooks" / "submission.py"
     environment = os.environ | {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", KERNEL, str(kernel), str(new), str(tmp_path / "w1"), str(old), str(tmp_path / "w2")],
+        [REAL_PYTHON, "-c", KERNEL, str(kernel), str(new), str(tmp_path / "w1"), str(old), str(tmp_path / "w2")],
         env=environment,
         capture_output=True,
         text=True,
@@ -239,6 +239,6 @@ def test_the_kernel_writes_a_valid_file_from_both_forms_of_mounts(tmp_path, weig
 
 def test_the_kernel_test_would_notice_an_import(tmp_path):
     (tmp_path / "kernel.py").write_text("import madgrad")
-    command = [sys.executable, "-c", KERNEL, str(tmp_path / "kernel.py"), str(tmp_path), str(tmp_path)]
+    command = [REAL_PYTHON, "-c", KERNEL, str(tmp_path / "kernel.py"), str(tmp_path), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "madgrad is not on Kaggle" in done.stderr

@@ -3,13 +3,13 @@
 import http.server
 import os
 import subprocess
-import sys
 import threading
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from fixtures.forked_python import REAL_PYTHON
 from fixtures.payload import Payload
 
 from kutils import __main__
@@ -162,7 +162,7 @@ def test_download_from_a_hub_for_a_machine_without_network(hub, source, tmp_path
     }
 
     def run(name):
-        command = [sys.executable, "-c", code, str(folder), name]
+        command = [REAL_PYTHON, "-c", code, str(folder), name]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     assert run(TAGGED).returncode == 0

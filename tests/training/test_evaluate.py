@@ -1,29 +1,39 @@
 """Evaluating a checkpoint: the score of training, on any rows, alone and on two ranks; what it keeps in files."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from fixtures.datasets import make_dataset
+from fixtures.datasets import TINY, make_dataset, use_folders
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils import __main__
 from kutils.models import checkpoints
 from kutils.models.networks import build_model
+from kutils.runs.recipes import Recipe
 from kutils.system.tables import read_table, write_table
 
 
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A folder with the data set `toy` and a finished run of its fold 0."""
+    root = tmp_path_factory.mktemp("run")
+    make_dataset(root / "input")
+    (root / "tiny.yaml").write_text(Recipe(**TINY | {"max_local_batch_size": 4}).to_yaml())
+    with pytest.MonkeyPatch.context() as patch:
+        use_folders(patch, root)
+        assert __main__.run("train", ["--config", str(root / "tiny.yaml"), "--fold", "0"]) == 0
+    return root
+
+
 @pytest.fixture
-def trained(workspace, tiny_recipe):
-    """A finished run of fold 0: its recipe file and its result."""
-    path = workspace / "tiny.yaml"
-    path.write_text(tiny_recipe(max_local_batch_size=4).to_yaml())
-    assert __main__.run("train", ["--config", str(path), "--fold", "0"]) == 0
-    return path, json.loads((workspace / "working" / "runs" / "tiny_fold0" / "result.json").read_text())
+def trained(run_folder, workspace):
+    """A copy of the finished run: its recipe file and its result."""
+    shutil.copytree(run_folder, workspace, dirs_exist_ok=True)
+    return workspace / "tiny.yaml", json.loads((workspace / "working/runs/tiny_fold0/result.json").read_text())
 
 
 def run(path, *arguments):
@@ -117,13 +127,13 @@ except OSError as error:
     print(error.strerror)
 """
     mount = 'mount -t tmpfs -o size=2M none "$1" && exec "$2" -c "$3" "$1"'
-    command = ["unshare", "-rm", "bash", "-c", mount, "bash", str(tmp_path), sys.executable, code]
+    command = ["unshare", "-rm", "bash", "-c", mount, "bash", str(tmp_path), REAL_PYTHON, code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "No space left on device\n", done
 
 
 @pytest.mark.slow
-def test_two_ranks_keep_every_row_in_order(trained, workspace):
+def test_two_ranks_keep_every_row_in_order(trained, workspace, start_ranks):
     """40 x 2 images of all folds, in blocks of three per rank, none of which 2 ranks divide evenly at the end."""
     path, _ = trained
     code = "import sys\nfrom kutils.training import evaluate, out_of_fold\n"
@@ -133,16 +143,13 @@ def test_two_ranks_keep_every_row_in_order(trained, workspace):
     arguments = ["--config", str(path), "--fold", "all", "--checkpoint", str(checkpoint)]
     make_dataset(workspace / "input", "odd", num_prompts=37, images_per_prompt=1)
     arguments += ["datasets=toy,odd"]
-    for name, launcher in (
-        ("one", [sys.executable, "-m", "kutils", "evaluate"]),
-        ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
-    ):
-        script = [str(workspace / "small_blocks.py")] if name == "two" else []
+    for number, name in enumerate(("one", "two"), start=1):
         files = ["--predictions", str(workspace / f"{name}.npz"), "--features", str(workspace / f"{name}.npy")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launcher, *script, *arguments, *files], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "on 117 images" in done.stdout
+        if name == "one":
+            target = ["kutils", "evaluate"]
+        else:
+            target = [workspace / "small_blocks.py"]
+        assert "on 117 images" in start_ranks(*target, *arguments, *files, num_ranks=number).run()
     one, two = np.load(workspace / "one.npz"), np.load(workspace / "two.npz")
     assert one["row"].tolist() == two["row"].tolist() and one["dataset"].tolist() == two["dataset"].tolist()
     np.testing.assert_allclose(two["embeddings"], one["embeddings"], atol=1e-6)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.datasets import make_dataset
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils import __main__
 from kutils.data import datasets, transforms, validation_check
@@ -232,35 +233,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(workspace, r
     assert checkpoints.read(working / "runs" / "tiny_fold0" / "resume.pt")["step"] == 4
 
 
-def command(path, *overrides, ranks=1):
-    arguments = ["kutils", "train", "--config", str(path), "--fold", "0", *overrides]
-    if ranks == 1:
-        return [sys.executable, "-m", *arguments]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        *arguments,
-    ]
+def command(path, *overrides):
+    return ["kutils", "train", "--config", str(path), "--fold", "0", *overrides]
 
 
-def run_ranks(path, *overrides, ranks=1) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(path, *overrides, ranks=ranks), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def real_command(path):
+    return [REAL_PYTHON, "-m", *command(path)]
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one_and_score_every_row_once(workspace, recipe_file):
+def test_two_ranks_train_like_one_and_score_every_row_once(workspace, recipe_file, start_ranks):
     """Same global batch, augmentation on; the fold holds 11 rows, which 2 does not divide."""
     make_dataset(workspace / "input", "odd", num_prompts=101, images_per_prompt=1)
     changes = {"datasets": ("odd",), "lr": 1e-3, "max_local_batch_size": 4}
-    run_ranks(recipe_file("alone", **changes))
-    told = run_ranks(recipe_file("both", profile_steps=3, **changes), ranks=2)
+    assert start(recipe_file("alone", **changes)) == 0
+    told = start_ranks(*command(recipe_file("both", profile_steps=3, **changes)), num_ranks=2).run()
     runs = workspace / "working" / "runs"
     assert "3 updates profiled" in told  # by rank 0 alone
     assert [path.name for path in (runs / "both_fold0" / "profile").iterdir()] == ["trace.json.gz"]
@@ -279,30 +266,27 @@ def losses_of(metrics) -> list[float]:
     return [line["loss"] for line in read_metrics(metrics) if "loss" in line]
 
 
-def run_and_kill(path, metrics, ranks: int) -> None:
-    """Start training and SIGKILL torchrun and every rank after the seventh update."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command(path, ranks=ranks), env=environment, stdout=subprocess.DEVNULL)
-    while child.poll() is None and len(losses_of(metrics)) < 7:
+def run_and_kill(started, metrics) -> None:
+    """SIGKILL every rank after the seventh update."""
+    while started.running and len(losses_of(metrics)) < 7:
         time.sleep(0.002)
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(path).encode() in (process / "cmdline").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:  # ended meanwhile
-            continue
-    assert child.wait() == -signal.SIGKILL
+    started.kill()
+    assert [process.returncode for process in started.processes] == [-signal.SIGKILL] * len(started.processes)
     assert checkpoints.read(metrics.parent / "resume.pt")["step"] >= 6
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_compile_says_so_once_and_is_the_run_without(workspace, recipe_file, monkeypatch):
+def test_a_run_that_cannot_compile_says_so_once_and_is_the_run_without(
+    workspace, recipe_file, monkeypatch, start_ranks
+):
     """There is no C++ compiler, and nothing that an earlier run has compiled."""
     changes = {"freeze_epochs": 1, "drop_path_rate": 0.2}
     assert start(recipe_file("plain", **changes)) == 0
-    monkeypatch.setenv("CXX", "/nonexistent")
+    code = "import torch._inductor.config as config\nconfig.cpp.cxx = (None, '/nonexistent')\n"
+    (workspace / "job.py").write_text(f"{code}import sys\nfrom kutils import __main__\nsys.exit(__main__.main())\n")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workspace / "inductor"))
-    said = run_ranks(recipe_file("compiled", compile=True, **changes))
+    arguments = command(recipe_file("compiled", compile=True, **changes))[1:]
+    said = start_ranks(workspace / "job.py", *arguments).run()
     warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "could not be compiled" in warnings[0] and "No working C++ compiler" in warnings[0]
     runs = workspace / "working" / "runs"
@@ -311,18 +295,17 @@ def test_a_run_that_cannot_compile_says_so_once_and_is_the_run_without(workspace
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
 @pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 1), (2, 2)])
-def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, stage, ranks):
+def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, start_ranks, stage, ranks):
     """SIGKILL in the second epoch, with drop path (random numbers), and the head alone in the first epoch."""
     changes = {"epochs": 3, "drop_path_rate": 0.2, "num_workers": 1, "freeze_epochs": 1, "checkpoint_every_steps": 3}
     if stage == 2:
         changes |= {"sam_rho": 0.05, "max_local_batch_size": 4 // ranks}
     whole, killed = recipe_file("whole", **changes), recipe_file("killed", **changes)
-    run_ranks(whole, ranks=ranks)
+    start_ranks(*command(whole), num_ranks=ranks).run()
     metrics = workspace / "working" / "runs" / "killed_fold0" / "metrics.jsonl"
-    run_and_kill(killed, metrics, ranks)
-    run_ranks(killed, ranks=ranks)
+    run_and_kill(start_ranks(*command(killed), num_ranks=ranks), metrics)
+    start_ranks(*command(killed), num_ranks=ranks).run()
     models = workspace / "working" / "models" / "tiny"
     one, other = (checkpoints.read(models / f"{name}_fold0_epoch3.pth") for name in ("whole", "killed"))
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -336,15 +319,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, stage,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
-def test_a_run_of_two_ranks_goes_on_with_one(workspace, recipe_file):
+def test_a_run_of_two_ranks_goes_on_with_one(workspace, recipe_file, start_ranks, capsys):
     """The same global batches and, with SAM, the same local ones: the losses of a run that was never cut."""
     changes = {"epochs": 3, "checkpoint_every_steps": 3, "sam_rho": 0.05, "max_local_batch_size": 4}
     whole, killed = recipe_file("whole", **changes), recipe_file("killed", **changes)
-    run_ranks(whole)
+    assert start(whole) == 0
     metrics = workspace / "working" / "runs" / "killed_fold0" / "metrics.jsonl"
-    run_and_kill(killed, metrics, ranks=2)
-    assert "warning: cut with 2 ranks, going on with 1: drop path is drawn anew" in run_ranks(killed)
+    run_and_kill(start_ranks(*command(killed), num_ranks=2), metrics)
+    assert start(killed) == 0
+    assert "warning: cut with 2 ranks, going on with 1: drop path is drawn anew" in capsys.readouterr().out
     expected = losses_of(metrics.parent.parent / "whole_fold0" / "metrics.jsonl")
     assert len(expected) == 12
     np.testing.assert_allclose(losses_of(metrics), expected, atol=1e-4)
@@ -368,9 +351,9 @@ def test_a_full_disk_stops_with_a_clear_error_and_loses_nothing(workspace, recip
     """A real one: a small file system of its own, filled while the run trains."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"]).returncode:
         pytest.skip("this machine gives a process no file system of its own (unshare -rm)")
-    path = recipe_file(epochs=40, checkpoint_every_steps=1)
+    path = recipe_file(epochs=16, checkpoint_every_steps=1)
     environment = os.environ | {"OUT": str(workspace), "RUN": str(workspace / "working" / "runs" / "tiny_fold0")}
-    script = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *command(path)]
+    script = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *real_command(path)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     first, second = ((workspace / name).read_text() for name in ("first", "second"))
     assert done.stdout.splitlines() == ["full: 1", "room: 0"], done.stdout + done.stderr + first + second
@@ -426,13 +409,18 @@ def test_sigterm_to_the_whole_group_leaves_the_data_loaders_alone(workspace, rec
     path = recipe_file(epochs=60, num_workers=2, profile_steps=100)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        command(path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+        real_command(path),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
     )
     metrics = workspace / "working" / "runs" / "tiny_fold0" / "metrics.jsonl"
     while child.poll() is None and len(losses_of(metrics)) < 6:
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGTERM)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=300)
     assert child.returncode == 1 and "stopped by a signal after update" in errors and "Traceback" not in errors
     assert checkpoints.read(metrics.parent / "resume.pt")["step"] >= 6
 
@@ -458,15 +446,18 @@ def test_workers_last_for_a_run_and_end_with_it(workspace, recipe_file, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_a_killed_run_leaves_no_worker(workspace, recipe_file):
     path = recipe_file(epochs=60, num_workers=2)
-    child = subprocess.Popen(command(path), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(real_command(path), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     metrics = workspace / "working" / "runs" / "tiny_fold0" / "metrics.jsonl"
     while child.poll() is None and len(losses_of(metrics)) < 6:
         time.sleep(0.01)
     workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
     child.kill()
     child.wait()
-    time.sleep(1)  # a worker would look for its parent every five
-    assert len(workers) == 2 and not [pid for pid in workers if is_running(pid)]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 4  # a worker would look for its parent every five
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def is_running(pid: str) -> bool:

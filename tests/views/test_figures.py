@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import subprocess
-import sys
 import warnings
 
 import matplotlib.pyplot as plt
@@ -13,7 +12,7 @@ import nbconvert
 import nbformat
 import numpy as np
 import pytest
-from fixtures.notebooks import ForkedKernels
+from fixtures.forked_python import REAL_PYTHON
 from matplotlib import colors
 from PIL import Image
 
@@ -104,7 +103,7 @@ def test_a_stage_is_a_line_style():
 
 def test_an_unknown_model_has_the_same_color_in_another_session():
     code = "from kutils.views.model_style import model_color; print(model_color('swin_base'), model_color('beit'))"
-    told = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
+    told = {subprocess.run([REAL_PYTHON, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
     assert told == {f"{model_style.model_color('swin_base')} {model_style.model_color('beit')}\n"}
 
 
@@ -184,8 +183,7 @@ def test_a_notebook_shows_a_figure_once_and_with_its_text():
         for source in ("from kutils.views import figures, score_plots", *SHOWN.values())
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    options = {"kernel_name": "python3", "kernel_manager_class": ForkedKernels}
-    nbclient.NotebookClient(notebook, timeout=120, **options).execute()
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     told = "Ensemble weights: weight; tiny_vit: 1.000."
     for how, cell in zip(SHOWN, notebook.cells[1:], strict=True):
         pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
