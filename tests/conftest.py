@@ -57,13 +57,20 @@ def start_ranks(tmp_path_factory):
         ranks.kill()
 
 
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with the data set `toy`: 80 images of 40 prompts."""
+    root = tmp_path_factory.mktemp("toy")
+    make_dataset(root)
+    return root
+
+
 @pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """A folder with `input/` (with the data set `toy`: 80 images of 40 prompts) and `working/`, which kutils uses."""
+def workspace(toy, tmp_path, monkeypatch):
+    """A folder with `input/`, a copy of `toy`, and `working/`, which kutils uses."""
     use_folders(monkeypatch, tmp_path)
-    (tmp_path / "input").mkdir()
+    shutil.copytree(toy, tmp_path / "input")
     (tmp_path / "working").mkdir()
-    make_dataset(tmp_path / "input")
     return tmp_path
 
 

@@ -53,8 +53,8 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def run_python(code: str, tmp_path: Path) -> str:
-    done = subprocess.run([REAL_PYTHON, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def run_python(code: str, tmp_path: Path, python: str = REAL_PYTHON) -> str:
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -149,6 +149,6 @@ def test_the_kernels_need_only_what_kaggle_has(tmp_path, notebook, ranks):
     own, others = imported(read(ROOT / "notebooks" / f"{notebook}.py"))
     assert own and not others & set(NOT_ON_KAGGLE)
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({NOT_ON_KAGGLE}))\n"  # None there makes the import fail
-    run_python(blocked + f"import {', '.join(sorted(own | ranks))}", tmp_path)
+    run_python(blocked + f"import {', '.join(sorted(own | ranks))}", tmp_path, sys.executable)
     with pytest.raises(AssertionError, match="madgrad"):
-        run_python(blocked + "import madgrad", tmp_path)
+        run_python(blocked + "import madgrad", tmp_path, sys.executable)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from fixtures import pairs as made
 from fixtures.datasets import use_folders
+from fixtures.forked_python import REAL_PYTHON
 from fixtures.prompts import FakeEncoder
 from PIL import Image
 from pyarrow import parquet
@@ -627,7 +628,7 @@ def test_processes_and_a_real_kill(tmp_path):
             for n in range(40 * number, 40 * number + 40)
         ]
         made.write_tar(tmp_path / "t" / f"{number}.tar", samples)
-    command = [sys.executable, "-m", "kutils", "import", str(tmp_path / "t"), "--pack", "384", "--embeddings", "later"]
+    command = [REAL_PYTHON, "-m", "kutils", "import", str(tmp_path / "t"), "--pack", "384", "--embeddings", "later"]
     environment = os.environ | {"KUTILS_INPUT": str(inputs), "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [*command, "--output", str(inputs / "a"), "--workers", "2"],

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import re
 import signal
 import sys
@@ -322,7 +321,10 @@ def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
     while len(list(folder.rglob("0*.webp"))) < 10:
         assert child.running and time.monotonic() < deadline, child.stderr
         time.sleep(0.02)
-    os.kill(child.processes[0].pid, number)
+    if number == signal.SIGKILL:
+        child.kill()
+    else:
+        child.processes[0].send_signal(number)
     code = child.wait(60)
     kept = files_of(folder)
     assert 10 <= len([name for name in kept if ".partial" not in name]) < 120
