@@ -67,13 +67,13 @@ gpu: ## check and measure on this machine's GPUs with PYTHON as it is: torch, to
 	$(PYTHON) -m kutils gpu-check --minutes $(MINUTES) $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: env ## all tests but those of the targets below, on two processes: 10 to 20 minutes (JOBS=0: on one)
-	$(bin)/python -m pytest -n $(JOBS) --dist loadfile $(COVERAGE)
+	$(bin)/python -m pytest -n $(JOBS) --dist worksteal $(COVERAGE)
 
 test-fast: env ## the quick tests of the rooms that a change touches (against main, uncommitted files too): a minute
 	@changed=$$(git diff --name-only $$(git merge-base HEAD main || echo HEAD); git ls-files --others --exclude-standard); \
 	tests=$$(echo "$$changed" | sed -En 's,^(kutils|tests)/([a-z]+)/.*,tests/\2,p; s,^tests/test_[a-z_]+\.py$$,&,p; \
 		s,^notebooks/.*,tests/test_notebooks.py,p; s,^kutils/demo\.py$$,tests/test_demo.py,p' | sort -u); \
-	$(bin)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not recipes and not kernel and not browser' \
+	$(bin)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not recipes and not kernel and not browser' \
 		$$(ls -d tests/test_rooms.py $$tests)
 
 coverage: ## make test, and what share of each room's lines it runs: none may be below 85 %

@@ -313,7 +313,7 @@ def test_a_full_disk_costs_no_image(arguments, make, tmp_path, monkeypatch, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
-    prompts = [f"prompt {row}" for row in range(60)]
+    prompts = [f"prompt {row}" for row in range(150)]
     command = arguments(prompts)
     folder = tmp_path / "input" / "set_images"
     child = start_ranks("kutils", "generate", *command)
@@ -327,7 +327,7 @@ def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
         child.processes[0].send_signal(number)
     code = child.wait(60)
     kept = files_of(folder)
-    assert 10 <= len([name for name in kept if ".partial" not in name]) < 120
+    assert 10 <= len([name for name in kept if ".partial" not in name]) < 300
     if number == signal.SIGTERM:
         assert code == 130 and "error: stopped by a signal; start the same command again" in child.stderr
         assert "Traceback" not in child.stderr and not [name for name in kept if ".partial" in name]
@@ -338,7 +338,7 @@ def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
     assert read_table(tmp_path / "input" / "set.tsv", ["image"]).num_rows == len(whole)
     generate.main(command)
     table = read_table(tmp_path / "input" / "set.tsv", ["image"])
-    assert table.num_rows == 120 and whole.items() <= files_of(folder).items()
+    assert table.num_rows == 300 and whole.items() <= files_of(folder).items()
 
 
 RANK_1_FAILS = """

@@ -143,9 +143,11 @@ def ranks_of(workspace: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_nodes_train_every_fold_as_one_node_does(start, workspace):
-    alone = start(2, "prefix=alone", PET_NNODES="1", PET_STANDALONE="0", PET_NODE_RANK="3", PET_RDZV_ID="x")
-    assert end_of(alone)[0] == 0
+def test_two_nodes_train_every_fold_as_one_node_does(start, start_ranks, workspace):
+    variables = {"PET_NNODES": "1", "PET_STANDALONE": "0", "PET_NODE_RANK": "3", "PET_RDZV_ID": "x"}
+    assert end_of(start(2, "prefix=alone", "train_folds=1", **variables))[0] == 0
+    recipe = ["--config", workspace / "recipe.yaml", "--fold", 0, "prefix=alone"]
+    start_ranks("kutils", "train", *recipe, num_ranks=2).run()
 
     # node 1 comes first and is ready with each fold before node 0 has drawn its figures
     port = free_port()

@@ -44,7 +44,7 @@ def recipe_file(workspace, tiny_recipe):
 def no_report(request, monkeypatch):
     """A report takes longer to draw than these runs to train; the first test looks at one."""
     if request.function is not test_a_run_leaves_what_the_next_steps_need:
-        monkeypatch.setattr(__main__, "write_report", lambda folder: None)
+        monkeypatch.setattr(__main__, "ensure_report", lambda folder: None)
 
 
 def start(path, *overrides, fold=0):
