@@ -19,6 +19,7 @@ from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_paren
 
 # for notebooks and ranks, beside what is defined here
 __all__ = ["CommandFailed", "end_with_parent", "run_module"]
+MEETINGS = 3  # tries to meet the first node, which may still be ending its last run
 
 
 def check_parameters(cells: Sequence[str]) -> None:
@@ -192,20 +193,28 @@ def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours
     log_dir.mkdir(parents=True, exist_ok=True)
     torchrun_options += [f"--nproc-per-node={num_processes}", "--log-dir", str(log_dir), "--tee", "3"]
     torchrun_options += ["--local-ranks-filter", "0", "-m", "kutils.system.children", *command]
-    try:
-        if not run_module(
-            "torch.distributed.run", *torchrun_options, environment=environment, seconds=3600 * hours or None
-        ):
-            print(
-                f"stopped after {hours:g} hours; started again, it goes on from there (on Kaggle, with this version's "
-                "output as an input)",
-                flush=True,
+    begun = set(log_dir.glob("*/attempt_*"))
+    for attempt in range(1, MEETINGS + 1):
+        try:
+            ended = run_module(
+                "torch.distributed.run", *torchrun_options, environment=environment, seconds=3600 * hours or None
             )
-    except CommandFailed as failure:
-        told = failed_rank(failure.last_lines, log_dir)
-        if node.count > 1:
-            told += f"\nif it lost a connection only, another node knows why: {log_dir.parent}/node*"
-        raise CommandFailed(f"{failure}{told}", failure.last_lines) from None
+            break
+        except CommandFailed as failure:
+            lost = "RendezvousConnectionError" in "\n".join(failure.last_lines)
+            if lost and node.rank > 0 and attempt < MEETINGS and begun == set(log_dir.glob("*/attempt_*")):
+                print("the first node was still ending its last run; this one meets it again", flush=True)
+                continue
+            told = failed_rank(failure.last_lines, log_dir)
+            if node.count > 1:
+                told += f"\nif it lost a connection only, another node knows why: {log_dir.parent}/node*"
+            raise CommandFailed(f"{failure}{told}", failure.last_lines) from None
+    if not ended:
+        print(
+            f"stopped after {hours:g} hours; started again, it goes on from there (on Kaggle, with this version's "
+            "output as an input)",
+            flush=True,
+        )
 
 
 def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:

@@ -242,6 +242,31 @@ def test_torchrun_shows_rank_0_keeps_every_log_and_fails_loudly(module, tmp_path
     assert Path(log.removeprefix("its log: ")).read_text() == "I broke\n"
 
 
+@pytest.mark.parametrize(
+    ("rank", "losses", "begun", "calls"), [(1, 2, False, 3), (1, 9, False, 3), (0, 9, False, 1), (1, 9, True, 1)]
+)
+def test_a_node_that_met_the_end_of_the_last_run_meets_again(monkeypatch, tmp_path, capsys, rank, losses, begun, calls):
+    """The first node keeps the place where nodes meet until its last run has ended, a moment after the others'."""
+    monkeypatch.setattr(launch, "this_node", lambda: Node(2, rank, "a:1"))
+    called = []
+
+    def run_module(*arguments, **options):
+        called.append(1)
+        if begun:
+            (tmp_path / "x" / "logs" / "node1" / "x_1" / "attempt_0").mkdir(parents=True)
+        if len(called) <= losses:
+            raise CommandFailed("torchrun failed", ("...RendezvousConnectionError: the connection has failed.",))
+        return True
+
+    monkeypatch.setattr(launch, "run_module", run_module)
+    if losses < calls:
+        launch.torchrun(["job"], num_processes=1, log_dir=tmp_path / "x" / "logs")
+    else:
+        with pytest.raises(CommandFailed, match="another node knows why"):
+            launch.torchrun(["job"], num_processes=1, log_dir=tmp_path / "x" / "logs")
+    assert len(called) == calls == 1 + capsys.readouterr().out.count("this one meets it again")
+
+
 @pytest.mark.slow
 def test_killing_the_launcher_ends_every_rank(module, tmp_path):
     name = module(
