@@ -78,7 +78,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def network(model: str, setting: Setting) -> Iterator:
-    """Updates of stage 1 beside the published step, then of stage 2: SAM beside a plain update."""
+    """Updates of stage 1 and of stage 2 beside the published ones; SAM beside a plain update."""
     device = prepare_device(setting)
     yield from stage_one(model, setting, device)
     free_memory(device)
@@ -98,17 +98,31 @@ def stage_one(model: str, setting: Setting, device: torch.device) -> Iterator:
     unit = f"% of {most / 1e12:,.3g} TFLOP/s ({origin})"
     utilisation = [100 * operations * count / seconds / most for seconds in alone]
     yield measuring.make_entry(f"mfu_{model}", unit, utilisation, more=True)
+    yield from beside_published(f"step_{model}", recipe, ours, batch, setting, alone)
+
+
+def beside_published(
+    name: str, recipe: Recipe, ours: step.Ours, batch: dict, setting: Setting, alone: list[float]
+) -> Iterator:
+    """Images per second of our update and of the published one, by turns; of `alone` where the memory is too small.
+
+    Args:
+        alone: seconds of our update, measured without the other.
+    """
+    device, count, rho = ours.device, len(batch["image"]), recipe.sam_rho
     try:
-        theirs = step.published_trainer(recipe, device, half=device.type == "cuda")
+        with device:
+            theirs = step.published_trainer(recipe, device, half=device.type == "cuda")
         images = step.published_input(batch, recipe, device)
-        times = in_turns(setting, device, lambda: ours.update(batch), lambda: theirs.update(images, batch["target"]))
+        updates = (lambda: ours.update(batch, rho), lambda: theirs.update(images, batch["target"]))
+        times = in_turns(setting, device, *updates)
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
-        yield f"{model}: the memory does not hold the published step beside ours in batches of {count}"
+        yield f"{name}: the memory does not hold the published update beside ours in batches of {count}"
         times = [alone, []]
     rates = ([count / seconds for seconds in way] for way in times)
-    yield measuring.make_entry(f"step_{model}", f"images/s, batch {count}", *rates, more=True)
+    yield measuring.make_entry(name, f"images/s, batch {count}", *rates, more=True)
 
 
 def stage_two(model: str, setting: Setting, device: torch.device) -> Iterator:
@@ -118,6 +132,8 @@ def stage_two(model: str, setting: Setting, device: torch.device) -> Iterator:
     yield measured_recipe(model, 2, ours, batch, peak, sharp)
     unit = f"x plain update, batch {recipe.max_local_batch_size}"
     yield measuring.make_entry(f"sam_{model}", unit, [a / b for a, b in zip(sharp, plain, strict=True)])
+    yield from beside_published(f"sam_step_{model}", recipe, ours, batch, setting, sharp)
+    free_memory(device)
     if setting.tiny or recipe.gradient_checkpointing:
         del ours
         free_memory(device)

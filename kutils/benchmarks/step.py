@@ -63,7 +63,7 @@ def published_trainer(recipe: Recipe, device: torch.device, half: bool):
     torch.manual_seed(recipe.seed)
     network = networks.build_model(recipe).to(device)
     decay = recipe.weight_decay / 0.9  # timm's momentum takes a tenth of it away
-    return published.Trainer(network, recipe.lr, decay, half=half)
+    return published.Trainer(network, recipe.lr, decay, recipe.sam_rho, half)
 
 
 def benchmark_recipe(model: str) -> Recipe:

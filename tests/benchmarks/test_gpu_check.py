@@ -62,7 +62,9 @@ def test_every_part_runs_with_stand_ins_and_few_packages(tmp_path):
     }
     entries = by_name(content["entries"])
     networks = ("convnext_large", "vit_large", "eva02_large_clsavg", "convnext_xxlarge")
-    expected = {f"{kind}_{model}" for model in networks for kind in ("step", "mfu", "sam", "sam_checkpointing")}
+    expected = {
+        f"{kind}_{model}" for model in networks for kind in ("step", "mfu", "sam", "sam_step", "sam_checkpointing")
+    }
     expected |= {"gpu_tests", "float16_convnext_large", "compiling_convnext_large", "compiled_convnext_large"}
     kinds = ("plain", "sam_local", "sam_averaged")
     expected |= {f"{what}_2_{kind}" for what in ("ranks", "scaling") for kind in kinds}
