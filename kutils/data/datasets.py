@@ -63,6 +63,13 @@ class PromptImages:
     def folds_hashes(self) -> dict[str, str]:  # of every data set's assignment of prompts to folds
         return self.index.folds_hashes
 
+    @property
+    def content_hashes(self) -> dict[str, dict[str, str]]:
+        """Of every data set, in order: hashes of its folds, of its rows in order, and of its embeddings."""
+        index = self.index
+        kinds = {"folds": index.folds_hashes, "rows": index.rows_hashes, "embeddings": index.targets_hashes}
+        return {name: {kind: hashes[name] for kind, hashes in kinds.items()} for name in self.names}
+
     def __reduce__(self):  # a worker that is not forked maps the files itself
         return load_datasets, (self.names, False)
 

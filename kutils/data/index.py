@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from kutils.system import arrow, paths
 from kutils.system.embedding_files import EMBEDDING_DIM, checked_blocks, describe_mismatch
-from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, read_table
+from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, hash_prompts, read_table
 
-INDEX_VERSION = 1  # of the file's layout; a file of another version is built anew
+INDEX_VERSION = 2  # of the file's layout; a file of another version is built anew
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class DatasetIndex:
     prompt_codes: np.ndarray  # int32 [n]: the same number for the same prompt, in order of first appearance
     num_rows: list[int]  # of each set
     folds_hashes: dict[str, str]  # of every set's assignment of prompts to folds
+    rows_hashes: dict[str, str]  # of every set's images, prompts and folds, in order
+    targets_hashes: dict[str, str]  # of every set's embeddings, in order
     fold_counts: np.ndarray  # int64 [10]: rows
     fold_sums: np.ndarray  # float64 [10, 384]: sums of the embeddings, each scaled to length 1
 
@@ -72,6 +74,8 @@ def index_of(table: pa.Table) -> DatasetIndex:
         prompt_codes=table["prompt_code"].chunk(0).to_numpy(),
         num_rows=facts["num_rows"],
         folds_hashes=facts["folds_hashes"],
+        rows_hashes=facts["rows_hashes"],
+        targets_hashes=facts["targets_hashes"],
         fold_counts=np.array(facts["fold_counts"]),
         fold_sums=np.array(facts["fold_sums"]),
     )
@@ -82,16 +86,18 @@ def build_index(root: Path, names: Sequence[str], fingerprint: dict) -> pa.Table
 
     Returns: columns image, prompt, fold and prompt_code, each in one chunk, and the facts of `DatasetIndex`.
     """
-    tables, hashes, sums, counts = [], {}, 0.0, 0
+    tables, hashes, sums, counts = [], {"folds_hashes": {}, "rows_hashes": {}, "targets_hashes": {}}, 0.0, 0
     for name in names:
         table = read_table(root / f"{name}.tsv", ["image", "prompt", "fold"])
         check_rows(root / f"{name}.tsv", table)
         if problem := describe_mismatch(root / f"{name}.tsv", table["prompt"]):
             raise ValueError(problem)
         folds = table["fold"].to_numpy()
-        set_sums, set_counts = sum_by_fold(root / f"{name}.npy", folds)
+        set_sums, set_counts, hashes["targets_hashes"][name] = sum_by_fold(root / f"{name}.npy", folds)
         sums, counts = sums + set_sums, counts + set_counts
-        hashes[name] = folds_hash(table["prompt"], folds)
+        hashes["folds_hashes"][name] = folds_hash(table["prompt"], folds)
+        columns = [hash_prompts(table["image"]), hash_prompts(table["prompt"]), hashlib.sha256(folds).hexdigest()]
+        hashes["rows_hashes"][name] = hashlib.sha256("".join(columns).encode()).hexdigest()
         tables.append(table.select(["image", "prompt", "fold"]))
     large = pa.schema({"image": pa.large_string(), "prompt": pa.large_string(), "fold": pa.int8()})
     whole = pa.concat_tables([table.cast(large) for table in tables]).combine_chunks()
@@ -99,25 +105,27 @@ def build_index(root: Path, names: Sequence[str], fingerprint: dict) -> pa.Table
     facts = {
         "fingerprint": fingerprint,
         "num_rows": [table.num_rows for table in tables],
-        "folds_hashes": hashes,
+        **hashes,
         "fold_counts": counts.tolist(),
         "fold_sums": sums.tolist(),
     }
     return whole.replace_schema_metadata(arrow.with_facts(whole.schema, facts).metadata)
 
 
-def sum_by_fold(path: Path, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check all embeddings, scale each to length 1, and add them up by fold.
+def sum_by_fold(path: Path, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Check and hash all embeddings, scale each to length 1, and add them up by fold.
 
     Args:
         path: of the .npy file.
         folds: int8 [n], -1 for none.
-    Returns: float64 [10, 384], the sum over each fold's rows, and int64 [10], the number of rows.
+    Returns: float64 [10, 384], the sum over each fold's rows; int64 [10], the number of rows; hex SHA-256 of all rows.
     Raises: ValueError naming file and row.
     """
     sums, counts = np.zeros((MAX_FOLDS, EMBEDDING_DIM)), np.zeros(MAX_FOLDS, np.int64)
+    digest = hashlib.sha256()
     for start, block, lengths in checked_blocks(path, len(folds)):
         members = folds[start : start + len(block)] == np.arange(MAX_FOLDS)[:, None]  # [10, n]
         sums += (members / lengths).astype(np.float32) @ block
         counts += members.sum(axis=1)
-    return sums, counts
+        digest.update(block)
+    return sums, counts, digest.hexdigest()

@@ -64,15 +64,19 @@ def check_same_configuration(folder: Path, recipe: Recipe) -> None:
     if not path.is_file():
         return
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of keys that came later
-    saved = defaults | yaml.safe_load(path.read_text(encoding="utf-8"))
-    now = yaml.safe_load(recipe.to_yaml())
-    differing = [key for key in now if key not in OPERATIONAL and saved[key] != now[key]]
+    saved, now = defaults | yaml.safe_load(path.read_text(encoding="utf-8")), decisive(recipe)
+    differing = [key for key in now if saved[key] != now[key]]
     if differing:
         changes = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:5])
         raise ValueError(
             f"{folder} holds a run of another configuration ({changes}); give this one a name with prefix=NAME, "
             "or start over with resume=never, which moves the former run and its checkpoints aside"
         )
+
+
+def decisive(recipe: Recipe) -> dict:
+    """The keys of a recipe that decide what is computed, with values as YAML holds them."""
+    return {key: value for key, value in yaml.safe_load(recipe.to_yaml()).items() if key not in OPERATIONAL}
 
 
 def check_no_foreign_checkpoint(folder: Path, checkpoint: Path) -> None:

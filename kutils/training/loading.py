@@ -112,5 +112,6 @@ def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data: 
     if seen >= 1000 and len(bad) > MOST_BAD_IMAGES * seen:
         raise ValueError(
             f"{len(bad)} of {seen} training images could not be read, more than {MOST_BAD_IMAGES:.1%}; they are listed "
-            f"in {path}. Make them anew or remove their rows, and start again"
+            f"in {path}. Make them anew, and the same command goes on; or remove their rows and start over with "
+            "resume=never"
         )

@@ -30,6 +30,7 @@ class State:
     seen: int = 0  # training images
     bad: list[tuple[int, str]] = field(default_factory=list)  # those that could not be read: row and reason
     block_rows: int = 0  # rows that lie together on the disk, which decides the order of training
+    work: dict = field(default_factory=dict)  # as of `work_of`: what a start must not find changed
 
     @property
     def seconds(self) -> float:
@@ -57,11 +58,16 @@ class ResumeFile:
     def exists(self) -> bool:
         return self.path.is_file()
 
-    def load(self, state: State, data: datasets.PromptImages) -> None:
-        """Restore the state, and what the parts held, of a run that was cut; without a file nothing changes."""
+    def load(self, state: State, data: datasets.PromptImages, recipe: Recipe) -> None:
+        """Restore the state, and what the parts held, of a run that was cut; without a file nothing changes.
+
+        Raises: ValueError if the file is damaged, or if data or recipe have changed since the run was cut.
+        """
+        work = work_of(recipe, data)
         block_rows = 0  # what files say that do not name it
         if self.exists():
             content = checkpoints.read(self.path)
+            check_same_work(content.pop("work", work), work, self.path)  # files of before have none
             for name, part in self.parts.items():
                 part.load_state_dict(content.pop(name))
             self.restore_random(content.pop("random"), content.pop("world_size"))
@@ -75,7 +81,7 @@ class ResumeFile:
                     "prompts come twice and others not",
                     flush=True,
                 )
-        state.block_rows = data.block_rows
+        state.block_rows, state.work = data.block_rows, work
 
     def restore_random(self, random: list[dict], world_size: int) -> None:
         """Restore torch's generators, which drop path draws from, if the number of ranks is still the same."""
@@ -101,6 +107,27 @@ class ResumeFile:
     def remove(self) -> None:
         """Delete the file: it is four times the size of the checkpoint, and a finished run needs it no more."""
         self.path.unlink(missing_ok=True)
+
+
+def work_of(recipe: Recipe, data: datasets.PromptImages) -> dict:
+    """All that decides a run and must not change while it is cut: hashes of its data, and the recipe's keys."""
+    return {"data": data.content_hashes, "recipe": folders.decisive(recipe)}
+
+
+def check_same_work(saved: dict, now: dict, path: Path) -> None:
+    """Raise ValueError naming what has changed: rows that the run has trained on could be validated."""
+    recipe = [key for key in now["recipe"] if saved["recipe"].get(key, now["recipe"][key]) != now["recipe"][key]]
+    changed = [f"the recipe's {', '.join(recipe)}"] if recipe else []
+    for name, hashes in now["data"].items():
+        own = saved["data"].get(name, {})
+        changed += [f"{kind} of {name}" for kind, value in hashes.items() if own.get(kind) != value]
+    if list(saved["data"]) != list(now["data"]) and not changed:
+        changed = ["the order of the data sets"]
+    if changed:
+        raise ValueError(
+            f"{path} is of a run that was cut before these were changed: {'; '.join(changed)}. Put them back (input/ "
+            "may hold the previous table as .tsv.bak), or start over with resume=never"
+        )
 
 
 def random_state(ranks: Ranks) -> dict:

@@ -80,7 +80,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     if not is_resumed:
         validation_check.check_validation_images(data, validation_rows, recipe.num_workers, ranks)
     ranks.barrier()
-    resume_file.load(state, data)
+    resume_file.load(state, data, recipe)
     total_steps = recipe.epochs * sampler.steps_per_epoch
     device_name = devices.device_name(ranks.device)
     if ranks.is_main:

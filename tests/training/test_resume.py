@@ -5,12 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures.datasets import TINY
 
+from kutils.runs.recipes import Recipe
 from kutils.system.ranks import Ranks
 from kutils.training.optimizers import PerParameterMADGRAD
 from kutils.training.resume import ResumeFile, State
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+RECIPE = Recipe(**TINY)
+
+
+def data_of(block_rows):
+    return SimpleNamespace(block_rows=block_rows, content_hashes={})
 
 
 def parts():
@@ -38,14 +45,14 @@ def test_a_file_of_an_earlier_version_is_read_and_written_alike(tmp_path):
     torch.manual_seed(5)
     network, optimizer, scaler = parts()
     file, state = ResumeFile(tmp_path, network, optimizer, scaler, ALONE), State()
-    file.load(state, SimpleNamespace(block_rows=0))
+    file.load(state, data_of(0), RECIPE)
     assert torch.rand(1) == drawn and all(torch.equal(network.state_dict()[name], weights[name]) for name in weights)
     assert (state.epoch, state.step, state.best, state.best_epoch, state.best_clean) == (1, 5, 0.25, 1, None)
     assert state.seen == 40 and state.bad == [(3, "cut"), (3, "cut")] and 12.5 <= state.seconds < 60
     before = torch.load(tmp_path / "resume.pt")
     file.save(state)
     after = torch.load(tmp_path / "resume.pt")
-    assert set(after) == set(before) and after["seconds"] >= 12.5
+    assert set(after) == {*before, "work"} and after["seconds"] >= 12.5
     for name in ("epoch", "step", "best", "best_epoch", "best_clean", "seen", "bad", "block_rows", "world_size"):
         assert after[name] == before[name] and type(after[name]) is type(before[name])
     for own, other in zip(after["optimizer"]["state"].values(), before["optimizer"]["state"].values(), strict=True):
@@ -63,14 +70,14 @@ def test_another_order_of_images_is_said(tmp_path, capsys, saved, now):
         del content["block_rows"]
         torch.save(content, tmp_path / "resume.pt")
     state = State()
-    ResumeFile(tmp_path, *parts(), ALONE).load(state, SimpleNamespace(block_rows=now))
+    ResumeFile(tmp_path, *parts(), ALONE).load(state, data_of(now), RECIPE)
     assert "warning: images were packed or unpacked since the run was cut" in capsys.readouterr().out
     assert state.block_rows == now
 
 
 def test_without_a_file_a_run_begins(tmp_path):
     state = State()
-    ResumeFile(tmp_path, *parts(), ALONE).load(state, SimpleNamespace(block_rows=7))
+    ResumeFile(tmp_path, *parts(), ALONE).load(state, data_of(7), RECIPE)
     assert (state.epoch, state.step, state.best, state.block_rows) == (0, 0, -1.0, 7)
     began = time.monotonic()
     assert State(started=began - 3).seconds >= 3
