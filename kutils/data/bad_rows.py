@@ -234,4 +234,4 @@ def copy_embeddings(path: Path, checked: Path, good: np.ndarray, prompts: pa.Chu
     record = paths.read_record(path.with_suffix(".npy.json"))
     if record is not None:
         facts = {"rows": len(good), "prompts_sha256": hash_prompts(prompts)}
-        paths.write_json(npy_path.with_suffix(".npy.json"), record | facts)
+        embedding_files.record_embeddings(npy_path, record | facts)

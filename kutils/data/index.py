@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from kutils.system import arrow, paths
-from kutils.system.embedding_files import EMBEDDING_DIM, checked_blocks, describe_mismatch
+from kutils.system.embedding_files import EMBEDDING_DIM, check_digest, checked_blocks, describe_mismatch
 from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, hash_prompts, read_table
 
 INDEX_VERSION = 2  # of the file's layout; a file of another version is built anew
@@ -93,7 +93,9 @@ def build_index(root: Path, names: Sequence[str], fingerprint: dict) -> pa.Table
         if problem := describe_mismatch(root / f"{name}.tsv", table["prompt"]):
             raise ValueError(problem)
         folds = table["fold"].to_numpy()
-        set_sums, set_counts, hashes["targets_hashes"][name] = sum_by_fold(root / f"{name}.npy", folds)
+        set_sums, set_counts, digest = sum_by_fold(root / f"{name}.npy", folds)
+        check_digest(root / f"{name}.npy", digest)
+        hashes["targets_hashes"][name] = digest
         sums, counts = sums + set_sums, counts + set_counts
         hashes["folds_hashes"][name] = folds_hash(table["prompt"], folds)
         columns = [hash_prompts(table["image"]), hash_prompts(table["prompt"]), hashlib.sha256(folds).hexdigest()]

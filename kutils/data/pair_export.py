@@ -164,7 +164,7 @@ def export_pairs(
                 write_parquet(path, rows.read(own), with_embeddings)
             chunks.save(number, pairs=len(own))
             bar.update(len(own))
-    paths.write_json(built / record.name, {"pairs": len(rows), "work": work})
+    paths.save_record(built / record.name, {"pairs": len(rows), "work": work})
     built.replace(folder)
     chunks.remove()
     return folder

@@ -21,6 +21,6 @@ def read_facts(tsv_path: Path, images: pa.Array | pa.ChunkedArray, columns: Sequ
     """
     if not facts_path(tsv_path).is_file():
         return {name: np.full(len(images), "", object) for name in columns}
-    pairs = parquet.read_table(facts_path(tsv_path), columns=["image", *columns])
+    pairs = parquet.read_table(facts_path(tsv_path), columns=["image", *columns], page_checksum_verification=True)
     places = pc.index_in(images.cast(pa.large_string()), value_set=pairs["image"].cast(pa.large_string()))
     return {name: pairs[name].take(places).fill_null("").to_numpy() for name in columns}

@@ -21,7 +21,7 @@ from kutils.data.shard_links import link, link_rows, write_record
 from kutils.prompts.encoder import encoder_name
 from kutils.system import paths
 from kutils.system.chunks import ChunkFiles
-from kutils.system.embedding_files import copy_rows
+from kutils.system.embedding_files import copy_rows, record_embeddings
 from kutils.system.tables import add_lines, encode_rows
 
 TABLE = ["image", "prompt", "fold"]
@@ -86,7 +86,7 @@ def build(result: Result, with_embeddings: bool, facts: dict) -> None:
     if with_embeddings:
         keep_embeddings(result, num_rows)
         record = {"encoder": encoder_name(None), "rows": num_rows, "prompts_sha256": prompts_hash}
-        paths.write_json(result.built(".npy.json"), record)
+        record_embeddings(result.built(".npy"), record)
     if result.job.packed:
         files = [
             (shards.shard_path(part_folder(result.chunks, number), place), rows)
@@ -104,7 +104,7 @@ def build(result: Result, with_embeddings: bool, facts: dict) -> None:
     counts.pop("shard_rows")
     record = {"work": result.work_digest} | facts | counts
     record |= {"files": [suffix for suffix in SUFFIXES[:-1] if result.built(suffix).exists()]}
-    paths.write_json(result.built(".import.json"), record)
+    paths.save_record(result.built(".import.json"), record)
 
 
 def write_tables(result: Result) -> tuple[int, str, str]:
@@ -114,7 +114,7 @@ def write_tables(result: Result) -> tuple[int, str, str]:
         tsv = stack.enter_context(paths.atomic_path(result.built(".tsv"))).open("wb")
         stack.enter_context(tsv)
         path = stack.enter_context(paths.atomic_path(result.built(".pairs.parquet")))
-        writer = stack.enter_context(parquet.ParquetWriter(path, PAIRS, compression="zstd"))
+        writer = stack.enter_context(parquet.ParquetWriter(path, PAIRS, compression="zstd", write_page_checksum=True))
         tsv.write(("\t".join(TABLE) + "\n").encode())
         pending: list[pa.RecordBatch] = []
         for number, batch in result.batches():

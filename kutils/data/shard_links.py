@@ -37,8 +37,9 @@ def link_rows(files: Sequence[tuple[Path, int]], keep: np.ndarray | None, folder
             link(source, target)
         else:
             table = arrow.map_table(source)
+            checksums = table["crc32"].to_numpy()[own] if "crc32" in table.column_names else None
             images = table["image"].chunk(0).filter(pa.array(own))
-            shards.write_images(target, images, arrow.facts_of(table))
+            shards.write_images(target, images, arrow.facts_of(table), checksums)
     return rows
 
 
@@ -60,7 +61,7 @@ def write_record(folder: Path, rows: Sequence[int], images_sha256: str, encoding
     """
     sizes = [shards.shard_path(folder, number).stat().st_size for number in range(len(rows))]
     record = {"version": shards.VERSION, "rows": sum(rows), "images_sha256": images_sha256, **encoding}
-    paths.write_json(shards.record_path(folder), record | {"shard_rows": list(rows), "shard_bytes": sizes})
+    paths.save_record(shards.record_path(folder), record | {"shard_rows": list(rows), "shard_bytes": sizes})
 
 
 def take_shards(tsv_path: Path, keep: np.ndarray, target_path: Path, images: pa.ChunkedArray) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,17 +92,25 @@ class Shards:
     def __reduce__(self):  # a process that is not forked maps the files itself
         return Shards, (self.folder, self.starts)
 
-    def map_shard(self, number: int) -> pa.Array:
-        """The images of one shard, memory-mapped."""
-        return arrow.map_table(shard_path(self.folder, number))["image"].chunk(0)
+    def map_shard(self, number: int) -> tuple[pa.Array, np.ndarray | None]:
+        """The images of one shard, memory-mapped, and their checksums, which shards of before do not have."""
+        table = arrow.map_table(shard_path(self.folder, number))
+        images = table["image"].chunk(0)
+        images.validate(full=True)  # an offset beyond the end would end the process
+        return images, table["crc32"].to_numpy() if "crc32" in table.column_names else None
 
     def read(self, row: int) -> bytes:
-        """The content of the image file of a row; OSError if the shard cannot be read."""
+        """The content of the image file of a row; OSError if the shard cannot be read, or the image is damaged."""
         number = bisect.bisect_right(self.starts, row) - 1
+        position = row - self.starts[number]
         try:
-            return self.mapped(number)[row - self.starts[number]].as_py()
-        except (pa.ArrowInvalid, IndexError) as error:
+            images, checksums = self.mapped(number)
+            content = images[position].as_py()
+        except (ValueError, IndexError) as error:
             raise OSError(f"{shard_path(self.folder, number)} is damaged ({error}); pack it again") from error
+        if checksums is not None and zlib.crc32(content) != checksums[position]:
+            raise OSError(f"{shard_path(self.folder, number)} is damaged in image {position}; pack it again")
+        return content
 
 
 def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
@@ -199,7 +208,7 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
     for path in set(folder.glob("*.arrow")) - set(written):  # of a longer table
         path.unlink()
     record = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images), **asdict(encoding)}
-    paths.write_json(record_path(folder), record | {"shard_bytes": [path.stat().st_size for path in written]})
+    paths.save_record(record_path(folder), record | {"shard_bytes": [path.stat().st_size for path in written]})
     return folder
 
 
@@ -224,15 +233,23 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
     return len(names)
 
 
-def write_images(path: Path, encoded: Sequence[bytes] | pa.Array, facts: dict) -> None:
+def write_images(
+    path: Path, encoded: Sequence[bytes] | pa.Array, facts: dict, checksums: np.ndarray | None = None
+) -> None:
     """Write one shard, atomically.
 
     Args:
         encoded: contents of image files.
         facts: that the file carries.
+        checksums: uint32, CRC-32 of each content; None: made here.
     """
-    schema = arrow.with_facts(pa.schema({"image": pa.large_binary()}), facts)
-    arrow.write_batches(path, schema, [pa.record_batch([pa.array(encoded, pa.large_binary())], schema=schema)])
+    images = pa.array(encoded, pa.large_binary())
+    if checksums is None:
+        checksums = np.array([zlib.crc32(image.as_buffer()) for image in images], np.uint32)
+    columns = {"image": images, "crc32": pa.array(checksums, pa.uint32())}
+    schema = arrow.with_facts(pa.schema({name: column.type for name, column in columns.items()}), facts)
+    # a shard is 90 MB, of which a process may want few images: each has its own checksum
+    arrow.write_batches(path, schema, [pa.record_batch(list(columns.values()), schema=schema)], left_out="image")
 
 
 def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:

@@ -50,7 +50,7 @@ def check_validation_images(data: PromptImages, rows: np.ndarray, num_workers: i
         )
     if ranks.is_main and not is_known:
         with contextlib.suppress(OSError):  # if it cannot be written, the next run decodes all
-            paths.write_json(path, facts)
+            paths.save_record(path, facts)
 
 
 def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:

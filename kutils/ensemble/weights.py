@@ -11,7 +11,7 @@ import numpy as np
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending
 from kutils.ensemble.members import FIT_FOLD, Member
-from kutils.system import paths
+from kutils.system import checksums, paths
 from kutils.system.embedding_files import EMBEDDING_DIM
 
 ENSEMBLE_KIND = "kutils ensemble"  # in the first lines of the JSON file
@@ -93,7 +93,8 @@ def verdict(gain: Mapping[str, float]) -> str:
 
 
 def to_json(fitted: Ensemble) -> str:
-    return json.dumps({"kind": ENSEMBLE_KIND, **asdict(fitted)}, indent=2) + "\n"
+    """The text of the file, with a checksum."""
+    return json.dumps(checksums.with_checksum({"kind": ENSEMBLE_KIND, **asdict(fitted)}), indent=2) + "\n"
 
 
 def write_ensemble(fitted: Ensemble, path: Path) -> None:
@@ -105,7 +106,7 @@ def write_ensemble(fitted: Ensemble, path: Path) -> None:
 def load_ensemble(path: Path | str) -> Ensemble:
     """Read a file that `write_ensemble` wrote; ValueError for anything else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = paths.read_json(Path(path))
         values = {
             item.name: content[item.name]
             for item in fields(Ensemble)
@@ -115,6 +116,8 @@ def load_ensemble(path: Path | str) -> Ensemble:
         check_family_weights(values["weights"], families)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
+    except checksums.Damaged as error:
+        raise ValueError(f"{error}; make it again: kutils ensemble fit") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} holds no weights ({error!r}); make them: kutils ensemble fit") from error
     return Ensemble(**values | {"families": families})

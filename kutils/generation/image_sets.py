@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -136,9 +135,9 @@ class ImageSet:
         path = self.folder / RECORD
         if path.is_file():
             try:
-                return dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} is damaged ({error}); restore it, or choose another name") from error
+                return paths.read_json(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; restore it, or choose another name") from error
         for other in (self.tsv_path, self.folder):
             if other.exists():
                 raise ValueError(f"{other} was not made by this command; choose another name")

@@ -45,7 +45,7 @@ def render_dataset(image_set: ImageSet, *, size: int = 128, num_workers: int = 0
         shapes.parse(prompt)
     record = image_set.record(backend="shapes", size=size)
     image_set.check_record(record)
-    paths.write_json(image_set.folder / RECORD, record)
+    paths.save_record(image_set.folder / RECORD, record)
     missing = image_set.missing()
     step = CHUNK_PROMPTS * image_set.images_per_prompt
     jobs = [

@@ -122,7 +122,7 @@ def load_sampler(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks,
         if changes:
             print(f"warning: this set was started with {', '.join(changes)}; pixels may differ", flush=True)
         model = {name: getattr(settings, name) for name in ("model", "revision", "variant")}
-        paths.write_json(image_set.folder / RECORD, compared | model | {"started_with": first_versions})
+        paths.save_record(image_set.folder / RECORD, compared | model | {"started_with": first_versions})
 
     on_every_rank(ranks, write_record)
     return Sampler(pipelines[0], settings)

@@ -1,6 +1,7 @@
 """Saves and loads published checkpoints, and the state from which an interrupted run continues."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import zipfile
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from kutils.models import published
 from kutils.models.networks import PromptEmbedder, build_model
 from kutils.runs.recipes import HINTS, ConfigError, Recipe, from_values
-from kutils.system import paths
+from kutils.system import checksums, paths
 
 HEADER_KEY = "kutils"  # of a safetensors file's metadata, which holds texts
+CHECKSUM_KEY = "sha256"  # likewise
 # what the readers of damaged files raise
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError)
 UNREADABLE += (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -59,7 +61,7 @@ def save_half(path: Path, content: dict) -> None:
     facts = {key: value for key, value in content.items() if key != "model"}
     try:
         with paths.atomic_path(path) as temporary:
-            save_file(weights, temporary, {HEADER_KEY: json.dumps(facts)})
+            save_file(weights, temporary, {HEADER_KEY: json.dumps(facts), CHECKSUM_KEY: hash_weights(weights, facts)})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} could not be written ({error}); is the disk full?") from error
 
@@ -67,8 +69,21 @@ def save_half(path: Path, content: dict) -> None:
 def read_half(path: Path) -> dict:
     """Read what `save_half` wrote; one of UNREADABLE if it is none."""
     with safe_open(path, "pt") as stored:
-        facts = json.loads((stored.metadata() or {})[HEADER_KEY])
-        return {**facts, "model": {name: stored.get_tensor(name) for name in stored.keys()}}  # noqa: SIM118
+        texts = stored.metadata() or {}
+        facts = json.loads(texts[HEADER_KEY])
+        weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if CHECKSUM_KEY in texts and texts[CHECKSUM_KEY] != hash_weights(weights, facts):
+        raise checksums.Damaged(f"{path} is damaged: its checksum does not fit")
+    return {**facts, "model": weights}
+
+
+def hash_weights(weights: dict[str, torch.Tensor], facts: dict) -> str:
+    """Hex SHA-256 of all that a safetensors file holds."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read(path: Path) -> dict:
@@ -78,9 +93,17 @@ def read(path: Path) -> dict:
     try:
         if Path(path).suffix == ".safetensors":
             return read_half(path)
+        if zipfile.is_zipfile(path):  # torch's older format has no checksums
+            checksums.check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except checksums.Damaged:
+        raise
     except UNREADABLE as error:
-        raise ValueError(f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (
+            "it holds no weights of torch" if "weights" in reason.lower() else reason
+        )  # and no advice to run its code
+        raise ValueError(f"{path} is no readable checkpoint (truncated?): {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} holds no {{'model': weights}}")
     return content

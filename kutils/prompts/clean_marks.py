@@ -1,11 +1,10 @@
 """Writes and reads the mark of clean rows, `<name>.clean.npz`: rows without a similar prompt in another fold."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from kutils.system import paths
+from kutils.system import checksums, paths
 
 
 def clean_mark_path(tsv_path: Path) -> Path:
@@ -33,8 +32,9 @@ def read_clean_mark(tsv_path: Path, num_rows: int, folds_hash: str) -> np.ndarra
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            clean, saved_hash = saved["clean"], str(saved["folds_hash"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        saved = checksums.read_arrays(path, ("clean", "folds_hash"))
+    except ValueError as error:
+        print(f"warning: {error}; scores of clean rows are left out. kutils folds {tsv_path} --keep writes it again")
         return None
+    clean, saved_hash = saved["clean"], str(saved["folds_hash"])
     return clean if saved_hash == folds_hash and clean.shape == (num_rows,) else None

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from kutils.prompts.encoder import ENCODER_DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
 from kutils.system import devices, paths
 from kutils.system.chunks import ChunkFiles
-from kutils.system.embedding_files import EMBEDDING_DIM, reserve
+from kutils.system.embedding_files import EMBEDDING_DIM, are_whole, record_embeddings, reserve
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import hash_prompts, read_table
@@ -132,10 +132,10 @@ def embed_table(
     previous = paths.read_record(npy_path.with_suffix(".npy.json"))
     say = print if ranks.is_main else lambda _: None
     if npy_path.is_file() and not overwrite:
-        if previous in (record, in_float32):
+        if any(ranks.gather_objects(ranks.is_main and any(are_whole(npy_path, each) for each in (record, in_float32)))):
             say(f"{npy_path} is up to date ({len(prompts):,} rows)")
             return npy_path
-        say(f"{npy_path} is of other prompts, another encoder or dtype, or that is not known: making it again")
+        say(f"{npy_path} is damaged, or of other prompts, encoder or dtype, or that is not known: making it again")
     encoder = load_encoder(encoder, device) if to_load else encoder
     distinct, codes = distinct_prompts(prompts)
     # all that decides the bytes: batches lie within a chunk, and devices round differently
@@ -242,7 +242,7 @@ def publish_rows(chunks: ChunkFiles, record: dict, keep_existing: bool) -> None:
         npy_path.replace(npy_path.with_suffix(".npy.bak"))
     record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
     rows_path(chunks).replace(npy_path)
-    paths.write_json(record_path, record)
+    record_embeddings(npy_path, record)
     chunks.remove()
 
 

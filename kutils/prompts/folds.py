@@ -1,7 +1,6 @@
 """Assigns folds to data sets on disk: reads their tables and embeddings, writes fold columns and reports."""
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from kutils.prompts.clean_marks import clean_mark_path, write_clean_mark
 from kutils.prompts.leakage import format_leakage, leakage_report, report_warnings
 from kutils.prompts.partition import FOLD_METHODS, assign, extend_folds, leaked_prompts
 from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pairs, strips_folder
-from kutils.system import paths
+from kutils.system import checksums, paths
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
 from kutils.system.ranks import Ranks, join_workers
@@ -183,9 +182,17 @@ def extend_once(
     Returns: the folds before the first call and after it, both int8 [prompts].
     """
     if path.is_file():
-        with np.load(path, allow_pickle=False) as saved:
+        try:
+            saved = checksums.read_arrays(path, ("former", "folds"))
             first, folds = saved["former"], saved["folds"]
-        if np.array_equal(np.where(previous < 0, previous, folds), previous) and (previous[first >= 0] >= 0).all():
+        except ValueError as error:  # the folds that were written already are kept
+            print(f"warning: {error}; prompts that have no fold yet are assigned anew", flush=True)
+            first = folds = previous[:0]
+        if (
+            len(folds) == len(previous)
+            and np.array_equal(np.where(previous < 0, previous, folds), previous)
+            and (previous[first >= 0] >= 0).all()
+        ):
             return first, folds
     folds = extend_folds(previous, num_rows, pairs, int(previous.max()) + 1, seed)
     with paths.atomic_path(path) as temporary:
@@ -217,7 +224,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
         write_clean_mark(path, clean[codes], report["datasets"][path.stem]["folds_hash"])
     for path in distinct.tables:
         own = {"folds_hash": report["datasets"][path.stem]["folds_hash"], **report}
-        paths.write_json(fold_report_path(path), own)
+        paths.save_record(fold_report_path(path), own)
 
 
 def fold_report_path(tsv_path: Path | str) -> Path:
@@ -235,7 +242,7 @@ def read_fold_report(tsv_path: Path | str) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is not there (never made, or cut off while being made); {again}")
     try:
-        report = json.loads(path.read_text())
+        report = paths.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); {again}") from error
     table = read_table(tsv_path, ["prompt", "fold"])

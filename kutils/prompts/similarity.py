@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kutils.system import paths
+from kutils.system import checksums, paths
 from kutils.system.devices import autocast_dtype, pick_device
 from kutils.system.embedding_files import UNIT_TOLERANCE
 from kutils.system.progress import progress_bar
@@ -294,9 +293,8 @@ def read_strip(path: Path | None) -> SimilarPairs | None:
     if path is None or not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            return SimilarPairs(*(saved[name] for name in SimilarPairs._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return SimilarPairs(**checksums.read_arrays(path, SimilarPairs._fields))
+    except (OSError, ValueError):
         return None
 
 

@@ -46,7 +46,7 @@ class RunResult:
         )
 
     def write(self, folder: Path) -> None:
-        paths.write_json(folder / "result.json", dataclasses.asdict(self))
+        paths.save_record(folder / "result.json", dataclasses.asdict(self))
 
 
 def read_result(folder: Path) -> RunResult | None:

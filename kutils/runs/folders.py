@@ -29,9 +29,9 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transf
 def read_json(path: Path) -> dict:
     """What a file of a run folder holds; ValueError naming one that is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return paths.read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); put it back, or move the run's folder away") from error
+        raise ValueError(f"{error}; put it back, or move the run's folder away") from error
 
 
 def find_finished(names: Sequence[str] = ()) -> list[Path]:

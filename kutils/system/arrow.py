@@ -7,9 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 from filelock import FileLock
 
-from kutils.system import paths
+from kutils.system import checksums, paths
 
 METADATA_KEY = b"kutils"  # of the JSON object
+SEAL_KEY = b"seal"  # of the checksum
 
 
 def with_facts(schema: pa.Schema, facts: dict) -> pa.Schema:
@@ -28,16 +29,35 @@ def facts_of(table: pa.Table) -> dict:
 def map_table(path: Path) -> pa.Table:
     """Map an Arrow file: columns are read from the disk when they are used, and processes share their pages.
 
-    Raises: OSError if it is missing; ValueError if it is damaged or another kind of file.
+    Raises: OSError if it is missing; ValueError if it is damaged (its checksum is compared) or another kind of file.
     """
+    checksums.check_arrow(path)  # Arrow itself may end the process where a bit of the layout has flipped
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write an Arrow file, atomically, batch by batch as they come; replaced if it is there."""
-    with paths.atomic_path(path) as temporary, pa.ipc.new_file(temporary, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+def write_batches(
+    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], *, left_out: str | None = None
+) -> None:
+    """Write an Arrow file with a checksum, atomically, batch by batch as they come; replaced if it is there.
+
+    Args:
+        left_out: a column of texts or bytes that has checksums of its own, in a single batch.
+    """
+    sealed = schema.with_metadata({**(schema.metadata or {}), SEAL_KEY: checksums.BLANK})
+    with paths.atomic_path(path) as temporary:
+        with pa.ipc.new_file(temporary, sealed) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        checksums.seal_arrow(temporary, (0, 0) if left_out is None else span_of(temporary, left_out))
+
+
+def span_of(path: Path, column: str) -> tuple[int, int]:
+    """First byte and end of the values of a column of an Arrow file with a single batch."""
+    content = pa.memory_map(str(path)).read_buffer()
+    values = pa.ipc.open_file(content).read_all()[column].chunk(0).buffers()[2]
+    return (
+        (0, 0) if values is None else (values.address - content.address, values.address - content.address + values.size)
+    )
 
 
 def map_once(path: Path, fingerprint: dict, make: Callable[[], pa.RecordBatchReader]) -> pa.Table:

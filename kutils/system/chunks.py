@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kutils.system import paths
+from kutils.system import checksums, paths
 
 
 class ChunkFiles:
@@ -30,11 +30,20 @@ class ChunkFiles:
         self.folder = path.with_name(f".{path.name}.{digest[:16]}.partial")
 
     def open(self) -> None:
-        """Make the folder, or go on with the one that is there; what was begun of other work is removed."""
+        """Make the folder, or go on with the one that is there.
+
+        Removes what was begun of other work, and damaged chunks, which are then made again.
+        """
         for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
             if other != self.folder:
                 shutil.rmtree(other)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("[0-9]*.npz"):
+            try:
+                checksums.check_zip(path)
+            except checksums.Damaged as error:
+                print(f"{error}; it is made again", flush=True)
+                path.unlink()
 
     def missing(self) -> list[int]:
         """Numbers of the chunks that are not finished."""
@@ -47,8 +56,8 @@ class ChunkFiles:
             np.savez(temporary, **arrays)
 
     def load(self, number: int) -> dict[str, np.ndarray]:
-        with np.load(self.folder / f"{number:06d}.npz") as arrays:
-            return dict(arrays)
+        """The arrays of a finished chunk; ValueError if it is damaged."""
+        return checksums.read_arrays(self.folder / f"{number:06d}.npz")
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Maps, checks and copies embeddings on disk: float32 `.npy` files of unit rows beside their tables."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kutils.system import paths
+from kutils.system import checksums, paths
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.system.tables import hash_prompts, read_table
 
 UNIT_TOLERANCE = 1e-3  # of an embedding's length; float16 storage would still pass
+DIGEST_KEY = "rows_sha256"  # of a record: the hash of all rows
 BLOCK = 16_384  # rows of embeddings that are looked at together: 25 MB
 
 
@@ -56,9 +58,46 @@ def checked_blocks(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray,
 
 def open_embeddings(path: Path, num_rows: int) -> np.ndarray:
     """Memory-map float32 [num_rows, 384] and check every row; ValueError (naming file and row) for anything else."""
-    for _ in checked_blocks(path, num_rows):
-        pass
+    check_digest(path, hash_rows(path, num_rows))
     return map_embeddings(path, num_rows)
+
+
+def hash_rows(path: Path, num_rows: int) -> str:
+    """Check every row, and return the hex SHA-256 of all."""
+    digest = hashlib.sha256()
+    for _, block, _ in checked_blocks(path, num_rows):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """Raise ValueError if the record beside embeddings gives another hash of their rows; one of before gives none."""
+    if (paths.read_record(path.with_suffix(".npy.json")) or {}).get(DIGEST_KEY, digest) != digest:
+        raise checksums.Damaged(f"{path} is damaged: its checksum does not fit; {make_again(path)}")
+
+
+def record_embeddings(path: Path, record: dict) -> None:
+    """Write the record beside embeddings: what they are of, and the hash of their rows."""
+    digest = hash_rows(path, record["rows"])
+    paths.save_record(path.with_suffix(".npy.json"), record | {DIGEST_KEY: digest})
+
+
+def are_whole(path: Path, record: dict) -> bool:
+    """Whether embeddings are there with this record, and undamaged. Reads them all.
+
+    A record of before, without a hash, gets one.
+    """
+    previous = paths.read_record(path.with_suffix(".npy.json"))
+    if not path.is_file() or previous is None or {**previous, DIGEST_KEY: ""} != {**record, DIGEST_KEY: ""}:
+        return False
+    try:
+        open_embeddings(path, record["rows"])
+    except ValueError as error:
+        print(f"warning: {str(error).partition(';')[0]}; it is made again", flush=True)
+        return False
+    if DIGEST_KEY not in previous:
+        record_embeddings(path, record)
+    return True
 
 
 def take_embeddings(source_path: Path | str, target_path: Path | str) -> bool:
@@ -82,12 +121,13 @@ def take_embeddings(source_path: Path | str, target_path: Path | str) -> bool:
     rows = pc.index_in(prompts, value_set=available)
     if not len(rows) or rows.null_count or describe_mismatch(source_path, available):
         return False
-    record |= {"rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
-    if target_npy.is_file() and previous == record:
+    record = record | {"rows": len(prompts), "prompts_sha256": hash_prompts(prompts)}
+    if are_whole(target_npy, record):
         return True
+    source = open_embeddings(source_npy, len(available))
     record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
-    copy_rows(map_embeddings(source_npy, len(available)), rows.to_numpy(), target_npy)
-    paths.write_json(record_path, record)
+    copy_rows(source, rows.to_numpy(), target_npy)
+    record_embeddings(target_npy, record)
     return True
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from kutils.system import checksums
+
 COMMIT_FILE = "COMMIT"  # of the code data set: what it was made from
 
 
@@ -130,10 +132,23 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_record(path: Path) -> dict | None:
-    """Read a JSON file; None if it is missing or damaged."""
+def save_record(path: str | os.PathLike, content: dict) -> None:
+    """Write a JSON file that is read back, with a checksum, atomically; replaced if it is there."""
+    write_json(path, checksums.with_checksum(content))
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object, without its checksum; ValueError naming the file if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return checksums.without_checksum(json.loads(path.read_text(encoding="utf-8")), path)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise checksums.Damaged(f"{path} is damaged ({error})") from error
+
+
+def read_record(path: Path) -> dict | None:
+    """Read a JSON object; None if it is missing or damaged."""
+    try:
+        return read_json(path)
     except (OSError, ValueError):
         return None
 

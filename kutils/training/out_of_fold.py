@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from kutils.data.datasets import PromptImages
-from kutils.system import paths
+from kutils.system import checksums, paths
 from kutils.system.ranks import Ranks
 
 BLOCK = 4096  # rows per rank that are gathered at a time
@@ -98,8 +98,9 @@ def read_predictions(run_folder: Path, fold: int, *, names: Sequence[str] = NAME
     if not path.is_file():
         raise PredictionsError(f"{path} is not there; {advice}")
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in names}
-    except Exception as error:  # NumPy and zipfile raise errors of many kinds
+        arrays = checksums.read_arrays(path, names)
+    except (OSError, ValueError) as error:
         raise PredictionsError(f"{path} cannot be read ({error}); {advice}") from error
+    if not all(np.isfinite(arrays[name]).all() for name in {"embeddings"} & set(arrays)):
+        raise PredictionsError(f"{path} holds predictions that are not finite; {advice}")
     return {name: value if value.ndim else value.item() for name, value in arrays.items()}

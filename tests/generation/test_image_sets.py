@@ -121,7 +121,7 @@ def test_a_damaged_record_and_a_leftover_that_vanishes(tmp_path, monkeypatch):
     image_set.path(0).touch()
     for content in ('{"steps": 2', "3"):
         (image_set.folder / "generation.json").write_text(content)
-        with pytest.raises(ValueError, match=r"generation.json is damaged .*restore it, or choose another"):
+        with pytest.raises(ValueError, match=r"generation.json is damaged.*restore it, or choose another"):
             image_set.check_record({})
     leftover = image_set.path(0).with_name(".0000000_0.12345678.partial.webp")
     leftover.touch()

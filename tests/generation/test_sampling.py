@@ -207,9 +207,9 @@ def test_a_data_set_made_otherwise_is_not_touched(make, tmp_path):
 def test_another_version_of_the_library_is_told(make, tmp_path, capsys):
     make()
     path = tmp_path / "input" / "set_images" / "generation.json"
-    record = json.loads(path.read_text())
+    record = paths.read_json(path)
     record["started_with"]["diffusers"] = "0.1"
-    path.write_text(json.dumps(record))
+    paths.save_record(path, record)
     (tmp_path / "input" / "set_images" / "00000" / "0000000_0.webp").unlink()
     make()
     assert "warning: this set was started with diffusers 0.1 (now " in capsys.readouterr().out

@@ -206,7 +206,7 @@ def test_report_and_clean_mark_are_what_brute_force_finds(tables):
     assert sizes.min() > 0.085 and sizes.max() < 0.115
     for path in tables:
         table = read_table(path, ["prompt", "fold"])
-        saved = json.loads(path.with_suffix(".folds.json").read_text())
+        saved = paths.read_json(path.with_suffix(".folds.json"))
         assert saved["folds_hash"] == folds_hash(table["prompt"], table["fold"].to_numpy())
         assert saved["folds_hash"] == data.folds_hashes[path.stem] == report["datasets"][path.stem]["folds_hash"]
         assert read_fold_report(path) == saved == {"folds_hash": saved["folds_hash"], **report}

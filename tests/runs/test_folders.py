@@ -48,11 +48,11 @@ def test_a_result_is_read_as_it_was_written_and_one_that_lacks_a_value_is_named(
     RESULT.write(tmp_path)
     assert finished.read_result(tmp_path) == RESULT
     path = tmp_path / "result.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"of a later version": 1}))
+    content = paths.read_json(path)
+    paths.save_record(path, content | {"of a later version": 1})
     assert finished.read_result(tmp_path) == RESULT
     del content["updates"]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content))  # as it was written before there were checksums
     with pytest.raises(ValueError, match=rf"{path} lacks updates"):
         finished.read_result(tmp_path)
     assert "cosine 0.5000 (epoch 1 of 2); mean-prompt baseline 0.2500" in RESULT.summary()
