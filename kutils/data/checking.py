@@ -18,7 +18,7 @@ from kutils.data import image_files
 from kutils.data.bad_rows import PooledRows, by_dataset, find_bad_rows, in_two_folds, set_apart
 from kutils.data.validation_check import MOST_LISTED
 from kutils.prompts import embedding
-from kutils.system import embedding_files, paths
+from kutils.system import embedding_files, locks, paths
 from kutils.system.embedding_files import make_again, open_embeddings
 
 SAME_COSINE = 0.999  # of a prompt that is embedded again; another device or precision stays above it
@@ -243,15 +243,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.images, args.verify_embeddings) < 0 or min(args.input_size, args.workers) < 1:
         parser.error("--images and --verify-embeddings are 0 or more, --input-size and --workers 1 or more")
-    checked = check_datasets(
-        args.files,
-        images=args.images,
-        input_size=args.input_size,
-        verify_embeddings=args.verify_embeddings,
-        num_workers=args.workers,
-    )
-    print(format_checks(checked))
-    for item in checked:
-        paths.write_json(item.path.with_suffix(".check.json"), item.report)
-        print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))
+    with locks.held(args.files):
+        checked = check_datasets(
+            args.files,
+            images=args.images,
+            input_size=args.input_size,
+            verify_embeddings=args.verify_embeddings,
+            num_workers=args.workers,
+        )
+        print(format_checks(checked))
+        for item in checked:
+            paths.write_json(item.path.with_suffix(".check.json"), item.report)
+            print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))
     return int(not all(item.is_in_order for item in checked))

@@ -1,16 +1,14 @@
 """Imports pairs of image and prompt from downloads: `kutils import SOURCE ... --output input/NAME`."""
 
-import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torchvision.transforms.v2.functional import to_pil_image
 
 from kutils.data import pair_embeddings, pair_parts, pair_results
@@ -24,7 +22,7 @@ from kutils.data.pairs import Fault
 from kutils.data.transforms import decode_bytes
 from kutils.prompts.cleaning import format_cleaning
 from kutils.prompts.similarity import check_threshold
-from kutils.system import devices, paths, processes
+from kutils.system import devices, locks, paths, processes
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks, join_workers
 
@@ -93,7 +91,7 @@ def import_pairs(
         raise ValueError("--dedup compares embeddings: leave --embeddings later out")
     if ranks.is_main:
         output.parent.mkdir(parents=True, exist_ok=True)
-    with lock(output) if ranks.is_main else contextlib.nullcontext():
+    with locks.held([output.with_name(f"{output.name}.tsv")], ranks):
         if ranks.is_main:
             plan = make_plan(sources, output, job, form, embeddings, dedup, overwrite)
         result, stage = ranks.gather_objects(plan)[0]
@@ -108,20 +106,6 @@ def import_pairs(
         else:
             pair_results.publish(result)
         return paths.read_record(result.path(".import.json"))
-
-
-@contextlib.contextmanager
-def lock(output: Path) -> Iterator[None]:
-    """Keep a second import of this name from working in the same folder."""
-    path = output.with_name(f".{output.name}.import.lock")
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout:
-        raise ValueError(f"another import of {output.name} is running; wait for it, or choose another name") from None
 
 
 def work_parts(result: Result, num_workers: int | None, ranks: Ranks, progress: bool) -> None:

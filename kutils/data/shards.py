@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kutils.data import transforms
-from kutils.system import arrow, paths, processes
+from kutils.system import arrow, locks, paths, processes
 from kutils.system.progress import progress_bar
 from kutils.system.tables import check_rows, hash_prompts, read_table
 
@@ -300,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--workers {args.workers}: give 1 or more")
     encoding = Encoding(args.size, args.format, getattr(args, "quality", None if args.format == "png" else QUALITY))
     for path in args.files:
-        folder = pack(path, encoding, num_workers=args.workers)
+        with locks.held([path]):
+            folder = pack(path, encoding, num_workers=args.workers)
         size = sum(shard.stat().st_size for shard in folder.glob("*.arrow"))
         print(f"{folder}: {size / 1e6:,.1f} MB; training on {path.stem} reads them now")
     return 0

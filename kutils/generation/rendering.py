@@ -8,7 +8,7 @@ import numpy as np
 
 from kutils.generation import shapes
 from kutils.generation.image_sets import RECORD, ImageSet, image_seed
-from kutils.system import paths, processes
+from kutils.system import locks, paths, processes
 from kutils.system.progress import progress_bar
 
 CHUNK_PROMPTS = 32  # whose images are one job of a process
@@ -43,6 +43,12 @@ def render_dataset(image_set: ImageSet, *, size: int = 128, num_workers: int = 0
         raise ValueError(f"size={size}: it must be at least 1")
     for prompt in image_set.prompts:
         shapes.parse(prompt)
+    with locks.held([image_set.tsv_path]):
+        return render_missing(image_set, size, num_workers, overwrite)
+
+
+def render_missing(image_set: ImageSet, size: int, num_workers: int, overwrite: bool) -> Path:
+    """Make the missing images and the table, as `render_dataset` says, while no other process does."""
     record = image_set.record(backend="shapes", size=size)
     image_set.check_record(record)
     paths.save_record(image_set.folder / RECORD, record)

@@ -18,7 +18,7 @@ from kutils.generation import diffusion
 from kutils.generation.diffusion import Sampler
 from kutils.generation.image_sets import RECORD, ImageSet
 from kutils.generation.settings import DiffusionSettings
-from kutils.system import paths
+from kutils.system import locks, paths
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks
 from kutils.system.tables import write_table
@@ -61,15 +61,16 @@ def sample_dataset(image_set: ImageSet, settings: DiffusionSettings, ranks: Rank
             diffusion.locate(settings)  # downloaded once, not by every rank
         return missing
 
-    missing = on_every_rank(ranks, find_missing)[0]
-    results, began = [RankResult()], time.monotonic()
-    if len(missing):
-        sampler, began = load_sampler(image_set, settings, ranks, record), time.monotonic()
-        share = missing[ranks.rank :: ranks.world_size]
-        results = on_every_rank(ranks, lambda: sample_images(image_set, share, sampler, ranks, len(missing)))
-    if ranks.is_main:
-        write_results(image_set, results, len(missing), time.monotonic() - began, overwrite)
-    return image_set.tsv_path
+    with locks.held([image_set.tsv_path], ranks):
+        missing = on_every_rank(ranks, find_missing)[0]
+        results, began = [RankResult()], time.monotonic()
+        if len(missing):
+            sampler, began = load_sampler(image_set, settings, ranks, record), time.monotonic()
+            share = missing[ranks.rank :: ranks.world_size]
+            results = on_every_rank(ranks, lambda: sample_images(image_set, share, sampler, ranks, len(missing)))
+        if ranks.is_main:
+            write_results(image_set, results, len(missing), time.monotonic() - began, overwrite)
+        return image_set.tsv_path
 
 
 def on_every_rank(ranks: Ranks, work: Callable) -> list:

@@ -13,7 +13,7 @@ from kutils.prompts.clean_marks import clean_mark_path, write_clean_mark
 from kutils.prompts.leakage import format_leakage, leakage_report, report_warnings
 from kutils.prompts.partition import FOLD_METHODS, assign, extend_folds, leaked_prompts
 from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pairs, strips_folder
-from kutils.system import checksums, paths
+from kutils.system import checksums, locks, paths
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
 from kutils.system.ranks import Ranks, join_workers
@@ -129,29 +129,30 @@ def assign_folds(
     tsv_paths = [Path(path) for path in tsv_paths]
     check_settings(tsv_paths, threshold, num_folds, method, keep)
     ranks = ranks or Ranks(0, 1, pick_device(device))
-    distinct = read_distinct(tsv_paths)
-    previous = existing_folds(distinct) if keep else None
-    if keep and num_folds not in (None, previous.max() + 1):
-        raise ValueError(f"there are {previous.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
-    num_folds = int(previous.max()) + 1 if keep else num_folds or MAX_FOLDS
-    num_prompts = len(distinct.num_rows)
-    if num_prompts < num_folds:
-        raise ValueError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
-    with strips_folder(distinct.embeddings, threshold, ranks=ranks) as folder:
-        pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
-        if not ranks.is_main:
-            return None
-        if keep:
-            path = folder / f"extended-{seed}.npz"
-            previous, folds = extend_once(path, previous, distinct.num_rows, pairs, seed)
-        else:
-            folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
-        report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
-        report |= {"added_prompts": int((previous < 0).sum())} if keep else {}
-        report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
-        report["warnings"] = report_warnings(report)
-        write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
-    return report
+    with locks.held(tsv_paths, ranks):
+        distinct = read_distinct(tsv_paths)
+        previous = existing_folds(distinct) if keep else None
+        if keep and num_folds not in (None, previous.max() + 1):
+            raise ValueError(f"there are {previous.max() + 1} folds, not {num_folds}; leave out --folds, or --keep")
+        num_folds = int(previous.max()) + 1 if keep else num_folds or MAX_FOLDS
+        num_prompts = len(distinct.num_rows)
+        if num_prompts < num_folds:
+            raise ValueError(f"{num_prompts} distinct prompts cannot fill {num_folds} folds; ask for fewer folds")
+        with strips_folder(distinct.embeddings, threshold, ranks=ranks) as folder:
+            pairs = similar_pairs(distinct.embeddings, threshold, folder=folder, ranks=ranks, progress=progress)
+            if not ranks.is_main:
+                return None
+            if keep:
+                path = folder / f"extended-{seed}.npz"
+                previous, folds = extend_once(path, previous, distinct.num_rows, pairs, seed)
+            else:
+                folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
+            report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
+            report |= {"added_prompts": int((previous < 0).sum())} if keep else {}
+            report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
+            report["warnings"] = report_warnings(report)
+            write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
+        return report
 
 
 def check_settings(tsv_paths: Sequence[Path], threshold: float, num_folds: int | None, method: str, keep: bool) -> None:

@@ -54,7 +54,7 @@ def read_result(folder: Path) -> RunResult | None:
     path = folder / "result.json"
     if not path.is_file():
         return None
-    content, names = folders.read_json(path), [item.name for item in dataclasses.fields(RunResult)]
+    content, names = folders.read_run_json(path), [item.name for item in dataclasses.fields(RunResult)]
     if missing := [name for name in names if name not in content]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return RunResult(**{name: content[name] for name in names})
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> FinishedRun:
         folder,
         recipes.load_recipe(folder / "config.yaml"),
         result,
-        folders.read_json(environment) if environment.is_file() else {},
+        folders.read_run_json(environment) if environment.is_file() else {},
         folders.read_metrics(folder / "metrics.jsonl"),
     )
 

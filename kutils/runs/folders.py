@@ -26,7 +26,7 @@ PAIRED = {"loss": ("lr",), "images_per_second": ("data_wait",), "cosine_similari
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transformers")
 
 
-def read_json(path: Path) -> dict:
+def read_run_json(path: Path) -> dict:
     """What a file of a run folder holds; ValueError naming one that is damaged."""
     try:
         return paths.read_json(path)
@@ -130,7 +130,7 @@ def start(folder: Path, recipe: Recipe, **facts) -> None:
     path, now = folder / "environment.json", time.strftime("%Y-%m-%d %H:%M:%S")
     times = {"started": now}
     if path.is_file() and (folder / "resume.pt").is_file():
-        times = {"started": read_json(path).get("started", now), "resumed": now}
+        times = {"started": read_run_json(path).get("started", now), "resumed": now}
     environment = {
         **times,
         "command": " ".join(sys.orig_argv),

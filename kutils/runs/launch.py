@@ -82,7 +82,7 @@ class Run:
 
 def read_plan(path: Path) -> Run:
     """Read a plan that `Run.write` wrote; ValueError naming the file if it is none."""
-    content = folders.read_json(path)
+    content = folders.read_run_json(path)
     if missing := {"config", "recipe", "fold", "overrides"} - set(content):
         raise ValueError(f"{path} is no planned run: it lacks {', '.join(sorted(missing))}")
     recipe = recipes.from_values(content["recipe"], path)

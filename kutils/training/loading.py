@@ -100,15 +100,29 @@ def updates(loader: DataLoader, epoch: int, step: int, accumulation: int, meter:
         yield local_batches
 
 
-def check_bad_images(bad: list[tuple[int, str]], seen: int, folder: Path, data: PromptImages, ranks: Ranks) -> None:
-    """List unreadable training images in the run folder; ValueError above 0.1 % of at least 1,000 images."""
-    if not bad:
+def check_bad_images(
+    bad: list[tuple[int, str]], seen: int, folder: Path, data: PromptImages, ranks: Ranks, *, new: int
+) -> None:
+    """Warn of unreadable training images, and list them in the run folder.
+
+    Args:
+        bad: row and reason of each time that an image could not be read, over all of the run.
+        seen: training images, over all of the run.
+        new: how many of `bad` were not warned of yet.
+    Raises: ValueError above 0.1 % of at least 1,000 images.
+    """
+    if not new:
         return
     path = folder / "unreadable_images.tsv"
     if ranks.is_main:
         lines = [f"{row}\t{data.images[row].as_py()}\t{reason}\n" for row, reason in sorted(set(bad))]
         with paths.atomic_path(path) as temporary:
             temporary.write_text("row\timage\treason\n" + "".join(lines), encoding="utf-8")
+        print(
+            f"warning: {len(bad):,} of {seen:,} training images could not be read, and others took their place; "
+            f"they are listed in {path}",
+            flush=True,
+        )
     if seen >= 1000 and len(bad) > MOST_BAD_IMAGES * seen:
         raise ValueError(
             f"{len(bad)} of {seen} training images could not be read, more than {MOST_BAD_IMAGES:.1%}; they are listed "

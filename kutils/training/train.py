@@ -23,7 +23,7 @@ from kutils.models.networks import PromptEmbedder
 from kutils.runs import finished, folders, launch, recipes
 from kutils.runs.finished import RunResult
 from kutils.runs.recipes import Recipe
-from kutils.system import children, devices
+from kutils.system import children, devices, locks
 from kutils.system.ranks import Ranks, join_ranks, leave_ranks
 from kutils.training import engine, loading, optimizers, out_of_fold, profiling, resume, ridge_head
 from kutils.training.clock import Clock
@@ -97,7 +97,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     if recipe.head_init == "ridge" and not is_resumed:
         fit = ridge_head.fit_head(network, data, training_rows, fold, recipe, dtype, ranks)
         state.seen, state.bad = fit.images, fit.bad
-        loading.check_bad_images(state.bad, state.seen, folder, data, ranks)
+        loading.check_bad_images(state.bad, state.seen, folder, data, ranks, new=len(fit.bad))
         with torch.no_grad():
             network.fc.weight.copy_(fit.weight)
         log.say(
@@ -130,7 +130,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
                 interval = meter.close(ranks, state.step)
                 clock.adapt(interval)
                 state.count(interval)
-                loading.check_bad_images(state.bad, state.seen, folder, data, ranks)
+                loading.check_bad_images(state.bad, state.seen, folder, data, ranks, new=len(interval.bad))
                 log.updates(interval, state, lr=optimizer.param_groups[0]["lr"])
                 if due.save:
                     resume_file.save(state)
@@ -246,7 +246,8 @@ def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], obje
         run = launch.plan(arguments.config, arguments.fold, arguments.overrides)
     ranks = join_ranks(run.recipe.device)
     path = finished.shown_path(run.config_path)
-    train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
+    with locks.held([run.folder], ranks):
+        train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
     leave_ranks()
     if ranks.is_main and when_finished:  # the others need not wait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for `watch_for_sigterm`'s signal any more

@@ -31,6 +31,7 @@ from kutils.data.pair_formats import find_parts
 from kutils.data.pairs import Keys
 from kutils.data.transforms import decode_bytes
 from kutils.prompts import embedding
+from kutils.system import locks
 from kutils.system.embedding_files import open_embeddings
 from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
@@ -577,7 +578,7 @@ def test_room_on_the_disk_is_looked_at_first(inputs, tmp_path, monkeypatch, caps
 
 def test_a_second_import_of_the_name_waits_for_nobody(inputs, tmp_path):
     path = made.write_tar(tmp_path / "a.tar", map(made.sample, range(12)))
-    with pair_import.lock(inputs / "a"), pytest.raises(ValueError, match="another import of a is running"):
+    with locks.locked(inputs / "a.tsv"), pytest.raises(ValueError, match=r"a\.tsv is in use by process \d+ on "):
         import_here(path, inputs / "a")
 
 

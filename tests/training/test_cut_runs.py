@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kutils import __main__
+from kutils.system import locks
 from kutils.system.tables import read_table, write_table
 from kutils.training import engine
 
@@ -100,3 +101,21 @@ def test_files_that_were_written_again_alike_go_on(workspace, cut_run, capsys):
     change_table(lambda table: None)(workspace / "input")
     np.save(workspace / "input" / "toy.npy", np.load(workspace / "input" / "toy.npy"))
     assert start(cut_run) == 0 and "going on after update 4" in capsys.readouterr().out
+
+
+def test_a_second_training_in_the_folder_is_told_of_the_first(workspace, cut_run, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0)
+    folder = workspace / "working" / "runs" / "tiny_fold0"
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with locks.locked(folder):
+        assert start(cut_run) == 1
+    assert f"{folder} is in use by process" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_unreadable_training_image_is_said(workspace, cut_run, capsys):
+    (workspace / "input" / "toy_images" / "0011_0.png").write_bytes(b"no image")
+    (workspace / "input" / "toy_images" / "0011_1.png").write_bytes(b"no image")
+    assert start(cut_run, "resume=never") == 0
+    said = capsys.readouterr().out
+    assert "training images could not be read, and others took their place; they are listed in" in said
