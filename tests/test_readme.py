@@ -242,7 +242,7 @@ def test_a_preset_for_one_gpu_is_the_recipe_for_eight_in_smaller_batches(path):
     preset = recipes.load_recipe(path)
     recipe = recipes.load_recipe(recipes.find_recipe(preset.model.removesuffix("_24gb"), preset.stage))
     names = {"prefix", "save_dir", "model", "initialize_from"}
-    memory = {"max_local_batch_size", "gradient_checkpointing", "sam_gradient"}
+    memory = {"max_local_batch_size", "gradient_checkpointing"}
     differing = {key for key, value in vars(recipe).items() if value != getattr(preset, key)}
     assert differing <= names | memory
     assert preset.global_batch_size % preset.max_local_batch_size == 0

@@ -72,7 +72,8 @@ class Recipe:
     weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
     sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
     sam_gradient: str = setting(
-        "SAM perturbs by each rank's and batch's own gradient, or by the average over the global batch (less memory)",
+        "SAM perturbs by the gradient of each local batch, so that its size and the number of ranks count, or by the "
+        "average over the global batch, as the published code did (less memory, and any split is the same recipe)",
         "local",
         choices=("local", "averaged"),
     )

@@ -42,6 +42,16 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
     return local, recipe.global_batch_size // (world_size * local)
 
 
+def describe_sam(recipe: Recipe, local_batch_size: int) -> str:
+    """A line for the run's head where the size of local batches decides what SAM computes; else empty."""
+    if recipe.sam_rho == 0 or recipe.sam_gradient == "averaged":
+        return ""
+    return (
+        f"\nSAM perturbs by the gradient of each {local_batch_size} images (sam_gradient=local): another "
+        "max_local_batch_size or number of ranks trains otherwise"
+    )
+
+
 def training_loader(
     data: PromptImages, rows: np.ndarray, sampler: EpochSampler, recipe: Recipe, ranks: Ranks
 ) -> DataLoader:

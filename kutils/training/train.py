@@ -92,7 +92,9 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
         f"{len(validation_rows):,} validation images, mean-prompt baseline {baseline:.4f}\n"
         f"{recipe.epochs} epochs of {sampler.steps_per_epoch:,} updates of {recipe.global_batch_size} images = "
         f"{ranks.world_size} ranks x {local_batch_size} x {accumulation} accumulated, on {device_name} in "
-        f"{str(dtype).removeprefix('torch.')}" + (f"; going on after update {state.step:,}" if state.step else "")
+        f"{str(dtype).removeprefix('torch.')}"
+        + (f"; going on after update {state.step:,}" if state.step else "")
+        + loading.describe_sam(recipe, local_batch_size)
     )
     if recipe.head_init == "ridge" and not is_resumed:
         fit = ridge_head.fit_head(network, data, training_rows, fold, recipe, dtype, ranks)

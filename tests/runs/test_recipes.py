@@ -214,3 +214,9 @@ def test_a_setting_of_sam_without_sam_is_refused(tiny_recipe):
 def test_settings_of_fine_tuning_that_make_no_sense_are_refused(tiny_recipe, changes, said):
     with pytest.raises(ConfigError, match=said):
         tiny_recipe(**changes)
+
+
+def test_the_published_sam_recipes_train_as_published():
+    """The published code perturbs by the gradient that DDP has averaged over all ranks."""
+    own = [load_recipe(path) for path in paths.repository_root().glob("conf/*_8data_*.yaml")]
+    assert len(own) == 7 and {(recipe.sam_rho, recipe.sam_gradient) for recipe in own} == {(0.05, "averaged")}

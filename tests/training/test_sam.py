@@ -8,7 +8,7 @@ from fixtures import sam_on_ranks
 from fixtures.sam_on_ranks import Toy, loss_of, toy_batch
 
 from kutils.models.networks import build_model
-from kutils.training import engine
+from kutils.training import engine, loading
 from kutils.training.sam import frozen_batch_statistics, perturbed
 
 
@@ -195,3 +195,10 @@ def test_gradient_checkpointing_changes_no_number(tiny_recipe, backbone, dtype):
         outcomes.append([loss, *(parameter.detach() for parameter in model.parameters())])
     for one, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_run_says_where_the_split_of_the_batch_changes_sam(tiny_recipe):
+    said = loading.describe_sam(tiny_recipe(sam_rho=0.05), 4)
+    assert "each 4 images (sam_gradient=local)" in said and "max_local_batch_size" in said
+    assert not loading.describe_sam(tiny_recipe(sam_rho=0.05, sam_gradient="averaged"), 4)
+    assert not loading.describe_sam(tiny_recipe(), 4)
