@@ -67,7 +67,7 @@ gpu: ## check and measure on this machine's GPUs with PYTHON as it is: torch, to
 	$(PYTHON) -m kutils gpu-check --minutes $(MINUTES) $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: env ## all tests but those of the targets below, on two processes: 10 to 20 minutes (JOBS=0: on one)
-	$(bin)/python -m pytest -n $(JOBS) --dist worksteal $(COVERAGE)
+	$(bin)/python -m pytest -n $(JOBS) --dist worksteal --durations=20 $(COVERAGE)
 
 test-fast: env ## the quick tests of the rooms that a change touches (against main, uncommitted files too): a minute
 	@changed=$$(git diff --name-only $$(git merge-base HEAD main || echo HEAD); git ls-files --others --exclude-standard); \

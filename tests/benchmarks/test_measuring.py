@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -60,19 +59,21 @@ def test_an_unknown_section_names_the_nearest():
 @pytest.mark.slow
 def test_private_memory_is_what_was_written():
     """In a process of its own: what others have left here may be freed meanwhile."""
-    code = f"import runpy; runpy.run_path({__file__!r})['check_private_memory']()"
-    subprocess.run([REAL_PYTHON, "-c", code], cwd=ROOT / "tests", check=True, timeout=120)
-
-
-def check_private_memory():
-    before = measuring.private_megabytes()
-    with measuring.peak_megabytes() as peak:
-        held = np.ones(25_000_000, np.uint8)
-        dropped = np.ones(50_000_000, np.uint8)
-        time.sleep(0.1)
-        del dropped
-    assert measuring.private_megabytes() - before == pytest.approx(25, abs=5)
-    assert peak[0] - before == pytest.approx(75, abs=8) and held.any()
+    code = """
+import time
+import numpy as np
+from kutils.benchmarks import measuring
+before = measuring.private_megabytes()
+with measuring.peak_megabytes() as peak:
+    held = np.ones(25_000_000, np.uint8)
+    dropped = np.ones(50_000_000, np.uint8)
+    time.sleep(0.1)
+    del dropped
+print(measuring.private_megabytes() - before, peak[0] - before, held.any())
+"""
+    done = subprocess.run([REAL_PYTHON, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    held, peak, _ = done.stdout.split()
+    assert float(held) == pytest.approx(25, abs=5) and float(peak) == pytest.approx(75, abs=8)
 
 
 def test_sizes_are_as_published_and_shrink_to_the_disk(capsys):
