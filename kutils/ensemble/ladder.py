@@ -108,10 +108,11 @@ def climb(
 
 
 def draw_prompts(codes: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Positions of at most so many rows, ascending: whole prompts at random; all rows where there are no more."""
-    order = np.random.default_rng(seed).permutation(codes.max() + 1)[codes]
-    ranked = np.argsort(order, kind="stable")[:most]
-    return np.sort(ranked)
+    """Positions of at most so many rows, ascending: whole prompts at random, but one prompt at least."""
+    _, numbers, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    count = max(1, int(np.searchsorted(sizes[order].cumsum(), most, side="right")))
+    return np.flatnonzero(np.isin(numbers, order[:count]))
 
 
 def see(data: PromptImages, rows: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

@@ -53,10 +53,12 @@ def test_the_longest_predictions_come_first():
 
 
 def test_whole_prompts_are_drawn():
-    codes = np.repeat(np.arange(50), 2)
-    kept = ladder.draw_prompts(codes, 20, seed=0)
-    assert len(kept) == 20 and np.bincount(codes[kept]).max() == np.bincount(codes[kept])[codes[kept]].min() == 2
-    assert ladder.draw_prompts(codes, 200, seed=0).tolist() == list(range(100))
+    codes = np.tile(10 * np.arange(50), 2)
+    kept = ladder.draw_prompts(codes, 21, seed=0)
+    assert len(kept) == 20 and set(np.unique(codes[kept], return_counts=True)[1]) == {2}
+    assert set(codes[kept]) != set(codes[ladder.draw_prompts(codes, 21, seed=1)])
+    assert ladder.draw_prompts(codes, 100, seed=0).tolist() == list(range(100))
+    assert len(ladder.draw_prompts(codes, 1, seed=0)) == 2
 
 
 def test_ranks_and_recall_by_hand(workspace):
@@ -97,6 +99,14 @@ def test_the_ladder_of_a_fold(finished, tiny_recipe, capsys):
     assert (table["low"] <= table["cosine"]).all() and (table["cosine"] <= table["high"]).all()
     assert table.loc[ladder.CEILING, "cosine"] > table["cosine"].drop(ladder.CEILING).max()
     assert abs(table.loc[ladder.SHUFFLED, "cosine"]) < 0.2
+
+
+def test_without_a_model_the_other_rungs_stand(workspace, tiny_recipe):
+    found = ladder.climb(["toy"], 0, [], tiny_recipe(), most=30)
+    names = [ladder.SHUFFLED, ladder.MEAN_PROMPT, ladder.SMALL, ladder.SIMILAR, ladder.FROZEN, ladder.CEILING]
+    assert list(found.table.index) == names and found.bank == 30 and found.coverage["coverage"].iloc[-1] == 1
+    assert "no finished run was validated on fold 0" in ladder.format_ladder(found)
+    assert found.coverage["cosine"].iloc[-1] == pytest.approx(found.table.loc[ladder.FROZEN, "cosine"], abs=1e-6)
 
 
 def test_a_recipe_that_starts_from_a_checkpoint_has_no_frozen_backbone(workspace, tiny_recipe):
