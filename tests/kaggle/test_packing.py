@@ -212,7 +212,7 @@ def test_the_training_kernel_carries_its_parameters(repository, settings):
     values = json.loads((folder / "kernel-metadata.json").read_text())
     owned = [f"{OWNER}/kutils-{name}" for name in ("code", "training-data", "pretrained")]
     assert values["dataset_sources"] == owned and values["code_file"] == "train.ipynb"
-    assert papermill.inspect_notebook(folder / "train.ipynb")["model"]["default"] == '"tiny_convnext"'  # its own stays
+    assert papermill.inspect_notebook(folder / "train.ipynb")["model"]["default"] == '"lite0"'  # its own stays
     settings.train["parameters"]["modell"] = "x"
     with pytest.raises(KaggleError, match=r"train.ipynb has no parameter 'modell'; did you mean 'model'\?"):
         packing.stage_kernel("train", settings)
