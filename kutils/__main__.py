@@ -84,6 +84,12 @@ def run(command: str, arguments: list[str]) -> int:
         advice = "; make room, and the same command goes on" if full else ""
         print(f"error: {error}{advice}", file=sys.stderr, flush=True)
         return 1
+    except RuntimeError as error:
+        loaders = sys.modules.get("kutils.system.loaders")  # a command without loaders brings no torch
+        if not (message := loaders and loaders.describe_loss(error)) or os.environ.get("KUTILS_DEBUG"):
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print(f"error: {STOPPED}; start the same command again to go on", file=sys.stderr, flush=True)
         return 130

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kutils.data import transforms
+from kutils.system import loaders
 from kutils.system.progress import progress_bar
 
 CHUNK_IMAGES = 64  # that a worker decodes before it reports
@@ -115,24 +116,18 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
     loader = DataLoader(
         ImageFacts(read, rows),
         batch_size=CHUNK_IMAGES,
-        num_workers=min(num_workers, -(-len(rows) // CHUNK_IMAGES)),
+        num_workers=(num_processes := min(num_workers, -(-len(rows) // CHUNK_IMAGES))),
+        timeout=loaders.WORKER_SECONDS if num_processes else 0,
         collate_fn=collate_facts,
         generator=torch.Generator(),  # the loader's own seed must not come from the generator of drop path
     )
     facts, codes, start = np.zeros(len(rows), FACTS), {"": 0}, 0
     with progress_bar(len(rows), "image", "decoding images", disable=not progress) as bar:
-        try:
-            for part, reasons in loader:
-                part["reason"] = [codes.setdefault(reason, len(codes)) for reason in reasons]
-                facts[start : start + len(part)] = part
-                start += len(part)
-                bar.update(len(part))
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ValueError(
-                f"a process was ended, maybe for lack of memory; give fewer --workers ({error})"
-            ) from error
+        for part, reasons in loaders.batches(loader):
+            part["reason"] = [codes.setdefault(reason, len(codes)) for reason in reasons]
+            facts[start : start + len(part)] = part
+            start += len(part)
+            bar.update(len(part))
     return Scan(rows, facts, list(codes))
 
 

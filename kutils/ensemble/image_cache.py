@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kutils.data import datasets, transforms
+from kutils.system import loaders
 
-WORKER_SECONDS = 300  # for a batch; then it is an error
 MOST_OF_DISK = 0.5  # share of the free space that a cache may take
 
 
@@ -114,16 +114,21 @@ class PixelCache:
         positions = np.asarray(positions, np.int64)
         known, unknown = positions[self.stored[positions]], positions[~self.stored[positions]]
         num_workers = min(self.num_workers, os.cpu_count() or 1, len(unknown) // batch_size)
+        try:
+            loaders.check_shared_memory(num_workers, batch_size * 3 * self.input_size**2, 2)
+        except ValueError as error:
+            print(f"warning: images are decoded in this process: {error}", flush=True)
+            num_workers = 0
         loader = DataLoader(
             SquareImages(self.images, self.input_size),
             sampler=unknown.tolist(),
             batch_size=batch_size,
             num_workers=num_workers,
-            timeout=WORKER_SECONDS if num_workers else 0,  # what a process cannot send is lost without an error here
+            timeout=loaders.WORKER_SECONDS if num_workers else 0,
             collate_fn=datasets.collate,
             generator=torch.Generator(),  # a loader draws a seed when it starts; nobody else's numbers must move
         )
-        decoded = iter(loader)  # its processes are forked here, before threads of the models run
+        decoded = loaders.batches(loader)  # its processes are forked here, before threads of the models run
         for start in range(0, len(known), batch_size):
             chosen = known[start : start + batch_size]
             yield chosen, torch.from_numpy(self.pixels[chosen])

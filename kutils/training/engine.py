@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kutils.data import transforms
 from kutils.models.networks import PromptEmbedder
 from kutils.runs.recipes import Recipe
+from kutils.system import loaders
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.devices import is_out_of_memory
 from kutils.system.ranks import Ranks
@@ -199,7 +200,7 @@ def evaluate(
     empty = torch.zeros(0, network.fc.out_features, device=ranks.device)
     embeddings, cosines = [empty], [empty[:, 0]]
     features = [torch.zeros(0, network.fc.in_features, device=ranks.device)]
-    for batch in loader:
+    for batch in loaders.batches(loader):
         images = to_network_input(batch, recipe, ranks.device)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
             seen = network.features(images)

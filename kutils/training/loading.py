@@ -1,6 +1,7 @@
 """Sets up the data loaders of training and evaluation, and limits unreadable images."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from kutils.data import datasets
 from kutils.data.datasets import PromptImages
 from kutils.data.sampler import EpochSampler
 from kutils.runs.recipes import Recipe
-from kutils.system import children, paths
+from kutils.system import children, loaders, paths
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Meter
 
@@ -57,6 +58,9 @@ def training_loader(
 ) -> DataLoader:
     """Local batches of this rank, in the order of the sampler. Its processes live as long as the loader."""
     images = datasets.TrainingImages(data, rows, recipe)
+    image_bytes = 3 * recipe.input_size**2 + 4 * (datasets.EMBEDDING_DIM + 8)  # pixels, target, colour jitter
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    loaders.check_shared_memory(recipe.num_workers, sampler.local_batch_size * image_bytes, PREFETCHED, local_ranks)
     keep = recipe.num_workers > 0
     return DataLoader(images, batch_sampler=sampler, persistent_workers=keep, **loader_options(recipe, ranks))
 
@@ -81,6 +85,7 @@ def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
         "collate_fn": datasets.collate,
         "pin_memory": ranks.device.type == "cuda",
         "prefetch_factor": PREFETCHED if recipe.num_workers else None,
+        "timeout": loaders.WORKER_SECONDS if recipe.num_workers else 0,
         "worker_init_fn": start_worker,
         "generator": torch.Generator(),  # a loader draws a seed when it starts; drop path's generator must not notice
     }
@@ -102,7 +107,7 @@ def updates(loader: DataLoader, epoch: int, step: int, accumulation: int, meter:
     """
     sampler = loader.batch_sampler
     sampler.set_epoch(epoch, first_step=step - epoch * sampler.steps_per_epoch)
-    batches = iter(loader)
+    batches = loaders.batches(loader)
     meter.reset()
     for _ in range(step, (epoch + 1) * sampler.steps_per_epoch):
         with meter.waiting():

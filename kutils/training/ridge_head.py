@@ -12,7 +12,7 @@ from kutils.data import datasets
 from kutils.data.datasets import PromptImages
 from kutils.models.networks import PromptEmbedder
 from kutils.runs.recipes import Recipe
-from kutils.system import progress
+from kutils.system import loaders, progress
 from kutils.system.ranks import Ranks
 from kutils.training import engine, loading
 from kutils.training.losses import cosine_similarity
@@ -139,7 +139,7 @@ def fit_head(
     bad: list[tuple[int, str]] = []
     network.eval()
     with progress.progress_bar(len(mine), "image", "head in closed form", disable=not ranks.is_main) as shown:
-        for positions, batch in zip(batches, loader, strict=True):
+        for positions, batch in zip(batches, loaders.batches(loader), strict=True):
             images = engine.to_network_input({"image": batch["image"]}, recipe, ranks.device)
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
                 features = network.features(images).float()

@@ -2,9 +2,9 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils.system import locks
 
@@ -21,7 +21,7 @@ with locks.locked(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of `table.tsv`."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "table.tsv")]
+    command = [REAL_PYTHON, "-c", HOLD, str(tmp_path / "table.tsv")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
