@@ -23,7 +23,7 @@ from kutils.kaggle.submission import SUBMISSION_HEADER
 from kutils.prompts import embedding
 from kutils.runs import finished, launch
 from kutils.system import paths
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.tables import read_table
 
 FAMILIES = ("lite0", "tiny_vit")

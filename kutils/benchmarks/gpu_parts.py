@@ -25,7 +25,7 @@ import torch
 from kutils.benchmarks import gpu_ranks, gpu_training, measuring
 from kutils.benchmarks.gpu_report import MeasuredRecipe, Setting, Skipped
 from kutils.system import paths
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 PAIRS = (1_000_000, 3_378_588)  # rows; the second as many as the six published sets have prompts
 THRESHOLD, NEIGHBOURS = 0.7, 10

@@ -23,7 +23,6 @@ from kutils.runs.recipes import Recipe
 from kutils.system import devices
 from kutils.system.ranks import Ranks
 from kutils.training import engine, profiling
-from kutils.training.loading import loader_options
 
 STAND_INS = {"convnext_large": "tiny_convnext", "convnext_xxlarge": "tiny_convnext"}  # tiny_vit for the others
 PROFILED = 5  # updates
@@ -254,8 +253,9 @@ def loading(setting: Setting) -> Iterator:
 
 def waiting(dataset, recipe: Recipe, ours: step.Ours, seconds: float) -> tuple[float, float]:
     """Per cent of the time that is waited for batches, and images per second."""
-    from kutils.data import datasets
+    from kutils.data import datasets  # needs PyArrow
     from kutils.data.sampler import EpochSampler
+    from kutils.training.loading import loader_options
 
     rows, size = dataset.training_rows(0), recipe.max_local_batch_size
     sizes = {"global_batch_size": size, "local_batch_size": size}

@@ -22,7 +22,7 @@ from kutils.data.shards import QUALITY
 from kutils.generation import shapes
 from kutils.system import paths, processes
 from kutils.system.chunks import ChunkFiles
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 KEPT_SIZE, SIZE, PACKED_SIZE = 64, 512, 448  # px
 KEPT_PER_TAR, PACKED_PER_TAR = 5000, 50  # pairs; a part that is packed is long work

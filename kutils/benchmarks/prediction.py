@@ -16,7 +16,7 @@ from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints, networks
 from kutils.runs.recipes import Recipe
 from kutils.system import paths
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 BACKBONES = ("test_convnext", "test_vit", "test_efficientnet")
 INPUT_SIZE, IMAGE_SIZE = 96, 512  # px; the competition's images have 512

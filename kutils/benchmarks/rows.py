@@ -29,7 +29,7 @@ from kutils.data.sampler import EpochSampler
 from kutils.models import networks
 from kutils.runs import launch, recipes
 from kutils.system import paths, tables
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks
 from kutils.training import losses, optimizers

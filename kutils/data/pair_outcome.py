@@ -32,7 +32,7 @@ from kutils.prompts.cleaning import (
 )
 from kutils.prompts.syntax import CONTROL
 from kutils.system import processes
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # of bytes that were not UTF-8
 FILE_SUFFIXES = ("tar", "gz", "tgz", "parquet", "zip", "jsonl", "ndjson", "json", "csv", "tsv")

@@ -20,7 +20,7 @@ from kutils.data.pairs import (
 )
 from kutils.system import paths
 from kutils.system.chunks import ChunkFiles
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 MOST_SHARD_BYTES = 1 << 27  # 128 MB: rows of a shard are in memory together while it is written
 ROWS = pa.schema(

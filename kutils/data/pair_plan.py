@@ -18,7 +18,7 @@ from kutils.data.pair_results import Result
 from kutils.data.pairs import Fault, Pair
 from kutils.system import paths
 from kutils.system.chunks import ChunkFiles
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 VERSION = 1  # of the work: what another version has begun is begun anew
 PROBED_PARTS, PROBED_PAIRS = 4, 16  # whose first pairs tell sizes and fields

@@ -26,7 +26,7 @@ from kutils.models.networks import PromptEmbedder
 from kutils.runs import recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import join_ranks
 

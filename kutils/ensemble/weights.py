@@ -12,7 +12,7 @@ from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending
 from kutils.ensemble.members import FIT_FOLD, Member
 from kutils.system import checksums, paths
-from kutils.system.embedding_files import EMBEDDING_DIM
+from kutils.system.constants import EMBEDDING_DIM
 
 ENSEMBLE_KIND = "kutils ensemble"  # in the first lines of the JSON file
 LEVELS = 5  # below Kaggle's inputs: owner, data set, framework, version, folder

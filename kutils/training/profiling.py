@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from kutils.data.shards import shards_folder
 from kutils.runs import finished
 from kutils.runs.recipes import Recipe
 from kutils.system import paths
@@ -239,6 +238,8 @@ def waiting_advice(recipe: Recipe, share: float, cores: int | None, ranks: int |
         share: of the time, spent waiting.
         cores, ranks: of one machine; None where they are not known.
     """
+    from kutils.data.shards import shards_folder  # needs PyArrow, and the profiler torch alone
+
     workers, told = recipe.num_workers, [f"{share:.0%} of the time went by in waiting for images."]
     if cores is None or ranks is None:
         told.append(f"More num_workers than {workers} help where there are cores for them.")

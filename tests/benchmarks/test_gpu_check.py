@@ -45,16 +45,30 @@ def by_name(items: list[dict], key: str = "name") -> dict[str, dict]:
 # ---------------------------------------------------------------- every part
 
 
-def test_every_part_runs_with_stand_ins_and_few_packages(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({ABSENT!r})\n")
-    output = tmp_path / "results"
-    command = [sys.executable, "-m", "kutils", "gpu-check", "--device", "cpu", "--tiny", "--output", str(output)]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+def check_without(packages: tuple[str, ...], folder: Path, *arguments: str) -> tuple[str, dict]:
+    """The command with stand-ins, where packages cannot be imported: what it prints, and its `gpu.json`."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({packages!r})\n")
+    command = [sys.executable, "-m", "kutils", "gpu-check", "--device", "cpu", "--tiny", "--minutes", "20", *arguments]
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}"}
     done = subprocess.run(
-        [*command, "--minutes", "20", "--price", "2"], env=environment, capture_output=True, text=True
+        [*command, "--output", str(folder / "results")], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    content = json.loads((output / "gpu.json").read_text())
+    return done.stdout, json.loads((folder / "results" / "gpu.json").read_text())
+
+
+def test_training_is_measured_with_torch_torchvision_and_timm_alone(tmp_path):
+    parts = ("convnext_large", "several_gpus", "loader")
+    _, content = check_without((*ABSENT, "pyarrow", "pandas", "pytest"), tmp_path, "--parts", ",".join(parts))
+    assert {item["part"]: (item["status"], item["reason"]) for item in content["parts"]} == {
+        "convnext_large": ("done", ""),
+        "several_gpus": ("done", ""),
+        "loader": ("skipped", "no pyarrow"),
+    }
+
+
+def test_every_part_runs_with_stand_ins_and_few_packages(tmp_path):
+    printed, content = check_without(ABSENT, tmp_path, "--price", "2")
     parts = by_name(content["parts"], "part")
     assert list(parts) == list(gpu_check.PARTS) and content["tiny"]
     assert {name: item["reason"] for name, item in parts.items() if item["status"] != "done"} == {
@@ -75,8 +89,9 @@ def test_every_part_runs_with_stand_ins_and_few_packages(tmp_path):
     assert entries["step_vit_large"]["reference"] > 0 and entries["predict_float16_cosine"]["ours"] > 0.99
     advice = by_name(content["advice"], "recipe")
     assert len(advice) == 12 and all(item["cost"] == 2 * item["gpu_hours"] > 0 for item in advice.values())
+    output = tmp_path / "results"
     page = (output / "gpu.md").read_text()
-    assert page in done.stdout and "Stand-ins were run" in page
+    assert page in printed and "Stand-ins were run" in page
     assert "test_half_precision" not in page and "test_diffusion.py: skipped: " in page  # diffusers is absent
     assert "test_an_update_does_not_wait_for_a_gpu[plain-False]: skipped" in page
     assert "5 updates profiled" in page and not list(output.glob("made_*"))
