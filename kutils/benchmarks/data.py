@@ -28,12 +28,7 @@ NUM_PICTURES = 32  # that differ; the others are copies of them, read and decode
 
 
 def measure_check(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:
-    """The check of a data set's images by two processes, and by one, over WebP files of 512 px.
-
-    Args:
-        images: files.
-        repeats: of both, by turns.
-    """
+    """The check of a data set's images by two processes, and by one, over WebP files of 512 px."""
     folder = paths.working_dir() / "benchmark" / "check_images"
     shutil.rmtree(folder, ignore_errors=True)
     files = make_pictures(folder, images, IMAGE_SIZE)
@@ -56,7 +51,6 @@ def measure_shards(images: int = 2000, repeats: int = 3) -> list[measuring.Entry
 
     Args:
         images: rows of the data set.
-        repeats: of all three, by turns.
     """
     folder = paths.working_dir() / "benchmark" / "packed_shards"
     shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,6 @@ def measure_embedding(texts: Sequence[str], repeats: int = 3) -> list[measuring.
 
     Args:
         texts: distinct prompts, some thousand of the kinds that are to be embedded.
-        repeats: of all ways, by turns, after one round that does not count.
     Returns: `embed_prompts` (bfloat16) and `embed_prompts_float32`, seconds per 1,000 prompts; `embed_prompts_cosine`,
         the smallest cosine between bfloat16 and plain float32.
     """

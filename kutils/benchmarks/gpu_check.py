@@ -50,7 +50,6 @@ def check(setting: Setting, chosen: Sequence[str], minutes: float) -> None:
 
     Args:
         setting: how; its folder holds the records.
-        chosen: names of parts.
         minutes: for all together; a part gets its limit in proportion, and no more than what is left.
     """
     deadline = time.monotonic() + 60 * minutes

@@ -128,7 +128,6 @@ def summary(machine: dict, parts: Sequence[dict], price: float = 0.0) -> dict:
     """All that was measured as one record.
 
     Args:
-        machine: facts of the machine.
         parts: records of parts, in their order.
         price: of one GPU for an hour; 0: not known.
     """

@@ -102,7 +102,6 @@ def measure_import(pairs: int = 2000, repeats: int = 3) -> list[measuring.Entry]
 
     Args:
         pairs: that are packed; of small ones (64 px) that are kept, five times as many.
-        repeats: of all, by turns.
     """
     folder, entries = paths.working_dir() / "benchmark" / "import", []
     threads = torch.get_num_threads()

@@ -36,7 +36,6 @@ def measure_loading(pictures: str = "", repeats: int = 5) -> list[measuring.Entr
 
     Args:
         pictures: folder of images to take, resized to 512 px; empty: made ones.
-        repeats: of each, by turns.
     """
     ways = [("", training_host, published.training_transform), ("_plain", plain_host, published.plain_transform)]
     entries = []

@@ -30,7 +30,6 @@ def measure_prediction(num_images: int = 2000, repeats: int = 3) -> list[measuri
 
     Args:
         num_images: the competition has about 16,000.
-        repeats: of both ways, by turns.
     """
     folder = paths.working_dir() / "benchmark" / "prediction"
     shutil.rmtree(folder, ignore_errors=True)

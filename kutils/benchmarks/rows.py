@@ -194,7 +194,6 @@ def measure_opening(rows: int = 0, repeats: int = 3, keep_data: bool = False) ->
 
     Args:
         rows: of all sets together; 0: 5,059,104.
-        repeats: of every measurement.
         keep_data: leave the data sets for the next time.
     Raises: ValueError where the disk holds next to nothing; CommandFailed where a child fails.
     """

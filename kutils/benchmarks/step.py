@@ -100,7 +100,6 @@ def measure_training(model: str, repeats: int = 5) -> list[measuring.Entry]:
 
     Args:
         model: of a recipe of stage 1, whose batch per GPU and input size are taken.
-        repeats: of each way, by turns.
     Returns: no entry, and a line that says so, where the GPU's memory does not hold both ways.
     """
     recipe, device = benchmark_recipe(model), devices.pick_device("auto")

@@ -105,8 +105,6 @@ def find_bad_rows(rows: PooledRows, images: int, num_workers: int, progress: boo
 
     Args:
         images: number of images to decode, drawn at random; 0: all.
-        num_workers: processes that decode.
-        progress: show a bar.
     """
     for table, start in zip(rows.tables, rows.starts, strict=False):
         for column, is_bad, advice in unusable(table):
@@ -177,8 +175,6 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     `<name>` itself is never changed.
 
     Args:
-        path: of the TSV.
-        table: its content.
         bad: int32 [rows], number of the reason; 0: the row is good.
         reasons: texts by number.
         with_embeddings: copy the embeddings, because they fit the table.

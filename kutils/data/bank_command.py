@@ -13,7 +13,6 @@ def from_arguments(args: argparse.Namespace, datasets: Sequence[str] = ()) -> tu
     """Open the bank that --bank, --prompts or --datasets names.
 
     Args:
-        args: of a command.
         datasets: taken if none of the three is given.
     Returns: the bank, and a description of it.
     Raises: ValueError or OSError, if the bank cannot be opened or made.

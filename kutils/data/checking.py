@@ -62,7 +62,6 @@ def check_datasets(
         input_size: of a network, px; images with a shorter side are counted.
         verify_embeddings: number of prompts of each set to embed again and compare; 0: none.
         num_workers: processes that decode; None: one per core.
-        progress: show a bar of images.
     Raises: ValueError for a table that cannot be read, or that changes meanwhile.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
@@ -126,9 +125,7 @@ def check_embeddings(path: Path, table: pa.Table, good: np.ndarray, num_verified
     """Check the .npy file beside a table: its shape, lengths, the record of its prompts, and a sample of its rows.
 
     Args:
-        path: of the TSV.
         good: int64, rows whose prompts may be embedded again.
-        num_verified: number of them to embed again.
         report: receives `embeddings` (fit, missing or wrong), and a problem or a warning.
     """
     npy_path, record = path.with_suffix(".npy"), paths.read_record(path.with_suffix(".npy.json"))
@@ -158,7 +155,6 @@ def embed_again(
     """Compare prompts, embedded again, with the embeddings on disk.
 
     Args:
-        npy_path: the file on disk.
         texts: [n] prompts.
         expected: float32 [n, 384], their rows of the file.
         rows: int64 [n], the numbers of these rows.

@@ -158,7 +158,6 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
 
     Args:
         names: data sets, in the order that row numbers follow.
-        need_folds: refuse rows without a fold (-1).
     Raises: ValueError for a missing file or column, an empty prompt, an absolute image path or one with `..`, a fold
         outside 0-9, a prompt in two folds, embeddings of other prompts, of another shape, with NaN or not of unit
         length; shards that are not finished or of other images.
@@ -228,7 +227,6 @@ class TrainingImages(torch.utils.data.Dataset):
     epoch and row alone.
 
     Args:
-        data: the data sets.
         rows: int32, the training rows.
         recipe: its `seed`, `augment` and `input_size` count.
     """
@@ -275,7 +273,6 @@ class ValidationImages(torch.utils.data.Dataset):
     """position -> one row's image, resized to a square, and its target; a broken image raises ImageError.
 
     Args:
-        data: the data sets.
         rows: int, the rows to score.
         input_size: side of the square, px.
     """

@@ -110,7 +110,6 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
         read: row -> the content of its image file; raises OSError.
         rows: int64 [n].
         num_workers: number of processes; 0: this one.
-        progress: show a bar of images.
     Raises: ValueError if a process was ended, as happens without enough memory.
     """
     loader = DataLoader(

@@ -42,7 +42,6 @@ def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
     Processes that start together build it once. Without a writable `working/cache/`, it is kept in memory.
 
     Args:
-        root: folder of the data sets.
         names: of the data sets, in the order of their rows.
     Raises: ValueError for a set that could not be trained on, apart from its folds.
     """
@@ -118,7 +117,6 @@ def sum_by_fold(path: Path, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     """Check and hash all embeddings, scale each to length 1, and add them up by fold.
 
     Args:
-        path: of the .npy file.
         folds: int8 [n], -1 for none.
     Returns: float64 [10, 384], the sum over each fold's rows; int64 [10], the number of rows; hex SHA-256 of all rows.
     Raises: ValueError naming file and row.

@@ -42,11 +42,8 @@ def collect_prompts(
     """Write the list of all clean prompts, from files or from the grammar.
 
     Args:
-        lists: the files to write; only `all` is written.
         files: what `kutils sources` reads, separated by commas; empty: prompts of the grammar.
         column: that holds the prompts; empty: the first of the usual names.
-        num_prompts: number of prompts of the grammar.
-        overwrite: replace another list of this name.
     Returns: the report of `collection.make_prompts_file`.
     Raises: ValueError, before anything is written.
     """
@@ -79,10 +76,6 @@ def prepare_datasets(
     made again, if the record beside them says so.
 
     Args:
-        names: data sets of `input/`, folded together.
-        threshold: as in `folds.assign_folds`.
-        num_folds: likewise.
-        method: likewise.
         refold: replace existing folds. Checkpoints of those can then no longer be refined.
     Returns: the report of the folds.
     Raises: ValueError naming file and row, or if the existing folds differ from those asked for.
@@ -166,7 +159,6 @@ def cosines_between(bank: PromptBank, seed: int = 0) -> dict[str, np.ndarray]:
 
     Args:
         bank: of at least two prompts.
-        seed: of the samples.
     Returns: `random pairs`, float32 [5 * MOST_QUERIES] cosines of pairs of different prompts; `nearest other prompt`,
         float32 [at most MOST_QUERIES], of prompts of a sample with the nearest of all others.
     Raises: ValueError for a bank of one prompt.

@@ -69,9 +69,7 @@ class PromptBank:
         another bank, since `rows` follow that order.
 
         Args:
-            names: of the data sets.
             most: draw so many prompts if there are more; None: all.
-            seed: of the draw.
         Raises: ValueError as `load_datasets` does.
         """
         data = load_datasets(names, need_folds=False)
@@ -119,7 +117,6 @@ class PromptBank:
         """Write the bank to a file, atomically; replaced if it is there.
 
         Args:
-            path: of the file.
             dtype: of the embeddings: float32, or float16 (half the size, errors of 1e-4).
             keep: bool [n], the prompts to write; None: all.
         """
@@ -180,7 +177,6 @@ class PromptBank:
         Args:
             queries: float32 [q, 384], unit rows.
             k: number of prompts; all prompts if there are fewer.
-            device: auto, cpu or cuda.
             exclude: bool [n]: prompts to leave out.
         Returns: numbers of prompts int64 [q, k] and their cosines float32 [q, k]; the nearest first, and of equal
             cosines the lower number first.

@@ -17,10 +17,8 @@ class EpochSampler:
     Args:
         data: the data sets; its `prompt_codes` count.
         rows: int, the training rows.
-        seed: of the recipe.
         global_batch_size: rows of one optimiser update.
         local_batch_size: rows of one forward pass on one rank.
-        rank: of this process.
         world_size: number of ranks. An update takes global_batch_size / (world_size * local_batch_size) forward passes
             on each.
         block_rows: rows that lie together on the disk. The rows of WINDOW_BLOCKS random blocks are shuffled together,

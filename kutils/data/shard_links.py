@@ -56,7 +56,6 @@ def write_record(folder: Path, rows: Sequence[int], images_sha256: str, encoding
     """Say that a folder of linked or imported shards is whole.
 
     Args:
-        rows: of each shard.
         encoding: of their images: size, format and quality; empty where they are as they came.
     """
     sizes = [shards.shard_path(folder, number).stat().st_size for number in range(len(rows))]
@@ -70,8 +69,6 @@ def take_shards(tsv_path: Path, keep: np.ndarray, target_path: Path, images: pa.
     Args:
         tsv_path: of the other one, whose shards are whole.
         keep: bool [rows], which of its rows.
-        target_path: of the new table.
-        images: its image paths.
     """
     source, target = shards.shards_folder(tsv_path), shards.shards_folder(target_path)
     record = paths.read_record(shards.record_path(source))

@@ -81,7 +81,6 @@ class Shards:
     """Reads the packed images of one data set by row.
 
     Args:
-        folder: of the shards.
         starts: first row of each shard.
     """
 
@@ -117,7 +116,6 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
     """Open the shards beside a table.
 
     Args:
-        tsv_path: of the table.
         images: string [rows], its image paths.
     Returns: None if the data set is not packed.
     Raises: ValueError for shards that are not finished, of other rows, or not whole.
@@ -178,9 +176,7 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
 
     Args:
         tsv_path: of the data set; embeddings and folds do not matter.
-        encoding: of all images.
         num_workers: processes that encode; None: one per core.
-        progress: show a bar of images.
     Returns: the folder.
     Raises: ValueError for a table or image that cannot be used, or existing shards of another encoding; OSError on a
         full disk.
@@ -216,9 +212,7 @@ def write_shard(path: Path, names: Sequence[str], encoding: Encoding) -> int:
     """Encode the images of one shard.
 
     Args:
-        path: of the shard.
         names: paths of the image files, relative to `input/`.
-        encoding: of the images.
     Returns: the number of images.
     Raises: ValueError for an image that cannot be read.
     """
@@ -239,8 +233,6 @@ def write_images(
     """Write one shard, atomically.
 
     Args:
-        encoded: contents of image files.
-        facts: that the file carries.
         checksums: uint32, CRC-32 of each content; None: made here.
     """
     images = pa.array(encoded, pa.large_binary())

@@ -34,7 +34,6 @@ def decode_rgb(path: Path | str, read: Callable[[], bytes] | None = None) -> Ten
     """Decode an image file of any mode to RGB.
 
     Args:
-        path: of the file.
         read: returns the content if it is stored elsewhere, or raises OSError; None: the file is read.
     Returns: uint8 [3, H, W].
     Raises: ImageError for a missing, empty or truncated file, or one of no known format.
@@ -94,7 +93,6 @@ def random_crop_and_jitter(image: Tensor, size: int, key: tuple[int, ...]) -> tu
 
     Args:
         image: uint8 [3, H, W].
-        size: side of the output, px.
         key: seed, epoch and row.
     Returns: uint8 [3, size, size]; float32 [8] for `color_jitter`, four factors and the order of the operations.
     """

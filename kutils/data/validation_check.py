@@ -24,10 +24,7 @@ def check_validation_images(data: PromptImages, rows: np.ndarray, num_workers: i
     shards of the data have changed. (505,015 rows of 768 px take two processes 16 minutes.)
 
     Args:
-        data: the data sets.
         rows: int, the validation rows.
-        num_workers: processes of each rank.
-        ranks: all of which call this.
     Raises: ValueError on every rank, listing the first ten images that cannot be read.
     """
     path, facts = checked_record(data, rows)

@@ -45,7 +45,6 @@ def measure_cost(
     """Load a model, decode a few images, time forward passes over growing batches: a second or two and the loading.
 
     Args:
-        path: checkpoint.
         images: files to predict, of which some are decoded.
         device_list, batch_size: as `predict.predict` has them.
         tta: with `two_resolutions`, both are measured, if the network takes both.
@@ -148,10 +147,7 @@ def choose_members(
     """The members that fit into the time. The one whose absence costs least is left out first; of equals, the slower.
 
     Args:
-        members: still to run.
-        costs: of each.
         seconds: left for them.
-        num_images: to predict.
         done: members that have run.
     Returns: members in their order; and those left out, in that order, with the loss of each.
     """

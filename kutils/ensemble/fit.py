@@ -35,10 +35,8 @@ def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tupl
     The weights are fitted on one half of fold 0 and scored on the other half.
 
     Args:
-        config_name: `conf/ensemble_<name>.yaml`.
         output: the file; empty: `working/models/ensemble_<name>.json`, beside the checkpoints that it goes with. A
             previous file that differs becomes `<output>.bak`, and its neighbours' prompts stay; those of older ones go.
-        seed: of the halves.
     Raises: ValueError that says what is missing or does not fit, before anything is written.
     """
     method, families = read_config(config_name)

@@ -25,7 +25,6 @@ def find_images(folder: Path | str, *, same_name_is_error: bool = True) -> list[
     """Files in a folder (not below) with an extension that Pillow reads, sorted by name without extension.
 
     Args:
-        folder: of images.
         same_name_is_error: of two files that differ in their extension alone; otherwise the first one is taken, and a
             warning given.
     Raises: ValueError if the folder is not there, or for two files of one name.
@@ -68,11 +67,9 @@ class PixelCache:
     ends. Images beyond the budget are decoded again whenever they are asked for.
 
     Args:
-        images: files; they may be unreadable.
         input_size: side of the square, px.
         budget_bytes: of the file; 0: nothing is kept.
         folder: for the file (default: the system's folder of temporary files); half of its free space is left.
-        num_workers: decoding processes.
     """
 
     def __init__(

@@ -59,7 +59,6 @@ def measure_neighbours(
     Number and temperature are chosen on the half of the topics that an ensemble's weights are fitted on.
 
     Args:
-        folder: of a finished run.
         neighbours, temperatures: to choose from.
         seed: of the halves, and of the rows where the fold has more than MOST_ROWS.
     Raises: ValueError for predictions that are not there, of data that has changed since, or too few for two halves.

@@ -54,8 +54,6 @@ def input_sizes(model: PromptEmbedder, recipe: Recipe, tta: str) -> list[int]:
     With `two_resolutions` the predictions at both are averaged. Others report a gain of 0.001 to 0.002 from that in
     this competition; it is not measured here.
 
-    Args:
-        tta: one of TTA.
     Raises: ValueError for another `tta`, or if the network takes one size alone.
     """
     check_tta(tta)

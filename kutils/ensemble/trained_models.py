@@ -85,11 +85,9 @@ def embed_images(
 
     Args:
         models: one in memory at a time, of different names.
-        images: files.
         ensemble: predicts too: families averaged and weighted as in a submission. Its members' checkpoints lie below
             `working/models/`.
         ensemble_path: its file, beside which its checkpoints and prompts may be instead.
-        device: auto, cpu or cuda.
     Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
     Raises: ValueError naming every image that cannot be read, the members that failed, a name that two have, or a
         checkpoint that cannot be used.

@@ -124,10 +124,7 @@ def predict_ensemble(
 
     Args:
         fitted: weights, members and the mean training embedding.
-        checkpoint_files: of every member.
-        images: files.
         hours: time for all models, from the first call on; infinite: nothing is measured first.
-        batch_size: per device.
         tta: one of predict.TTA; with `two_resolutions`, networks that take one size are predicted at that alone.
         cache_gb: of decoded images, in files of the temporary folder.
         device: auto (all GPUs, else the CPU), cuda or cpu.

@@ -161,9 +161,6 @@ class ImageSet:
         A previous table is replaced if all that it holds can be made again, such as a table of half of the images, or
         from before the prompts had folds. If someone has edited it, it stays as long as it lists the same images.
 
-        Args:
-            missing: the images to leave out.
-            overwrite: replace an edited table too, and keep it as `<name>.tsv.bak`.
         Returns: whether the table was written.
         Raises: ValueError for an edited table of other images; nothing is changed then.
         """

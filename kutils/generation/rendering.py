@@ -32,9 +32,7 @@ def render_dataset(image_set: ImageSet, *, size: int = 128, num_workers: int = 0
 
     Args:
         image_set: of prompts that name at least one object each that `kutils.generation.shapes` knows.
-        size: side of the images, px.
         num_workers: processes; 0: one per core.
-        overwrite: as in `ImageSet.update_table`.
     Returns: path of the table, its rows in the order of the prompts.
     Raises: ValueError for a data set that was made from something else, or naming the first prompt that cannot be
         drawn, before any image is made.
@@ -78,8 +76,6 @@ def make_shapes_dataset(
 
     What is there already is kept, so that a call that was cut goes on.
 
-    Args:
-        seed: of the prompts.
     Returns: path of the table.
     Raises: ValueError where a data set of this name was made otherwise.
     """

@@ -43,8 +43,6 @@ def sample_dataset(image_set: ImageSet, settings: DiffusionSettings, ranks: Rank
     Run again after a kill, or after a rank that failed, it makes what is missing, and tries again what failed. An image
     depends on its prompt, its number, the model and the settings; another batch size or device changes rounding.
 
-    Args:
-        overwrite: as in `ImageSet.update_table`.
     Returns: path of the table, its rows in the order of the prompts.
     Raises: ValueError for a data set that was made otherwise, or a pipeline that cannot be used; OSError on a full
         disk.

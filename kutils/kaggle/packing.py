@@ -37,7 +37,6 @@ def read_settings(path: Path | None = None, user: str = "") -> Settings:
     """Read `kernel-metadata/kaggle.yaml`.
 
     Args:
-        path: another file.
         user: another Kaggle name than the file's.
     Raises: KaggleError for an unknown or missing key, or a name that was not filled in.
     """

@@ -73,7 +73,6 @@ def check_submission(path: Path | str, ids: Sequence[str]) -> int:
     """Read a submission back and check everything that the competition asks of it; in blocks, 150 MB of memory.
 
     Args:
-        path: the CSV file.
         ids: file names without extension of all images, in order.
     Returns: number of rows, 384 per image.
     Raises: ValueError naming the line or image: another header, missing or surplus rows, an id out of place, a

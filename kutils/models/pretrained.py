@@ -49,7 +49,6 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
             folder that holds `<name>.safetensors` (.pth, .pt, .bin). A file may hold timm's names or a whole open_clip
             model; position embeddings of another resolution are resampled, both by timm.
         keep_projection: keep the weights' own last layer (CLIP's projection); else it is taken off.
-        options: of `timm.create_model`.
     Raises: ValueError for weights that cannot be had or are not wholly this network's.
     """
     source = get_pretrained_cfg(name)

@@ -146,7 +146,6 @@ class Cleaner:
     """Collects clean prompts source by source, and counts what it drops and changes, with examples.
 
     Args:
-        settings: limits.
         count_tokens: from `load_token_counter`; None: no limit in tokens.
         excluded: prompts to leave out, such as those of an earlier set.
 

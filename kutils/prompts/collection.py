@@ -33,12 +33,8 @@ def gather(
     """Read sources one after the other into a cleaner.
 
     Args:
-        sources: files.
-        cleaner: receives their entries.
         name: for the column `source`; None: the name of each file.
         limit: stop once so many prompts are kept.
-        progress: show a bar of entries.
-        options: of `read_source`.
     Returns: for each source that was opened: `file`, `source`, and the numbers `read` and `kept`.
     """
     counts = []
@@ -62,10 +58,7 @@ def write_prompts(output: Path, prompts: Sequence[str], sources: Sequence[str], 
     """Write a prompts file; a file with the same prompts and sources stays as it is, folds included.
 
     Args:
-        output: the file.
         prompts: n texts.
-        sources: of each prompt.
-        overwrite: replace other content.
     Raises: ValueError if the file has other content and `overwrite` is False.
     """
     table = {"prompt": pa.array(prompts, pa.string()), "source": pa.array(sources, pa.string())}
@@ -94,12 +87,8 @@ def make_prompts_file(
 
     Args:
         sources: files, the most wanted first: of equal prompts the first stays.
-        output: the prompts file.
-        settings: limits of the cleaning.
         tokenizer: folder of CLIP's tokenizer, to leave out what Stable Diffusion would cut; None: no such limit.
         exclude: prompts files whose prompts are left out.
-        overwrite: replace other content of `output`.
-        options: of `gather` and `read_source`.
     Returns: the report.
     Raises: ValueError, before anything is written.
     """

@@ -43,7 +43,6 @@ def encode_prompts(
         prompts: n texts. The encoder truncates those of more than 256 tokens; one warning counts them.
         encoder: None: the packaged all-MiniLM-L6-v2.
         batch_size: prompts of 32 tokens per forward pass.
-        progress: show a bar of distinct prompts.
         dtype: float32 or bfloat16, of the computation.
     Returns: float32 [n, 384], unit rows.
     Raises: ValueError naming the row of an empty prompt; ValueError for another dtype.
@@ -111,8 +110,6 @@ def embed_table(
         device: auto, cpu or cuda; without effect if ranks are given.
         batch_size: prompts of 32 tokens per forward pass.
         dtype: of the computation, float32 or bfloat16; a file in float32 satisfies both.
-        overwrite: embed again in any case, without a .bak.
-        progress: show a bar of distinct prompts.
         ranks: share the chunks; each of them calls this. None: this process alone.
     Returns: path of the .npy file.
     Raises: ValueError naming the line of an empty prompt, or for an encoder that cannot be loaded; OSError on a full

@@ -107,7 +107,6 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
 
     Args:
         name_or_path: a sentence-transformers folder or hub id; None: the packaged all-MiniLM-L6-v2 (no network needed).
-        device: auto, cpu or cuda.
     Raises: ValueError if it is not there, is damaged, or has no 384 dimensions.
     """
     location = packaged_minilm() if name_or_path is None else Path(name_or_path)

@@ -122,7 +122,6 @@ def assign_folds(
         keep: assign folds only to prompts without one (-1); the others stay where they are.
         device: auto, cpu or cuda; without effect if ranks are given.
         ranks: search for similar pairs together; the main one does all else.
-        progress: show a bar.
     Returns: the report, with the folds hash of every file; None on ranks other than the main one.
     Raises: ValueError, before anything is written.
     """
@@ -177,7 +176,6 @@ def extend_once(
     were new, and continues with the same result.
 
     Args:
-        path: of the file for the result.
         previous: int8 [prompts], folds in the tables, -1 for none.
         num_rows: as in `extend_folds`, like pairs and seed.
     Returns: the folds before the first call and after it, both int8 [prompts].

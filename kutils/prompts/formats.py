@@ -61,8 +61,6 @@ def find_column(path: Path, names: Sequence[str], column: str | None) -> str:
     """The column or key that holds the prompts.
 
     Args:
-        path: of the file.
-        names: its columns or keys.
         column: the one to use; None: the first of PROMPT_COLUMNS, in upper or lower case.
     Raises: ValueError naming the columns of the file.
     """
@@ -99,13 +97,7 @@ def read_tsv(path: Path, column: str | None) -> Iterator[SourceEntry]:
 
 
 def tab_separated(stream: TextIO, first_number: int, num_columns: int, index: int) -> Iterator[SourceEntry]:
-    """The entries of tab-separated lines, from the current line on.
-
-    Args:
-        first_number: of the current line.
-        num_columns: that each line must have.
-        index: of the column of prompts.
-    """
+    """The entries of tab-separated lines, from the current line on."""
     for number, line in enumerate(stream, start=first_number):
         values = line.rstrip("\r\n").split("\t")
         if len(values) != num_columns:
@@ -265,7 +257,6 @@ def read_source(
     """Read the entries of one file in order, a few at a time (a JSON list is read whole).
 
     Args:
-        path: of the file.
         column: name of the column or key; None: the first of PROMPT_COLUMNS in the file.
         source_format: a key of READERS, or auto.
         skip_bad_lines: return entries with a flaw, instead of an error; for files with a few bad lines among many.

@@ -102,9 +102,7 @@ def join_prompts(
     Args:
         prompts: n texts.
         embeddings: float32 [n, D], their unit rows.
-        count: number of prompts to make.
         num_clusters: number of topics, at least 2.
-        seed: of the clusters and the draws.
     Returns: distinct prompts.
     Raises: ValueError for sizes that do not fit, or where so many prompts cannot be made of the pairs there are.
     """

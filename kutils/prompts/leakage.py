@@ -14,8 +14,6 @@ def leakage_report(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs,
     Args:
         folds: int8 [prompts].
         num_rows: int [prompts], rows of the data sets that hold the prompt.
-        pairs: similar prompts.
-        num_folds: number of folds.
     Returns: numbers ready for JSON; every `_share` is of prompts, except `rows_share` and `edges_cut_share`.
     """
     num_prompts, num_edges = len(folds), len(pairs.first)

@@ -25,7 +25,6 @@ def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
     """Make each prompt, in order, a leader, or a follower of the most similar earlier leader if there is one.
 
     Args:
-        num_prompts: number of prompts.
         pairs: similar ones, in any order, with first < second.
     Returns: int64 [num_prompts], the row of each prompt's leader; a leader has its own row.
     """
@@ -126,7 +125,6 @@ def deduplicate_table(
         dtype: of the embedding, as in `embed_table`.
         device: auto, cpu or cuda; without effect if ranks are given.
         ranks: search for similar pairs together.
-        overwrite: replace other content of the two parts; otherwise a second call must lead to the same.
     Returns: kept and rest, numbers of prompts; examples, pairs of a prompt that is left out and the one that it
         resembles; sources, name -> [kept, rest], if there is that column. None on ranks other than the main one.
     Raises: ValueError, before anything but embeddings is written.
@@ -167,7 +165,6 @@ def write_parts(
 
     Args:
         keep: bool [rows].
-        overwrite: replace files with other rows.
     Raises: ValueError for a file with other rows, before either is written.
     """
     parts = {kept_path: table.filter(pa.array(keep)), rest_path: table.filter(pa.array(~keep))}

@@ -39,8 +39,6 @@ def groups_by_kmeans(embeddings: np.ndarray, num_folds: int, seed: int = 0) -> n
 
     Args:
         embeddings: float32 [num_prompts, D].
-        num_folds: at least so many clusters.
-        seed: of the clustering.
     Returns: int [num_prompts], cluster of each prompt.
     """
     clusters = int(np.clip(len(embeddings) // 20, num_folds, KMEANS_CLUSTERS))
@@ -80,8 +78,6 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
 
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
-        pairs: similar prompts.
-        num_folds: number of folds.
         seed: METIS uses the random numbers of the C library, so that folds repeat on one machine, not on all.
     Returns: int8 [prompts].
     Raises: ValueError if a fold stays empty.
@@ -110,7 +106,6 @@ def cut_graph(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, 
     Args:
         graph: symmetric, its values are the weights of the edges.
         weights: int [vertices].
-        num_parts: number of parts.
         seed: from 0; the C library treats 0 as 1, so 1 is added.
         recursive: bisect repeatedly, instead of k-way partitioning.
     Returns: int [vertices], part of each.
@@ -148,8 +143,6 @@ def extend_folds(
     Args:
         folds: int8 [prompts], -1 for the new ones.
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
-        pairs: similar prompts.
-        num_folds: number of folds.
         seed: of METIS and of the order in which single prompts move.
     Returns: int8 [prompts].
     """
@@ -178,7 +171,6 @@ def place_parts(rows: np.ndarray, pull: np.ndarray, between: csr_array, room: np
     """Assign parts to folds one by one, the most attracted part first.
 
     Args:
-        rows: [parts], rows of each.
         pull: int [parts, folds], weight of the pairs between them; changed.
         between: [parts, parts], weight of the pairs between parts.
         room: [folds], rows that each fold can still take; changed.
@@ -207,7 +199,6 @@ def move_prompts(
         graph: weights of similar prompts, [prompts, prompts].
         num_rows: int [prompts].
         room: [folds], rows that each fold can still take.
-        seed: of the order of the prompts.
     """
     random = np.random.default_rng(seed)
     for _ in range(SWEEPS):
@@ -247,8 +238,6 @@ def assign(
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
         pairs: similar prompts; without effect for kmeans.
-        num_folds: number of folds.
-        method: one of FOLD_METHODS.
         seed: of partition and kmeans.
         embeddings: float32 [prompts, D], for kmeans alone.
     Returns: int8 [prompts], each fold from 0 to num_folds - 1 at least once.

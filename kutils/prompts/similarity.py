@@ -76,7 +76,6 @@ def similar_pairs(
             float32.
         folder: for finished strips, so that an interrupted call continues. Several ranks need it, and share it.
         ranks: share the strips.
-        progress: show a bar if the search takes more than 5 s.
     Returns: all pairs on the main rank, none on the others.
     Raises: ValueError for a threshold out of range, or a row that is not finite or not of unit length.
     """

@@ -21,7 +21,6 @@ class ChunkFiles:
     Args:
         path: the result that the chunks are for.
         work: all that the chunks depend on, as JSON knows it.
-        count: number of chunks.
     """
 
     def __init__(self, path: Path, work: dict, count: int):

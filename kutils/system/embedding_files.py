@@ -107,7 +107,6 @@ def take_embeddings(source_path: Path | str, target_path: Path | str) -> bool:
 
     Args:
         source_path: the embedded table, in which the prompts of the target occur, in any order and number.
-        target_path: the table that needs embeddings.
     Returns: whether the target has these embeddings now; False if the source has no embeddings of its own prompts with
         a record, if it lacks a prompt of the target, or if the target's embeddings have no record.
     """

@@ -9,11 +9,7 @@ LINE_SECONDS = 30  # between progress lines where there is no terminal: an hour'
 
 
 def progress_bar(total: int, unit: str, description: str | None = None, **options) -> tqdm:
-    """A bar of tqdm; without a terminal, where every state of it stays as a line, one state per LINE_SECONDS.
-
-    Args:
-        options: of tqdm.
-    """
+    """A bar of tqdm; without a terminal, where every state of it stays as a line, one state per LINE_SECONDS."""
     seconds = 0.1 if sys.stderr.isatty() else LINE_SECONDS
     return tqdm(total=total, unit=unit, desc=description, mininterval=seconds, **options)
 

@@ -22,7 +22,6 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
 
     Args:
         path: the file. The line number of row i is i + 2.
-        columns: names that the header must have.
     Raises: ValueError for a missing file or column, a row of another length, bytes that are not UTF-8, a fold that is
         no integer of -1 to 9, or an empty line.
     """

@@ -40,7 +40,6 @@ def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: to
 
     Args:
         model: the network, wrapped by `distribute`, in training mode.
-        batch_size: of the local batches.
     Returns: whether the network is compiled now.
     Raises: RuntimeError out of memory.
     """
@@ -194,7 +193,6 @@ def evaluate(
         network: not wrapped.
         loader: over rows rank, rank + world_size, ... of all.
         total: rows over all ranks; every one is predicted exactly once, whatever the number of ranks.
-        keep_features: keep what the head saw, too.
     """
     network.eval()
     empty = torch.zeros(0, network.fc.out_features, device=ranks.device)

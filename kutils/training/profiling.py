@@ -42,10 +42,8 @@ class UpdateProfiler:
         """Begin, before the first update.
 
         Args:
-            folder: of the run.
             num_updates: to profile, after WARMUP.
             left: updates that the run has left; of fewer than needed, the warm-up is cut first.
-            say: shows a text to the user.
         """
         self.folder, self.device, self.say, self.done = folder, device, say, 0
         self.profile = None
@@ -115,8 +113,6 @@ def read_trace(path: Path) -> list[dict]:
 def shares(events: list[dict]) -> dict[str, float]:
     """What the time of the profiled updates went by in, evaluations between them left out: shares of it, in [0, 1].
 
-    Args:
-        events: of a trace.
     Returns: each of PARTS. On a CPU they exclude each other. With a GPU, waiting is the host's; the other parts are the
         time in which the GPU did what was launched in them, and IDLE that in which it did nothing.
     """
@@ -234,7 +230,6 @@ def waiting_advice(recipe: Recipe, share: float, cores: int | None, ranks: int |
     """What to change where a run waits for data.
 
     Args:
-        recipe: of the run.
         share: of the time, spent waiting.
         cores, ranks: of one machine; None where they are not known.
     """

@@ -31,7 +31,6 @@ def label_rows(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000
     """Sort rows into slices by their prompts, in four ways; five where a data set says which generator made an image.
 
     Args:
-        data: the data sets of a recipe.
         rows: int [n], of the data set list.
         fold: the validation fold; all other rows are training rows.
         most: distinct prompts whose nearest training prompt is searched for; of more, so many are drawn.

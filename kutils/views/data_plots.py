@@ -83,7 +83,6 @@ def prompt_map(points: np.ndarray, labels: Mapping[str, Sequence[str]], title: s
     Args:
         points: float [n, 2], of a projection of the prompts' embeddings.
         labels: title of the panel -> the label of each point. The ten most frequent ones have colours.
-        title: of the figure.
     Raises: ValueError for no point, another number of labels, or a point that is not finite.
     """
     check_same_length(labels=list(labels))
@@ -156,8 +155,6 @@ def image_statistics(image_paths: Sequence) -> Figure:
 def image_counts(reports: Sequence[dict]) -> Figure:
     """Prompts by their number of images, and images by their size, of several data sets together.
 
-    Args:
-        reports: of `checking.check_datasets`.
     Raises: ValueError for no report, or none with an image that decodes.
     """
     check_same_length(reports=reports)

@@ -127,7 +127,6 @@ class Exploration:
         """Find the nearest prompts to words, by their embeddings, each with an image.
 
         Args:
-            words: a prompt.
             fold: search among the prompts of this fold; -1: among all.
         Returns: columns image, prompt, cosine, fold; the nearest first.
         Raises: ValueError for no words, a fold without prompts, or words that cannot be embedded.
@@ -195,7 +194,6 @@ class Exploration:
         """Choose validation images of different prompts, with the prompts nearest to a model's predictions.
 
         Args:
-            model: empty: the best.
             sort: worst, best, random, or disagreement: those on which the models differ most.
         Returns: columns position (among the rows of the fold), image, prompt, cosine, nearest (the prompt nearest to
             the prediction), agreement.

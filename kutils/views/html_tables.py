@@ -45,7 +45,6 @@ def html_table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None,
         frame: one row of the table per row; the index is the first column unless it only counts.
         formats: column -> a format such as "{:.4f}", or a function of a value; else integers get separators of
             thousands, floats four decimals, and all other values are taken as text.
-        caption: above the table.
     Raises: ValueError for a format of a column that is not there, or columns of one name.
     """
     first = "td"

@@ -36,7 +36,6 @@ def image_grid(images: Sequence, titles: Sequence[str], columns: int = 4) -> Fig
     Args:
         images: paths, Pillow images or uint8 [H, W, 3] arrays; a file that cannot be read leaves an empty tile.
         titles: one text per image, such as its prompt; long ones are wrapped and cut after five lines.
-        columns: images side by side.
     Raises: ValueError for no image, or another number of titles.
     """
     check_same_length(images=images, titles=titles)
@@ -54,7 +53,6 @@ def predictions(rows: pd.DataFrame, columns: int = 4) -> Figure:
 
     Args:
         rows: columns image (as the images of `image_grid`), prompt, nearest, cosine (of prediction and true prompt).
-        columns: images side by side.
     Raises: ValueError for no row, or a cosine that is not finite.
     """
     finite(rows["cosine"], "cosines")
@@ -118,8 +116,6 @@ def ranked_images(rows: pd.DataFrame, columns: int = 5, title: str = "") -> Figu
     Args:
         rows: of `Exploration.search`, best first: columns image (as the images of `image_grid`), prompt, and cosine, of
             the prompt and what was searched for.
-        columns: images side by side.
-        title: what was searched for.
     Raises: ValueError for no image, or a cosine that is not finite.
     """
     finite(rows["cosine"], "cosines")
@@ -196,7 +192,6 @@ def new_tiles(
     """Make a figure with room for `count` images of `width` inches and their texts; tiles without an image stay empty.
 
     Args:
-        columns: images side by side; fewer where there are fewer images.
         text_lines: most lines of text below an image.
         title_lines: most lines above one.
         title: of the figure; a long one is cut after two lines.

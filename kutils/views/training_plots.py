@@ -31,7 +31,6 @@ def learning_curve(metrics_path: Path | str, baseline: float | None = None) -> F
     """Loss, learning rate and validation cosine of one run, finished or not.
 
     Args:
-        metrics_path: the run's metrics.jsonl.
         baseline: the mean-prompt baseline, drawn as a line.
     Raises: ValueError if nothing has been logged yet.
     """

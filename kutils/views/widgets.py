@@ -113,9 +113,7 @@ def search(explored: Exploration, words: str, fold: int = -1, count: int = 10) -
     """Search prompts by words: images of the nearest prompts.
 
     Args:
-        words: of the first search.
         fold: search among the prompts of this fold; -1: among all.
-        count: number of prompts.
     """
 
     def show(words: str, fold: int, count: int) -> Sequence:
@@ -167,9 +165,7 @@ def own_image(explored: Exploration, fold: int, image: str = "", count: int = 8)
     """Show the prompts nearest to what each model and the ensemble predict for an image, given by path or uploaded.
 
     Args:
-        fold: of the models.
         image: a file; empty: the validation image of fold `fold` that the models agree on least.
-        count: prompts per model.
     """
     folder = Path(tempfile.mkdtemp(prefix="kutils_"))
     first = Path(image) if image else explored.examples(fold, sort="disagreement", count=1)["image"][0]
