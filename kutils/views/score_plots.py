@@ -10,25 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kutils.views.figures import (
-    BLUE,
-    COLORS,
-    ORANGE,
-    TEXT,
-    check_same_length,
-    despine,
-    finite,
-    legend_below,
-    new_axes,
-    styled,
-    thousands,
-)
+from kutils.views import figures
 from kutils.views.model_style import LINES, family_of, model_color, model_styles
 
 FILLS = {"-": "full", "--": "none", "-.": "left", ":": "bottom"}  # of a dot, in place of the line style
 
 
-@styled()
+@figures.styled()
 def similarity_histogram(
     cosines: Sequence[float] | Mapping[str, Sequence[float]], threshold: float | None = None
 ) -> Figure:
@@ -40,18 +28,18 @@ def similarity_histogram(
     Raises: ValueError for an empty set or a value that is not finite.
     """
     named = cosines if isinstance(cosines, Mapping) else {"": cosines}
-    sets = {name: finite(values, "cosines") for name, values in named.items()}
+    sets = {name: figures.finite(values, "cosines") for name, values in named.items()}
     if not sets:
         raise ValueError("nothing to draw: no cosines")
     low, high = min(values.min() for values in sets.values()), max(values.max() for values in sets.values())
     if high - low < 0.01:  # equal but for rounding, such as duplicates
         low, high = low - 0.05, high + 0.05
     bins = np.linspace(low, high, 51)
-    figure, (axes,) = new_axes()
+    figure, (axes,) = figures.new_axes()
     models = all(family_of(name) for name in sets)
     for number, (name, values) in enumerate(sets.items()):
         style = {
-            "color": model_color(name) if models else COLORS[number % len(COLORS)],
+            "color": model_color(name) if models else figures.COLORS[number % len(figures.COLORS)],
             "linestyle": LINES[number % len(LINES)],
         }
         summary = f"mean {values.mean():.3f}"
@@ -63,26 +51,28 @@ def similarity_histogram(
         label = f"{name} ({len(values):,}): {summary}" if name else None
         axes.plot(np.repeat(bins, 2), outline, linewidth=1.5, label=label, **style)
         if threshold is None or not name:
-            style |= {} if len(sets) > 1 else {"color": ORANGE}
+            style |= {} if len(sets) > 1 else {"color": figures.ORANGE}
             axes.axvline(values.mean(), label=None if name else summary, **style)
     if threshold is not None:
-        axes.axvline(threshold, color=TEXT, linestyle="--")
+        axes.axvline(threshold, color=figures.TEXT, linestyle="--")
     axes.set(xlabel="cosine similarity", ylabel="share of the set", title="Cosine similarity", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    legend_below(axes)
-    despine(axes, grid="y")
+    figures.legend_below(axes)
+    figures.despine(axes, grid="y")
     return figure
 
 
-@styled()
+@figures.styled()
 def bars(
-    values: Mapping[str, float], texts: Sequence[str], start: float = 0.0, *, color: str | Sequence[str] = BLUE
+    values: Mapping[str, float], texts: Sequence[str], start: float = 0.0, *, color: str | Sequence[str] = figures.BLUE
 ) -> tuple[Figure, Axes]:
     """Horizontal bars from `start`, the first on top, each with its text at the end; one color, or one per bar."""
-    ends = finite(list(values.values()), "values")
+    ends = figures.finite(list(values.values()), "values")
     # break a published recipe's name of 80 characters behind an underscore
     names = [textwrap.fill(name.replace("_", "_ "), 44, break_on_hyphens=False).replace("_ ", "_") for name in values]
-    figure, (axes,) = new_axes(height=max(2.2, 1.3 + 0.36 * len(ends) + 0.17 * sum(name.count("\n") for name in names)))
+    figure, (axes,) = figures.new_axes(
+        height=max(2.2, 1.3 + 0.36 * len(ends) + 0.17 * sum(name.count("\n") for name in names))
+    )
     axes.barh(range(len(ends)), ends - start, left=start, color=color, height=0.65, label=list(values))
     for number, (end, text) in enumerate(zip(ends, texts, strict=True)):
         axes.annotate(text, (max(end, start), number), (5, 0), textcoords="offset points", va="center")
@@ -90,14 +80,14 @@ def bars(
     axes.invert_yaxis()
     low, high = min(start, ends.min()), max(start, ends.max())
     axes.set_xlim(low - 0.02 * (high - low), high + 0.3 * (high - low or 1))  # room for the texts
-    axes.axvline(start, color=TEXT, linewidth=1)
+    axes.axvline(start, color=figures.TEXT, linewidth=1)
     axes.tick_params(axis="y", length=0)
-    despine(axes, grid="x")
+    figures.despine(axes, grid="x")
     axes.spines["left"].set_visible(False)
     return figure, axes
 
 
-@styled()
+@figures.styled()
 def bar_scores(
     scores: Mapping[str, float], baseline: float | None = None, title: str = "Validation cosine similarity"
 ) -> Figure:
@@ -116,7 +106,7 @@ def bar_scores(
     return figure
 
 
-@styled()
+@figures.styled()
 def bar_weights(weights: Mapping[str, float]) -> Figure:
     """One bar per ensemble weight. Raises: ValueError for no weight, or one that is not finite."""
     texts = [f"{weight:.3f}" for weight in weights.values()]
@@ -125,7 +115,7 @@ def bar_weights(weights: Mapping[str, float]) -> Figure:
     return figure
 
 
-@styled()
+@figures.styled()
 def bar_times(seconds: Mapping[str, float], title: str) -> Figure:
     """One bar per duration. Raises: ValueError for no duration, or one that is not finite."""
     texts = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in seconds.values()]
@@ -135,16 +125,16 @@ def bar_times(seconds: Mapping[str, float], title: str) -> Figure:
     return figure
 
 
-@styled()
+@figures.styled()
 def bar_counts(counts: Mapping[str, int], title: str, unit: str) -> Figure:
     """One bar per number of things, such as prompts per reason. Raises: ValueError for no number."""
     figure, axes = bars(counts, [f"{count:,}" for count in counts.values()])
     axes.set(title=title, xlabel=unit)
-    thousands(axes.xaxis)
+    figures.thousands(axes.xaxis)
     return figure
 
 
-@styled()
+@figures.styled()
 def benchmark_ratios(entries: Sequence[dict]) -> Figure:
     """How many times better than the published or plain way, on a logarithmic scale: entries of the benchmark.
 
@@ -153,16 +143,18 @@ def benchmark_ratios(entries: Sequence[dict]) -> Figure:
     Raises: ValueError where none has one.
     """
     compared = [item for item in entries if item["ratio"]]
-    check_same_length(entries=compared)
+    figures.check_same_length(entries=compared)
     ratios = {item["name"]: math.log10(item["ratio"]) for item in compared}
     texts = [f"{item['ratio']:.3g} ({item['ours']:,.3g}, {item['reference']:,.3g} {item['unit']})" for item in compared]
-    figure, axes = bars(ratios, texts, color=[BLUE if ratio >= 0 else ORANGE for ratio in ratios.values()])
+    figure, axes = bars(
+        ratios, texts, color=[figures.BLUE if ratio >= 0 else figures.ORANGE for ratio in ratios.values()]
+    )
     axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
     axes.set(title="Compared with the published or plain way", xlabel="times better (ours and theirs in brackets)")
     return figure
 
 
-@styled()
+@figures.styled()
 def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float]) -> Figure:
     """Mean cosine of every slice, a dot per model, beside each model's mean over all rows (a line).
 
@@ -176,7 +168,9 @@ def slice_scores(tables: Mapping[str, pd.DataFrame], means: Mapping[str, float])
         raise ValueError("nothing to draw: every slicing puts all rows into one slice")
     rows = -(-len(tables) // 2)
     panel = 1.3 + 0.36 * max(len(table) for table in tables.values())
-    figure, all_axes = new_axes(min(2, len(tables)), rows, width=13, height=max(3.4, rows * panel + 0.25 * len(means)))
+    figure, all_axes = figures.new_axes(
+        min(2, len(tables)), rows, width=13, height=max(3.4, rows * panel + 0.25 * len(means))
+    )
     figure.get_layout_engine().set(h_pad=0.12)
     scores = np.concatenate([[*means.values()], *(table[list(means)].to_numpy().ravel() for table in tables.values())])
     low, high = scores.min(), scores.max()
@@ -205,4 +199,4 @@ def draw_slices(axes: Axes, table: pd.DataFrame, means: Mapping[str, float]) -> 
     names = [f"{label} ({images:,})" for label, images in table["images"].items()]
     axes.set_yticks(places, names, parse_math=False)
     axes.set_ylim(len(table) - 0.4, -0.6)
-    despine(axes)
+    figures.despine(axes)
