@@ -89,7 +89,6 @@ from kutils.benchmarks import step
 if "step" in chosen:
     for model in step.model_names(models):
         measuring.save_entries(step.measure_training(model, repeats))
-        measuring.save_entries(step.measure_data_wait(model))
 
 # %% [markdown]
 # ## What do these ways change?
@@ -158,7 +157,6 @@ if "embed_prompts" in chosen:
 # %%
 if "similar_pairs" in chosen:
     measuring.save_entries(similarity.measure_similar_pairs(embeddings, repeats))
-    measuring.save_entries(similarity.measure_seed_scale(repeats))
 if "folds" in chosen:
     measuring.save_entries(similarity.measure_leakage(embeddings, repeats))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from kutils.benchmarks import measuring
 from kutils.data import prompt_bank
@@ -23,7 +22,6 @@ from kutils.system.tables import read_table, write_table
 THRESHOLD = 0.7  # of the published folds
 SIZES = (15_000, 30_000, 60_000, 120_000)  # prompts
 COMPARED = 60_000  # prompts at most that FAISS searches, in 13 s on two cores; twice as many would take four times that
-SEED_PROMPTS = 3_378_588  # of the six published sets
 NUM_FOLDS = 10
 NEIGHBOURS = 10
 
@@ -120,27 +118,6 @@ def measure_memory(embeddings: np.ndarray) -> float:
         pairs = similar_pairs(embeddings, THRESHOLD)
     copies = embeddings.size * (4 + 2) + 2 * sum(column.nbytes for column in pairs)  # pairs: strips, and joined
     return peak[0] - before - copies / 1e6
-
-
-def measure_seed_scale(repeats: int = 3) -> list[measuring.Entry]:
-    """Seconds for all pairs among as many rows as the six published sets have prompts, on a GPU; nothing without one.
-
-    The rows are random, in groups of five neighbours.
-    """
-    if not torch.cuda.is_available():
-        return []
-    random = np.random.default_rng(0)
-    rows = np.empty((SEED_PROMPTS, 384), np.float32)
-    for start in range(0, SEED_PROMPTS, 100_000):
-        count = min(100_000, SEED_PROMPTS - start)
-        centres = np.repeat(random.standard_normal((-(-count // 5), 384), np.float32), 5, axis=0)[:count]
-        block = centres + 0.5 * random.standard_normal((count, 384), np.float32)
-        rows[start : start + count] = block / np.linalg.norm(block, axis=1, keepdims=True)
-    return [
-        measuring.make_entry(
-            f"similar_pairs_{SEED_PROMPTS}", "s", [time_pairs(rows, "auto")[0] for _ in range(repeats)]
-        )
-    ]
 
 
 def measure_nearest(count: int = 1_000_000, repeats: int = 3) -> list[measuring.Entry]:

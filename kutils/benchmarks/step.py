@@ -5,17 +5,12 @@ On a GPU the five networks of the recipes, on a CPU the tiny ones. Weights are r
 
 import dataclasses
 import itertools
-import os
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from kutils.benchmarks import flops, measuring, published
-from kutils.benchmarks import loader as benchmark_loader
 from kutils.data import transforms
 from kutils.models import networks
 from kutils.runs import recipes
@@ -189,77 +184,3 @@ def with_memory(device: torch.device, build: Callable, use: Callable) -> tuple[o
         use(built)
     torch.cuda.synchronize(device)
     return built, torch.cuda.max_memory_allocated(device) - before
-
-
-# ---------------------------------------------------------------- waiting for data
-
-
-class Pictures(Dataset):
-    """Image files, over and over, as training examples.
-
-    Args:
-        load: (path, number) -> dict of tensors.
-    """
-
-    def __init__(self, files: Sequence[Path], load: Callable[[Path, int], dict]):
-        self.files, self.load = files, load
-
-    def __len__(self) -> int:
-        return 10**6
-
-    def __getitem__(self, number: int) -> dict:
-        target = torch.zeros(EMBEDDING_DIM)
-        target[number % EMBEDDING_DIM] = 1
-        return self.load(self.files[number % len(self.files)], number) | {"target": target}
-
-
-def measure_data_wait(model: str, num_workers: int = 8, seconds: float = 10.0) -> list[measuring.Entry]:
-    """Share of the time that training waits for batches of WebP files of 512 px, beside the published loader and step.
-
-    Measured once: nothing is repeated, and the spread is 0.
-
-    Args:
-        num_workers: of the loader; no more than there are cores.
-        seconds: of training, at least, of each.
-    """
-    device = devices.pick_device("auto")
-    recipe = dataclasses.replace(benchmark_recipe(model), augment=True)
-    size = recipe.input_size
-    transform = published.training_transform(size, recipe.mean, recipe.std)
-
-    def load_ours(path: Path, number: int) -> dict:
-        image, jitter = transforms.random_crop_and_jitter(transforms.decode_rgb(path), size, (recipe.seed, number))
-        return {"image": image, "jitter": jitter}
-
-    def load_theirs(path: Path, number: int) -> dict:
-        return {"image": published.load_image(path, transform)}
-
-    def waiting(load: Callable, update: Callable[[dict], object]) -> float:
-        loader = DataLoader(
-            Pictures(files, load),
-            batch_size=recipe.max_local_batch_size,
-            num_workers=num_workers,
-            pin_memory=device.type == "cuda",
-            multiprocessing_context="fork",
-        )
-        batches, waited = iter(loader), 0.0
-        for _ in range(3):
-            update(next(batches))
-        measuring.synchronize(device)
-        began = time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            update(batch)
-            measuring.synchronize(
-                device
-            )  # else the time that the device still needs would be waited for with the next batch
-        return 100 * waited / (time.perf_counter() - began)
-
-    num_workers = min(num_workers, os.cpu_count() or 1)
-    with benchmark_loader.picture_files("webp") as files:
-        ours = waiting(load_ours, Ours(recipe, device).update)
-        trainer = published_trainer(recipe, device, half=device.type == "cuda")
-        theirs = waiting(load_theirs, lambda batch: trainer.update(batch["image"], batch["target"]))
-    return [measuring.make_entry(f"data_wait_{model}", f"% with {num_workers} workers", [ours], [theirs])]
