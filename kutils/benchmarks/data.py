@@ -36,9 +36,9 @@ def measure_check(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]
     for _ in range(repeats):
         for times, num_workers in ((two, 2), (one, 1)):
             began = time.monotonic()
-            found = image_files.scan(lambda row: files[row].read_bytes(), np.arange(images), num_workers)
+            scanned = image_files.scan(lambda row: files[row].read_bytes(), np.arange(images), num_workers)
             times.append(time.monotonic() - began)
-            assert found.decoded.all()
+            assert scanned.decoded.all()
     shutil.rmtree(folder)
     return [measuring.make_entry("check_images", "s", two, one)]
 

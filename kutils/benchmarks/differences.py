@@ -65,13 +65,13 @@ def loss_differences(model: str) -> list[measuring.Entry]:
     recipe = dataclasses.replace(recipe, amp_dtype="float32", augment=False, drop_path_rate=0.0)
     rounded = dataclasses.replace(recipe, amp_dtype="bfloat16")
     plain, sharp = (published_losses(recipe, device, rho) for rho in (0.0, step.RHO))
-    found = {
+    apart_by_name = {
         f"difference_loss_{model}": np.abs(our_losses(recipe, device, 0.0) - plain),
         f"difference_loss_sam_{model}": np.abs(our_losses(recipe, device, step.RHO) - sharp),
         f"difference_loss_bfloat16_{model}": np.abs(our_losses(rounded, device, 0.0) - plain),
     }
     unit = f"of {plain.mean():.2f}, at most"
-    return [measuring.make_entry(name, unit, [float(apart.max())]) for name, apart in found.items()]
+    return [measuring.make_entry(name, unit, [float(apart.max())]) for name, apart in apart_by_name.items()]
 
 
 def random_batches(recipe: Recipe, device: torch.device) -> list[dict]:

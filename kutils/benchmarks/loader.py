@@ -134,10 +134,10 @@ def random_pictures(count: int, size: int = IMAGE_SIZE) -> list[Image.Image]:
 
 def read_pictures(folder: Path) -> list[Image.Image]:
     """Up to NUM_PICTURES images of a folder, evenly spread over their names, as squares of 512 px."""
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_NAMES)
-    if not found:
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_NAMES)
+    if not files:
         raise ValueError(f"no images in {folder} ({', '.join(sorted(IMAGE_NAMES))})")
-    chosen = found[:: max(1, len(found) // NUM_PICTURES)][:NUM_PICTURES]
+    chosen = files[:: max(1, len(files) // NUM_PICTURES)][:NUM_PICTURES]
     square = (IMAGE_SIZE, IMAGE_SIZE)
     return [Image.open(path).convert("RGB").resize(square, Image.Resampling.LANCZOS) for path in chosen]
 

@@ -51,14 +51,14 @@ def time_pairs(embeddings: np.ndarray, dtype: str) -> tuple[float, SimilarPairs]
 
 
 def time_faiss(embeddings: np.ndarray) -> tuple[float, int]:
-    """Seconds of FAISS's exact range search of all rows among all, by the CPU, and the number of pairs it found."""
+    """Seconds of FAISS's exact range search of all rows among all, by the CPU, and the number of pairs."""
     import faiss
 
     began = time.monotonic()
     index = faiss.IndexFlatIP(embeddings.shape[1])
     index.add(embeddings)
-    _, _, found = index.range_search(embeddings, THRESHOLD)
-    return time.monotonic() - began, (len(found) - len(embeddings)) // 2  # each pair twice, and each row with itself
+    _, _, hits = index.range_search(embeddings, THRESHOLD)
+    return time.monotonic() - began, (len(hits) - len(embeddings)) // 2  # each pair twice, and each row with itself
 
 
 def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.Entry]:
@@ -137,10 +137,10 @@ def measure_nearest(count: int = 1_000_000, repeats: int = 3) -> list[measuring.
             if search is search_faiss and importlib.util.find_spec("faiss") is None:
                 continue
             measuring.forget_files(folder)
-            found, seconds = search(path, queries)
+            indices, seconds = search(path, queries)
             for name, took in zip(times, seconds, strict=True):
                 times[name].append(took)
-            assert np.array_equal(found[:, 0], np.linspace(0, count - 1, 256, dtype=int)), "others are nearer"
+            assert np.array_equal(indices[:, 0], np.linspace(0, count - 1, 256, dtype=int)), "others are nearer"
     path.unlink()
     name = f"nearest_prompts_{count}"
     return [
@@ -169,9 +169,9 @@ def search_bank(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[float
     bank = PromptBank.load(path)
     times = [began]
     for some in (queries[:1], queries[-1:], queries):
-        found, _ = bank.nearest(some, NEIGHBOURS)
+        indices, _ = bank.nearest(some, NEIGHBOURS)
         times.append(time.monotonic())
-    return found, np.diff(times).tolist()
+    return indices, np.diff(times).tolist()
 
 
 def search_faiss(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[float]]:
@@ -184,9 +184,9 @@ def search_faiss(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[floa
         index.add(block.numpy())
     times = [began]
     for some in (queries[:1], queries[-1:], queries):
-        _, found = index.search(some, NEIGHBOURS)
+        _, indices = index.search(some, NEIGHBOURS)
         times.append(time.monotonic())
-    return found, np.diff(times).tolist()
+    return indices, np.diff(times).tolist()
 
 
 def measure_leakage(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.Entry]:

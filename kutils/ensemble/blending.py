@@ -9,7 +9,7 @@ METHODS = ("equal", "family", "dimension")
 PULLS = (np.inf, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 MOST_ROWS = 20_000  # that weights per dimension are fitted on: 1,536 numbers need no more
 PROMPTS_PER_TOPIC, MOST_TOPICS = 8, 50
-LEAST_GROUPS = 5  # that tell how much a mean varies
+LEAST_GROUPS = 5  # from which a standard error is estimated
 
 
 # ---------------------------------------------------------------- combining
@@ -87,8 +87,8 @@ def fit_family_weights(predictions: np.ndarray, targets: np.ndarray) -> np.ndarr
     num_families = len(predictions)
     candidates = [np.full(num_families, 1 / num_families), *np.eye(num_families)]
     for start in list(candidates):
-        found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * num_families).x
-        candidates.append(found / max(found.sum(), 1e-12))
+        fitted = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * num_families).x
+        candidates.append(fitted / max(fitted.sum(), 1e-12))
     return min(candidates, key=lambda weights: loss_and_gradient(weights)[0])
 
 
@@ -97,10 +97,10 @@ def fit_dimension_weights(
 ) -> np.ndarray:
     """One weight per family and dimension that maximise the mean cosine, pulled towards the family weights.
 
-    In every dimension the weights sum to 1: free, they would also learn how large a dimension is in these rows, and it
-    is another in the images to come (measured on the rendered shapes, 390 rows: 0.654 on rows like these and 0.596 on
-    fresh prompts, family weights 0.615 and 0.611; held to a sum of 1, 0.615 and 0.611). How strong the pull is, halves
-    of these rows decide; where none helps, the family weights stay.
+    In every dimension the weights sum to 1. Without that they would also fit how large each dimension is in these rows,
+    which differs in new images (measured on the rendered shapes, 390 rows: 0.654 on rows like these and 0.596 on fresh
+    prompts, family weights 0.615 and 0.611; with a sum of 1, 0.615 and 0.611). The strength of the pull is chosen by
+    cross-validation on two halves of these rows; if no pull helps, the family weights stay.
 
     Args:
         predictions, targets: as in `fit_family_weights`; of more than MOST_ROWS rows that many are drawn.
@@ -113,14 +113,14 @@ def fit_dimension_weights(
         predictions, targets, groups = predictions[:, drawn], targets[drawn], groups[drawn]
     first = split_groups(groups, seed)
 
-    def tried_out(pull: float) -> float:
+    def validation_score(pull: float) -> float:
         scores = []
         for a, b in ((first, ~first), (~first, first)):
             weights = pulled_weights(predictions[:, a], targets[a], family_weights, pull)
             scores.append(mean_cosine(weighted_sum(weights, predictions[:, b]), targets[b]))
         return sum(scores)
 
-    pull = np.inf if first.all() else max(PULLS, key=tried_out)
+    pull = np.inf if first.all() else max(PULLS, key=validation_score)
     return pulled_weights(predictions, targets, family_weights, pull)
 
 
@@ -143,8 +143,8 @@ def pulled_weights(predictions: np.ndarray, targets: np.ndarray, family_weights:
         loss = pull * np.square(change).sum() - cosines.mean(dtype=np.float64)
         return float(loss), (gradient - gradient.mean(axis=0)).ravel().astype(np.float64)
 
-    found = minimize(loss_and_gradient, np.zeros(prior.size), jac=True, method="L-BFGS-B", options={"maxiter": 100}).x
-    change = found.reshape(prior.shape)
+    fitted = minimize(loss_and_gradient, np.zeros(prior.size), jac=True, method="L-BFGS-B", options={"maxiter": 100}).x
+    change = fitted.reshape(prior.shape)
     return prior + change - change.mean(axis=0)
 
 
@@ -237,9 +237,9 @@ def fit_and_score(
         },
         "over_equal": {method: gain(cosines(outside, weights[method]), equal, groups[~seen]) for method in METHODS[1:]},
         "leave_one_out": {
-            name: score(outside[kept], fit_family_weights(inside[kept], fit_targets))
-            for name, kept in without.items()
-            if kept
+            name: score(outside[others], fit_family_weights(inside[others], fit_targets))
+            for name, others in without.items()
+            if others
         },
         "error_correlations": {
             name: dict(zip(names, row, strict=True)) for name, row in zip(names, correlations.tolist(), strict=True)

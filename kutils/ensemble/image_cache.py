@@ -33,15 +33,15 @@ def find_images(folder: Path | str, *, same_name_is_error: bool = True) -> list[
     if not folder.is_dir():
         raise ValueError(f"no folder of images at {folder}")
     known = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = [path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
-    found.sort(key=lambda path: (path.stem, path.name))
-    for first, second in itertools.pairwise(found):
+    images = [path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
+    images.sort(key=lambda path: (path.stem, path.name))
+    for first, second in itertools.pairwise(images):
         if first.stem == second.stem:
             same = f"{first} and {second.name} have the same id {first.stem!r}"
             if same_name_is_error:
                 raise ValueError(f"{same}; rename or remove one of them")
             warnings.warn(f"{same}; the first is taken", stacklevel=2)
-    return [next(files) for _, files in itertools.groupby(found, key=lambda path: path.stem)]
+    return [next(files) for _, files in itertools.groupby(images, key=lambda path: path.stem)]
 
 
 class SquareImages(torch.utils.data.Dataset):
@@ -61,10 +61,10 @@ class SquareImages(torch.utils.data.Dataset):
 
 
 class PixelCache:
-    """All images at one input size. What was decoded is kept in a file without a name, within a budget.
+    """All images at one input size. Decoded images are cached in an unnamed temporary file, up to a budget.
 
-    The file lies in memory as far as there is some (the system's page cache) and is gone with the process, however that
-    ends. Images beyond the budget are decoded again whenever they are asked for.
+    The system keeps the file in memory as far as there is room (its page cache), and frees it when the process ends.
+    Images beyond the budget are decoded again whenever they are asked for.
 
     Args:
         input_size: side of the square, px.
@@ -104,7 +104,7 @@ class PixelCache:
         return self.capacity * 3 * self.input_size**2
 
     def batches(self, positions: Sequence[int], batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """The images at some positions, those that are kept first.
+        """The images at some positions, those that are cached first.
 
         Yields: positions int [B], pixels uint8 [B, 3, S, S]; black for an unreadable image, which then stands in `bad`.
         """
@@ -123,7 +123,7 @@ class PixelCache:
             num_workers=num_workers,
             timeout=loaders.WORKER_SECONDS if num_workers else 0,
             collate_fn=datasets.collate,
-            generator=torch.Generator(),  # a loader draws a seed when it starts; nobody else's numbers must move
+            generator=torch.Generator(),  # a starting loader draws a seed; the global generator must not advance
         )
         decoded = loaders.batches(loader)  # its processes are forked here, before threads of the models run
         for start in range(0, len(known), batch_size):
@@ -132,8 +132,8 @@ class PixelCache:
         for batch in decoded:
             chosen, bad = batch["row"].numpy(), dict(batch["bad"])
             self.bad = {position: reason for position, reason in self.bad.items() if position not in chosen} | bad
-            kept = (chosen < self.capacity) & ~np.isin(chosen, list(bad))  # a mount may fail once
-            if kept.any():
-                self.pixels[chosen[kept]] = batch["image"].numpy()[kept]
-                self.stored[chosen[kept]] = True
+            cached = (chosen < self.capacity) & ~np.isin(chosen, list(bad))  # a mount may fail once
+            if cached.any():
+                self.pixels[chosen[cached]] = batch["image"].numpy()[cached]
+                self.stored[chosen[cached]] = True
             yield chosen, batch["image"]

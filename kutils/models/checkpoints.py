@@ -36,7 +36,7 @@ def save_checkpoint(path: Path, model: PromptEmbedder, recipe: Recipe, **facts) 
 
 
 def save(path: Path, content: dict) -> None:
-    """torch.save to a temporary name, then rename; a full disk leaves the former file."""
+    """torch.save to a temporary name, then rename; a full disk leaves the previous file."""
     try:
         with paths.atomic_path(path) as temporary:
             torch.save(content, temporary)
@@ -67,7 +67,7 @@ def save_half(path: Path, content: dict) -> None:
 
 
 def read_half(path: Path) -> dict:
-    """Read what `save_half` wrote; one of UNREADABLE if it is none."""
+    """Read what `save_half` wrote; raises one of UNREADABLE for another file."""
     with safe_open(path, "pt") as stored:
         texts = stored.metadata() or {}
         facts = json.loads(texts[HEADER_KEY])
@@ -87,7 +87,7 @@ def hash_weights(weights: dict[str, torch.Tensor], facts: dict) -> str:
 
 
 def read(path: Path) -> dict:
-    """Load a .pth or .safetensors checkpoint to the CPU, running no code in it; ValueError if it is none."""
+    """Load a .pth or .safetensors checkpoint to the CPU, running no code in it; ValueError if it is not one."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
@@ -111,9 +111,9 @@ def read(path: Path) -> dict:
 
 def load_weights(model: PromptEmbedder, weights: dict, path: Path) -> None:
     """Load weights of the published layout strictly; ValueError naming what is missing, left over or misshapen."""
-    if found := published.differences(model, weights):
-        more = f" and {len(found) - 5} more differences" if len(found) > 5 else ""
-        raise ValueError(f"{path} is of another network: it {'; '.join(found[:5])}{more}")
+    if mismatches := published.differences(model, weights):
+        more = f" and {len(mismatches) - 5} more differences" if len(mismatches) > 5 else ""
+        raise ValueError(f"{path} is of another network: it {'; '.join(mismatches[:5])}{more}")
     published.load_published(model, weights)
 
 
@@ -136,7 +136,7 @@ def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder
         recipe: None takes the checkpoint's own.
     Returns: the model in evaluation mode, its recipe, and the facts beside the weights (fold, folds_hashes, epoch,
         cosine_similarity).
-    Raises: ValueError for a file that is none, carries no recipe, or is of another network.
+    Raises: ValueError for a file that is not a checkpoint, has no recipe, or is of another network.
     """
     content = read(path)
     recipe = recipe or recipe_of(content, path)
@@ -148,7 +148,7 @@ def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder
 def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path) -> bool:
     """Refuse a checkpoint that has seen other folds than the data's: its training rows would be validation rows now.
 
-    Returns: False for a checkpoint that names no fold, as the published ones: nobody knows what it has seen.
+    Returns: False for a checkpoint that names no fold, such as a published one: its training rows are not known.
     Raises: ValueError naming the data set whose folds differ, or the fold.
     """
     if "fold" not in facts:

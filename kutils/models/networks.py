@@ -70,7 +70,7 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
     Args:
         recipe: backbone, head, input size, drop path, patch mode, pretrained.
         pretrained: False leaves the recipe's pretrained weights out, for a checkpoint that is loaded next.
-    Raises: ValueError for a backbone that timm does not have, or pretrained weights that cannot be had.
+    Raises: ValueError for a backbone that timm does not have, or pretrained weights that cannot be loaded.
     """
     check_backbone(recipe.backbone)
     options, strided = {"drop_path_rate": recipe.drop_path_rate}, recipe.patch_mode == "strided"

@@ -78,12 +78,12 @@ def to_published(model: nn.Module) -> dict[str, Tensor]:
 
 
 def differences(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """What keeps published weights from being this model's, in the words of the file; empty where nothing does."""
+    """How published weights differ from the model's: missing, left over or of another shape; empty if they fit."""
     names = published_names(model)
     shapes = {names[name]: to_published_shape(names[name], value).shape for name, value in model.state_dict().items()}
-    found = [f"lacks {name}" for name in shapes if name not in weights]
-    found += [f"has {name} too" for name in weights if name not in shapes]
-    return found + [
+    mismatches = [f"lacks {name}" for name in shapes if name not in weights]
+    mismatches += [f"has {name} too" for name in weights if name not in shapes]
+    return mismatches + [
         f"{name} is {list(weights[name].shape)}, not {list(shape)}"
         for name, shape in shapes.items()
         if name in weights and weights[name].shape != shape

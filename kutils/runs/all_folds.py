@@ -54,8 +54,8 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
 def is_finished(run: Run, notebook: Path, node: Node) -> bool:
     """True if there is nothing left to do for a fold; ValueError if the folder holds a run of another configuration.
 
-    One node alone also draws the figures that a former start did not come to. Several nodes must decide alike: there
-    the result alone counts.
+    On one node the notebook must have finished too, else figures are missing. Several nodes must decide alike, so that
+    only the result counts there.
     """
     if run.recipe.resume == "never" or not finished.read_result(run.folder):
         return False
@@ -78,7 +78,7 @@ def with_absolute_paths(recipe: recipes.Recipe) -> recipes.Recipe:
 
 
 def execute(notebook: Path, parameters: dict) -> None:
-    """Run the repository's notebook of this name and keep it executed; an interrupt stops its cell in order.
+    """Run the repository's notebook of this name and save the executed copy; an interrupt stops its cell cleanly.
 
     Raises: CommandFailed with the message of the cell that failed; KeyboardInterrupt once the notebook has stopped.
     """

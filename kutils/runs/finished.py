@@ -80,7 +80,7 @@ class FinishedRun:
 
     @property
     def pace(self) -> tuple[float, float]:
-        """Images per second, and the share of the time spent waiting for data, over all updates; NaN if none is told.
+        """Images per second, and the share of time spent waiting for data, over all updates; NaN if none was logged.
 
         A log interval counts by the time that its images took.
         """
@@ -113,7 +113,7 @@ def recipe_file_of(run: FinishedRun) -> tuple[Path, Recipe] | None:
     try:
         if "config" in run.environment:
             path = recipes.find_config(run.environment["config"])
-        else:  # a run of before they were told
+        else:  # an old run, which did not record it
             path = recipes.find_recipe(run.recipe.model, run.recipe.stage)
         return path, recipes.load_recipe(path)
     except recipes.ConfigError:
@@ -134,7 +134,7 @@ def as_text(value) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
-def shown_path(path: Path) -> Path:
+def relative_to_repository(path: Path) -> Path:
     """Relative to the repository where it lies in there."""
     root = paths.code_root()
     return path.relative_to(root) if path.is_relative_to(root) else path
@@ -144,7 +144,7 @@ def command(run: FinishedRun, processes: int) -> str:
     """The command that trains the run again, from the repository root; its recipe file is as it is now."""
     start = "python -m" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes} -m"
     path, changes = run.folder / "config.yaml", []
-    if found := recipe_file_of(run):
-        path, recipe = shown_path(found[0]), found[1]
+    if source := recipe_file_of(run):
+        path, recipe = relative_to_repository(source[0]), source[1]
         changes = [f"{key}={as_text(getattr(run.recipe, key))}" for key in changed_keys(run, recipe)]
     return f"{start} kutils train " + shlex.join(["--config", str(path), "--fold", str(run.fold), *changes])

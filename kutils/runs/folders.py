@@ -46,7 +46,7 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
     known = [path.parent for path in all_finished if (path.parent / "config.yaml").is_file()]
     if not names:
         return known
-    found: list[Path] = []
+    chosen: list[Path] = []
     for name in names:
         matching = [folder for folder in known if fnmatch.fnmatch(folder.name, name)]
         if not matching and (Path(name) / "result.json").is_file():
@@ -54,8 +54,8 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
         if not matching:
             close = recipes.nearest(name, [folder.name for folder in known])
             raise ValueError(f"no finished run {name!r} in {root}{close} ({len(known)} finished runs are there)")
-        found += [folder for folder in matching if folder not in found]
-    return found
+        chosen += [folder for folder in matching if folder not in chosen]
+    return chosen
 
 
 def check_same_configuration(folder: Path, recipe: Recipe) -> None:

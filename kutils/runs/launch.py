@@ -17,7 +17,7 @@ from kutils.runs.nodes import this_node
 from kutils.system import paths
 from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, run_module
 
-# for notebooks and ranks, beside what is defined here
+# imported from here by notebooks and ranks too
 __all__ = ["CommandFailed", "end_with_parent", "run_module"]
 MEETINGS = 3  # tries to meet the first node, which may still be ending its last run
 
@@ -170,7 +170,7 @@ def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours
     """Run `python -m <command>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
 
     NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes, which meet under the name of the folder
-    that holds `log_dir`: late for one run, a node must not find itself in the next.
+    that holds `log_dir`: a node that comes late for one run must not join the next.
 
     After so many hours (0: no limit) the ranks save where they are and end: a Kaggle session ends after 12, and keeps
     nothing if it does not end by itself.
@@ -205,10 +205,10 @@ def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours
             if lost and node.rank > 0 and attempt < MEETINGS and begun == set(log_dir.glob("*/attempt_*")):
                 print("the first node was still ending its last run; this one meets it again", flush=True)
                 continue
-            told = failed_rank(failure.last_lines, log_dir)
+            details = failed_rank(failure.last_lines, log_dir)
             if node.count > 1:
-                told += f"\nif it lost a connection only, another node knows why: {log_dir.parent}/node*"
-            raise CommandFailed(f"{failure}{told}", failure.last_lines) from None
+                details += f"\nif it lost a connection only, another node knows why: {log_dir.parent}/node*"
+            raise CommandFailed(f"{failure}{details}", failure.last_lines) from None
     if not ended:
         print(
             f"stopped after {hours:g} hours; started again, it goes on from there (on Kaggle, with this version's "
@@ -218,7 +218,7 @@ def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours
 
 
 def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:
-    """Which rank failed first, as torchrun's last lines say, what it said last and its log; empty if none did."""
+    """The rank that failed first, its last message and its log file, by torchrun's last lines; empty if none failed."""
     ranks = re.findall(r"rank +: \d+ \(local_rank: (\d+)\)\n.*exitcode +: (.*)", "\n".join(last_lines))
     if not ranks:
         return ""
@@ -226,5 +226,5 @@ def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:
     logs = log_dir.glob(f"*/attempt_0/{local_rank}/stderr.log")
     log = max(logs, key=lambda path: path.stat().st_mtime, default=log_dir)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()] or [""]
-    return f"\nfirst to fail here: local rank {local_rank}, exit code {exit_code.strip()}: {said[-1]}\nits log: {log}"
+    errors = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()] or [""]
+    return f"\nfirst to fail here: local rank {local_rank}, exit code {exit_code.strip()}: {errors[-1]}\nits log: {log}"

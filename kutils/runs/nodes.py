@@ -24,7 +24,7 @@ class Node:
     @property
     def rendezvous(self) -> list[str]:
         """torchrun's arguments for several nodes, without the id."""
-        # said, not guessed from the address as torchrun does: a service's name is not the machine's own
+        # torchrun would guess it from the address, and a service's name is not the machine's own
         hosts = int(self.rank == 0)
         limits = f"join_timeout={MEETING_SECONDS},read_timeout={MEETING_SECONDS},is_host={hosts}"
         return [
@@ -61,6 +61,6 @@ def whole_number(name: str, text: str, allowed: range) -> int:
     least, _, most = text.partition(":")
     text = least if least == most else text  # PET_NNODES=2:2 is torchrun's way to say exactly 2
     if not re.fullmatch(r"[0-9]+", text) or int(text) not in allowed:
-        said = f"is {text!r}" if text else "is not set"
-        raise ValueError(f"{name} (or PET_{name}) {said}; it is a whole number, {allowed[0]} to {allowed[-1]}")
+        problem = f"is {text!r}" if text else "is not set"
+        raise ValueError(f"{name} (or PET_{name}) {problem}; it is a whole number, {allowed[0]} to {allowed[-1]}")
     return int(text)

@@ -34,7 +34,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def split_names(text: str) -> list[str]:
-    """Names with commas between, as parameters of notebooks give them; none in an empty text."""
+    """Split a notebook's parameter such as `a, b` at its commas; an empty text holds no name."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -50,7 +50,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def convert(key: str, value, hint):
-    """`value`, from YAML or as text from the command line, as the type `hint`; ConfigError where it is none."""
+    """Convert `value`, from YAML or the command line, to the type `hint`; ConfigError if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # bool | str, str | None
         if value is None or (value in ("", "null", "none") and type(None) in arguments):
@@ -143,16 +143,16 @@ def from_values(values: dict, source: Path) -> Recipe:
 
 def recipe_files() -> dict[tuple[str, int], Path]:
     """(model, stage) -> file, over all recipes in `conf/`."""
-    found: dict[tuple[str, int], Path] = {}
+    files: dict[tuple[str, int], Path] = {}
     for path in sorted(paths.conf_dir().glob("*.yaml")):
         values = read_yaml(path)
         if "backbone" not in values:  # an ensemble, not a recipe
             continue
         key = (str(values.get("model")), int(values.get("stage", 1)))
-        if key in found:
-            raise ConfigError(f"{path} and {found[key]} are both for model {key[0]}, stage {key[1]}")
-        found[key] = path
-    return found
+        if key in files:
+            raise ConfigError(f"{path} and {files[key]} are both for model {key[0]}, stage {key[1]}")
+        files[key] = path
+    return files
 
 
 def find_recipe(model: str, stage: int) -> Path:

@@ -26,7 +26,7 @@ SAVING_SECONDS = 600  # from SIGTERM on: the state of the largest network is 13 
 
 
 class CommandFailed(RuntimeError):
-    """A started command ended with an error; the message ends with what it said last.
+    """A started command ended with an error; the message ends with its last output.
 
     Attributes:
         last_lines: the last lines of its output, whatever the message repeats of them.
@@ -94,13 +94,13 @@ def run_module(
 
 def follow(output, last: collections.deque, error: list[str], hide: str | None) -> None:
     """Show lines as they come; keep the last ones, and those of the last `error: ` message."""
-    speaker = None
+    error_rank = None
     for line in output:
         rank, line = re.fullmatch(r"(\[[a-z]+\d+\]:)?(.*)", line.rstrip("\n")).groups()
         last.append(line)
         if line.startswith("error: "):
-            error[:], speaker = [line], rank
-        elif error and rank == speaker:  # its further lines, not torchrun's own traceback without a rank's prefix
+            error[:], error_rank = [line], rank
+        elif error and rank == error_rank:  # its further lines, not torchrun's own traceback without a rank's prefix
             error.append(line)
         if hide is None or not re.fullmatch(hide, line):
             with contextlib.suppress(OSError):  # nobody may be left to read it; the child must not block on that
@@ -161,7 +161,7 @@ def end_with_parent() -> None:
 def count_ranks_by_node() -> None:
     """Give a rank of several nodes the number that NODE_RANK says; torchrun counts nodes in the order of their names.
 
-    Rank 0 is the one that speaks, so it has to be on the node with the notebook.
+    Rank 0 prints the progress, so it has to be on the node with the notebook.
     """
     nodes, local = int(os.environ.get("GROUP_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if nodes == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else rank 0 must be torchrun's own

@@ -26,8 +26,8 @@ def map_embeddings(path: Path, num_rows: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {make_again(path)}") from error
     if embeddings.shape != (num_rows, EMBEDDING_DIM) or embeddings.dtype != np.float32:
-        found = f"{embeddings.dtype} {list(embeddings.shape)}"
-        raise ValueError(f"{path} is {found}, its TSV needs float32 [{num_rows}, {EMBEDDING_DIM}]; {make_again(path)}")
+        actual = f"{embeddings.dtype} {list(embeddings.shape)}"
+        raise ValueError(f"{path} is {actual}, its TSV needs float32 [{num_rows}, {EMBEDDING_DIM}]; {make_again(path)}")
     return embeddings
 
 

@@ -214,5 +214,5 @@ def evaluate(
 
 def mean(cosines: np.ndarray, chosen: np.ndarray | None = None) -> float | None:
     """Mean over rows, or over the chosen ones (bool [n]), in float64; None where there are none."""
-    kept = cosines if chosen is None else cosines[chosen]
-    return float(kept.mean(dtype=np.float64)) if len(kept) else None
+    values = cosines if chosen is None else cosines[chosen]
+    return float(values.mean(dtype=np.float64)) if len(values) else None

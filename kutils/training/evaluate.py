@@ -60,19 +60,19 @@ def score_checkpoint(
     network.to(ranks.device, memory_format=torch.channels_last)
     loader = validation_loader(data, rows, recipe, ranks)
     dtype = devices.autocast_dtype(recipe.amp_dtype, ranks.device)
-    found = engine.evaluate(
+    evaluation = engine.evaluate(
         network, loader, recipe, dtype, ranks, total=len(rows), keep_features=features_path is not None
     )
     if predictions_path is not None:
         origin = {"fold": -1 if fold is None else fold, "prefix": recipe.prefix, "checkpoint": str(checkpoint)}
-        out_of_fold.save_predictions(predictions_path, data, rows, found.embeddings, ranks, **origin)
+        out_of_fold.save_predictions(predictions_path, data, rows, evaluation.embeddings, ranks, **origin)
     if features_path is not None:
-        save_features(features_path, found.features, len(rows), ranks)
+        save_features(features_path, evaluation.features, len(rows), ranks)
     clean = None if data.clean is None or fold is None else data.clean[rows]
     return Score(
         rows=len(rows),
-        cosine_similarity=engine.mean(found.cosines),
-        cosine_similarity_clean=None if clean is None else engine.mean(found.cosines, clean),
+        cosine_similarity=engine.mean(evaluation.cosines),
+        cosine_similarity_clean=None if clean is None else engine.mean(evaluation.cosines, clean),
         mean_prompt_baseline=None if fold is None else data.mean_prompt_baseline(fold),
         unseen=is_unseen(facts, fold, data.folds_hashes),
     )

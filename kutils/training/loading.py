@@ -87,7 +87,7 @@ def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
         "prefetch_factor": PREFETCHED if recipe.num_workers else None,
         "timeout": loaders.WORKER_SECONDS if recipe.num_workers else 0,
         "worker_init_fn": start_worker,
-        "generator": torch.Generator(),  # a loader draws a seed when it starts; drop path's generator must not notice
+        "generator": torch.Generator(),  # a starting loader draws a seed; drop path's generator must not advance
     }
 
 

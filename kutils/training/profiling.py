@@ -20,10 +20,10 @@ from kutils.system import paths
 from kutils.training.meter import Interval
 
 PARTS = ("waiting for data", "augmentation and copy", "forward", "backward", "optimiser")  # labels in the trace
-EVALUATION = "evaluation"  # the label of what is between updates and no part of any
+EVALUATION = "evaluation"  # label of an evaluation between two updates, which belongs to neither
 IDLE = "idle"
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace
-WARMUP = (3, 2)  # updates before a profile: that pass, and that are recorded and thrown away
+WARMUP = (3, 2)  # updates before a profile: not recorded, and recorded but thrown away
 MOST_OPERATIONS = 10  # that the summary names
 MUCH_WAITING = 0.1  # share of the time
 JUDGED_SECONDS, JUDGED_UPDATES = 20.0, 20  # of a run's waiting, whichever comes first
@@ -81,27 +81,27 @@ class UpdateProfiler:
             self.stop()
 
     def stop(self) -> None:
-        """End, without a trace where the run ends first: the process would crash with a profile still open."""
+        """Stop the profiler; no trace if the run ends early. With a profile still open, the process would crash."""
         if self.profile is not None:
             self.profile.on_trace_ready = None
             self.profile.stop()
             self.profile = None
 
-    def finish(self, found: profile) -> None:
-        """Write the trace of what was found, and say what it shows."""
+    def finish(self, result: profile) -> None:
+        """Write the trace, and say what it shows."""
         path, number = self.folder / "profile" / "trace.json.gz", 1
         while path.exists():
             number += 1
             path = path.with_name(f"trace.{number}.json.gz")
         with paths.atomic_path(path) as temporary:
-            found.export_chrome_trace(str(temporary))
+            result.export_chrome_trace(str(temporary))
         events = read_trace(path)
         measured = shares(events)
-        told = [describe_shares(measured, self.num_updates), costly_operations(events)]
+        lines = [describe_shares(measured, self.num_updates), costly_operations(events)]
         if self.device.type == "cuda" and IDLE not in measured:
-            told.append("nothing of the GPU was recorded (is CUPTI allowed here?): times are the host's")
-        told.append(f"{path} opens in https://ui.perfetto.dev and chrome://tracing")
-        self.say("\n".join(told))
+            lines.append("nothing of the GPU was recorded (is CUPTI allowed here?): times are the host's")
+        lines.append(f"{path} opens in https://ui.perfetto.dev and chrome://tracing")
+        self.say("\n".join(lines))
 
 
 def read_trace(path: Path) -> list[dict]:
@@ -111,7 +111,7 @@ def read_trace(path: Path) -> list[dict]:
 
 
 def shares(events: list[dict]) -> dict[str, float]:
-    """What the time of the profiled updates went by in, evaluations between them left out: shares of it, in [0, 1].
+    """The share of the profiled updates' time that each part took, in [0, 1]; evaluations between them do not count.
 
     Returns: each of PARTS. On a CPU they exclude each other. With a GPU, waiting is the host's; the other parts are the
         time in which the GPU did what was launched in them, and IDLE that in which it did nothing.
@@ -122,18 +122,18 @@ def shares(events: list[dict]) -> dict[str, float]:
             marks.setdefault(event["name"].partition("#")[0], []).append(span(event))
     evaluations = marks.get(EVALUATION, [])
     total = covered(marks["ProfilerStep"]) - covered(evaluations)
-    found = {part: covered(marks.get(part, [])) / total for part in PARTS}
+    by_part = {part: covered(marks.get(part, [])) / total for part in PARTS}
     work = [event for event in events if event.get("cat") in GPU_WORK]
     if not work:
-        return found
-    # when something was launched tells its part: autograd launches from a thread that holds no label
+        return by_part
+    # the time of a launch decides its part: autograd launches from a thread without labels
     launches = (event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver"))
     launched = {argument(event, "correlation"): event["ts"] for event in launches}
     times = np.array([launched.get(argument(event, "correlation"), -np.inf) for event in work])
     spans = np.array([span(event) for event in work])
     for part in PARTS[1:]:
-        found[part] = covered(spans[inside(times, marks.get(part, []))]) / total
-    return found | {IDLE: 1 - covered(spans[~inside(times, evaluations)]) / total}
+        by_part[part] = covered(spans[inside(times, marks.get(part, []))]) / total
+    return by_part | {IDLE: 1 - covered(spans[~inside(times, evaluations)]) / total}
 
 
 def span(event: dict) -> tuple[float, float]:
@@ -145,7 +145,7 @@ def argument(event: dict, name: str) -> int | None:
 
 
 def covered(spans: Sequence[tuple[float, float]] | np.ndarray) -> float:
-    """Length of what spans (begin, end) cover together, however they overlap."""
+    """Total length that spans (begin, end) cover; they may overlap."""
     length, reached = 0.0, -np.inf
     for begin, end in sorted(map(tuple, spans)):
         length += max(0.0, end - max(begin, reached))
@@ -162,13 +162,13 @@ def inside(times: np.ndarray, spans: list[tuple[float, float]]) -> np.ndarray:
     return (number >= 0) & (times <= ends[number])
 
 
-def describe_shares(found: dict[str, float], num_updates: int) -> str:
+def describe_shares(by_part: dict[str, float], num_updates: int) -> str:
     """The shares as a line for a person."""
-    if IDLE in found:
-        parts = ", ".join(f"{name} {found[name]:.0%}" for name in (*PARTS[1:], IDLE))
-        return f"{num_updates} updates profiled: {PARTS[0]} {found[PARTS[0]]:.0%} of the time; of the GPU's, {parts}"
-    parts = ", ".join(f"{name} {found[name]:.0%}" for name in PARTS)
-    return f"{num_updates} updates profiled: {parts}, the rest {max(0.0, 1 - sum(found.values())):.0%}"
+    if IDLE in by_part:
+        parts = ", ".join(f"{name} {by_part[name]:.0%}" for name in (*PARTS[1:], IDLE))
+        return f"{num_updates} updates profiled: {PARTS[0]} {by_part[PARTS[0]]:.0%} of the time; of the GPU's, {parts}"
+    parts = ", ".join(f"{name} {by_part[name]:.0%}" for name in PARTS)
+    return f"{num_updates} updates profiled: {parts}, the rest {max(0.0, 1 - sum(by_part.values())):.0%}"
 
 
 def costly_operations(events: list[dict]) -> str:
@@ -207,23 +207,23 @@ def own_times(operations: list[dict]) -> Iterator[tuple[str, float]]:
 
 
 class DataWait:
-    """Judges whether a run waits for data, over some time, so that a hiccup is none; says so once."""
+    """Reports once that a run waits much for data; over some time, so that a short hiccup does not count."""
 
     def __init__(self):
         self.waited = self.seconds = 0.0
-        self.updates, self.told = 0, False
+        self.updates, self.reported = 0, False
 
     def add(self, interval: Interval) -> float | None:
-        """Count a log interval; the share of time, once, the first time it is much."""
+        """Add a log interval; returns the share of waiting the first time it exceeds MUCH_WAITING, else None."""
         self.waited += interval.data_wait * interval.seconds
         self.seconds += interval.seconds
         self.updates += interval.updates
-        if self.told or (self.seconds < JUDGED_SECONDS and self.updates < JUDGED_UPDATES):
+        if self.reported or (self.seconds < JUDGED_SECONDS and self.updates < JUDGED_UPDATES):
             return None
         share = self.waited / self.seconds
         self.waited, self.seconds, self.updates = 0.0, 0.0, 0
-        self.told = share > MUCH_WAITING
-        return share if self.told else None
+        self.reported = share > MUCH_WAITING
+        return share if self.reported else None
 
 
 def waiting_advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -> str:
@@ -235,20 +235,20 @@ def waiting_advice(recipe: Recipe, share: float, cores: int | None, ranks: int |
     """
     from kutils.data.shards import shards_folder  # needs PyArrow, and the profiler torch alone
 
-    workers, told = recipe.num_workers, [f"{share:.0%} of the time went by in waiting for images."]
+    workers, advice = recipe.num_workers, [f"{share:.0%} of the time went by in waiting for images."]
     if cores is None or ranks is None:
-        told.append(f"More num_workers than {workers} help where there are cores for them.")
+        advice.append(f"More num_workers than {workers} help where there are cores for them.")
     else:
         shared = f"{cores} core{'s' * (cores > 1)} for {ranks} rank{'s' * (ranks > 1)}"
         wanted = min(cores // ranks, max(1, 2 * workers))
         more = f"num_workers={wanted} instead of {workers} would help"
-        told.append(f"{shared}: {more if wanted > workers else f'none is left for more than num_workers={workers}'}.")
+        advice.append(f"{shared}: {more if wanted > workers else f'none is left for more than num_workers={workers}'}.")
     tables = [paths.input_dir() / f"{name}.tsv" for name in recipe.datasets]
-    files = [str(finished.shown_path(path)) for path in tables if not shards_folder(path).is_dir()]
+    files = [str(finished.relative_to_repository(path)) for path in tables if not shards_folder(path).is_dir()]
     if files:
         size = recipe.input_size * 7 // 6  # larger than the input, so that crops stay sharp
         packing = shlex.join(["kutils", "shards", *files, "--size", str(size)])
-        told.append(f"Images packed at the size of training load faster: {packing}")
+        advice.append(f"Images packed at the size of training load faster: {packing}")
     else:
-        told.append("The images are packed already: a faster disk or more cores would help.")
-    return " ".join(told)
+        advice.append("The images are packed already: a faster disk or more cores would help.")
+    return " ".join(advice)

@@ -25,14 +25,14 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor
         parameters: of one dtype and device; those without a gradient are left alone.
         rho: radius, in the Euclidean norm over all parameters together.
     Yields: bool scalar on the device: whether g was finite. Where it was not, the whole update must be given up: the
-        block's own gradient may well be finite (drop path draws anew), but it is none of SAM.
+        block's own gradient may well be finite (drop path draws anew), but it is not that of perturbed weights.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     norm = gradient_norm(parameters)
     finite = torch.isfinite(norm)
-    kept = [torch.empty_like(parameter) for parameter in parameters]
+    copies = [torch.empty_like(parameter) for parameter in parameters]
     with torch.no_grad():
-        torch._foreach_copy_(kept, parameters)
+        torch._foreach_copy_(copies, parameters)
     try:
         with torch.no_grad():
             ascend(parameters, torch.where(norm > 0, rho / norm, 0.0), finite)
@@ -41,7 +41,7 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor
         yield finite
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)
+            torch._foreach_copy_(parameters, copies)
 
 
 def ascend(parameters: list[nn.Parameter], rate: Tensor, valid: Tensor) -> None:
@@ -65,13 +65,13 @@ def ascend(parameters: list[nn.Parameter], rate: Tensor, valid: Tensor) -> None:
 def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
     """Put BatchNorm's running statistics back after the block: perturbed weights must leave no trace.
 
-    By a copy: with a momentum of 0, NaN would stay, and compiled code would be compiled once more.
+    They are copied: setting the momentum to 0 would keep NaN, and would make torch.compile run again.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     statistics = [buffer for layer in layers for buffer in layer.buffers()]
-    kept = [buffer.clone() for buffer in statistics]
+    copies = [buffer.clone() for buffer in statistics]
     try:
         yield
     finally:
-        for buffer, value in zip(statistics, kept, strict=True):
+        for buffer, value in zip(statistics, copies, strict=True):
             buffer.copy_(value)

@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], obje
     else:
         run = launch.plan(arguments.config, arguments.fold, arguments.overrides)
     ranks = join_ranks(run.recipe.device)
-    path = finished.shown_path(run.config_path)
+    path = finished.relative_to_repository(run.config_path)
     with locks.held([run.folder], ranks):
         train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
     leave_ranks()

@@ -171,7 +171,7 @@ def configuration_values(run: FinishedRun) -> dict:
     frame, name, changed = frame.rename_axis("key"), "", []
     if recipe_file := finished.recipe_file_of(run):
         path, recipe = recipe_file
-        name, changed = str(finished.shown_path(path)), finished.changed_keys(run, recipe)
+        name, changed = str(finished.relative_to_repository(path)), finished.changed_keys(run, recipe)
         frame[name] = pd.Series(dataclasses.asdict(recipe)).map(finished.as_text)
     differing = html_tables.html_table(frame.loc[changed], caption="What differs") if changed else ""
     if name:
