@@ -68,14 +68,12 @@ def similar_pairs(
 
     Args:
         embeddings: float32 [n, D], unit rows, also a memory map. Lengths within 0.001 of 1 are made exact here.
-        threshold: in (0, 1].
         others: float32 [m, D]: find pairs of a row of `embeddings` and a row of these instead.
         block_rows: rows and columns of a block; 0: 2,048 on the CPU, 16,384 on a GPU.
         device: auto, cpu or cuda; without effect if ranks are given.
         dtype: of the products that select candidates: auto (what the device multiplies fast), bfloat16, float16 or
             float32.
         folder: for finished strips, so that an interrupted call continues. Several ranks need it, and share it.
-        ranks: share the strips.
     Returns: all pairs on the main rank, none on the others.
     Raises: ValueError for a threshold out of range, or a row that is not finite or not of unit length.
     """
@@ -140,13 +138,9 @@ def put_rows(embeddings: np.ndarray, device: torch.device, dtype: str) -> UnitRo
 
 
 def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
-    """A copy whose rows have length 1.
+    """A copy on the CPU, float32 [n, D], whose rows have length 1.
 
-    Args:
-        embeddings: float32 [n, D].
-        first_row: number of the first row in error messages.
-    Returns: float32 [n, D] on the CPU.
-    Raises: ValueError for a row that is not finite or not of unit length.
+    Raises: ValueError for a row that is not finite or not of unit length; it counts from `first_row`.
     """
     rows = torch.from_numpy(np.array(embeddings, np.float32))
     lengths = rows.norm(dim=1, keepdim=True)
@@ -226,9 +220,7 @@ def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> t
     """Find the products of a row of left and a row of right that are not below the limit.
 
     Args:
-        left: [m, D], m a multiple of GROUP.
-        right: [n, D] of the same dtype.
-        limit: scalar of the same dtype.
+        left, right, limit: [m, D], m a multiple of GROUP; [n, D]; and a scalar, all of one dtype.
         most: share of the groups of products that may hold a candidate.
     Returns: row and column of each, int64; None if more groups hold candidates.
     """
