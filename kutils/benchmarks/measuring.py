@@ -3,11 +3,14 @@
 A section is a function that returns entries. Loading and training are compared with `kutils/benchmarks/published.py`.
 """
 
+import importlib
 import itertools
 import json
 import os
 import re
 import statistics
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from kutils.runs import recipes
+from kutils.runs import launch, recipes
 from kutils.system import paths
 
 QUICK = ("loader", "step", "differences", "predict_ensemble", "nearest_prompts")  # 5 minutes together on two cores
@@ -158,6 +161,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# ---------------------------------------------------------------- a process of its own
+
+
+def in_child(function: Callable[..., dict], *arguments: str, **environment: str) -> dict:
+    """Call a module's function with texts in a new process, in which nothing is left from earlier work.
+
+    A command, since a process that is not forked would run a script, which the notebook can be, once more.
+
+    Args:
+        environment: variables to set for the process.
+    Returns: what the function returns, through JSON.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result, call = Path(folder, "result.json"), (function.__module__, function.__name__)
+        launch.run_module("kutils.benchmarks.measuring", *call, str(result), *arguments, environment=environment)
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -199,3 +220,8 @@ def forget_files(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":  # of `in_child`
+    module, name, result, *arguments = sys.argv[1:]
+    paths.write_json(result, getattr(importlib.import_module(module), name)(*arguments))

@@ -1,18 +1,13 @@
-"""Measures how five million rows are opened, compared with pandas and NumPy.
+"""Measures how five million rows are opened, compared with pandas and NumPy, each time in a process of its own."""
 
-What a process costs is measured in children of its own: `python -m kutils.benchmarks.rows rank RESULT NAME ...`.
-"""
-
-import argparse
 import csv
 import itertools
 import json
 import multiprocessing
 import re
 import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +22,7 @@ from kutils.benchmarks.measuring import make_entry, peak_megabytes, private_mega
 from kutils.data import datasets, transforms, validation_check
 from kutils.data.sampler import EpochSampler
 from kutils.models import networks
-from kutils.runs import launch, recipes
+from kutils.runs import recipes
 from kutils.system import paths, tables
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
@@ -117,7 +112,7 @@ class OnePicture(datasets.PromptImages):
         return self.root / PICTURE
 
 
-def measure_rank(names: Sequence[str]) -> dict[str, float]:
+def measure_rank(*names: str) -> dict[str, float]:
     """Open data sets and deal batches as rank 0 of 8 in training does; MB beyond what the imports cost.
 
     Returns: `seconds` of opening; private memory once `opened`, with the `sampler`, within an `epoch`, and at the
@@ -169,7 +164,7 @@ def measure_rank(names: Sequence[str]) -> dict[str, float]:
     return result | {"peak": peak[0] - before, "worker": max(workers)}
 
 
-def measure_plain(names: Sequence[str]) -> dict[str, float]:
+def measure_plain(*names: str) -> dict[str, float]:
     """The plain way: pandas parses every table, NumPy reads all embeddings; keys as for a rank, as far as they go."""
     root, before = paths.input_dir(), private_megabytes()
     with peak_megabytes() as peak:
@@ -206,11 +201,11 @@ def measure_opening(rows: int = 0, repeats: int = 3, keep_data: bool = False) ->
     first, again, plain = [], [], []
     for _ in range(repeats):
         shutil.rmtree(working, ignore_errors=True)
-        first.append(in_child("rank", root, working, num_rows))
+        first.append(measure_anew(measure_rank, root, working, num_rows))
     for _ in range(repeats):
-        again.append(in_child("rank", root, working, num_rows))
+        again.append(measure_anew(measure_rank, root, working, num_rows))
     if enough_memory(sum(num_rows.values())):
-        plain = [in_child("plain", root, working, num_rows) for _ in range(repeats)]
+        plain = [measure_anew(measure_plain, root, working, num_rows) for _ in range(repeats)]
     shutil.rmtree(working)
     if not keep_data:
         shutil.rmtree(root)
@@ -238,30 +233,8 @@ def enough_memory(num_rows: int) -> bool:
     return needed <= available
 
 
-def in_child(what: str, root: Path, working: Path, names: Sequence[str]) -> dict[str, float]:
+def measure_anew(function: Callable[..., dict], root: Path, working: Path, names: Sequence[str]) -> dict[str, float]:
     """Run one measurement in a process of its own that finds no file in memory."""
-    result = root.parent / f"{what}.json"
     for folder in (root, working):
         measuring.forget_files(folder)
-    environment = {"KUTILS_INPUT": str(root), "KUTILS_WORKING": str(working)}
-    launch.run_module("kutils.benchmarks.rows", what, str(result), *names, environment=environment)
-    measured = json.loads(result.read_text(encoding="utf-8"))
-    result.unlink()
-    return measured
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kutils.benchmarks.rows", description="One measurement, as a child."
-    )
-    parser.add_argument("what", choices=("rank", "plain"), help="open data sets as a rank, or as pandas and NumPy do")
-    parser.add_argument("result", type=Path, help="JSON file to write")
-    parser.add_argument("names", nargs="+", help="data sets of input/")
-    arguments = parser.parse_args(argv)
-    measure = measure_rank if arguments.what == "rank" else measure_plain
-    paths.write_json(arguments.result, measure(arguments.names))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return measuring.in_child(function, *names, KUTILS_INPUT=str(root), KUTILS_WORKING=str(working))

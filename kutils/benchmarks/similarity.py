@@ -1,9 +1,6 @@
 """Measures the search for similar pairs and nearest prompts, compared with FAISS, and what folds leak."""
 
-import argparse
 import importlib.util
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +12,6 @@ from kutils.data import prompt_bank
 from kutils.data.prompt_bank import PromptBank
 from kutils.prompts import embedding, grammar, partition
 from kutils.prompts.similarity import SimilarPairs, similar_pairs
-from kutils.runs import launch
 from kutils.system import paths
 from kutils.system.tables import read_table, write_table
 
@@ -99,25 +95,23 @@ def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[meas
 
 def extra_megabytes(embeddings: np.ndarray) -> float:
     """`measure_memory` in a process of its own, in which nothing is left from earlier searches."""
-    folder = paths.working_dir() / "benchmark"
-    npy_path, result = folder / "similar_pairs.npy", folder / "similar_pairs.json"
+    npy_path = paths.working_dir() / "benchmark" / "similar_pairs.npy"
     with paths.atomic_path(npy_path) as temporary:
         np.save(temporary, embeddings)
-    launch.run_module("kutils.benchmarks.similarity", str(npy_path), str(result))
-    measured = json.loads(result.read_text(encoding="utf-8"))["megabytes"]
+    measured = measuring.in_child(measure_memory, str(npy_path))["megabytes"]
     npy_path.unlink()
-    result.unlink()
     return measured
 
 
-def measure_memory(embeddings: np.ndarray) -> float:
+def measure_memory(npy_path: str) -> dict[str, float]:
     """The most memory of a search beyond two copies of the embeddings (float32, bfloat16) and the pairs, MB."""
+    embeddings = np.load(npy_path, mmap_mode="r")
     similar_pairs(embeddings[:64], THRESHOLD)  # threads and libraries are there from now on
     with measuring.peak_megabytes() as peak:
         before = peak[0]
         pairs = similar_pairs(embeddings, THRESHOLD)
     copies = embeddings.size * (4 + 2) + 2 * sum(column.nbytes for column in pairs)  # pairs: strips, and joined
-    return peak[0] - before - copies / 1e6
+    return {"megabytes": peak[0] - before - copies / 1e6}
 
 
 def measure_nearest(count: int = 1_000_000, repeats: int = 3) -> list[measuring.Entry]:
@@ -215,17 +209,3 @@ def measure_leakage(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.
         measuring.make_entry(f"{name}_leaked_beside_leader", "% of prompts", [leaked["partition"]], [leaked["leader"]]),
         measuring.make_entry(f"{name}_leaked_beside_random", "% of prompts", [leaked["partition"]], [leaked["random"]]),
     ]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kutils.benchmarks.similarity", description="Memory, as a child.")
-    parser.add_argument("embeddings", type=Path, help="an .npy file")
-    parser.add_argument("result", type=Path, help="JSON file to write")
-    arguments = parser.parse_args(argv)
-    embeddings = np.load(arguments.embeddings, mmap_mode="r")
-    paths.write_json(arguments.result, {"megabytes": measure_memory(embeddings)})
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
