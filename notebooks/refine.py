@@ -65,7 +65,7 @@ print(run.recipe.to_yaml())
 # ## Train
 # One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is
 # shown as it is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not
-# there. On Kaggle, data sets and a former version's output are found among the notebook's inputs.
+# there. On Kaggle, data sets and a previous version's output are found among the notebook's inputs.
 
 # %%
 from kutils.kaggle import mounts

@@ -143,7 +143,7 @@ def measure_rank(*names: str) -> dict[str, float]:
         result["epoch"] = private_megabytes() - before
     paths.write_json(
         *validation_check.checked_record(data, data.validation_rows(0))
-    )  # a former run has seen all: 16 minutes
+    )  # as if an earlier run had seen all, which takes 16 minutes
     validation_check.check_validation_images(
         pictures, data.validation_rows(0), NUM_WORKERS, Ranks(0, 1, torch.device("cpu"))
     )

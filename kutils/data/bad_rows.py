@@ -201,7 +201,7 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
         checked.with_suffix(suffix).unlink(missing_ok=True)
     if have_no_files(path):
         take_shards(path, bad == 0, checked, good_rows["image"])
-    if facts_path(path).is_file():  # its rows are told by their images
+    if facts_path(path).is_file():  # its rows are identified by their images
         link(facts_path(path), facts_path(checked))
     if with_embeddings:
         copy_embeddings(path, checked, good, good_rows["prompt"], len(bad))

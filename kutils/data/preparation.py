@@ -122,7 +122,7 @@ def matching_report(tsv_paths: Sequence[Path], settings: dict) -> dict:
         if differing:
             raise ValueError(
                 f"{path} has folds already, made with {'; '.join(differing)}. Ask for what is there, or replace it "
-                "with refold=True (checkpoints of the former folds can then not be refined any more)"
+                "with refold=True (checkpoints of the previous folds can then not be refined any more)"
             )
     return report
 

@@ -42,7 +42,7 @@ def save(path: Path, content: dict) -> None:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         raise ValueError(
-            f"{path} could not be written ({error}); is the disk full? The former file is untouched"
+            f"{path} could not be written ({error}); is the disk full? The previous file is untouched"
         ) from error
 
 
@@ -161,6 +161,6 @@ def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path
         raise ValueError(
             f"{path} was trained on other folds of {', '.join(changed)} (folds hash {saved[changed[0]][:12]}, now "
             f"{folds_hashes[changed[0]][:12]}): rows it has trained on would be validated. Train that stage again, or "
-            f"put the former input/{changed[0]}.tsv.bak back"
+            f"put the previous input/{changed[0]}.tsv.bak back"
         )
     return True

@@ -70,7 +70,7 @@ def check_same_configuration(folder: Path, recipe: Recipe) -> None:
         changes = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:5])
         raise ValueError(
             f"{folder} holds a run of another configuration ({changes}); give this one a name with prefix=NAME, "
-            "or start over with resume=never, which moves the former run and its checkpoints aside"
+            "or start over with resume=never, which moves the previous run and its checkpoints aside"
         )
 
 
@@ -89,7 +89,7 @@ def check_no_foreign_checkpoint(folder: Path, checkpoint: Path) -> None:
 
 
 def move_aside(folder: Path, checkpoints: list[Path]) -> Path | None:
-    """Move a former run's files and checkpoints to `<name>.<n>` beside it; None if there is nothing to move.
+    """Move a previous run's files and checkpoints to `<name>.<n>` beside it; None if there is nothing to move.
 
     Logs and notebooks stay: the new run is already writing them.
     """

@@ -94,7 +94,7 @@ class Recipe:
     device: str = setting("auto: GPU if there is one, else CPU", "auto", choices=("auto", "cuda", "cpu"))
     num_workers: int = setting("data loader processes per rank; 0: in the training process", 8)
     resume: str = setting(
-        "auto: go on where this run was cut; never: start over, and move a former run of this name aside",
+        "auto: go on where this run was cut; never: start over, and move a previous run of this name aside",
         "auto",
         choices=("auto", "never"),
     )

@@ -46,15 +46,15 @@ def run_module(
 ) -> bool:
     """Run `python -m <module> <arguments>` as a child: output line by line as it comes, an exception when it fails.
 
-    The child ends when this process does, however that ends. An interrupt gives it SAVING_SECONDS to end in order; its
-    last lines are shown before the interrupt goes on.
+    The child ends when this process does, however that ends. After an interrupt it has SAVING_SECONDS to save and end;
+    its last lines are shown, then KeyboardInterrupt is raised again.
 
     Args:
         module, arguments: what to run.
         environment: variables to set for it; None takes one away.
         hide: regular expression of whole lines that are not shown.
-        seconds: after which it is ended in order, as by an interrupt.
-    Returns: True if it came to its end, False if the time was over before and it said of no error but STOPPED.
+        seconds: after which it is told to save and end, as by an interrupt.
+    Returns: True if it finished; False if the time was over first and it printed no error but STOPPED.
     Raises: CommandFailed with the command's last lines.
     """
     settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -72,7 +72,7 @@ def run_module(
         start_new_session=True,  # an interrupt goes to this process, which ends the child in order
     )
     last, error = collections.deque(maxlen=KEPT_LINES), []
-    # a thread of its own, so that an interrupt of this one does not lose what the child says while it ends
+    # a thread of its own, so that an interrupt of this one does not lose the child's last output
     reader = threading.Thread(target=follow, args=(child.stdout, last, error, hide), daemon=True)
     reader.start()
     try:

@@ -144,7 +144,7 @@ def random_state(ranks: Ranks) -> dict:
 def check_start(recipe: Recipe, fold: int, ranks: Ranks) -> RunResult | None:
     """Look at the run's folder: whether the run may start, and whether it has finished.
 
-    With resume=never a former run is moved aside first.
+    With resume=never a previous run is moved aside first.
 
     Returns: the result of a finished run, else None.
     Raises: ValueError if the folder holds a run of another configuration, a checkpoint of this name belongs to another
@@ -154,7 +154,7 @@ def check_start(recipe: Recipe, fold: int, ranks: Ranks) -> RunResult | None:
     if recipe.resume == "never" and ranks.is_main:
         last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
         if aside := folders.move_aside(folder, [best_path, last_path]):
-            print(f"the former run is now {aside}", flush=True)
+            print(f"the previous run is now {aside}", flush=True)
     ranks.barrier()
     check_same_folder(folder, ranks)
     folders.check_same_configuration(folder, recipe)

@@ -366,7 +366,7 @@ def test_a_full_disk_stops_with_a_clear_error_and_loses_nothing(workspace, recip
     assert done.stdout.splitlines() == ["full: 1", "room: 0"], done.stdout + done.stderr + first + second
     said = [line for line in first.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "Traceback" not in first, first
-    assert "is the disk full? The former file is untouched" in said[0] or "make room" in said[0]
+    assert "is the disk full? The previous file is untouched" in said[0] or "make room" in said[0]
     assert "going on after update" in second and "finished: tiny fold 0" in second
 
 
