@@ -1,9 +1,7 @@
 """Embeds prompts in memory, or those of whole tables on several ranks; continues after a kill."""
 
 import argparse
-import errno
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -202,10 +200,7 @@ def reserve_rows(chunks: ChunkFiles, num_rows: int) -> None:
             np.lib.format.open_memmap(temporary, "w+", np.float32, (num_rows, EMBEDDING_DIM))
             reserve(temporary)
     needed = 4 * EMBEDDING_DIM * CHUNK_PROMPTS * len(chunks.missing())
-    free = shutil.disk_usage(chunks.folder).free
-    if needed > free:
-        text = f"No space left on device: distinct prompts need {needed / 1e9:.2f} GB more, {free / 1e9:.2f} are free"
-        raise OSError(errno.ENOSPC, text, str(chunks.path.parent))
+    paths.check_room(chunks.path.parent, needed, "so much more is for the distinct prompts that are not embedded yet")
 
 
 def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:

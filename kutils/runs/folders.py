@@ -107,16 +107,11 @@ def move_aside(folder: Path, checkpoints: list[Path]) -> Path | None:
 
 
 def check_writable(folder: Path, needed_bytes: int) -> None:
-    """Raise ValueError if `folder` cannot be written or its disk has less free space than needed."""
+    """Raise ValueError if `folder` cannot be written, OSError if its disk has less free space than needed."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written; choose another with model_dir= or run_dir=")
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if free < needed_bytes:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free and checkpoints need {needed_bytes / 1e9:.1f} GB; make room"
-        )
+    paths.check_room(folder, needed_bytes, "choose another folder with model_dir= or run_dir=")
 
 
 def start(folder: Path, recipe: Recipe, **facts) -> None:

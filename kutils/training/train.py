@@ -194,7 +194,7 @@ def load_initial_weights(network: PromptEmbedder, recipe: Recipe, fold: int, dat
 
 
 def check_space(recipe: Recipe, fold: int, network: PromptEmbedder) -> None:
-    """Raise ValueError if checkpoints or the resume file would not fit on their disks."""
+    """Raise an error if checkpoints or the resume file would not fit on their disks, or these cannot be written."""
     weight_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
     folders.check_writable(recipe.checkpoint_path(fold).parent, 3 * weight_bytes)
     # the resume file holds the weights and up to three tensors of the optimiser's; while replaced, it is there twice
