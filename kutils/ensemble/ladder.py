@@ -27,12 +27,12 @@ COVERAGES = np.linspace(0.1, 1, 10)
 BLOCK = 1000  # predictions that are compared with the bank at a time
 SHUFFLED, MEAN_PROMPT = "frozen backbone, shuffled pairs", "mean prompt"
 SIMILAR, SMALL = "prompt of the most similar training image", f"ridge on {PIXELS} x {PIXELS} pixels"
-FROZEN, CEILING = "frozen backbone, ridge", "ceiling: most similar other image of any fold"
+FROZEN, CEILING = "frozen backbone, ridge", "prompt of the most similar image of any fold"
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Scores of one fold, from what needs no image to what no model of one image should beat."""
+    """Scores of one fold: of what needs no image, of models, and of what other images of the same prompt give."""
 
     datasets: tuple[str, ...]
     fold: int

@@ -40,7 +40,7 @@ def draw_ladder(ladder: Ladder) -> Figure:
     risk.plot(ladder.coverage["coverage"], ladder.coverage["cosine"], "o-", color=BLUE)
     risk.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     risk.set(xlabel="share of the images, those of the longest predictions first", ylabel="mean cosine")
-    risk.set_title(f"A prediction's length before normalising says how good it is: {FROZEN}")
+    risk.set_title(f"Risk against coverage, by the length of predictions before normalising: {FROZEN}")
     for axes in (curve, risk):
         despine(axes)
     return figure
