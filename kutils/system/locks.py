@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from kutils.system.paths import remove_partial
+
 if TYPE_CHECKING:  # it loads torch
     from kutils.system.ranks import Ranks
 
@@ -55,6 +57,7 @@ def locked(path: Path) -> Iterator[None]:
         command = " ".join(shlex.join(sys.orig_argv).split())[:200]
         stream.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%H:%M:%S')} ({command})")
         stream.flush()
+        remove_partial(path)
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """Says where the repository, `input/` and `working/` are; writes files whole or not at all."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -169,14 +170,22 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_partial(path: Path) -> None:
+    """Remove what killed processes have left of a file that `atomic_path` wrote; no process may be writing it now."""
+    for partial in path.parent.glob(f".{glob.escape(path.stem)}.{'?' * 8}.partial{glob.escape(path.suffix)}"):
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
     A reader sees the previous file or the whole new one, whatever happens then (a kill or a full disk). The temporary
-    name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made. An OSError names the file.
+    name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made. An OSError names the file. Of a
+    symbolic link, the file that it leads to is replaced.
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:

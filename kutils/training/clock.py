@@ -24,14 +24,14 @@ class Clock:
     """Knows when a log line, a saved state and the end of the run are due.
 
     A log line is due ten times an epoch or more. A state is saved every so many updates and minutes, as the recipe
-    says; the end of an epoch saves it anyway. SIGTERM on any rank stops the run.
+    says; the end of an epoch saves it anyway. SIGTERM or SIGINT on any rank stops the run.
     """
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int):
         self.recipe, self.steps_per_epoch = recipe, steps_per_epoch
         self.log_interval = max(1, min(50, steps_per_epoch // 10))
         self.poll_interval = 1  # updates between two exchanges with the other ranks
-        self.stop_requested = watch_for_sigterm()
+        self.stop_requested = watch_for_signals()
         self.saved()
 
     def saved(self) -> None:
@@ -59,8 +59,19 @@ class Clock:
         return Due(save=stop or too_long or (save and not epoch_ends), stop=stop)
 
 
-def watch_for_sigterm() -> Callable[[], bool]:
-    """Keep SIGTERM from ending the process; returns a function that tells whether it has come."""
-    received = []
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+def watch_for_signals() -> Callable[[], bool]:
+    """Keep SIGTERM and Ctrl-C from ending the process; returns a function that tells whether one has come.
+
+    A second Ctrl-C ends it, without saving. Where SIGINT is ignored, as in a script's background job, it stays so.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    signal.signal(signal.SIGTERM, note)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, note)
     return lambda: bool(received)

@@ -13,8 +13,10 @@ from kutils.models import checkpoints
 from kutils.runs import finished, folders
 from kutils.runs.finished import RunResult
 from kutils.runs.recipes import Recipe
+from kutils.system import paths
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Interval
+from kutils.training.out_of_fold import predictions_path
 
 
 @dataclass
@@ -151,9 +153,11 @@ def check_start(recipe: Recipe, fold: int, ranks: Ranks) -> RunResult | None:
         run, or not all nodes see the folder.
     """
     folder, best_path = recipe.run_folder(fold), recipe.checkpoint_path(fold)
-    if recipe.resume == "never" and ranks.is_main:
-        last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
-        if aside := folders.move_aside(folder, [best_path, last_path]):
+    last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
+    if ranks.is_main:  # up to 13 GB of what a killed start was saving
+        for path in (folder / "resume.pt", best_path, last_path, predictions_path(folder, fold)):
+            paths.remove_partial(path)
+        if recipe.resume == "never" and (aside := folders.move_aside(folder, [best_path, last_path])):
             print(f"the previous run is now {aside}", flush=True)
     ranks.barrier()
     check_same_folder(folder, ranks)

@@ -252,6 +252,8 @@ def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], obje
         train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
     leave_ranks()
     if ranks.is_main and when_finished:  # the others need not wait
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for `watch_for_sigterm`'s signal any more
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for the signals of `Clock` any more
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         when_finished(run.folder)
     return 0

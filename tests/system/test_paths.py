@@ -65,3 +65,22 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     with pytest.raises(OSError), paths.atomic_folder(target) as partial:  # nobody took the former one away
         (partial / "b").write_text("2")
     assert [path.name for path in target.iterdir()] == ["a"] and list(target.parent.iterdir()) == [target]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "table.tsv").write_text("before")
+    link = tmp_path / "table.tsv"
+    link.symlink_to("shared/table.tsv")
+    with paths.atomic_path(link) as temporary:
+        temporary.write_text("after")
+    assert link.is_symlink() and (tmp_path / "shared" / "table.tsv").read_text() == "after"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shared", "table.tsv"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    others = [".a.tsv.lock", ".b.0123abcd.partial.pt", "a.pt", ".a.0123abcd.partial.tsv"]
+    for name in [*others, ".a.0123abcd.partial.pt"]:
+        (tmp_path / name).touch()
+    paths.remove_partial(tmp_path / "a.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

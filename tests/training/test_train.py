@@ -474,21 +474,22 @@ def is_running(pid: str) -> bool:
         return False
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(workspace, recipe_file, monkeypatch, capsys, number):
     path = recipe_file(epochs=3)
     real = engine.update
     calls, heard = [], []
-    monkeypatch.setattr(__main__, "ensure_report", lambda folder: heard.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(__main__, "ensure_report", lambda folder: heard.append(signal.getsignal(number)))
     environment = workspace / "working" / "runs" / "tiny_fold0" / "environment.json"
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(*arguments)
 
     monkeypatch.setattr(engine, "update", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     assert start(path) == 1
     assert "stopped by a signal after update 6; the same command goes on from there" in capsys.readouterr().err
     first = json.loads(environment.read_text())
@@ -496,9 +497,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(workspace, recipe_file, monk
     assert start(path) == 0
     second = json.loads(environment.read_text())
     assert "resumed" not in first and second["started"] == "2020-01-01 00:00:00" < first["started"] <= second["resumed"]
-    assert heard == [signal.SIG_DFL]  # the report can be ended
+    # the report can be ended
+    assert heard == [{signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}[number]]
     assert "going on after update 6" in capsys.readouterr().out and len(calls) == 12
-    signal.signal(signal.SIGTERM, before)
+    for each, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(each, handler)
 
 
 def test_help_lists_every_key(capsys):
