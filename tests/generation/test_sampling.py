@@ -279,7 +279,7 @@ def test_errors_are_one_line(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[generate\]'"):
         generate.main(arguments())
-    assert not (tmp_path / "input").exists()
+    assert not list(tmp_path.glob("input/*"))  # the folder is there for a lock
     with pytest.raises(SystemExit):
         generate.main([*arguments(), "--workers", "2"])
     assert "--workers is not for --backend diffusers" in capsys.readouterr().err
