@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo gpu test test-fast test-mutations coverage check pages notebooks train refine lab test-release test-install test-recipes \
+.PHONY: help env demo gpu test test-fast test-faults test-mutations coverage check pages notebooks train refine lab test-release test-install test-recipes \
 	kaggle-env test-kernel test-browser kaggle-code kaggle-weights kaggle-push kaggle-check kaggle-submit
 
 PYTHON ?= python3
@@ -80,6 +80,9 @@ coverage: ## make test, and what share of each room's lines it runs: none may be
 	$(MAKE) test COVERAGE="--cov=kutils --cov-report="
 	@for room in $$(ls -d kutils/*/ | grep -v __); do echo "$$room"; \
 		$(bin)/coverage report --include="$$room*" --format=total --fail-under=85; done
+
+test-faults: env ## kills, damaged files, full disks and the like, done to the commands at random: 20 minutes (root: all of it)
+	PYTHONPATH=tests:. $(bin)/python tests/fault_campaign.py --jobs $(JOBS)
 
 test-mutations: env ## are the tests sharp? each fault of tests/mutations.toml, put into a copy, must fail a test: 15 minutes
 	$(bin)/python tests/mutation_check.py
