@@ -270,11 +270,9 @@ class TrainingImages(torch.utils.data.Dataset):
 
 
 class ValidationImages(torch.utils.data.Dataset):
-    """position -> one row's image, resized to a square, and its target; a broken image raises ImageError.
+    """position -> one row's image, resized to a square of `input_size` px, and its target, for each of the given rows.
 
-    Args:
-        rows: int, the rows to score.
-        input_size: side of the square, px.
+    A broken image raises ImageError.
     """
 
     def __init__(self, data: PromptImages, rows: np.ndarray, input_size: int):
