@@ -98,12 +98,11 @@ def read_run(folder: Path) -> FinishedRun:
     result = read_result(folder)
     if result is None:
         raise ValueError(f"{folder} holds no finished run (no result.json)")
-    environment = folder / "environment.json"
     return FinishedRun(
         folder,
         recipes.load_recipe(folder / "config.yaml"),
         result,
-        folders.read_run_json(environment) if environment.is_file() else {},
+        paths.read_record(folder / "environment.json") or {},  # it only informs
         folders.read_metrics(folder / "metrics.jsonl"),
     )
 

@@ -124,8 +124,8 @@ def start(folder: Path, recipe: Recipe, **facts) -> None:
         temporary.write_text(recipe.to_yaml(), encoding="utf-8")
     path, now = folder / "environment.json", time.strftime("%Y-%m-%d %H:%M:%S")
     times = {"started": now}
-    if path.is_file() and (folder / "resume.pt").is_file():
-        times = {"started": read_run_json(path).get("started", now), "resumed": now}
+    if (folder / "resume.pt").is_file():
+        times = {"started": (paths.read_record(path) or {}).get("started", now), "resumed": now}
     environment = {
         **times,
         "command": " ".join(sys.orig_argv),

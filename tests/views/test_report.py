@@ -211,7 +211,9 @@ def test_a_run_whose_data_has_changed_says_so(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["toy.tsv", "toy_images", "predictions", "environment.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "lost", ["toy.tsv", "toy_images", "predictions", "environment.json", "damaged environment.json", "metrics.jsonl"]
+)
 def test_what_is_gone_is_said(finished, lost):
     folder = finished / "working" / "runs" / "first_fold0"
     if lost == "toy_images":
@@ -220,6 +222,9 @@ def test_what_is_gone_is_said(finished, lost):
     elif lost == "toy.tsv":
         (finished / "input" / lost).unlink()
         said = ["Not shown: data set 'toy': toy.tsv not in"]
+    elif lost == "damaged environment.json":
+        (folder / "environment.json").write_bytes(b'{"started": "20')
+        said = ["Not shown: environment.json is gone or damaged."]
     else:
         (folder / ("fold0_predictions.npz" if lost == "predictions" else lost)).unlink()
         said = ["fold0_predictions.npz"] if lost == "predictions" else [f"Not shown: {lost}"]
