@@ -21,9 +21,10 @@ def command_of(module: str, arguments: list[str]) -> list[str]:
         return arguments if arguments[:1] in (["folds"], ["dedup"]) else ["folds"]
     if name in (*RENAMED, *UNCHANGED):
         return [RENAMED.get(name, name), *arguments]
-    if not module.startswith("kutils."):  # `-m kutils` must find its own module unloaded
+    if not module.startswith("kutils."):
         return []
     commands = importlib.import_module("kutils.__main__").COMMANDS  # a command's module does nothing by itself
+    del sys.modules["kutils.__main__"]  # `-m kutils` must find its own module unloaded
     return next(([command, *arguments] for command, found in commands.items() if found == module), [])
 
 

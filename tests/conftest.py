@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch processes side by s
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
+import signal
 import sys
 from multiprocessing import spawn
 
@@ -19,6 +20,8 @@ import torch
 from kutils.runs.recipes import Recipe
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a script's background job; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

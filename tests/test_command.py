@@ -178,6 +178,8 @@ def test_a_module_that_is_no_command_names_the_one_that_is(before):
 def test_other_modules_are_looked_up_as_ever():
     assert "No module named kutils.trian" in run_python("-m", "kutils.trian", cwd=ROOT).stderr
     assert "No module named kutils.data.__main__" in run_python("-m", "kutils.data", cwd=ROOT).stderr
+    done = run_python("-m", "kutils.system.children", "kutils", "--help", cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: kutils COMMAND")
 
 
 @pytest.mark.slow

@@ -171,8 +171,6 @@ def join_slices(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def same_rows(group: Sequence[FinishedRun]) -> SameRows:
     """Compare the predictions of runs of one group with the data in `input/`; slices are those of the first run's data.
 
-    Rows without a prediction by one of the runs are left out; their number is printed.
-
     Raises: ValueError where the data has changed since, or is gone; ValueError where two runs' rows differ.
     """
     columns = {}
@@ -182,9 +180,6 @@ def same_rows(group: Sequence[FinishedRun]) -> SameRows:
     first, rows = group[0], columns[group[0].name].index
     if not all(column.index.equals(rows) for column in columns.values()):
         raise ValueError(f"{', '.join(columns)} were validated on different rows; compare them group by group")
-    cosines = pd.DataFrame(columns).dropna()
-    if missing := len(rows) - len(cosines):
-        print(f"{missing:,} images are left out: a run has no prediction of them")
-    rows = cosines.index.to_numpy()
+    rows = rows.to_numpy()
     data = datasets.load_datasets(first.recipe.datasets)
-    return SameRows(cosines, slices.label_rows(data, rows, first.fold), data.prompt_codes[rows])
+    return SameRows(pd.DataFrame(columns), slices.label_rows(data, rows, first.fold), data.prompt_codes[rows])

@@ -66,7 +66,7 @@ def measure_neighbours(
     fold = finished.read_result(folder).fold
     saved = read_predictions(folder, fold)
     targets, prompts, _ = load_targets(saved)
-    rows = np.flatnonzero(np.isfinite(saved["embeddings"]).all(axis=1))
+    rows = np.arange(len(targets))
     if len(rows) > MOST_ROWS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_ROWS, replace=False))
     own, targets, prompts = saved["embeddings"][rows], targets[rows], prompts[rows]
@@ -74,8 +74,8 @@ def measure_neighbours(
     seen = blending.split_groups(groups, seed)
     if seen.all():  # also of none
         raise ValueError(
-            f"{predictions_path(folder, fold)} holds finite predictions of {len(np.unique(prompts))} prompts of "
-            f"{len(saved['embeddings'])} rows; choosing and scoring take two prompts or more"
+            f"{predictions_path(folder, fold)} holds predictions of {len(np.unique(prompts))} prompts; choosing and "
+            "scoring take two or more"
         )
     names = sorted(json.loads(saved["folds_hash"]))
     bank = PromptBank.from_datasets(names)

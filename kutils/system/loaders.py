@@ -1,7 +1,7 @@
 """Guards torch's data loaders: room in shared memory before they start, and one clear error where a process is lost."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -33,9 +33,9 @@ def check_shared_memory(num_workers: int, batch_bytes: int, batches_ahead: int, 
         )
 
 
-def batches(loader: DataLoader) -> Iterator:
-    """Start a loader's processes; returns an iterator of its batches that raises ValueError where one is lost."""
-    return guarded(iter(loader), loader.num_workers)
+def batches(loader: DataLoader | Iterable) -> Iterator:
+    """Start a loader's processes, if it has any; gives its batches, and raises ValueError where a process is lost."""
+    return guarded(iter(loader), getattr(loader, "num_workers", 0))
 
 
 def guarded(started: Iterator, num_workers: int) -> Iterator:

@@ -15,9 +15,15 @@ from kutils.system.ranks import Ranks
 from kutils.training import out_of_fold
 
 
+def save_run(folder, data, rows, predicted):
+    origin, ranks = {"fold": 3, "prefix": "tiny", "checkpoint": "x"}, Ranks(0, 1, torch.device("cpu"))
+    path = folder / "fold3_predictions.npz"
+    out_of_fold.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
+
+
 @pytest.fixture
 def run(workspace, tiny_recipe):
-    """A finished run on 400 prompts: predictions near the truth, one image unreadable."""
+    """A finished run on 400 prompts: predictions near the truth."""
     make_dataset(workspace / "input", num_prompts=400, size=8)
     recipe = tiny_recipe()
     folder = workspace / "working" / "runs" / "tiny_fold3"
@@ -26,14 +32,10 @@ def run(workspace, tiny_recipe):
     rows = data.validation_rows(3)
     predicted = data.targets(rows) + 0.5 * unit_rows(len(rows), seed=9)
     predicted /= np.linalg.norm(predicted, axis=1, keepdims=True)
-    predicted[7] = np.nan
-    origin = {"fold": 3, "prefix": "tiny", "checkpoint": "x"}
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    path = folder / "fold3_predictions.npz"
-    out_of_fold.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
+    save_run(folder, data, rows, predicted)
     (folder / "config.yaml").write_text(recipe.to_yaml())
     replace(RESULT, fold=3).write(folder)
-    return folder, data, np.delete(rows, 7), np.delete(predicted, 7, axis=0)
+    return folder, data, rows, predicted
 
 
 def test_it_is_chosen_on_one_half_and_scored_on_the_other(run, capsys):
@@ -71,18 +73,12 @@ def test_more_neighbours_than_there_are_prompts_are_all_of_them(run):
     assert neighbours.measure_neighbours(folder, (9000,), (0.05,), device="cpu").neighbours == 360
 
 
-def test_too_few_predictions_are_refused(run):
-    """None that is finite, and two of the same prompt."""
-    folder, *_ = run
-    path = folder / "fold3_predictions.npz"
-    with np.load(path) as saved:
-        content = dict(saved)
-    for kept, told in ((0, "0 prompts of 80 rows"), (2, "1 prompts of 80 rows")):
-        embeddings = np.full_like(content["embeddings"], np.nan)
-        embeddings[:kept] = content["embeddings"][:kept]
-        np.savez(path, **content | {"embeddings": embeddings})
-        with pytest.raises(ValueError, match=f"finite predictions of {told}"):
-            neighbours.measure_neighbours(folder, device="cpu")
+def test_one_prompt_cannot_be_split_into_halves(run):
+    folder, data, rows, predicted = run
+    assert data.prompts[rows[0]] == data.prompts[rows[1]]
+    save_run(folder, data, rows[:2], predicted[:2])
+    with pytest.raises(ValueError, match="holds predictions of 1 prompts; choosing and scoring take two or more"):
+        neighbours.measure_neighbours(folder, device="cpu")
 
 
 def test_what_cannot_be_measured_is_said(run, capsys):
