@@ -158,6 +158,17 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
 
+def exit_without(parent: int) -> None:
+    """Exit once the parent is gone and the main thread has ended.
+
+    Linux may send two signals then, of which the second cuts what torchrun does at the first: a thread of it may be
+    left that waits for ever.
+    """
+    while os.getppid() == parent or threading.main_thread().is_alive():
+        time.sleep(0.2)
+    os._exit(1)
+
+
 def count_ranks_by_node() -> None:
     """Give a rank of several nodes the number that NODE_RANK says; torchrun counts nodes in the order of their names.
 
@@ -174,6 +185,7 @@ def count_ranks_by_node() -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=exit_without, args=(os.getppid(),), daemon=True).start()
     end_with_parent()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank
         count_ranks_by_node()

@@ -186,9 +186,16 @@ def test_what_could_not_be_saved_at_the_end_of_the_time_is_an_error(module, caps
         assert cut(name, capsys)[0] is False
 
 
+CLEANING = """import signal, sys, threading
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+threading.Thread(target=time.sleep, args=(600,)).start()
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_a_killed_parent_takes_its_child_along(module, tmp_path):
-    name = module("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+@pytest.mark.parametrize("cleaning", ["", CLEANING], ids=["plain", "cleans up, with a thread that does not end"])
+def test_a_killed_parent_takes_its_child_along(module, tmp_path, cleaning):
+    name = module(f"import os, time\n{cleaning}open('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     parent = subprocess.Popen(
         [REAL_PYTHON, "-c", f"from kutils.runs import launch\nlaunch.run_module({name!r})"], cwd=tmp_path
     )
