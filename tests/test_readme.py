@@ -28,7 +28,7 @@ MOST_LINES = {
     "kernel-metadata/README.md": 60,
     "kutils/README.md": 120,
     "tests/README.md": 40,
-    "kutils/benchmarks/README.md": 112,
+    "kutils/benchmarks/README.md": 115,
 }
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in MOST_LINES}
 KEYS = {item.name for item in dataclasses.fields(recipes.Recipe)}
