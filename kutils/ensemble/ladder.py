@@ -15,7 +15,7 @@ from kutils.ensemble.blending import unit
 from kutils.models import networks
 from kutils.runs import folders
 from kutils.runs.recipes import Recipe
-from kutils.system import devices
+from kutils.system import devices, loaders
 from kutils.system.ranks import Ranks
 from kutils.training import engine, loading, ridge_head
 
@@ -82,14 +82,14 @@ def climb(
     features, pixels = (
         np.split(values, [len(training)]) for values in see(data, np.concatenate([training, scored]), recipe)
     )
-    lengths = features[1] @ ridge_head.regress(features[0], targets, held).T
+    frozen = features[1] @ ridge_head.regress(features[0], targets, held).T
     twins = np.concatenate([targets, data.targets(scored)])
     rungs = {
         SHUFFLED: features[1] @ ridge_head.regress(features[0], shuffle(data, training, seed), held).T,
         MEAN_PROMPT: np.tile(data.training_mean(fold), (len(scored), 1)),
         SMALL: pixels[1] @ ridge_head.regress(pixels[0], targets, held).T,
         SIMILAR: targets[most_similar(features[1], features[0])],
-        FROZEN: lengths,
+        FROZEN: frozen,
         **predictions,
         CEILING: twins[most_similar(features[1], np.concatenate(features), first=len(training))],
     }
@@ -102,7 +102,7 @@ def climb(
         bank=len(bank),
         curve=curve,
         limit=fit_curve(curve),
-        coverage=by_length(lengths, data.targets(scored)),
+        coverage=by_length(frozen, data.targets(scored)),
         notes=notes,
     )
 
@@ -125,7 +125,8 @@ def see(data: PromptImages, rows: np.ndarray, recipe: Recipe) -> tuple[np.ndarra
     small = DataLoader(
         datasets.ValidationImages(data, rows, PIXELS), batch_size=256, **loading.loader_options(recipe, ranks)
     )
-    pixels = np.concatenate([batch["image"].flatten(1).numpy() for batch in small]) / np.float32(255)
+    images = [batch["image"].flatten(1).numpy() for batch in loaders.batches(small)]
+    pixels = np.concatenate(images) / np.float32(255)
     return seen.features.cpu().numpy(), np.concatenate([pixels, np.ones((len(rows), 1), np.float32)], axis=1)
 
 
@@ -247,14 +248,14 @@ def fit_curve(curve: pd.DataFrame) -> tuple[float, float, float] | None:
     return tuple(map(float, found))
 
 
-def by_length(lengths: np.ndarray, targets: np.ndarray) -> pd.DataFrame:
+def by_length(predictions: np.ndarray, targets: np.ndarray) -> pd.DataFrame:
     """Mean cosine of the longest predictions, for each share of COVERAGES: what a prediction's length says of it.
 
     Args:
-        lengths: float [n, 384], predictions before they are normalised.
+        predictions: float [n, 384], before they are normalised.
     """
-    order = np.argsort(-np.linalg.norm(lengths, axis=1), kind="stable")
-    cosines = np.einsum("nd,nd->n", unit(lengths), targets)[order]
+    order = np.argsort(-np.linalg.norm(predictions, axis=1), kind="stable")
+    cosines = np.einsum("nd,nd->n", unit(predictions), targets)[order]
     counts = np.maximum(1, (COVERAGES * len(order)).round().astype(int))
     return pd.DataFrame({"coverage": COVERAGES, "cosine": [cosines[:count].mean() for count in counts]})
 

@@ -53,7 +53,7 @@ def describe_loss(error: Exception, num_workers: int | None = None) -> str:
     torch raises it from a signal handler, wherever the main process then is.
     """
     if "DataLoader timed out" in str(error):
-        reason = f"sent nothing for {WORKER_SECONDS} s"
+        reason = "sent nothing in time"
     elif "unable to allocate shared memory" in str(error):
         reason = "found no room for a batch"
     elif "DataLoader worker (pid" in str(error) or isinstance(error, (ConnectionError, EOFError)):
