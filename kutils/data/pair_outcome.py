@@ -36,6 +36,7 @@ from kutils.system.constants import EMBEDDING_DIM
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # of bytes that were not UTF-8
 FILE_SUFFIXES = ("tar", "gz", "tgz", "parquet", "zip", "jsonl", "ndjson", "json", "csv", "tsv")
+UNIT_ROUNDING = 1e-6  # by which float32 rows of length 1 differ from it
 COUNTED_PAIRS = 64  # between two reports of progress
 
 
@@ -98,7 +99,8 @@ class Outcome:
             if not 0 < length < np.inf:  # NaN compares false
                 return Fault(pair.key, "embedding is not finite, or all zero")
             if " ".join(pair.prompt.split()) == prompt:  # else it is of another text
-                row["embedding"] = embedding / length
+                is_unit = abs(length - 1) < UNIT_ROUNDING  # as of an export: it stays what it is to the last bit
+                row["embedding"] = embedding if is_unit else embedding / length
         try:
             content = pair.image if isinstance(pair.image, bytes) else read_image(pair.image)
             image, suffix, *sides = pair_images.prepare(content, self.job.encoding, self.job.verify)
