@@ -72,7 +72,7 @@ image_plots.image_grid(images, prompts, columns=4);
 # again after a kill, it goes on at the source file where it was.
 
 # %%
-launch.run_module("kutils", "import", *chosen, "--output", str(paths.input_dir() / name), *shlex.split(options))
+launch.run_module("kutils", "import", *chosen, "--output", str(paths.input_dir() / name), *shlex.split(options));
 
 # %% [markdown]
 # ## What was set apart, and why?
