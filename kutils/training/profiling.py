@@ -6,12 +6,14 @@ import json
 import os
 import shlex
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from kutils.runs import finished
@@ -97,7 +99,7 @@ class UpdateProfiler:
             result.export_chrome_trace(str(temporary))
         events = read_trace(path)
         measured = shares(events)
-        lines = [describe_shares(measured, self.num_updates), costly_operations(events)]
+        lines = [describe_shares(measured, self.num_updates), costly_operations(result.key_averages())]
         if self.device.type == "cuda" and IDLE not in measured:
             lines.append("nothing of the GPU was recorded (is CUPTI allowed here?): times are the host's")
         lines.append(f"{path} opens in https://ui.perfetto.dev and chrome://tracing")
@@ -171,36 +173,18 @@ def describe_shares(by_part: dict[str, float], num_updates: int) -> str:
     return f"{num_updates} updates profiled: {parts}, the rest {max(0.0, 1 - sum(by_part.values())):.0%}"
 
 
-def costly_operations(events: list[dict]) -> str:
+def costly_operations(averages: Iterable[FunctionEventAvg]) -> str:
     """A table of the operations that took most time of their own: on the GPU where there is one, else on the CPU."""
-    operations = [event for event in events if event.get("cat") == "cpu_op"]
-    work = [event for event in events if event.get("cat") in GPU_WORK]
-    if work:  # by the operation that launched it
-        names = {argument(event, "External id"): event["name"] for event in operations}
-        spent = ((names.get(argument(event, "External id"), event["name"]), event["dur"]) for event in work)
-    else:
-        spent = own_times(operations)
-    times, calls = Counter(), Counter()
-    for name, own in spent:
-        times[name] += own
-        calls[name] += 1
+    measured = [average for average in averages if not average.is_user_annotation]
+    operations = [average for average in measured if average.device_type == DeviceType.CPU]
+    work = sum(average.self_device_time_total for average in measured if average.device_type != DeviceType.CPU)
+    own_time = attrgetter("self_device_time_total" if work else "self_cpu_time_total")
+    total = work or sum(map(own_time, operations))
     lines = [f"{'share of ' + ('GPU' if work else 'CPU') + ' time':>18} {'ms':>10} {'calls':>9}  operation"]
-    for name, own in times.most_common(MOST_OPERATIONS):
-        lines.append(f"{own / times.total():>18.1%} {own / 1000:>10.1f} {calls[name]:>9,}  {name[:80]}")
+    for average in sorted(operations, key=own_time, reverse=True)[:MOST_OPERATIONS]:
+        own = own_time(average)
+        lines.append(f"{own / total:>18.1%} {own / 1000:>10.1f} {average.count:>9,}  {average.key[:80]}")
     return "\n".join(lines)
-
-
-def own_times(operations: list[dict]) -> Iterator[tuple[str, float]]:
-    """Name of every operation, and its time without that of the operations within it."""
-    own, within = [], []  # `within`: thread, end and number of those that the next may lie in
-    for event in sorted(operations, key=lambda event: (event["tid"], event["ts"], -event["dur"])):
-        while within and (within[-1][0] != event["tid"] or within[-1][1] <= event["ts"]):
-            within.pop()
-        if within:
-            own[within[-1][2]][1] -= event["dur"]
-        within.append((event["tid"], event["ts"] + event["dur"], len(own)))
-        own.append([event["name"], event["dur"]])
-    yield from map(tuple, own)
 
 
 # ---------------------------------------------------------------- waiting for data

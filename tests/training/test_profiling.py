@@ -4,10 +4,12 @@ import dataclasses
 import gzip
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from kutils.data import datasets
 from kutils.runs import folders
@@ -151,32 +153,25 @@ def test_shares_of_a_gpu_are_its_own_time_by_what_launched_the_work():
     )
 
 
-def test_costly_operations_count_by_their_own_time():
-    def operation(name, begin, end, tid=1):
-        return mark(name, begin, end, "cpu_op") | {"tid": tid}
+def average(key, count, own, launched=0, device=DeviceType.CPU, annotation=False):
+    """What the profiler says of all calls of an operation, or of a kernel; times in us."""
+    times = {"self_cpu_time_total": own, "self_device_time_total": launched}
+    return SimpleNamespace(key=key, count=count, device_type=device, is_user_annotation=annotation, **times)
 
-    events = [
-        operation("conv", 0, 4000),
-        operation("inner", 500, 3500),  # conv's own: 1 ms
-        operation("deep", 1000, 2000),  # inner's own: 2 ms
-        operation("inner", 4000, 5000),
-        operation("conv", 100, 1100, tid=2),  # in another thread, at the same time
-        operation("deep", 1100, 2100, tid=2),
-    ]
-    lines = profiling.costly_operations(events).splitlines()
+
+def test_costly_operations_count_by_their_own_time():
+    forward, matrix = average("forward", 1, 9000, annotation=True), average("aten::mm", 2, 1000, 3000)
+    copy = average("aten::copy_", 12, 3000)
+    lines = profiling.costly_operations([forward, matrix, copy]).splitlines()
     assert lines[0].split() == ["share", "of", "CPU", "time", "ms", "calls", "operation"]
-    rows = {row[3]: row[:3] for row in map(str.split, lines[1:])}
-    assert rows == {"inner": ["42.9%", "3.0", "2"], "conv": ["28.6%", "2.0", "2"], "deep": ["28.6%", "2.0", "2"]}
-    on_gpu = [
-        mark("aten::mm", 0, 1, "cpu_op", **{"External id": 7}),
-        mark("gemm<128x128>", 10, 3010, "kernel", **{"External id": 7}),
-        mark("fused", 10, 1010, "kernel"),
-    ]
-    lines = profiling.costly_operations(on_gpu).splitlines()
     assert [line.split() for line in lines[1:]] == [
-        ["75.0%", "3.0", "1", "aten::mm"],
-        ["25.0%", "1.0", "1", "fused"],
-    ] and "GPU" in lines[0]
+        ["75.0%", "3.0", "12", "aten::copy_"],
+        ["25.0%", "1.0", "2", "aten::mm"],
+    ]
+    kernels = [average("gemm", 2, 0, 3000, DeviceType.CUDA), average("by hand", 1, 0, 1000, DeviceType.CUDA)]
+    kernels.append(average("forward", 1, 0, 4000, DeviceType.CUDA, annotation=True))
+    lines = profiling.costly_operations([forward, copy, matrix, *kernels]).splitlines()
+    assert "GPU" in lines[0] and lines[1].split() == ["75.0%", "3.0", "2", "aten::mm"]
 
 
 # ---------------------------------------------------------------- waiting
