@@ -5,6 +5,7 @@ import errno
 import importlib
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ STEPS = {
     },
 }
 COMMANDS = {name: module for commands in STEPS.values() for name, (module, _) in commands.items()}
+AGAIN_SECONDS = 5  # after which a second Ctrl-C interrupts, too, what the first one has left running
 FIRST_RANK_SECONDS = 10  # within which the first rank has printed an error that every rank meets
 
 
@@ -61,18 +63,33 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def run(command: str, arguments: list[str]) -> int:
-    """Run a command: 0, or `error: ...` on stderr and 1 where its user can put it right; 130 after Ctrl-C or SIGTERM.
+def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
+    """Run a command: 0, or `error: ...` on stderr and 1 where its user can put it right; 130 after Ctrl-C, 143 after
+    SIGTERM.
 
     KUTILS_DEBUG=1 shows the traceback instead. An error that every rank of torchrun meets, before they have joined, is
     printed by the first rank of each machine alone.
+
+    Args:
+        is_process: nothing else runs in this process, which then handles SIGINT and SIGTERM.
     """
-    from kutils.system.children import STOPPED, CommandFailed, end_with_parent
+    from kutils.system.children import (
+        STOPPED,
+        CommandFailed,
+        end_with_parent,
+        exit_at_once,
+        handle_signals,
+        interrupt_once,
+    )
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank whose torchrun was killed would go on holding its GPU
         end_with_parent()
+    if is_process:
+        handle_signals(exit_at_once)
     try:
         module = importlib.import_module(COMMANDS[command])
+        if is_process:
+            interrupt_once(again_seconds=AGAIN_SECONDS)
         return module.main(arguments, ensure_report) if command == "train" else module.main(arguments)
     except (ValueError, OSError, CommandFailed) as error:
         if os.environ.get("KUTILS_DEBUG"):
@@ -90,9 +107,9 @@ def run(command: str, arguments: list[str]) -> int:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"error: {STOPPED}; start the same command again to go on", file=sys.stderr, flush=True)
-        return 130
+        return 128 + getattr(error, "number", signal.SIGINT)
     finally:
         if have_joined():
             sys.modules["kutils.system.ranks"].leave_ranks()
@@ -123,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: command and arguments; None: those of this process, by the code of the clone that it was started in.
     """
+    is_process = argv is None
     if argv is None:
         argv = sys.argv[1:]
         continue_in_clone(argv)
@@ -134,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         nearest = f"did you mean {close[0]!r}? " if close else ""
         print(f"error: there is no command {argv[0]!r}; {nearest}`kutils --help` lists all", file=sys.stderr)
         return 2
-    return run(argv[0], argv[1:])
+    return run(argv[0], argv[1:], is_process=is_process)
 
 
 def continue_in_clone(arguments: list[str]) -> None:

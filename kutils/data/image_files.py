@@ -118,6 +118,7 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
         num_workers=(num_processes := min(num_workers, -(-len(rows) // CHUNK_IMAGES))),
         timeout=loaders.WORKER_SECONDS if num_processes else 0,
         collate_fn=collate_facts,
+        worker_init_fn=loaders.start_worker,
         generator=torch.Generator(),  # the loader's own seed must not come from the generator of drop path
     )
     facts, codes, start = np.zeros(len(rows), FACTS), {"": 0}, 0

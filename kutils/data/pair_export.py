@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from kutils.data import transforms
 from kutils.data.pair_facts import facts_path, read_facts
-from kutils.data.pair_images import SUFFIXES, read_header
+from kutils.data.pair_images import SUFFIXES
 from kutils.data.shards import have_no_files, open_shards, record_path, shards_folder
 from kutils.data.transforms import ImageError
 from kutils.system import paths
@@ -63,7 +64,7 @@ class ExportedRows:
         path = self.root / self.table["image"][row].as_py()
         try:
             content = self.shards.read(row) if self.shards else path.read_bytes()
-            return content, SUFFIXES[read_header(content)[0]]
+            return content, SUFFIXES[transforms.read_header(content, "image", tuple(SUFFIXES))[0]]
         except (OSError, ImageError) as error:
             raise ImageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 

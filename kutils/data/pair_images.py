@@ -1,19 +1,14 @@
 """Checks the image files of pairs, and encodes them: size from the header, whole or cut, too many pixels."""
 
-import io
 import zlib
-
-from PIL import Image
 
 from kutils.data import transforms
 from kutils.data.shards import Encoding
 from kutils.data.transforms import ImageError
 
-MOST_PIXELS = 1 << 26  # 67 million, 8192 x 8192: 200 MB when decoded
 WEBP_METHOD = 2  # of Pillow's 0 to 6, 4 by default: 7.9 ms for 448 px instead of 17, 2 % more bytes, 0.3 dB less
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 SUFFIXES |= {"AVIF": ".avif", "MPO": ".jpg"}  # MPO: JPEG with further pictures behind the first
-FORMAT_NAMES = tuple(SUFFIXES)
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 
 
@@ -25,9 +20,8 @@ def prepare(content: bytes, encoding: Encoding | None, verify: bool) -> tuple[by
         verify: decode what is kept as it is; else its head, its end and a PNG file's checksums are all that is checked.
     Raises: ImageError that says what is wrong.
     """
-    name, width, height = read_header(content)
-    if width * height > MOST_PIXELS:
-        raise ImageError(f"image has too many pixels ({width:,} x {height:,}, at most {MOST_PIXELS:,})")
+    name, width, height = transforms.read_header(content, "image", tuple(SUFFIXES))
+    transforms.check_pixels("image", width, height)
     if min(width, height) < 1:
         raise ImageError("image has no pixels")
     check_whole(content, name)
@@ -38,34 +32,6 @@ def prepare(content: bytes, encoding: Encoding | None, verify: bool) -> tuple[by
     if verify:
         transforms.decode_bytes(content, "image")
     return content, SUFFIXES[name], width, height
-
-
-def read_header(content: bytes) -> tuple[str, int, int]:
-    """Format (a name of Pillow), width and height; ImageError for no image of a known format.
-
-    Pillow opens a WebP file by allocating all its pixels: 1.2 ms for 512 px, and 1 GB for a picture bomb.
-    """
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP" and len(content) >= 30:
-        kind = content[12:16]
-        if kind == b"VP8X":
-            sides = (1 + int.from_bytes(content[start : start + 3], "little") for start in (24, 27))
-        elif kind == b"VP8L":
-            bits = int.from_bytes(content[21:25], "little")
-            sides = (1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
-        else:
-            sides = (int.from_bytes(content[start : start + 2], "little") & 0x3FFF for start in (26, 28))
-        return "WEBP", *sides
-    if content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) >= 24:
-        return "PNG", int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-    if not content:
-        raise ImageError("image is empty (0 bytes)")
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMAT_NAMES) as picture:
-            return picture.format, *picture.size
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image has too many pixels ({error})") from error
-    except Exception as error:  # UnidentifiedImageError, and what Pillow raises for damaged headers
-        raise ImageError(f"image of no known format ({len(content):,} bytes)") from error
 
 
 def check_whole(content: bytes, name: str) -> None:

@@ -5,7 +5,8 @@ over the whole batch, with factors of its own for each image.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,15 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from kutils.system import fatal
+
 # the 5th-place solution's: half to all of the area, ratios near 1, jitter 0.05; no flip, as prompts say left and right
 CROP = v2.RandomResizedCrop(size=1, scale=(0.5, 1.0), ratio=(0.9, 1.1))
 JITTER = v2.ColorJitter(brightness=0.05, contrast=0.05, saturation=0.05, hue=0.05)
 CONTRAST, SATURATION, HUE = 1, 2, 3  # torchvision's numbers of the operations; brightness is 0
 CACHED_VALUES = 2**19  # float32 values that a CPU processes at a time: 2 MB
 LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue in the luma of ITU-R 601-2, as in torchvision and Pillow
-# torchvision 0.29 ends the process where the pixels of a PNG file are damaged; Pillow takes 1.3 times as long
-PNG = b"\x89PNG"
+MOST_PIXELS = 1 << 26  # 67 million, 8192 x 8192: 200 MB when decoded
 
 
 class ImageError(ValueError):
@@ -45,6 +47,45 @@ def decode_rgb(path: Path | str, read: Callable[[], bytes] | None = None) -> Ten
     return decode_bytes(data, path)
 
 
+def read_header(content: bytes, name: Path | str, formats: Sequence[str] | None = None) -> tuple[str, int, int]:
+    """Format (a name of Pillow), width and height in pixels of an image file; nothing is decoded.
+
+    Pillow opens a WebP file by allocating all its pixels: 1.2 ms for 512 px, and 1 GB for a picture bomb.
+
+    Args:
+        name: of the image in messages.
+        formats: names of Pillow; None: all that it knows.
+    Raises: ImageError for no image of such a format.
+    """
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP" and len(content) >= 30:
+        kind = content[12:16]
+        if kind == b"VP8X":
+            sides = (1 + int.from_bytes(content[start : start + 3], "little") for start in (24, 27))
+        elif kind == b"VP8L":
+            bits = int.from_bytes(content[21:25], "little")
+            sides = (1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+        else:
+            sides = (int.from_bytes(content[start : start + 2], "little") & 0x3FFF for start in (26, 28))
+        return "WEBP", *sides
+    if content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) >= 24:
+        return "PNG", int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    if not content:
+        raise ImageError(f"{name} is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(content), formats=formats) as picture:
+            return picture.format, *picture.size
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has too many pixels ({error})") from error
+    except Exception as error:  # UnidentifiedImageError, and what Pillow raises for damaged headers
+        raise ImageError(f"{name} is no image of a known format ({len(content):,} bytes)") from error
+
+
+def check_pixels(name: Path | str, width: int, height: int) -> None:
+    """Raise ImageError for an image that would take too much memory: a small file may hold a huge one."""
+    if width * height > MOST_PIXELS:
+        raise ImageError(f"{name} has too many pixels ({width:,} x {height:,}, at most {MOST_PIXELS:,})")
+
+
 def decode_bytes(data: bytes, name: Path | str) -> Tensor:
     """Decode the content of an image file.
 
@@ -55,17 +96,26 @@ def decode_bytes(data: bytes, name: Path | str) -> Tensor:
         data: the content.
         name: of the image in messages.
     Returns: uint8 [3, H, W].
-    Raises: ImageError if it is empty, truncated or of no known format.
+    Raises: ImageError if it is empty, truncated, of no known format or of more than MOST_PIXELS, or if it has ended a
+        process before.
     """
-    if not data:
-        raise ImageError(f"{name} is empty (0 bytes)")
-    try:
-        if not data.startswith(PNG):
+    kind, width, height = read_header(data, name)
+    check_pixels(name, width, height)
+    with fatal.decoding(data) as may_decode:
+        if not may_decode:
+            raise ImageError(f"{name} ends the process that decodes it")
+        return decode_content(data, name, kind)
+
+
+def decode_content(data: bytes, name: Path | str, kind: str) -> Tensor:
+    """Decode a file of a format (a name of Pillow) as `decode_bytes` does, whatever its size."""
+    # torchvision ends the process where the pixels of a PNG file are damaged (Pillow takes 1.3 times as long), and
+    # decodes all frames of a GIF file; what it refuses, Pillow may know, and its messages are better
+    if kind in ("JPEG", "MPO", "WEBP"):
+        with suppress(RuntimeError):
             image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
             if image.dtype == torch.uint8 and image.ndim == 3:  # not animated
                 return image
-    except RuntimeError:
-        pass  # Pillow knows more formats, and its messages are better
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
@@ -78,7 +128,7 @@ def decode_bytes(data: bytes, name: Path | str) -> Tensor:
                 )
             return F.pil_to_tensor(picture.convert("RGB"))
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is no image of a known format ({len(data)} bytes)") from None
+        raise ImageError(f"{name} is no image of a known format ({len(data):,} bytes)") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
         raise ImageError(f"{name} cannot be decoded: {error}") from error
 

@@ -123,6 +123,7 @@ class PixelCache:
             num_workers=num_workers,
             timeout=loaders.WORKER_SECONDS if num_workers else 0,
             collate_fn=datasets.collate,
+            worker_init_fn=loaders.start_worker,
             generator=torch.Generator(),  # a starting loader draws a seed; the global generator must not advance
         )
         decoded = loaders.batches(loader)  # its processes are forked here, before threads of the models run

@@ -1,11 +1,9 @@
 """Describes a data set of images in the making: names, seeds, missing images, and its table."""
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,6 @@ from kutils.system.tables import hash_prompts, read_table, write_table
 
 PROMPTS_PER_FOLDER = 1000  # a folder with millions of files is slow to list
 RECORD = "generation.json"  # in the folder of images: what they were made from
-LEFTOVER_SECONDS = 600  # writing one image takes less: an older temporary file is of a run that was killed
 
 
 def image_seed(prompt: str, number: int, attempt: int = 0) -> int:
@@ -114,10 +111,8 @@ class ImageSet:
                         row, number = int(match[1]), int(match[2])
                         if row < len(self.prompts) and number < self.images_per_prompt:
                             present[row * self.images_per_prompt + number] = True
-                    elif ".partial" in entry.name:
-                        with contextlib.suppress(FileNotFoundError):  # its run has just renamed it
-                            if time.time() - entry.stat().st_mtime > LEFTOVER_SECONDS:
-                                Path(entry.path).unlink()
+                    elif ".partial" in entry.name and paths.is_left_over(Path(entry.path)):
+                        Path(entry.path).unlink(missing_ok=True)
         return np.flatnonzero(~present)
 
     # ---------------------------------------------------------------- how the images are made

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kutils.prompts.encoder import ENCODER_DTYPES, TextEncoder, check_dtype, encoder_name, load_encoder
-from kutils.system import devices, paths
+from kutils.system import devices, locks, paths
 from kutils.system.chunks import ChunkFiles
 from kutils.system.embedding_files import EMBEDDING_DIM, are_whole, record_embeddings, reserve
 from kutils.system.progress import progress_bar
@@ -110,12 +110,28 @@ def embed_table(
         dtype: of the computation, float32 or bfloat16; a file in float32 satisfies both.
         ranks: share the chunks; each of them calls this. None: this process alone.
     Returns: path of the .npy file.
-    Raises: ValueError naming the line of an empty prompt, or for an encoder that cannot be loaded; OSError on a full
-        disk, mostly before the work.
+    Raises: ValueError naming the line of an empty prompt, for an encoder that cannot be loaded, or where another
+        process writes these embeddings; OSError on a full disk, mostly before the work.
     """
     check_dtype(dtype)
     ranks = ranks or Ranks(0, 1, devices.pick_device(device))
-    tsv_path = Path(tsv_path)
+    options = {"device": device, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite, "progress": progress}
+    with locks.held([Path(tsv_path).with_suffix(".npy")], ranks):
+        return embed_alone(Path(tsv_path), encoder, ranks, **options)
+
+
+def embed_alone(
+    tsv_path: Path,
+    encoder: TextEncoder | str | None,
+    ranks: Ranks,
+    *,
+    device: str,
+    batch_size: int,
+    dtype: str,
+    overwrite: bool,
+    progress: bool,
+) -> Path:
+    """Do what `embed_table` says, while no other process writes these embeddings."""
     npy_path = tsv_path.with_suffix(".npy")
     prompts = read_table(tsv_path, ["prompt"])["prompt"]
     if (row := first_empty(prompts)) >= 0:

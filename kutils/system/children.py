@@ -7,6 +7,7 @@ does. This module imports no torch: a notebook that launches ranks must not hold
 import collections
 import contextlib
 import ctypes
+import math
 import os
 import re
 import runpy
@@ -16,8 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-
-from kutils.system import paths
+from collections.abc import Callable
 
 LAST_LINES = 40  # of the output, repeated in the exception
 KEPT_LINES = 400  # torchrun's summary holds tracebacks; who failed stands above the last of them
@@ -58,6 +58,8 @@ def run_module(
     Raises: CommandFailed with the command's last lines.
     """
     settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    from kutils.system import paths  # brings NumPy: a command handles signals before that is loaded
+
     settings["PYTHONSAFEPATH"] = "1"  # the current folder may be another clone: its kutils must not come first
     search_path = os.pathsep.join(filter(None, [str(paths.code_root()), os.environ.get("PYTHONPATH")]))
     environment = os.environ | settings | (environment or {}) | {"PYTHONPATH": search_path}
@@ -134,22 +136,55 @@ def ended_within(child: subprocess.Popen, seconds: float) -> bool:
     return False
 
 
-def interrupt_once(message: str = "") -> None:
-    """Let the first SIGINT or SIGTERM raise KeyboardInterrupt; ignore more: they would cut what is being saved.
+class Interrupted(KeyboardInterrupt):
+    """What SIGINT or SIGTERM raises; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def interrupt_once(message: str = "", again_seconds: float = math.inf) -> None:
+    """Let the first SIGINT or SIGTERM raise Interrupted; ignore more: they would cut what is being saved.
 
     Args:
         message: printed to stderr when it happens.
+        again_seconds: after which another one raises, too.
     """
+    last = -math.inf
 
     def interrupt(number: int, frame) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda *_: None)  # not SIG_IGN, which children would inherit
+        nonlocal last
+        if time.monotonic() - last < again_seconds:
+            return
+        last = time.monotonic()
         os.write(2, message.encode())  # print() may have been interrupted itself
-        raise KeyboardInterrupt
+        raise Interrupted(number)
 
+    def send_again(unraisable) -> None:
+        """An exception that comes while an object is deleted, or within a callback, is dropped by Python."""
+        nonlocal last
+        if isinstance(unraisable.exc_value, Interrupted):
+            last = -math.inf
+            threading.Timer(0.1, os.kill, (os.getpid(), unraisable.exc_value.number)).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    handle_signals(interrupt)
+    sys.unraisablehook = send_again
+
+
+def exit_at_once(number: int, frame) -> None:
+    """What SIGINT and SIGTERM do before anything is begun: a library that is being imported may catch an exception."""
+    os.write(2, f"error: {STOPPED}\n".encode())
+    os._exit(128 + number)
+
+
+def handle_signals(handler: Callable) -> None:
+    """Set the handler of SIGINT and SIGTERM; a script's background job ignores the script's Ctrl-C, and still does."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # a script's background job must not hear the script's Ctrl-C
-            signal.signal(number, interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def end_with_parent() -> None:

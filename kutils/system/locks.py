@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from kutils.system.paths import remove_partial
+from kutils.system.paths import remove_leftovers
 
 if TYPE_CHECKING:  # it loads torch
     from kutils.system.ranks import Ranks
@@ -57,7 +57,7 @@ def locked(path: Path) -> Iterator[None]:
         command = " ".join(shlex.join(sys.orig_argv).split())[:200]
         stream.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%H:%M:%S')} ({command})")
         stream.flush()
-        remove_partial(path)
+        remove_leftovers(path.parent)
         try:
             yield
         finally:

@@ -1,12 +1,16 @@
 """Says where the repository, `input/` and `working/` are; writes files whole or not at all."""
 
+import contextlib
 import errno
-import glob
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -14,6 +18,9 @@ from pathlib import Path, PurePosixPath
 from kutils.system import checksums
 
 COMMIT_FILE = "COMMIT"  # of the code data set: what it was made from
+# in a temporary name: the machine and number of the process that writes it; of before, 8 hex digits that say neither
+PARTIAL = re.compile(r"\.(?P<machine>[0-9a-f]{8})(-(?P<process>\d+)-[0-9a-f]{4})?\.partial")
+FOREIGN_SECONDS = 24 * 3600  # without a change, after which a file of another machine's process is taken for left over
 
 
 def on_kaggle() -> bool:
@@ -119,7 +126,11 @@ def sha256_of(path: Path) -> str:
 
 
 def check_room(folder: Path, needed_bytes: float, advice: str) -> int:
-    """The free bytes of a folder's disk; OSError, which says what to do, if there are less than needed."""
+    """The free bytes of a folder's disk; OSError, which says what to do, if there are less than needed.
+
+    What killed processes were writing there is removed first.
+    """
+    remove_leftovers(folder)
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         text = f"about {needed_bytes / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; {advice}"
@@ -154,6 +165,66 @@ def read_record(path: Path) -> dict | None:
         return None
 
 
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that says which process writes there; its suffix stays."""
+    writer = f"{machine_hash()}-{os.getpid()}-{secrets.token_hex(2)}"
+    return path.with_name(f".{path.stem}.{writer}.partial{path.suffix}")
+
+
+@functools.cache
+def machine_hash() -> str:
+    """8 hex digits that two processes share where each sees the other's process number: of one boot and container."""
+    facts = [platform.node()]
+    with contextlib.suppress(OSError):  # Linux alone has these
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:8]
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file or folder of a temporary name belongs to a process that is gone.
+
+    A process of another machine cannot be seen; it is taken for gone once its file has not changed for a day.
+    """
+    if not (match := PARTIAL.search(path.name)):
+        return False
+    try:
+        if match["machine"] == machine_hash():
+            return not is_running(int(match["process"]))
+        return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
+    except OSError:  # it has just been renamed
+        return False
+
+
+def is_running(process: int) -> bool:
+    """Whether a process exists and has not ended; one that nobody has waited for yet has ended."""
+    with contextlib.suppress(OSError):  # no /proc
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone were writing in a folder, by `atomic_path` or `atomic_folder`."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        partial = [Path(entry.path) for entry in entries if ".partial" in entry.name]
+        for path in filter(is_left_over, partial):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@functools.cache
+def remove_leftovers_once(folder: Path, process: int) -> None:
+    """`remove_leftovers`, once in each process: a folder may hold a million images."""
+    remove_leftovers(folder)
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Give an empty folder beside `path`; rename it to `path` when the block ends, delete it when the block raises.
@@ -161,19 +232,14 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     A folder with content that is at `path` already is for the block to take away. Parent folders are made.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary = temporary_name(path)
     temporary.mkdir(parents=True)
+    remove_leftovers_once(path.parent, os.getpid())
     try:
         yield temporary
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_partial(path: Path) -> None:
-    """Remove what killed processes have left of a file that `atomic_path` wrote; no process may be writing it now."""
-    for partial in path.parent.glob(f".{glob.escape(path.stem)}.{'?' * 8}.partial{glob.escape(path.suffix)}"):
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -187,7 +253,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    remove_leftovers_once(path.parent, os.getpid())
+    temporary = temporary_name(path)
     try:
         yield temporary
         with temporary.open("rb") as written:

@@ -1,23 +1,40 @@
 """Runs jobs in processes that end with this one, and counts what they have done so far."""
 
 import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 
-from kutils.system import children
+from kutils.system import children, fatal
 
 LOOK_SECONDS = 0.5  # between two looks at what the processes have done
 counter = None  # in a process of `run_jobs`: what all of them have done together
 report: Callable[[int], object] | None = None  # where jobs run in this process: takes what one has just done
 
 
-def start_job_process(shared, prepare: Callable[[], object] | None) -> None:
+def start_job_process(shared, prepare: Callable[[], object] | None, known: set[bytes], note) -> None:
     global counter
     counter = shared
+    fatal.known, fatal.note = known, note
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here, too; the parent ends its processes
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # temporary files are removed then
     children.end_with_parent()  # else it would wait for work for ever
+    if not multiprocessing.parent_process().is_alive():  # it was killed before that
+        os._exit(1)
     if prepare:
         prepare()
+
+
+def run_job(function: Callable, *job):
+    """Call the function; SIGTERM ends this process, where the pool would give it the next job."""
+    try:
+        return function(*job)
+    except SystemExit as ended:
+        os._exit(ended.code)
 
 
 def count(number: int) -> None:
@@ -39,11 +56,15 @@ def run_jobs(
 ) -> Iterator:
     """Call a function with each job's arguments, in processes; yields its results as they come.
 
+    Where a process is ended, its jobs run again, one by one, to find the file that does it: the function then meets
+    that file as one that cannot be decoded. Interrupted, it ends the processes.
+
     Args:
+        function: can be called again with a job that was cut.
         num_workers: processes; 0: this one.
         advance: is called with the numbers that the function has given to `count` since the last call.
         prepare: is called first in each process.
-    Raises: what the function raises; ValueError where a process was ended.
+    Raises: what the function raises; ValueError where processes are ended, and by no file.
     """
     global report
     if not num_workers:
@@ -53,22 +74,62 @@ def run_jobs(
         finally:
             report = None
         return
+    left, without_finding = dict(enumerate(jobs)), 0
+    while left:
+        try:
+            yield from run_in_pool(function, left, num_workers, advance, prepare)
+        except BrokenProcessPool as error:
+            print(f"warning: a process was ended ({error}); its jobs run again, one by one", flush=True)
+            num_known = len(fatal.known)
+            for number in list(islice(left, num_workers)):  # jobs are begun in their order
+                yield from run_alone(function, number, left, advance, prepare)
+            without_finding += len(fatal.known) == num_known
+            if without_finding > 1:
+                raise lost_process(error) from error
+
+
+def run_alone(function: Callable, number: int, left: dict[int, tuple], advance, prepare) -> Iterator:
+    """Run one job in a process of its own, as often as it meets fatal files; yields its result."""
+    note, suspected = fatal.make_note(), b""
+    while number in left:
+        try:
+            yield from run_in_pool(function, left, 1, advance, prepare, note, [number])
+        except BrokenProcessPool as error:
+            digest = fatal.read_and_clear(note)
+            if not digest:
+                raise lost_process(error) from error
+            if digest == suspected:  # twice: the system has not ended it by chance, for lack of memory
+                fatal.known.add(digest)
+            suspected = digest
+
+
+def lost_process(error: BrokenProcessPool) -> ValueError:
+    return ValueError(f"a process was ended, maybe for lack of memory; give fewer --workers ({error})")
+
+
+def run_in_pool(
+    function: Callable, left: dict[int, tuple], num_workers: int, advance, prepare, note=None, numbers=None
+) -> Iterator:
+    """Run the jobs that are left, or those of some numbers, and take away those that have ended; yields results."""
     # not fork: a notebook's process may hold threads of PyTorch
     context = multiprocessing.get_context("spawn")
-    shared, seen = context.Value("q", 0), 0
-    with ProcessPoolExecutor(num_workers, context, start_job_process, (shared, prepare)) as pool:
+    shared, seen, others = context.Value("q", 0), 0, set(multiprocessing.active_children())
+    options = (shared, prepare, fatal.known, note)
+    with ProcessPoolExecutor(num_workers, context, start_job_process, options) as pool:
         try:
-            pending = {pool.submit(function, *job) for job in jobs}
+            pending = {pool.submit(run_job, function, *left[number]): number for number in numbers or left}
             while pending:
-                done, pending = wait(pending, LOOK_SECONDS, FIRST_COMPLETED)
+                done, _ = wait(pending, LOOK_SECONDS, FIRST_COMPLETED)
                 now = shared.value
                 advance(now - seen)
                 seen = now
-                yield from (future.result() for future in done)
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"a process was ended, maybe for lack of memory; give fewer --workers ({error})"
-            ) from error
-        except BaseException:
+                for future in done:
+                    result = future.result()
+                    del left[pending.pop(future)]
+                    yield result
+        except BaseException as error:
+            if not isinstance(error, Exception):  # interrupted: what they have begun leaves no files
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
             pool.shutdown(cancel_futures=True)
             raise

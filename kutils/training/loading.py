@@ -13,7 +13,7 @@ from kutils.data import datasets
 from kutils.data.datasets import PromptImages
 from kutils.data.sampler import EpochSampler
 from kutils.runs.recipes import Recipe
-from kutils.system import children, loaders, paths
+from kutils.system import loaders, paths
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Meter
 
@@ -86,14 +86,9 @@ def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
         "pin_memory": ranks.device.type == "cuda",
         "prefetch_factor": PREFETCHED if recipe.num_workers else None,
         "timeout": loaders.WORKER_SECONDS if recipe.num_workers else 0,
-        "worker_init_fn": start_worker,
+        "worker_init_fn": loaders.start_worker,
         "generator": torch.Generator(),  # a starting loader draws a seed; drop path's generator must not advance
     }
-
-
-def start_worker(number: int) -> None:
-    """Let a data loader's process end with its rank, however that ends; it would notice after five seconds itself."""
-    children.end_with_parent()
 
 
 def updates(loader: DataLoader, epoch: int, step: int, accumulation: int, meter: Meter) -> Iterator[list[dict]]:

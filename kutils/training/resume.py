@@ -16,7 +16,6 @@ from kutils.runs.recipes import Recipe
 from kutils.system import paths
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Interval
-from kutils.training.out_of_fold import predictions_path
 
 
 @dataclass
@@ -155,8 +154,8 @@ def check_start(recipe: Recipe, fold: int, ranks: Ranks) -> RunResult | None:
     folder, best_path = recipe.run_folder(fold), recipe.checkpoint_path(fold)
     last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
     if ranks.is_main:  # up to 13 GB of what a killed start was saving
-        for path in (folder / "resume.pt", best_path, last_path, predictions_path(folder, fold)):
-            paths.remove_partial(path)
+        for each in (folder, best_path.parent):
+            paths.remove_leftovers(each)
         if recipe.resume == "never" and (aside := folders.move_aside(folder, [best_path, last_path])):
             print(f"the previous run is now {aside}", flush=True)
     ranks.barrier()

@@ -25,7 +25,16 @@ from PIL import Image
 from pyarrow import parquet
 
 from kutils.__main__ import run
-from kutils.data import pair_embeddings, pair_images, pair_import, pair_job, pair_parts, pair_results, shards
+from kutils.data import (
+    pair_embeddings,
+    pair_images,
+    pair_import,
+    pair_job,
+    pair_parts,
+    pair_results,
+    shards,
+    transforms,
+)
 from kutils.data.datasets import load_datasets
 from kutils.data.pair_formats import find_parts
 from kutils.data.pairs import Keys
@@ -404,7 +413,7 @@ def test_what_is_wrong_is_set_apart_and_the_rest_imported(inputs, tmp_path, pack
         "01": "no image",
         "02": "no text",
         "03": "2 images under one key",
-        "04": "image of no known format",
+        "04": "image is no image of a known format",
         "05": "image is empty",
         "06": "image is cut off",
         "07": "image is damaged",
@@ -469,7 +478,7 @@ def test_a_bomb_of_webp_is_not_opened():
 def test_heads_of_images(format, options):
     for size in ((1, 1), (48, 40), (257, 3)):
         content = made.encode(made.picture(0, size), format, **options)
-        name, *sides = pair_images.read_header(content)
+        name, *sides = transforms.read_header(content, "image")
         assert (name, sides) == (format.upper(), list(size))
         pair_images.check_whole(content, name)
         with Image.open(io.BytesIO(content)) as picture:

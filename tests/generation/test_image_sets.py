@@ -33,7 +33,7 @@ def test_names_and_what_is_missing(tmp_path):
     old, young = folder / ".0000002_0.1234abcd.partial.webp", folder / ".0000002_1.1234abcd.partial.webp"
     for leftover in (old, young):
         leftover.touch()
-    os.utime(old, (time.time() - 3600,) * 2)
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
     assert image_set.missing().tolist() == [image for image in range(6003) if image not in there]
     assert not old.exists() and young.exists()  # the young one may be of an image that is being written
 
@@ -126,9 +126,9 @@ def test_a_damaged_record_and_a_leftover_that_vanishes(tmp_path, monkeypatch):
     leftover = image_set.path(0).with_name(".0000000_0.12345678.partial.webp")
     leftover.touch()
 
-    def renamed_meanwhile():
-        leftover.unlink(missing_ok=True)
-        return 0.0
+    def renamed_meanwhile(path):
+        path.unlink()
+        return True
 
-    monkeypatch.setattr("kutils.generation.image_sets.time.time", renamed_meanwhile)
+    monkeypatch.setattr("kutils.generation.image_sets.paths.is_left_over", renamed_meanwhile)
     assert not len(image_set.missing()) and not leftover.exists()

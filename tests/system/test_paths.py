@@ -1,6 +1,12 @@
 """Files appear whole or not at all, and no path leaves its root."""
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -79,8 +85,55 @@ def test_a_link_stays_a_link(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    others = [".a.tsv.lock", ".b.0123abcd.partial.pt", "a.pt", ".a.0123abcd.partial.tsv"]
-    for name in [*others, ".a.0123abcd.partial.pt"]:
-        (tmp_path / name).touch()
-    paths.remove_partial(tmp_path / "a.pt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    """Of this machine by the process, of another one and of names of before by a day without a change."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with paths.atomic_path(tmp_path / "live.pt") as mine, paths.atomic_folder(tmp_path / "new") as folder:
+        assert f"-{os.getpid()}-" in mine.name and folder.is_dir()
+        mine.touch()
+        dead = [Path(str(path).replace(f"-{os.getpid()}-", f"-{gone.pid}-")) for path in (mine, folder)]
+        dead[0].touch()
+        dead[1].mkdir()
+        (dead[1] / "file").touch()
+        young, old, chunks = ".a.0123abcd.partial.pt", ".b.0123abcd-7-0123.partial", f".set.npy.{'0' * 16}.partial"
+        for name in (young, old, chunks, "a.partial.pt"):
+            (tmp_path / name).touch()
+        for name in (old, chunks):
+            os.utime(tmp_path / name, (0, time.time() - 25 * 3600))
+        paths.remove_leftovers(tmp_path)
+        kept = {path.name for path in tmp_path.iterdir()}
+        assert kept == {mine.name, folder.name, young, chunks, "a.partial.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"live.pt", "new", young, chunks, "a.partial.pt"}
+
+
+def test_a_process_that_has_ended_is_gone_before_its_parent_looks(tmp_path):
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert paths.is_running(os.getpid()) and not paths.is_running(child.pid)
+    child.wait()
+
+
+WRITE = """
+import os, signal, sys
+from pathlib import Path
+from kutils.system import paths
+with paths.atomic_path(sys.argv[1]) as temporary:
+    temporary.write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_writer_or_look_for_room_removes_what_a_kill_left(tmp_path):
+    def kill(name: str) -> None:
+        assert subprocess.run([sys.executable, "-c", WRITE, tmp_path / name]).returncode == -signal.SIGKILL
+        assert [path.stat().st_size for path in tmp_path.iterdir() if ".partial" in path.name] == [1000]
+
+    kill("a.pt")
+    paths.check_room(tmp_path, 1, "")
+    assert not list(tmp_path.iterdir())
+    kill("b.npy")
+    assert (
+        subprocess.run([sys.executable, "-c", WRITE.replace("os.kill", "id or os.kill"), tmp_path / "c"]).returncode
+        == 0
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
