@@ -108,7 +108,8 @@ def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
         print(f"error: {message}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt as error:
-        print(f"error: {STOPPED}; start the same command again to go on", file=sys.stderr, flush=True)
+        message = str(error) or f"{STOPPED}; start the same command again to go on"
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return 128 + getattr(error, "number", signal.SIGINT)
     finally:
         if have_joined():

@@ -139,8 +139,8 @@ def ended_within(child: subprocess.Popen, seconds: float) -> bool:
 class Interrupted(KeyboardInterrupt):
     """What SIGINT or SIGTERM raises; `number` is the signal's."""
 
-    def __init__(self, number: int):
-        super().__init__()
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
         self.number = number
 
 

@@ -39,7 +39,7 @@ def check_shared_memory(num_workers: int, batch_bytes: int, batches_ahead: int, 
         )
 
 
-def start_worker(number: int = 0) -> None:
+def start_worker(number: int) -> None:
     """Let a loader's process end with the main one, however that ends; it would notice after five seconds itself."""
     children.end_with_parent()
 

@@ -2,10 +2,10 @@
 
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kutils.runs.recipes import Recipe
+from kutils.system import children
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Interval
 
@@ -31,7 +31,7 @@ class Clock:
         self.recipe, self.steps_per_epoch = recipe, steps_per_epoch
         self.log_interval = max(1, min(50, steps_per_epoch // 10))
         self.poll_interval = 1  # updates between two exchanges with the other ranks
-        self.stop_requested = watch_for_signals()
+        self.signals = watch_for_signals()
         self.saved()
 
     def saved(self) -> None:
@@ -53,14 +53,14 @@ class Clock:
             minutes = self.recipe.checkpoint_every_minutes
             minutes = min(minutes, 1.0) if epoch_ends else minutes  # no signal is noticed during an evaluation
             too_long = 0 < 60 * minutes < time.monotonic() - self.saved_at
-            stop, too_long = ranks.any(self.stop_requested(), too_long)
+            stop, too_long = ranks.any(bool(self.signals), too_long)
         if not (log or stop or too_long):
             return None
         return Due(save=stop or too_long or (save and not epoch_ends), stop=stop)
 
 
-def watch_for_signals() -> Callable[[], bool]:
-    """Keep SIGTERM and Ctrl-C from ending the process; returns a function that tells whether one has come.
+def watch_for_signals() -> list[int]:
+    """Keep SIGTERM and Ctrl-C from ending the process; returns a list to which those that come are added.
 
     A second Ctrl-C ends it, without saving. Where SIGINT is ignored, as in a script's background job, it stays so.
     """
@@ -71,7 +71,5 @@ def watch_for_signals() -> Callable[[], bool]:
             raise KeyboardInterrupt
         received.append(number)
 
-    signal.signal(signal.SIGTERM, note)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, note)
-    return lambda: bool(received)
+    children.handle_signals(note)
+    return received

@@ -139,8 +139,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
                     clock.saved()
                 if due.stop:
                     ranks.barrier()  # a rank that ended now would have torchrun kill the one that still writes
-                    reason = f"{children.STOPPED} after update {state.step}"
-                    raise ValueError(f"{reason}; the same command goes on from there")
+                    reason = f"{children.STOPPED} after update {state.step}; the same command goes on from there"
+                    raise children.Interrupted([*clock.signals, signal.SIGTERM][0], reason)
         state.epoch += 1
         evaluation = validate(network, validation_loader, recipe, dtype, ranks, state.epoch)
         score = engine.mean(evaluation.cosines)
@@ -247,13 +247,15 @@ def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], obje
     else:
         run = launch.plan(arguments.config, arguments.fold, arguments.overrides)
     ranks = join_ranks(run.recipe.device)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     path = finished.relative_to_repository(run.config_path)
-    with locks.held([run.folder], ranks):
-        train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
+    try:
+        with locks.held([run.folder], ranks):
+            train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
+    finally:
+        for number, handler in handlers.items():  # nothing looks for the signals of `Clock` any more
+            signal.signal(number, handler)
     leave_ranks()
     if ranks.is_main and when_finished:  # the others need not wait
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing looks for the signals of `Clock` any more
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         when_finished(run.folder)
     return 0

@@ -213,7 +213,7 @@ def test_a_signal_lets_the_ranks_save_and_the_same_command_goes_on(start, worksp
         cut.send_signal(number)
         time.sleep(0.3)
     code, shown = end_of(cut)
-    assert code == 130 and "stopped by a signal after update" in shown, shown
+    assert code == 143 and "stopped by a signal after update" in shown, shown
     assert shown.endswith("error: stopped by a signal; start the same command again to go on\n")
     assert not ranks_of(workspace)
     assert (folder / "resume.pt").is_file() and not (folder / "result.json").exists()
