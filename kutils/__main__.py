@@ -73,6 +73,7 @@ def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
     Args:
         is_process: nothing else runs in this process, which then handles SIGINT and SIGTERM.
     """
+    from kutils.system import output
     from kutils.system.children import (
         STOPPED,
         CommandFailed,
@@ -90,7 +91,10 @@ def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
         module = importlib.import_module(COMMANDS[command])
         if is_process:
             interrupt_once(again_seconds=AGAIN_SECONDS)
-        return module.main(arguments, ensure_report) if command == "train" else module.main(arguments)
+        code = module.main(arguments, ensure_report) if command == "train" else module.main(arguments)
+        if lost := output.lost_error():
+            print(f"error: what was printed is lost ({lost}); what was written is whole", file=sys.stderr, flush=True)
+        return code or int(lost is not None)
     except (ValueError, OSError, CommandFailed) as error:
         if os.environ.get("KUTILS_DEBUG"):
             raise
@@ -99,13 +103,13 @@ def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
             return 1
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         advice = "; make room, and the same command goes on" if full else ""
-        print(f"error: {error}{advice}", file=sys.stderr, flush=True)
+        print(f"error: {output.shorten_lines(str(error))}{advice}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
         loaders = sys.modules.get("kutils.system.loaders")  # a command without loaders brings no torch
         if not (message := loaders and loaders.describe_loss(error)) or os.environ.get("KUTILS_DEBUG"):
             raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {output.shorten_lines(message)}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt as error:
         message = str(error) or f"{STOPPED}; start the same command again to go on"
@@ -143,15 +147,18 @@ def main(argv: list[str] | None = None) -> int:
     """
     is_process = argv is None
     if argv is None:
+        from kutils.system import output
+
         argv = sys.argv[1:]
         continue_in_clone(argv)
+        output.make_safe()
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(overview())
         return 0
     if argv[0] not in COMMANDS:
         close = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
         nearest = f"did you mean {close[0]!r}? " if close else ""
-        print(f"error: there is no command {argv[0]!r}; {nearest}`kutils --help` lists all", file=sys.stderr)
+        print(f"error: there is no command {argv[0][:80]!r}; {nearest}`kutils --help` lists all", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:], is_process=is_process)
 

@@ -20,6 +20,7 @@ from kutils.data.validation_check import MOST_LISTED
 from kutils.prompts import embedding
 from kutils.system import embedding_files, locks, paths
 from kutils.system.embedding_files import make_again, open_embeddings
+from kutils.system.output import quoted
 
 SAME_COSINE = 0.999  # of a prompt that is embedded again; another device or precision stays above it
 ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
@@ -116,7 +117,7 @@ def fold_problems(table: pa.Table, torn: np.ndarray, tsv_paths: Sequence[Path]) 
     first, count = int(np.argmax(torn)), pc.count_distinct(table["prompt"].filter(pa.array(torn))).as_py()
     return [
         f"{count:,} prompts are in two folds, here or in another of the data sets; the first is "
-        f"{table['prompt'][first].as_py()!r} (line {first + 2}). Assign folds to all data sets in one call: "
+        f"{quoted(table['prompt'][first].as_py())} (line {first + 2}). Assign folds to all data sets in one call: "
         f"kutils folds {' '.join(map(str, tsv_paths))}"
     ]
 
@@ -247,8 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             verify_embeddings=args.verify_embeddings,
             num_workers=args.workers,
         )
-        print(format_checks(checked))
+        outcomes = [format_checks(checked)]
         for item in checked:
             paths.write_json(item.path.with_suffix(".check.json"), item.report)
-            print(set_apart(item.path, item.table, item.bad, item.reasons, item.report["embeddings"] == "fit"))
+            fits = item.report["embeddings"] == "fit"
+            outcomes.append(set_apart(item.path, item.table, item.bad, item.reasons, fits))
+    print(*outcomes, sep="\n")
     return int(not all(item.is_in_order for item in checked))

@@ -23,6 +23,7 @@ from kutils.data.shards import ROWS_PER_SHARD, Shards, open_shards
 from kutils.prompts.clean_marks import read_clean_mark
 from kutils.system import paths
 from kutils.system.embedding_files import EMBEDDING_DIM, map_embeddings
+from kutils.system.output import quoted
 
 COPIED_ROWS = 65_536  # embeddings that are in memory at a time while they are hashed: 100 MB
 SUBSTITUTES = 20  # images of other prompts that are tried in place of an unreadable one
@@ -202,9 +203,9 @@ def check_assigned_folds(root: Path, names: Sequence[str], index: DatasetIndex, 
         prompt, files = index.prompts[torn[0]].as_py(), " ".join(f"input/{name}.tsv" for name in names)
         folds = sorted({int(index.folds[torn[0]]), int(last[torn[0]])})
         raise ValueError(
-            f"{len(np.unique(index.prompt_codes[torn])):,} prompts are in two folds, the first is {prompt!r} (folds "
-            f"{folds[0]} and {folds[1]}): validation would know them from training. Assign folds to all data sets in "
-            f"one call: kutils folds {files}"
+            f"{len(np.unique(index.prompt_codes[torn])):,} prompts are in two folds, the first is {quoted(prompt)} "
+            f"(folds {folds[0]} and {folds[1]}): validation would know them from training. Assign folds to "
+            f"all data sets in one call: kutils folds {files}"
         )
 
 

@@ -15,6 +15,7 @@ from kutils.prompts.near_duplicates import deduplicate
 from kutils.system import arrow, paths
 from kutils.system.chunks import ChunkFiles
 from kutils.system.embedding_files import EMBEDDING_DIM, map_embeddings
+from kutils.system.output import quoted
 from kutils.system.ranks import Ranks
 from kutils.system.tables import write_table
 
@@ -84,7 +85,7 @@ def compare(chunks: ChunkFiles, numbers: list[int], encoder: TextEncoder) -> dic
     if differing:
         report["why"] = (
             f"{differing:,} of {len(prompts):,} prompts have other embeddings in the source than by {encoder.name}, "
-            f"cosine {cosines[worst]:.3f} for {prompts[worst]!r}"
+            f"cosine {cosines[worst]:.3f} for {quoted(prompts[worst])}"
         )
     return report
 

@@ -33,6 +33,7 @@ from kutils.prompts.cleaning import (
 from kutils.prompts.syntax import CONTROL
 from kutils.system import processes
 from kutils.system.constants import EMBEDDING_DIM
+from kutils.system.output import quoted
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # of bytes that were not UTF-8
 FILE_SUFFIXES = ("tar", "gz", "tgz", "parquet", "zip", "jsonl", "ndjson", "json", "csv", "tsv")
@@ -88,7 +89,7 @@ class Outcome:
         if self.job.fold_key:
             text = str(pair.fields.get(find_key(pair.fields, (), self.job.fold_key)))
             if not re.fullmatch(r"-1|[0-9]", text):
-                return Fault(pair.key, f"fold is {text!r}, not 0 to 9 or -1")
+                return Fault(pair.key, f"fold is {quoted(text)}, not 0 to 9 or -1")
             row["fold"] = int(text)
         if self.job.with_embeddings and pair.embedding is not None:
             embedding = pair.embedding.reshape(-1)

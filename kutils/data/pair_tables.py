@@ -22,6 +22,7 @@ from kutils.data.pairs import (
     list_keys,
 )
 from kutils.prompts.formats import open_text
+from kutils.system.output import quoted
 from kutils.system.paths import is_safe_relative
 
 BATCH_BYTES = 1 << 25  # of a table that are decoded at a time: 32 MB
@@ -155,7 +156,7 @@ def find_image(path: Path, value: object, keys: Keys) -> bytes | Path | Fault:
     if isinstance(value, bytes):
         return value
     if not is_safe_relative(value):
-        return Fault("", f"the image path {value!r} leaves the folder")
+        return Fault("", f"the image path {quoted(value)} leaves the folder")
     return (Path(keys.image_root) if keys.image_root else path.parent) / value
 
 

@@ -24,6 +24,7 @@ from kutils.ensemble.weights import load_ensemble
 from kutils.models import checkpoints
 from kutils.models.networks import PromptEmbedder
 from kutils.runs import recipes
+from kutils.runs.published_names import RecipeParser
 from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
 from kutils.system.constants import EMBEDDING_DIM
@@ -252,7 +253,7 @@ def predict_folder(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = RecipeParser(
         prog="kutils predict",
         description="Predict the prompt embeddings of a folder of images with one model: an .npz file of `ids` (names "
         "without extension, sorted) and `embeddings` (float32 [n, 384], unit rows).",

@@ -20,6 +20,7 @@ from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints
 from kutils.runs import finished, folders, recipes
 from kutils.system import devices, paths
+from kutils.system.output import as_cell, cut
 
 ENSEMBLE = "ensemble"  # key of its embeddings
 
@@ -154,17 +155,18 @@ def ask(args: argparse.Namespace) -> None:
     titles = {model.name: title_of(model) for model in models}
     if fitted:
         titles[ENSEMBLE] = f"the ensemble {fitted[0].stem} of {len(fitted[1].with_weight().members())} models"
-    tables = []
-    print(f"nearest of {source}")
+    tables, lines = [], [f"nearest of {source}"]
     for number, image in enumerate(args.images):
         for name, rows in embeddings.items():
             table = neighbours_table(rows[number], bank, args.k)
-            print(f"\n{image}, by {titles[name]}\n{format_table(table)}")
+            lines.append(f"\n{image}, by {titles[name]}\n{format_table(table)}")
             tables.append(table.assign(image=str(image), model=fitted[0].stem if name == ENSEMBLE else name))
     if args.csv:
         with paths.atomic_path(args.csv) as temporary:
             columns = ["image", "model", "rank", "cosine", "prompt"]
-            pd.concat(tables)[columns].to_csv(temporary, index=False, float_format="%.4f")
+            texts = pd.concat(tables)[columns].apply(lambda values: values.map(as_cell))
+            texts.to_csv(temporary, index=False, float_format="%.4f", errors="backslashreplace")
+    print(*lines, sep="\n")
 
 
 def choose_models(names: Sequence[str], ensemble: str) -> tuple[list[TrainedModel], tuple[Path, Ensemble] | None]:
@@ -187,12 +189,13 @@ def title_of(model: TrainedModel) -> str:
 
 
 def format_table(table: pd.DataFrame) -> str:
-    """Rank, cosine and prompt in lines for the terminal; long prompts go on below."""
+    """Rank, cosine and prompt in lines for the terminal; long prompts go on below, very long ones are cut."""
     width = shutil.get_terminal_size().columns
     lines = []
     for rank, cosine, prompt in table[["rank", "cosine", "prompt"]].itertuples(index=False):
         head = f"{rank:4d}  {cosine:7.4f}  "
-        lines.append(textwrap.fill(prompt, max(40, width), initial_indent=head, subsequent_indent=" " * len(head)))
+        indent = " " * len(head)
+        lines.append(textwrap.fill(cut(prompt), max(40, width), initial_indent=head, subsequent_indent=indent))
     return "\n".join(lines)
 
 

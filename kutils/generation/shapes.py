@@ -13,6 +13,7 @@ from PIL import Image
 
 from kutils.generation import shape_objects, shape_scenes
 from kutils.prompts.grammar import plural
+from kutils.system.output import quoted
 
 # each meaning with its wordings; no wording has two meanings
 OBJECTS = {
@@ -182,7 +183,7 @@ def parse(prompt: str) -> Scene:
         else:
             adjectives[part] = meaning
     if not things:
-        raise ValueError(f"{prompt!r} names nothing that can be drawn; the renderer knows {', '.join(OBJECTS)}")
+        raise ValueError(f"{quoted(prompt)} names nothing that can be drawn; the renderer knows {', '.join(OBJECTS)}")
     return Scene(tuple(things), **scene)
 
 

@@ -16,6 +16,7 @@ from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pai
 from kutils.system import checksums, locks, paths
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
+from kutils.system.output import quoted
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, read_table, write_table
 
@@ -87,8 +88,8 @@ def existing_folds(distinct: DistinctPrompts) -> np.ndarray:
         if len(torn):
             row = int(torn[0])
             raise ValueError(
-                f"{path}, line {row + 2}: the prompt {table['prompt'][row].as_py()!r} is in the folds {own[row]} and "
-                f"{folds[distinct.codes[path][row]]}; assign all folds anew, without --keep"
+                f"{path}, line {row + 2}: the prompt {quoted(table['prompt'][row].as_py())} is in the folds "
+                f"{own[row]} and {folds[distinct.codes[path][row]]}; assign all folds anew, without --keep"
             )
     if folds.max() < 1:
         raise ValueError("there are no folds that could be kept; leave out --keep")

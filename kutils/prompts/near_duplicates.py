@@ -15,6 +15,7 @@ from kutils.prompts.encoder import ENCODER_DTYPES
 from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pairs, strips_folder
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import open_embeddings, take_embeddings
+from kutils.system.output import quoted
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import holds, read_table, write_table
 
@@ -214,7 +215,7 @@ def format_dedup(report: dict, kept_path: Path, rest_path: Path) -> str:
     lines = [f"{report['kept']:,} prompts kept in {kept_path}, {report['rest']:,} near-duplicates in {rest_path}"]
     if len(report.get("sources", {})) > 1:
         lines += [f"  {name}: {kept:,} kept, {rest:,} not" for name, (kept, rest) in report["sources"].items()]
-    lines += [f"  {left_out!r} resembles {kept!r}" for left_out, kept in report["examples"]]
+    lines += [f"  {quoted(left_out)} resembles {quoted(kept)}" for left_out, kept in report["examples"]]
     return "\n".join(lines)
 
 

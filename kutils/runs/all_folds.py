@@ -19,6 +19,7 @@ from pathlib import Path
 from kutils.runs import finished, folders, recipes
 from kutils.runs.launch import Run, count_processes, plan, train_on_ranks
 from kutils.runs.nodes import Node, this_node
+from kutils.runs.published_names import RecipeParser
 from kutils.system import paths
 from kutils.system.children import SAVING_SECONDS, CommandFailed, interrupt_once
 
@@ -123,7 +124,7 @@ def interrupt(manager, done: concurrent.futures.Future) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = RecipeParser(
         prog="kutils train-folds",
         description="Train every fold of a recipe on the GPUs of this machine, one fold after the other: what "
         "`bash dist_train.sh` runs.",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kutils.runs import folders, recipes
+from kutils.runs import folders, published_names, recipes
 from kutils.runs.nodes import this_node
 from kutils.system import paths
 from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, run_module
@@ -36,7 +36,7 @@ def check_parameters(cells: Sequence[str]) -> None:
     known = {name for source in cells[: injected[0]] for name in assigned_names(source)}
     for name in assigned_names(cells[injected[-1]]):
         if name not in known:
-            close = recipes.nearest(name, known)
+            close = published_names.hint(name) or recipes.nearest(name, known)
             raise ValueError(f"this notebook has no parameter {name!r}{close} (it has {', '.join(sorted(known))})")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from kutils.runs.published_names import hint
 from kutils.runs.recipe_keys import ConfigError, Recipe
 from kutils.system import paths
 
@@ -47,6 +48,11 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no `key: value` lines")
     return values
+
+
+def unknown_key(name: str) -> str:
+    """What an error says after a key that a recipe doesn't have: the published code's name for it, or the nearest."""
+    return hint(name) or nearest(name, HINTS)
 
 
 def convert(key: str, value, hint):
@@ -92,7 +98,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
         if not equals:
             raise ConfigError(f"{text!r} is no override; write key=value, for example epochs=1")
         if key not in HINTS:
-            raise ConfigError(f"a recipe has no key {key!r}{nearest(key, HINTS)}")
+            raise ConfigError(f"a recipe has no key {key!r}{unknown_key(key)}")
         if key in values:
             raise ConfigError(f"{key} is given twice: {values[key]} and {value}")
         values[key] = value
@@ -127,7 +133,7 @@ def from_values(values: dict, source: Path) -> Recipe:
     """
     for key in values:
         if key not in HINTS:
-            raise ConfigError(f"{source}: a recipe has no key {key!r}{nearest(str(key), HINTS)}")
+            raise ConfigError(f"{source}: a recipe has no key {key!r}{unknown_key(str(key))}")
     missing = [
         item.name
         for item in dataclasses.fields(Recipe)

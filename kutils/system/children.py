@@ -105,7 +105,7 @@ def follow(output, last: collections.deque, error: list[str], hide: str | None) 
         elif error and rank == error_rank:  # its further lines, not torchrun's own traceback without a rank's prefix
             error.append(line)
         if hide is None or not re.fullmatch(hide, line):
-            with contextlib.suppress(OSError):  # nobody may be left to read it; the child must not block on that
+            with contextlib.suppress(OSError, ValueError):  # nobody may be left to read it, or not in its encoding
                 print(line, flush=True)
 
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from kutils.system import paths
+from kutils.system.output import quoted
 
 MAX_FOLDS = 10  # a fold is one digit: in tables, in recipes, in the names of checkpoints
 
@@ -76,7 +77,7 @@ def first_bad_line(path: Path, header: Sequence[str]) -> str | None:
             if number > 1 and "fold" in header:
                 fold = values[header.index("fold")]
                 if not re.fullmatch(r"-1|[0-9]", fold):
-                    return f"line {number} has fold {fold!r}; a fold is 0 to 9, or -1 for not assigned yet"
+                    return f"line {number} has fold {quoted(fold)}; a fold is 0 to 9, or -1 for not assigned yet"
     return None
 
 
@@ -97,7 +98,7 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence] | pa.Table) ->
         broken = pc.index(pc.match_substring_regex(arrays[name], r"[\t\n\r]"), True).as_py()
         if broken >= 0:
             raise ValueError(
-                f"{path}: {name} of row {broken} holds a tab or line break: {arrays[name][broken].as_py()!r}"
+                f"{path}: {name} of row {broken} holds a tab or line break: {quoted(arrays[name][broken].as_py())}"
             )
     with paths.atomic_path(path) as temporary, temporary.open("wb") as stream:
         stream.write(("\t".join(columns) + "\n").encode())
@@ -152,7 +153,7 @@ def check_rows(path: Path, table: pa.Table) -> None:
     for column, bad, advice in unusable(table):
         row = pc.index(bad, True).as_py()
         if row >= 0:
-            raise ValueError(f"{path}, line {row + 2}: {column} is {table[column][row].as_py()!r}; {advice}")
+            raise ValueError(f"{path}, line {row + 2}: {column} is {quoted(table[column][row].as_py())}; {advice}")
 
 
 def unusable(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray, str]]:

@@ -15,6 +15,7 @@ import torch
 from kutils.data import datasets
 from kutils.models import checkpoints
 from kutils.runs import recipes
+from kutils.runs.published_names import RecipeParser
 from kutils.runs.recipes import Recipe
 from kutils.system import devices, paths
 from kutils.system.ranks import Ranks, join_ranks
@@ -111,7 +112,7 @@ def describe_score(score: Score, checkpoint: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = RecipeParser(
         prog="kutils evaluate",
         description="Score a checkpoint on the rows of a fold, without training.",
         epilog=f"keys of a recipe, for key=value (datasets=, amp_dtype=, num_workers=, max_local_batch_size=, ...):\n"

@@ -22,6 +22,7 @@ from kutils.models import checkpoints, networks
 from kutils.models.networks import PromptEmbedder
 from kutils.runs import finished, folders, launch, recipes
 from kutils.runs.finished import RunResult
+from kutils.runs.published_names import RecipeParser
 from kutils.runs.recipes import Recipe
 from kutils.system import children, devices, locks
 from kutils.system.ranks import Ranks, join_ranks, leave_ranks
@@ -225,7 +226,7 @@ def validate(
 
 def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], object] | None = None) -> int:
     """Train as the arguments say; `when_finished` is called with the run's folder, in the main rank alone."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeParser(
         prog="kutils train",
         description="Train one fold of a recipe, alone or as a rank of torchrun. Run again, it goes on after a cut.",
         epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",

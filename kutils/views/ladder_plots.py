@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from kutils.ensemble.ladder import AHEAD, FROZEN, MOST_ROWS, Ladder, climb, format_ladder
 from kutils.runs import recipes
 from kutils.system import paths
+from kutils.system.output import as_cell
 from kutils.views.figures import BLUE, GREY, ORANGE, despine, legend_below, new_axes, png, styled
 
 
@@ -66,7 +67,7 @@ def save_ladder(ladder: Ladder, folder: Path) -> Path:
     figure = draw_ladder(ladder)
     contents = {
         "ladder.txt": (format_ladder(ladder) + "\n").encode(),
-        "ladder.tsv": ladder.table.to_csv(sep="\t").encode(),
+        "ladder.tsv": ladder.table.rename(index=as_cell).to_csv(sep="\t").encode(),
         "ladder.png": png(figure),
     }
     plt.close(figure)  # else a notebook shows it once more
@@ -93,6 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = recipes.split_names(arguments.datasets)
     recipe = recipes.load_recipe(arguments.config)
     ladder = climb(names, arguments.fold, arguments.runs, recipe, arguments.most)
-    print(format_ladder(ladder))
-    print(f"saved {save_ladder(ladder, arguments.output or paths.working_dir() / 'ladder')}, ladder.tsv and ladder.png")
+    saved = save_ladder(ladder, arguments.output or paths.working_dir() / "ladder")
+    print(f"{format_ladder(ladder)}\nsaved {saved}, ladder.tsv and ladder.png")
     return 0
