@@ -1,74 +1,40 @@
 """Does to the commands what machines do to them, at random, and counts what comes out: `make test-faults`.
 
-Kills at random moments, damaged files, full and read-only disks, a small /dev/shm, output in ASCII, the same command
-twice at once. A case has survived if the command ends in time, without a traceback, and either with the results of an
-undisturbed run or with a line that names the error. After a kill it must come to these results when started again.
+Kills and signals at random moments, damaged files, full and read-only disks, a small /dev/shm, 32 open files, output in
+ASCII, the same command twice at once. A case has survived if the command ends in time, without a traceback, and either
+with the results of an undisturbed run or with a line that names the error. After a kill or a signal no child of it may
+be left, and it must come to these results when started again.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from fixtures import forked_python
-from fixtures.datasets import TINY, make_dataset
+from fixtures.fault_steps import STEPS, WRITES_ONCE, Step, cut_training, make_folder
 
-from kutils.runs.recipes import Recipe
 from kutils.system import arrow
-from kutils.system.tables import write_table
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # that a command may take
-PROMPTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("house", "cat", "boat")]
-TRAIN = ["--config", "tiny.yaml", "--fold", "0"]
-MODEL = "working/models/tiny/tiny_fold0_best_cossim.pth"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command of the pipeline, and what it leaves; {} is the folder of the case."""
-
-    arguments: tuple[str, ...]
-    results: tuple[str, ...]  # patterns of files that must be those of an undisturbed run
-    reads: tuple[str, ...] = ()  # files of earlier steps that are damaged before it
-
-
-STEPS = {
-    "generate": Step(("generate", "prompts.tsv", "--output", "input/set", "--size", "32"), ("input/set*",)),
-    "check": Step(("check", "input/toy.tsv", "--workers", "1"), ("input/toy.check.json",), ("input/toy.npy",)),
-    "folds": Step(("folds", "input/toy.tsv"), ("input/toy.tsv", "input/toy.clean.npz"), ("input/toy.npy",)),
-    "shards": Step(
-        ("shards", "input/toy.tsv", "--size", "32", "--format", "png", "--workers", "1"), ("input/toy.shards/*.arrow",)
-    ),
-    "train": Step(
-        ("train", *TRAIN),
-        ("working/models/tiny/*.pth", "working/runs/tiny_fold0/fold0_predictions.npz"),
-        ("input/toy.npy", "input/toy.clean.npz", "input/toy.shards/00000.arrow", "input/toy.shards/record.json"),
-    ),
-    "evaluate": Step(
-        ("evaluate", *TRAIN, "--predictions", "eval.npz"), ("eval.npz",), (MODEL, "working/cache/*.arrow")
-    ),
-    "predict": Step(
-        ("predict", "--config", "tiny.yaml", "--checkpoint", MODEL, "--images", "input/toy_images")
-        + ("--output", "preds.npz"),
-        ("preds.npz",),
-        (MODEL,),
-    ),
-    "bank": Step(("bank", "--datasets", "toy", "--output", "bank.arrow"), ("bank.arrow",), ("working/cache/*.arrow",)),
-}
+SIGNAL_SECONDS = 60  # that it may take to end after a signal
+CHILD_SECONDS = 8  # that a child may outlive it
+FEW_FILES = ("sh", "-c", 'ulimit -n 32 && exec "$0" "$@"')
 
 
 # ---------------------------------------------------------------- one command in a folder of its own
@@ -88,15 +54,30 @@ def start(python: str, folder: Path, step: Step, prefix: tuple[str, ...] = (), *
     )
 
 
-def finish(process: subprocess.Popen) -> tuple[int | None, str]:
+def finish(process: subprocess.Popen, seconds: float = SECONDS) -> tuple[int | None, str]:
     """Exit status and output; None where it did not end in time."""
     try:
-        output, _ = process.communicate(timeout=SECONDS)
+        output, _ = process.communicate(timeout=seconds)
         return process.returncode, output.decode(errors="replace")
     except subprocess.TimeoutExpired:
         forked_python.kill(process)
         process.communicate()
         return None, ""
+
+
+def children_of(folder: Path) -> list[str]:
+    """Command lines of processes that were started in a case's folder and are still there after CHILD_SECONDS."""
+    deadline = time.monotonic() + CHILD_SECONDS
+    variable = f"KUTILS_INPUT={folder}/".encode()
+    while True:
+        left = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if variable in (process / "environ").read_bytes():
+                    left.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:150])
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
 
 
 def results_of(folder: Path, step: Step) -> dict[str, str]:
@@ -171,13 +152,13 @@ class Campaign:
     def prepare(self) -> None:
         """Run every step once, undisturbed, each in a copy of what the steps before it have left."""
         folder = self.root / "start"
-        (folder / "input").mkdir(parents=True)
-        (folder / "working").mkdir()
-        make_dataset(folder / "input", num_prompts=40, images_per_prompt=2)
-        write_table(folder / "prompts.tsv", {"prompt": PROMPTS, "source": ["campaign"] * len(PROMPTS)})
-        recipe = Recipe(**TINY | {"backbone": "test_convnext", "checkpoint_every_steps": 1, "augment": False})
-        (folder / "tiny.yaml").write_text(recipe.to_yaml())
+        make_folder(folder)
         for name, step in STEPS.items():
+            if name == "go on":
+                shutil.copytree(self.root / "train", self.root / name)
+                cut_training(self.root / name, lambda *case: start(self.python, *case))
+                self.expected[name], self.seconds[name] = self.expected["train"], self.seconds["train"]
+                continue
             shutil.copytree(folder, self.root / name)
             began = time.monotonic()
             code, error = finish(start(self.python, folder, step))
@@ -185,6 +166,8 @@ class Campaign:
                 sys.exit(f"{name} fails undisturbed: {error}")
             self.seconds[name] = time.monotonic() - began
             self.expected[name] = results_of(folder, step)
+            if step.results and not self.expected[name]:
+                sys.exit(f"{name} leaves none of {step.results}")
 
     def case(self, kind: str, name: str, what: str, disturb) -> None:
         """Try one case in a folder of its own, and count it."""
@@ -199,17 +182,47 @@ class Campaign:
             self.failures.append(f"{kind}, {name}, {what}: {problem}")
             print(self.failures[-1], flush=True)
 
-    def killed(self, name: str, after: float) -> None:
+    def again(self, name: str, folder: Path) -> str:
+        """Start a command again after it was ended."""
+        step = STEPS[name]
+        code, error = finish(start(self.python, folder, step))
+        if name in WRITES_ONCE and code == 1 and re.search("exists|is there already", error):  # it had come to its end
+            code = 0
+        left = [path.name for path in folder.rglob("*.partial*") if path.is_file()]
+        wrong = judge(code, error, folder, step, self.expected[name], may_fail=False)
+        return wrong or (f"left behind: {left[:3]}" if left else "")
+
+    def killed(self, name: str, after: float, python: str) -> None:
+        """By a real Python, its children must notice; the forked one's whole group is killed."""
+
+        def disturb(folder: Path, step: Step) -> str:
+            process = start(python, folder, step)
+            time.sleep(after)
+            process.kill() if python == forked_python.REAL_PYTHON else forked_python.kill(process)
+            process.communicate()
+            if left := children_of(folder):
+                return f"children are left: {left[:3]}"
+            return self.again(name, folder)
+
+        self.case("killed, started again", name, f"after {after:.2f} s", disturb)
+
+    def signalled(self, name: str, number: signal.Signals, after: float) -> None:
         def disturb(folder: Path, step: Step) -> str:
             process = start(self.python, folder, step)
             time.sleep(after)
-            forked_python.kill(process)
-            process.communicate()
-            code, error = finish(start(self.python, folder, step))
-            refused = name in ("evaluate", "predict", "bank") and "exists; remove it" in error  # it had come to its end
-            return judge(0 if refused else code, error, folder, step, self.expected[name], may_fail=False)
+            process.send_signal(number)
+            code, error = finish(process, SIGNAL_SECONDS)
+            if code is None:
+                return f"did not end within {SIGNAL_SECONDS} s"
+            if code not in (0, -number, 128 + number):  # -number: before Python has started
+                return f"exit {code}: {error.strip()[-200:]}"
+            if "Traceback" in error or error.count("error: ") > 1:
+                return f"not one line: {error.strip()[-300:]}"
+            if left := children_of(folder):
+                return f"children are left: {left[:3]}"
+            return self.again(name, folder)
 
-        self.case("killed, started again", name, f"after {after:.2f} s", disturb)
+        self.case(f"{number.name}, started again", name, f"after {after:.2f} s", disturb)
 
     def damaged(self, name: str, pattern: str, damage: str) -> None:
         def disturb(folder: Path, step: Step) -> str:
@@ -230,6 +243,13 @@ class Campaign:
             return judge(code, error, folder, step, {}, may_fail=True)
 
         self.case(kind, name, "", disturb)
+
+    def with_few_files(self, name: str) -> None:
+        def disturb(folder: Path, step: Step) -> str:
+            code, error = finish(start(forked_python.REAL_PYTHON, folder, step, FEW_FILES))
+            return judge(code, error, folder, step, self.expected[name], may_fail=True)
+
+        self.case("32 open files", name, "", disturb)
 
     def in_ascii(self, name: str) -> None:
         def disturb(folder: Path, step: Step) -> str:
@@ -254,10 +274,13 @@ class Campaign:
         cases: list[tuple] = []
         for number in range(kills):
             name = list(STEPS)[number % len(STEPS)]
-            cases.append((self.killed, name, self.random.uniform(0, 1.1 * self.seconds[name])))
+            python = forked_python.REAL_PYTHON if number // len(STEPS) % 4 == 1 else self.python
+            cases.append((self.killed, name, self.random.uniform(0, 1.1 * self.seconds[name]), python))
         for name, step in STEPS.items():
             cases += [(self.damaged, name, pattern, damage) for pattern in step.reads for damage in DAMAGES]
-            cases += [(self.in_ascii, name), (self.twice, name)]
+            cases += [(self.in_ascii, name), (self.twice, name), (self.with_few_files, name)]
+            for number in (signal.SIGINT, signal.SIGTERM):
+                cases += [(self.signalled, name, number, self.random.uniform(0, self.seconds[name])) for _ in range(2)]
             if os.geteuid() == 0 and sys.platform == "linux":
                 cases += [(self.mounted, "read-only disk", name, READ_ONLY, "")]
                 cases += [(self.mounted, "full disk", name, FULL, "")]
@@ -270,7 +293,15 @@ class Campaign:
         kinds = sorted({kind for kind, _ in self.counts})
         failed = [self.counts[kind, "failed"] for kind in kinds]
         tried = [self.counts[kind, "survived"] + count for kind, count in zip(kinds, failed, strict=True)]
-        rows = [["", *kinds], ["---"] * (len(kinds) + 1), ["tried", *tried], ["failed", *failed]]
+        rows = [
+            [kind, *counts] for kind, *counts in zip(kinds, tried, map(int.__sub__, tried, failed), failed, strict=True)
+        ]
+        rows = [
+            ["", "tried", "survived", "failed"],
+            ["---"] * 4,
+            *rows,
+            ["all", sum(tried), sum(tried) - sum(failed), sum(failed)],
+        ]
         return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
@@ -279,13 +310,18 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="over all commands (default: 200)")
     parser.add_argument("--minutes", type=float, default=20, help="after which no case is begun (default: 20)")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default: 2)")
+    parser.add_argument("--only", default="", help="kinds and commands to try (a regular expression)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the order (default: 0)")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as root:
         campaign = Campaign(Path(root), arguments.seed)
         campaign.prepare()
-        cases = campaign.cases(arguments.kills)
+        cases = [
+            case
+            for case in campaign.cases(arguments.kills)
+            if re.search(arguments.only, f"{case[0].__name__} {case[1]} {case[2:]}")
+        ]
 
         def attempt(case: tuple) -> bool:
             if time.monotonic() < deadline:

@@ -29,9 +29,12 @@ def measure_differences(models: list[str]) -> list[measuring.Entry]:
 
 
 def pixel_differences() -> list[measuring.Entry]:
-    """Of decoding (the largest), of resizing to the square, and of crop and colour jitter with the same draws."""
+    """Of decoding (the largest), of resizing to the square, and of crop and colour jitter with the same draws.
+
+    The last one also with its sign: how much darker the published images are.
+    """
     size = loader.INPUT_SIZE
-    decoded, resized, augmented = [], [], []
+    decoded, resized, augmented, darker = [], [], [], []
     for number, picture in enumerate(loader.random_pictures(8)):
         for name, options in loader.FORMATS.items():
             stream = io.BytesIO()
@@ -45,11 +48,14 @@ def pixel_differences() -> list[measuring.Entry]:
         cropped, jitter = transforms.random_crop_and_jitter(image, size, key)
         ours = 255 * transforms.normalize(cropped[None], (0, 0, 0), (1, 1, 1), jitter[None])[0]
         box, factors, order = transforms.draw_augmentation(image, key)
-        augmented.append(levels_apart(ours, published.augment_as(picture, size, box, factors, order)).mean())
+        theirs = published.augment_as(picture, size, box, factors, order)
+        augmented.append(levels_apart(ours, theirs).mean())
+        darker.append(float(ours.mean()) - np.asarray(theirs, np.float64).mean())
     return [
         measuring.make_entry("difference_decode", f"{LEVELS}, at most", [float(max(decoded))]),
         measuring.make_entry("difference_resize", LEVELS, [float(np.mean(resized))]),
         measuring.make_entry("difference_augmented", LEVELS, [float(np.mean(augmented))]),
+        measuring.make_entry("difference_darker", LEVELS, [float(np.mean(darker))]),
     ]
 
 

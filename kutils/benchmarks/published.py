@@ -5,6 +5,7 @@ under float16 autocast with a loss scaler, MADGRAD is timm's loop over parameter
 torch, torchvision and timm.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,12 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
+
+# published names of parameters without weight decay. Not among them: ConvNeXt's norms in the stem and between stages,
+# its layer scales, the ViT's class token, EVA02's class token, positions, and norms 1 and 2 of each block
+NO_DECAY = re.compile(
+    r"bias|layer_?norm|LayerNorm|position(al)?_embedding|ln_(pre|post|1|2)\.weight|(act|norm)\.weight"
+)
 
 
 def training_transform(size: int, mean, std) -> transforms.Compose:
@@ -44,7 +51,7 @@ def plain_transform(size: int, mean, std) -> transforms.Compose:
 
 
 def augment_as(image: Image.Image, size: int, box: dict, factors: list[float], order: list[int]) -> Image.Image:
-    """What the augmentation makes of an image for given draws.
+    """What the augmentation makes of an image for given draws; Pillow truncates to whole levels after each change.
 
     Args:
         box: top, left, height, width of the crop.
@@ -64,6 +71,14 @@ def load_image(path: Path, transform: transforms.Compose) -> Tensor:
         return transform(image.convert("RGB"))
 
 
+def decay_groups(network: nn.Module, names: dict[str, str]) -> list[dict]:
+    """MADGRAD's groups: the parameters with weight decay, and those without."""
+    groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in network.named_parameters():
+        groups[bool(NO_DECAY.search(names.get(name, name)))]["params"].append(parameter)
+    return groups
+
+
 class Trainer:
     """One process's training of a network: `update` takes a batch, `evaluate` one of validation.
 
@@ -71,19 +86,26 @@ class Trainer:
         network: on its device, in torch's own memory format.
         weight_decay: decoupled; timm's momentum takes a tenth of it away.
         rho: SAM's radius; 0: no SAM.
-        half: float16 autocast with a loss scaler, as published; False: float32.
+        half: float16 autocast with a loss scaler, as published; False: float32. Either way with TF32.
+        names: own name -> published name of the parameters; None: they are the same.
     """
 
-    def __init__(self, network: nn.Module, lr: float, weight_decay: float, rho: float = 0.0, half: bool = True):
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float,
+        weight_decay: float,
+        rho: float = 0.0,
+        half: bool = True,
+        names: dict[str, str] | None = None,
+    ):
         self.network, self.rho = network.train(), rho
         self.device = next(network.parameters()).device
         self.autocast = torch.autocast(self.device.type, torch.float16, enabled=half)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        backbone = network.backbone
-        exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
-        groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
-        for name, parameter in network.named_parameters():
-            groups[parameter.ndim <= 1 or name.removeprefix("backbone.") in exempt]["params"].append(parameter)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        groups = decay_groups(network, names or {})
         self.optimizer = MADGRAD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, decoupled_decay=True)
         self.criterion = nn.CosineEmbeddingLoss()
 
@@ -119,15 +141,14 @@ class Trainer:
 
 @contextmanager
 def moved_uphill(network: nn.Module, rho: float) -> Iterator[None]:
-    """Weights moved by rho along the gradient inside the block: w + e, and w + e - e after it (Foret et al. 2021)."""
+    """Weights moved by rho along the gradient inside the block, put back from a copy after it (Foret et al. 2021)."""
     parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
     norm = torch.norm(torch.stack([parameter.grad.norm(p=2) for parameter in parameters]), p=2)
-    moves = []
+    scale, kept = rho / (norm + 1e-12), []
     with torch.no_grad():
         for parameter in parameters:
-            moves.append(parameter.grad * (rho / (norm + 1e-12)))
-            parameter.add_(moves[-1])
+            kept.append(parameter.detach().clone())
+            parameter.add_(parameter.grad * scale)
     yield
-    with torch.no_grad():
-        for parameter, move in zip(parameters, moves, strict=True):
-            parameter.sub_(move)
+    for parameter, before in zip(parameters, kept, strict=True):
+        parameter.data = before

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kutils.benchmarks import flops, measuring, published
 from kutils.data import transforms
 from kutils.models import networks
+from kutils.models.published import published_names
 from kutils.runs import recipes
 from kutils.runs.recipes import Recipe
 from kutils.system import devices
@@ -58,7 +59,7 @@ def published_trainer(recipe: Recipe, device: torch.device, half: bool):
     torch.manual_seed(recipe.seed)
     network = networks.build_model(recipe).to(device)
     decay = recipe.weight_decay / 0.9  # timm's momentum takes a tenth of it away
-    return published.Trainer(network, recipe.lr, decay, recipe.sam_rho, half)
+    return published.Trainer(network, recipe.lr, decay, recipe.sam_rho, half, published_names(network))
 
 
 def benchmark_recipe(model: str) -> Recipe:

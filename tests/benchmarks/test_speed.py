@@ -14,6 +14,9 @@ from torch import nn
 
 from kutils.benchmarks import differences, flops, loader, measuring, published, step
 from kutils.data import transforms
+from kutils.models import networks
+from kutils.models.published import published_names
+from kutils.runs.recipes import find_recipe, load_recipe
 from kutils.system.paths import repository_root
 from kutils.training import losses
 
@@ -65,6 +68,51 @@ def test_the_published_trainer_trains():
     torch.testing.assert_close(network.fc.weight.detach(), before)
     cosines = trainer.evaluate(images, targets)
     torch.testing.assert_close(cosines, losses.cosine_similarity(network(images), targets).detach())
+
+
+def test_weights_come_back_to_the_last_bit():
+    """w + e - e differs from w by rounding in most weights."""
+    network = TinyNetwork()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 0.123)
+    with published.moved_uphill(network, 0.05):
+        moved = [parameter.detach().clone() for parameter in network.parameters()]
+    assert any(not torch.equal(one - (one - old), old) for one, old in zip(moved, before, strict=True))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(network.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "without", "missed"),
+    [
+        (
+            "convnext_large",
+            {"backbone.stages.0.blocks.0.norm.weight", "backbone.head.norm.weight", "backbone.stem.0.bias"},
+            {"backbone.stem.1.weight", "backbone.stages.1.downsample.0.weight", "backbone.stages.0.blocks.0.gamma"},
+        ),
+        (
+            "vit_large",
+            {"backbone.pos_embed", "backbone.blocks.0.norm1.weight", "backbone.norm.weight"},
+            {"backbone.cls_token", "backbone.head.weight"},
+        ),
+        (
+            "eva02_large_clsavg",
+            {"backbone.blocks.0.mlp.norm.weight", "backbone.blocks.0.norm1.bias"},
+            {"backbone.cls_token", "backbone.pos_embed", "backbone.blocks.0.norm1.weight", "fc.weight"},
+        ),
+    ],
+)
+def test_decay_is_that_of_the_published_list(model, without, missed):
+    """What the list means to exempt and misses is decayed, as it was."""
+    recipe = load_recipe(find_recipe(model, 1), ["pretrained=false"])
+    with torch.device("meta"):
+        network = networks.build_model(recipe)
+    groups = published.decay_groups(network, published_names(network))
+    decayed, exempt = ({id(parameter) for parameter in group["params"]} for group in groups)
+    parameters = dict(network.named_parameters())
+    assert {id(parameters[name]) for name in without} <= exempt and {id(parameters[name]) for name in missed} <= decayed
+    if model.startswith("eva02"):
+        assert sum(id(parameters[name]) in decayed for name in parameters if ".norm" in name) == 48
 
 
 class TinyNetwork(nn.Module):
@@ -130,6 +178,7 @@ def test_differences_are_those_of_rounding(workspace, little):
     entries = {name: entry.ours for name, entry in by_name(differences.measure_differences(["tiny_vit"])).items()}
     assert entries["difference_decode"] == 0 and entries["difference_resize"] < 2
     assert 0.3 < entries["difference_augmented"] < 3
+    assert 0.9 < entries["difference_darker"] < 2  # half a level for each of the operations but hue
     assert entries["difference_loss_tiny_vit"] < 1e-5 and entries["difference_loss_sam_tiny_vit"] < 1e-5
     assert 1e-7 < entries["difference_loss_bfloat16_tiny_vit"] < 0.01
 
