@@ -68,7 +68,7 @@ def loss_differences(model: str) -> list[measuring.Entry]:
     """Of the step in float32, plain and with SAM, and of the precision that `amp_dtype: auto` chooses for GPUs."""
     device = devices.pick_device("auto")
     recipe = step.benchmark_recipe(model)
-    recipe = dataclasses.replace(recipe, amp_dtype="float32", augment=False, drop_path_rate=0.0)
+    recipe = dataclasses.replace(recipe, amp_dtype="float32", augment="none", drop_path_rate=0.0)
     rounded = dataclasses.replace(recipe, amp_dtype="bfloat16")
     plain, sharp = (published_losses(recipe, device, rho) for rho in (0.0, step.RHO))
     apart_by_name = {

@@ -89,7 +89,7 @@ def tiny_recipe(backbone: str) -> Recipe:
         stage=1,
         train_folds=(0,),
         datasets=("none",),
-        augment=False,
+        augment="none",
         pretrained=False,
         input_size=INPUT_SIZE,
     )

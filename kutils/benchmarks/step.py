@@ -64,7 +64,7 @@ def published_trainer(recipe: Recipe, device: torch.device, half: bool):
 
 def benchmark_recipe(model: str) -> Recipe:
     """Stage 1 of a model with random weights; on a CPU in float32 and without augmentation, which `loader` measures."""
-    overrides = [] if torch.cuda.is_available() else ["amp_dtype=float32", "augment=false"]
+    overrides = [] if torch.cuda.is_available() else ["amp_dtype=float32", "augment=none"]
     return recipes.load_recipe(recipes.find_recipe(model, 1), ["pretrained=false", "device=auto", *overrides])
 
 

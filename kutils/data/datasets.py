@@ -238,8 +238,8 @@ class TrainingImages(torch.utils.data.Dataset):
     def __getitem__(self, index: tuple[int, int]) -> dict:
         """One example as a dictionary.
 
-        Returns: image uint8 [3, S, S]; jitter float32 [8] (0 without augmentation); target float32 [384]; row, of the
-            image that was read; bad, a list of (row, message) for the images that could not be read.
+        Returns: image uint8 [3, S, S]; jitter float32 [8] (0 unless augmented as published); target float32 [384];
+            row, of the image that was read; bad, a list of (row, message) for the images that could not be read.
         Raises: ValueError if none of the substitutes can be read either.
         """
         epoch, row = index
@@ -253,10 +253,13 @@ class TrainingImages(torch.utils.data.Dataset):
         else:
             raise ValueError(f"none of {len(bad)} images could be read; the first: {bad[0][1]}")
         key = (self.recipe.seed, epoch, candidate)
-        if self.recipe.augment:
-            image, jitter = transforms.random_crop_and_jitter(image, self.recipe.input_size, key)
+        size, jitter = self.recipe.input_size, torch.zeros(8)
+        if self.recipe.augment == "published":
+            image, jitter = transforms.random_crop_and_jitter(image, size, key)
+        elif self.recipe.augment == "weak":
+            image = transforms.augment_weakly(image, size, key)
         else:
-            image, jitter = transforms.resize_square(image, self.recipe.input_size), torch.zeros(8)
+            image = transforms.resize_square(image, size)
         target = torch.from_numpy(self.data.targets(np.array([candidate]))[0])
         return {"image": image, "jitter": jitter, "target": target, "row": candidate, "bad": bad}
 

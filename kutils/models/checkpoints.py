@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from kutils.models import published
 from kutils.models.networks import PromptEmbedder, build_model
@@ -111,6 +112,13 @@ def read(path: Path) -> dict:
 
 def load_weights(model: PromptEmbedder, weights: dict, path: Path) -> None:
     """Load weights of the published layout strictly; ValueError naming what is missing, left over or misshapen."""
+    wide = "fc.weight" not in weights and "fc.0.weight" in weights
+    if wide != isinstance(model.fc, nn.Sequential):
+        kinds = {False: "one Linear, as published (head_width=0)", True: "two and a BatchNorm (head_width above 0)"}
+        raise ValueError(
+            f"{path} is of another network: its head is {kinds[wide]}, that of the recipe is {kinds[not wide]}; give "
+            "both stages the same head_width"
+        )
     if mismatches := published.differences(model, weights):
         more = f" and {len(mismatches) - 5} more differences" if len(mismatches) > 5 else ""
         raise ValueError(f"{path} is of another network: it {'; '.join(mismatches[:5])}{more}")

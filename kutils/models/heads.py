@@ -50,6 +50,13 @@ def strip_unused(backbone: nn.Module, head: str) -> None:
             setattr(backbone, name, nn.Identity())
 
 
+def wide_head(in_features: int, width: int) -> nn.Sequential:
+    """Linear, BatchNorm, ReLU, Linear to 384 (1st-place solution); Xavier normal, no biases but BatchNorm's shift."""
+    hidden = nn.Linear(in_features, width, bias=False)
+    nn.init.xavier_normal_(hidden.weight)
+    return nn.Sequential(hidden, nn.BatchNorm1d(width), nn.ReLU(), linear_head(width))
+
+
 def linear_head(in_features: int) -> nn.Linear:
     """Linear to 384 without bias, Xavier normal (Glorot and Bengio 2010, eq. 12)."""
     layer = nn.Linear(in_features, EMBEDDING_DIM, bias=False)

@@ -1,4 +1,4 @@
-"""Builds the network of a recipe: timm backbone, linear head, and a unit vector, the prompt's embedding."""
+"""Builds the network of a recipe: timm backbone, head, and a unit vector, the prompt's embedding."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kutils.models import heads
+from kutils.models import heads, layers
 from kutils.models.pretrained import check_backbone, create_backbone
 from kutils.runs.recipes import Recipe
 
@@ -17,19 +17,34 @@ class PromptEmbedder(nn.Module):
 
     Attributes:
         backbone: the timm model.
-        fc: Linear to 384 without bias. (Both names are those of the published checkpoints.)
-        head: what of the backbone `fc` sees.
+        fc: Linear to 384 without bias, or a wide head. (Both names are those of the published checkpoints.)
+        head: what of the backbone `fc` sees, `num_features` values.
         held: BatchNorm layers that stay in evaluation mode.
+        lowest: parameters that are never trained, of the blocks that `freeze_blocks` counts.
     """
 
-    def __init__(self, backbone: nn.Module, head: str, hold_batch_statistics: bool = False):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: str,
+        hold_batch_statistics: bool = False,
+        *,
+        head_width: int = 0,
+        freeze_blocks: int = 0,
+    ):
         super().__init__()
         self.backbone, self.head = backbone, head
-        layers = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        if hold_batch_statistics and not layers:
+        self.num_features = heads.num_features(backbone, head)
+        self.lowest = layers.lowest_parameters(backbone, freeze_blocks) if freeze_blocks else []
+        normalising = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if hold_batch_statistics and not normalising:
             raise ValueError(f"hold_batch_statistics=true: {type(backbone).__name__} has no BatchNorm; leave it out")
-        self.held = layers if hold_batch_statistics else []
-        self.fc = heads.linear_head(heads.num_features(backbone, head))
+        frozen = {id(parameter) for parameter in self.lowest}
+        self.held = [layer for layer in normalising if hold_batch_statistics or id(layer.weight) in frozen]
+        if head_width:
+            self.fc = heads.wide_head(self.num_features, head_width)
+        else:
+            self.fc = heads.linear_head(self.num_features)
         self.unfreeze()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,7 +54,7 @@ class PromptEmbedder(nn.Module):
         return self.embed(features)
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, S, S], normalised -> [B, C]: what the linear head sees."""
+        """float32 [B, 3, S, S], normalised -> [B, C]: what the head sees."""
         return heads.features(self.backbone, images, self.head)
 
     def embed(self, features: Tensor) -> Tensor:
@@ -52,8 +67,11 @@ class PromptEmbedder(nn.Module):
         self.backbone.requires_grad_(False).eval()
 
     def unfreeze(self) -> None:
+        """Train the backbone too, but for its lowest blocks where `freeze_blocks` says so."""
         self.frozen = False
         self.backbone.requires_grad_(True)
+        for parameter in self.lowest:
+            parameter.requires_grad_(False)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -68,7 +86,7 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
     """The network of a recipe, in float32 on the CPU.
 
     Args:
-        recipe: backbone, head, input size, drop path, patch mode, pretrained.
+        recipe: backbone, head and its width, input size, drop path, patch mode, pretrained, blocks that are frozen.
         pretrained: False leaves the recipe's pretrained weights out, for a checkpoint that is loaded next.
     Raises: ValueError for a backbone that timm does not have, or pretrained weights that cannot be loaded.
     """
@@ -83,7 +101,13 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
         stride_patches(backbone, recipe.input_size)
     if recipe.gradient_checkpointing:
         backbone.set_grad_checkpointing(True)
-    return PromptEmbedder(backbone, recipe.head, recipe.hold_batch_statistics)
+    return PromptEmbedder(
+        backbone,
+        recipe.head,
+        recipe.hold_batch_statistics,
+        head_width=recipe.head_width,
+        freeze_blocks=recipe.freeze_blocks,
+    )
 
 
 def stride_patches(vit: nn.Module, input_size: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from kutils.runs import recipes
-from kutils.runs.recipes import Recipe
+from kutils.runs.recipe_keys import Recipe, spelled_now
 from kutils.system import paths
 
 # keys that may differ between two starts of one run: they do not change what is computed
@@ -64,7 +64,8 @@ def check_same_configuration(folder: Path, recipe: Recipe) -> None:
     if not path.is_file():
         return
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of keys that came later
-    saved, now = defaults | yaml.safe_load(path.read_text(encoding="utf-8")), decisive(recipe)
+    saved = defaults | spelled_now(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = decisive(recipe)
     differing = [key for key in now if saved[key] != now[key]]
     if differing:
         changes = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:5])

@@ -9,6 +9,8 @@ import yaml
 
 from kutils.system import paths
 
+AUGMENT_BEFORE = {True: "published", False: "none"}  # how earlier files spell `augment`
+
 
 class ConfigError(ValueError):
     """A recipe or an override that cannot be used as it is; the message names the key and says what to do."""
@@ -48,6 +50,10 @@ class Recipe:
         "xavier",
         choices=("xavier", "ridge"),
     )
+    head_width: int = setting(
+        "hidden units of a head Linear - BatchNorm - ReLU - Linear, which the published code cannot read; 0: Linear",
+        0,
+    )
     drop_path_rate: float = setting("stochastic depth, rising linearly over the blocks", 0.0)
     patch_mode: str = setting(
         "ViT above its own resolution: strided patches (as published) or interpolated position embeddings",
@@ -57,10 +63,18 @@ class Recipe:
     input_size: int = setting("side of the square input, px")
     mean: tuple[float, float, float] = setting("channel means of the normalisation, for pixels in [0, 1]")
     std: tuple[float, float, float] = setting("channel standard deviations of the normalisation")
-    augment: bool = setting("random resized crop and colour jitter; false: resize to the square")
+    augment: bool | str = setting(
+        "published (or true): random resized crop and colour jitter; weak: crop, light RandAugment and erasing; "
+        "none (or false): resize to the square",
+        choices=("published", "weak", "none"),
+    )
     epochs: int = setting("epochs; in each, one image per prompt")
     warmup_epochs: int = setting("epochs in which the rate goes from warmup_lr to lr", 0)
     freeze_epochs: int = setting("first epochs in which the head alone is trained", 0)
+    freeze_blocks: int = setting("lowest blocks of the backbone that stay as they are, with all before them", 0)
+    loss: str = setting(
+        "1 - cosine similarity, as published, or the angle in radians", "cosine", choices=("cosine", "angular")
+    )
     lr: float = setting("learning rate at the start of the cosine")
     warmup_lr: float = setting("learning rate of the first update of the warm-up", 0.0)
     min_lr: float = setting("learning rate at the end of the cosine")
@@ -70,6 +84,7 @@ class Recipe:
         "BatchNorm normalises by the statistics that the pretrained weights came with, in training too", False
     )
     weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
+    clip_grad: float = setting("most that the norm of an update's gradient may be; 0: any", 0.0)
     sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
     sam_gradient: str = setting(
         "SAM perturbs by the gradient of each local batch, so that its size and the number of ranks count, or by the "
@@ -105,6 +120,7 @@ class Recipe:
     run_dir: str = setting("folder of run folders; empty: working/runs", "")
 
     def __post_init__(self):
+        object.__setattr__(self, "augment", AUGMENT_BEFORE.get(self.augment, self.augment))
         for item in dataclasses.fields(self):
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
@@ -120,6 +136,9 @@ class Recipe:
         for name in (
             *numbers,
             "freeze_epochs",
+            "freeze_blocks",
+            "head_width",
+            "clip_grad",
             "num_workers",
             "checkpoint_every_steps",
             "checkpoint_every_minutes",
@@ -144,6 +163,21 @@ class Recipe:
             raise ConfigError(f"sam_gradient={self.sam_gradient} is for SAM, and sam_rho=0 is none; leave it out")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if self.freeze_epochs >= self.epochs and (self.freeze_blocks or self.layer_decay < 1):
+            key = f"freeze_blocks={self.freeze_blocks}" if self.freeze_blocks else f"layer_decay={self.layer_decay}"
+            raise ConfigError(
+                f"{key} has no effect: freeze_epochs={self.freeze_epochs} of epochs={self.epochs} freeze the whole "
+                "backbone; leave one out"
+            )
+        if self.head_init == "ridge" and self.head_width:
+            raise ConfigError(
+                f"head_init=ridge fits one Linear, and head_width={self.head_width} has two; leave one of them out"
+            )
+        if self.head_width and self.max_local_batch_size == 1:
+            raise ConfigError(
+                f"head_width={self.head_width} has a BatchNorm, which needs two images or more at a time, and "
+                "max_local_batch_size is 1; raise it"
+            )
         if self.head_init == "ridge" and self.initialize_from is not None:
             raise ConfigError(
                 "head_init=ridge would replace the head of the checkpoint that initialize_from names; leave one out"
@@ -176,3 +210,10 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.values(), sort_keys=False, default_flow_style=None, width=120)
+
+
+def spelled_now(values: dict) -> dict:
+    """Values of a recipe in an earlier file, spelled as `Recipe` spells them."""
+    return values | (
+        {"augment": AUGMENT_BEFORE.get(values["augment"], values["augment"])} if "augment" in values else {}
+    )

@@ -19,7 +19,7 @@ from kutils.system import loaders
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.devices import is_out_of_memory
 from kutils.system.ranks import Ranks
-from kutils.training.losses import cosine_embedding_loss, cosine_similarity
+from kutils.training.losses import LOSSES, cosine_similarity
 from kutils.training.sam import frozen_batch_statistics, gradient_norm, perturbed
 
 
@@ -74,7 +74,7 @@ def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: to
 def to_network_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor:
     """The batch's uint8 images, augmented and normalised on the device: float32 [B, 3, S, S], channels last."""
     images = batch["image"].to(device, non_blocking=True)
-    jitter = batch["jitter"] if recipe.augment and "jitter" in batch else None
+    jitter = batch["jitter"] if recipe.augment == "published" and "jitter" in batch else None
     return transforms.normalize(images, recipe.mean, recipe.std, jitter)
 
 
@@ -122,6 +122,9 @@ def update(
                 for parameter, gradient in zip(parameters, earlier, strict=True):
                     parameter.grad = gradient
                 add_gradient(batch, average=number == last, valid=finite)
+    if recipe.clip_grad:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)  # one that is not finite makes all of them NaN
     if not scaler.is_enabled():  # weights that are lost now must not be saved before the next loss shows it
         total = torch.where(torch.isfinite(gradient_norm(parameters)), total, torch.nan)
     with record_function("optimiser"):
@@ -159,7 +162,7 @@ def backward(
             record_function("forward"),
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         ):
-            loss = cosine_embedding_loss(model(images), targets) * share
+            loss = LOSSES[recipe.loss](model(images), targets) * share
         if valid is not None:
             loss = loss * torch.where(valid, 1.0, torch.nan)
         with record_function("backward"):
@@ -195,9 +198,9 @@ def evaluate(
         total: rows over all ranks; every one is predicted exactly once, whatever the number of ranks.
     """
     network.eval()
-    empty = torch.zeros(0, network.fc.out_features, device=ranks.device)
+    empty = torch.zeros(0, EMBEDDING_DIM, device=ranks.device)
     embeddings, cosines = [empty], [empty[:, 0]]
-    features = [torch.zeros(0, network.fc.in_features, device=ranks.device)]
+    features = [torch.zeros(0, network.num_features, device=ranks.device)]
     for batch in loaders.batches(loader):
         images = to_network_input(batch, recipe, ranks.device)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):

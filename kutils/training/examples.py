@@ -24,7 +24,7 @@ def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[n
     chosen = np.random.default_rng(recipe.seed).choice(rows, min(count, len(rows)), replace=False)
     examples = datasets.collate([datasets.TrainingImages(data, rows, recipe)[0, int(row)] for row in chosen])
     images = transforms.normalize(
-        examples["image"], (0, 0, 0), (1, 1, 1), examples["jitter"] if recipe.augment else None
+        examples["image"], (0, 0, 0), (1, 1, 1), examples["jitter"] if recipe.augment == "published" else None
     )
     pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
     return list(pixels), [data.prompts[int(row)].as_py() for row in examples["row"]]

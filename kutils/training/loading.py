@@ -40,6 +40,11 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
             f"global_batch_size={recipe.global_batch_size} is no multiple of {world_size} ranks x "
             f"max_local_batch_size={recipe.max_local_batch_size}; change one of them"
         )
+    if recipe.head_width and local == 1:
+        raise ValueError(
+            f"head_width={recipe.head_width} has a BatchNorm, which needs two images or more at a time, and "
+            f"global_batch_size={recipe.global_batch_size} on {world_size} ranks leaves one; use fewer ranks"
+        )
     return local, recipe.global_batch_size // (world_size * local)
 
 

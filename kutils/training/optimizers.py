@@ -8,6 +8,7 @@ from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from kutils.models.layers import number_layers
 from kutils.runs.recipes import Recipe
 
 # elements per operation on many tensors, or one tensor if it is larger: a GPU has a temporary copy of 134 MB, a CPU
@@ -122,24 +123,37 @@ def embeddings(backbone: nn.Module) -> set[str]:
 
 
 def groups_by_layer(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """The head, then timm's groups of the backbone's layers, with decay or without as in `parameter_groups`.
+    """The head's groups, then timm's groups of the backbone's layers, with decay or without as in `parameter_groups`.
 
     A group's `lr_scale`, by which the schedule multiplies its rate, is 1 in the head, layer_decay in the backbone's
     last layer, layer_decay ** 2 in the layer below, and so on (Clark et al. 2020, section 3.2; Bao et al. 2022).
 
     Args:
-        model: a `PromptEmbedder`, not frozen: timm leaves frozen parameters out.
+        model: a `PromptEmbedder`. Frozen layers count as the others do, and have groups too.
     Raises: ValueError for a backbone that does not say which layers it has.
     """
-    if not hasattr(model.backbone, "group_matcher"):
-        name = type(model.backbone).__name__
-        raise ValueError(f"layer_decay={layer_decay} needs a backbone of known layers; {name} has none, leave it out")
+    try:
+        number_layers(model.backbone)
+    except ValueError as error:
+        raise ValueError(f"layer_decay={layer_decay} {error}") from error
+    head = [
+        {"params": parameters, "weight_decay": decay, "lr_scale": 1.0}
+        for decay, parameters in (
+            (weight_decay, [parameter for parameter in model.fc.parameters() if parameter.ndim > 1]),
+            (0.0, [parameter for parameter in model.fc.parameters() if parameter.ndim <= 1]),  # a wide head's
+        )
+        if parameters
+    ]
+    frozen = [parameter for parameter in model.backbone.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)  # timm leaves frozen parameters out
     exempt = embeddings(model.backbone)
-    head = {"params": list(model.fc.parameters()), "weight_decay": weight_decay, "lr_scale": 1.0}
     groups = param_groups_layer_decay(model.backbone, weight_decay, exempt, layer_decay=layer_decay)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     for group in groups:
         group["lr_scale"] *= layer_decay  # without a classifier, timm takes the last block for the head
-    return [head, *groups]
+    return [*head, *groups]
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

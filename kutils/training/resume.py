@@ -12,7 +12,7 @@ from kutils.data import datasets
 from kutils.models import checkpoints
 from kutils.runs import finished, folders
 from kutils.runs.finished import RunResult
-from kutils.runs.recipes import Recipe
+from kutils.runs.recipe_keys import Recipe, spelled_now
 from kutils.system import paths
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Interval
@@ -117,7 +117,9 @@ def work_of(recipe: Recipe, data: datasets.PromptImages) -> dict:
 
 def check_same_work(saved: dict, now: dict, path: Path) -> None:
     """Raise ValueError naming what has changed: rows that the run has trained on could be validated."""
-    recipe = [key for key in now["recipe"] if saved["recipe"].get(key, now["recipe"][key]) != now["recipe"][key]]
+    before = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of keys that came later
+    before |= spelled_now(saved["recipe"])
+    recipe = [key for key, value in now["recipe"].items() if before[key] != value]
     changed = [f"the recipe's {', '.join(recipe)}"] if recipe else []
     for name, hashes in now["data"].items():
         own = saved["data"].get(name, {})

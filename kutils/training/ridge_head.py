@@ -13,6 +13,7 @@ from kutils.data.datasets import PromptImages
 from kutils.models.networks import PromptEmbedder
 from kutils.runs.recipes import Recipe
 from kutils.system import loaders, progress
+from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.ranks import Ranks
 from kutils.training import engine, loading
 from kutils.training.losses import cosine_similarity
@@ -128,13 +129,12 @@ def fit_head(
     """
     held = held_out(data, rows, fold)
     step = -(-int(held.sum()) // MOST_HELD_OUT)
-    examples = datasets.TrainingImages(data, rows, dataclasses.replace(recipe, augment=False))
+    examples = datasets.TrainingImages(data, rows, dataclasses.replace(recipe, augment="none"))
     mine = np.arange(ranks.rank, len(rows), ranks.world_size)
     batches = np.split(mine, range(recipe.max_local_batch_size, len(mine), recipe.max_local_batch_size))
     samples = [[(0, int(row)) for row in rows[batch]] for batch in batches]
     loader = DataLoader(examples, batch_sampler=samples, **loading.loader_options(recipe, ranks))
-    num_features, num_targets = network.fc.in_features, network.fc.out_features
-    parts = {part: Sums(num_features, num_targets, ranks.device) for part in (False, True)}
+    parts = {part: Sums(network.num_features, EMBEDDING_DIM, ranks.device) for part in (False, True)}
     kept: list[tuple[Tensor, Tensor]] = []
     bad: list[tuple[int, str]] = []
     network.eval()

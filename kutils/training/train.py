@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from kutils.data import datasets, transforms, validation_check
 from kutils.data.datasets import PromptImages
 from kutils.data.sampler import EpochSampler
-from kutils.models import checkpoints, networks
+from kutils.models import checkpoints, networks, positions
 from kutils.models.networks import PromptEmbedder
 from kutils.runs import finished, folders, launch, recipes
 from kutils.runs.finished import RunResult
@@ -191,7 +191,10 @@ def load_initial_weights(network: PromptEmbedder, recipe: Recipe, fold: int, dat
         content = checkpoints.read(path)
         if not checkpoints.check_folds(content, fold, data.folds_hashes, path) and ranks.is_main:
             print(f"warning: {path} does not say which fold it has not trained on: scores may flatter", flush=True)
-        checkpoints.load_weights(network, content["model"], path)
+        weights, resampled = positions.resample_positions(network, content["model"])
+        if resampled and ranks.is_main:
+            print(f"position embeddings of {path.name} resampled from {resampled}", flush=True)
+        checkpoints.load_weights(network, weights, path)
 
 
 def check_space(recipe: Recipe, fold: int, network: PromptEmbedder) -> None:
