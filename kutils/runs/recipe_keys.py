@@ -83,6 +83,11 @@ class Recipe:
     hold_batch_statistics: bool = setting(
         "BatchNorm normalises by the statistics that the pretrained weights came with, in training too", False
     )
+    ema_decay: float = setting(
+        "exponential moving average of the weights, which is validated and saved too: the share of it that an update "
+        "keeps, less in the first updates; 0: none",
+        0.0,
+    )
     weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
     clip_grad: float = setting("most that the norm of an update's gradient may be; 0: any", 0.0)
     sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
@@ -163,6 +168,8 @@ class Recipe:
             raise ConfigError(f"sam_gradient={self.sam_gradient} is for SAM, and sam_rho=0 is none; leave it out")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}; it must be 0 or more, and below 1")
         if self.freeze_epochs >= self.epochs and (self.freeze_blocks or self.layer_decay < 1):
             key = f"freeze_blocks={self.freeze_blocks}" if self.freeze_blocks else f"layer_decay={self.layer_decay}"
             raise ConfigError(
@@ -188,6 +195,12 @@ class Recipe:
     def checkpoint_path(self, fold: int, kind: str = "best_cossim") -> Path:
         """`<model_dir>/<save_dir>/<prefix>_fold<k>_<kind>.pth`; kind is `best_cossim` or `epoch<n>`."""
         return self.models_folder() / self.save_dir / f"{self.prefix}_fold{fold}_{kind}.pth"
+
+    def last_checkpoints(self, fold: int) -> dict[str, Path]:
+        """The checkpoints of the last epoch: `raw` weights and, with `ema_decay`, their `ema`."""
+        kind = f"epoch{self.epochs}"
+        paths_of = {"raw": self.checkpoint_path(fold, kind)}
+        return paths_of | ({"ema": self.checkpoint_path(fold, f"{kind}_ema")} if self.ema_decay else {})
 
     def models_folder(self) -> Path:
         return Path(self.model_dir).absolute() if self.model_dir else paths.working_dir() / "models"

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,11 @@ class Ranks:
         """Replace the tensor, on the rank's device, by the sum of every rank's."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
+
+    def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace tensors, on the rank's device, by those of the main rank."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def gather_interleaved(self, local: torch.Tensor, total: int) -> np.ndarray:
         """Rows dealt as rank, rank + world_size, ... put back in order.

@@ -49,14 +49,21 @@ class RunLog:
                 profiling.waiting_advice(self.recipe, share, self.machine["cores"], self.machine["ranks_per_machine"])
             )
 
-    def evaluation(self, state: State, score: float, clean_score: float | None) -> None:
-        """Log the validation cosine after an epoch."""
+    def evaluation(self, state: State, score: float, clean_score: float | None, scores: dict[str, float]) -> None:
+        """Log the validation cosine after an epoch.
+
+        Args:
+            scores: `raw` and `ema`, if the run has both; `score` is the higher one.
+        """
         if not self.is_main:
             return
-        scores = {"cosine_similarity": score, "cosine_similarity_clean": clean_score}
-        self.metrics.add(epoch=state.epoch, step=state.step, **scores)
-        self.board.add_scalar("validation/cosine_similarity", score, state.step)
-        self.say(f"epoch {state.epoch}/{self.recipe.epochs}: validation cosine {score:.4f}")
+        each = {f"cosine_similarity_{kind}": value for kind, value in scores.items()} if len(scores) > 1 else {}
+        both = {"cosine_similarity": score, "cosine_similarity_clean": clean_score}
+        self.metrics.add(epoch=state.epoch, step=state.step, **both, **each)
+        for name, value in ({"cosine_similarity": score} | each).items():
+            self.board.add_scalar(f"validation/{name}", value, state.step)
+        parts = f" ({', '.join(f'{kind} {value:.4f}' for kind, value in scores.items())})" if each else ""
+        self.say(f"epoch {state.epoch}/{self.recipe.epochs}: validation cosine {score:.4f}{parts}")
 
     def close(self) -> None:
         if self.is_main:

@@ -52,9 +52,11 @@ class State:
 class ResumeFile:
     """`resume.pt` of a run folder: the state of a run, with weights, optimiser, loss scaler and random numbers."""
 
-    def __init__(self, run_folder: Path, network, optimizer, scaler, ranks: Ranks):
+    def __init__(self, run_folder: Path, network, optimizer, scaler, ranks: Ranks, average=None):
+        """`average` is of `averaging.start_average`, or None."""
         self.path, self.ranks = run_folder / "resume.pt", ranks
         self.parts = {"model": network, "optimizer": optimizer, "scaler": scaler}
+        self.parts |= {"average": average} if average else {}
 
     def exists(self) -> bool:
         return self.path.is_file()
@@ -154,11 +156,11 @@ def check_start(recipe: Recipe, fold: int, ranks: Ranks) -> RunResult | None:
         run, or not all nodes see the folder.
     """
     folder, best_path = recipe.run_folder(fold), recipe.checkpoint_path(fold)
-    last_path = recipe.checkpoint_path(fold, f"epoch{recipe.epochs}")
+    last_paths = recipe.last_checkpoints(fold).values()
     if ranks.is_main:  # up to 13 GB of what a killed start was saving
         for each in (folder, best_path.parent):
             paths.remove_leftovers(each)
-        if recipe.resume == "never" and (aside := folders.move_aside(folder, [best_path, last_path])):
+        if recipe.resume == "never" and (aside := folders.move_aside(folder, [best_path, *last_paths])):
             print(f"the previous run is now {aside}", flush=True)
     ranks.barrier()
     check_same_folder(folder, ranks)

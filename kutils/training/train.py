@@ -10,12 +10,9 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.autograd.profiler import record_function
-from torch.utils.data import DataLoader
 
-from kutils.data import datasets, transforms, validation_check
+from kutils.data import datasets, validation_check
 from kutils.data.datasets import PromptImages
 from kutils.data.sampler import EpochSampler
 from kutils.models import checkpoints, networks, positions
@@ -26,7 +23,17 @@ from kutils.runs.published_names import RecipeParser
 from kutils.runs.recipes import Recipe
 from kutils.system import children, devices, locks
 from kutils.system.ranks import Ranks, join_ranks, leave_ranks
-from kutils.training import engine, loading, optimizers, out_of_fold, profiling, resume, ridge_head
+from kutils.training import (
+    averaging,
+    engine,
+    loading,
+    optimizers,
+    out_of_fold,
+    profiling,
+    resume,
+    ridge_head,
+    validation,
+)
 from kutils.training.clock import Clock
 from kutils.training.log import RunLog
 from kutils.training.meter import Meter
@@ -73,10 +80,11 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     optimizer = optimizers.build_optimizer(network, recipe)
     schedule = optimizers.build_schedule(optimizer, recipe, sampler.steps_per_epoch)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    average = averaging.start_average(network, recipe)
 
     # ---------------------------------------------------------------- before the first update
     check_space(recipe, fold, network)
-    resume_file = resume.ResumeFile(folder, network, optimizer, scaler, ranks)
+    resume_file = resume.ResumeFile(folder, network, optimizer, scaler, ranks, average)
     is_resumed = resume_file.exists()
     if not is_resumed:
         validation_check.check_validation_images(data, validation_rows, recipe.num_workers, ranks)
@@ -128,6 +136,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
             loss = engine.update(model, local_batches, optimizer, scaler, recipe, dtype)
             meter.add(loss, local_batches)
             state.step += 1
+            if average:
+                average.update(network, state.step)
             profiler.step()
             if due := clock.due(state.step, ranks):
                 interval = meter.close(ranks, state.step)
@@ -143,17 +153,20 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
                     reason = f"{children.STOPPED} after update {state.step}; the same command goes on from there"
                     raise children.Interrupted([*clock.signals, signal.SIGTERM][0], reason)
         state.epoch += 1
-        evaluation = validate(network, validation_loader, recipe, dtype, ranks, state.epoch)
-        score = engine.mean(evaluation.cosines)
+        models = averaging.candidates(network, average)
+        kind, evaluation, scores = validation.validate(models, validation_loader, recipe, dtype, ranks, state.epoch)
         clean_score = None if clean is None else engine.mean(evaluation.cosines, clean)
-        log.evaluation(state, score, clean_score)
-        facts = {"fold": fold, "folds_hashes": data.folds_hashes, "epoch": state.epoch, "cosine_similarity": score}
+        log.evaluation(state, scores[kind], clean_score, scores)
+        facts = {"fold": fold, "folds_hashes": data.folds_hashes, "epoch": state.epoch}
         if state.epoch == recipe.epochs and ranks.is_main:
-            checkpoints.save_checkpoint(recipe.checkpoint_path(fold, f"epoch{state.epoch}"), network, recipe, **facts)
-        if score > state.best:
-            state.best, state.best_clean, state.best_epoch = score, clean_score, state.epoch
+            for each, path in recipe.last_checkpoints(fold).items():
+                own = {"weights": each, "cosine_similarity": scores[each]}
+                checkpoints.save_checkpoint(path, models[each], recipe, **facts, **own)
+        if scores[kind] > state.best:
+            state.best, state.best_clean, state.best_epoch = scores[kind], clean_score, state.epoch
             if ranks.is_main:
-                checkpoints.save_checkpoint(best_path, network, recipe, **facts)
+                own = {"weights": kind, "cosine_similarity": scores[kind]}
+                checkpoints.save_checkpoint(best_path, models[kind], recipe, **facts, **own)
             path, origin = out_of_fold.predictions_path(folder, fold), {"fold": fold, "prefix": recipe.prefix}
             origin["checkpoint"] = str(best_path.relative_to(recipe.models_folder()))
             out_of_fold.save_predictions(path, data, validation_rows, evaluation.embeddings, ranks, **origin)
@@ -200,31 +213,11 @@ def load_initial_weights(network: PromptEmbedder, recipe: Recipe, fold: int, dat
 def check_space(recipe: Recipe, fold: int, network: PromptEmbedder) -> None:
     """Raise an error if checkpoints or the resume file would not fit on their disks, or these cannot be written."""
     weight_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
-    folders.check_writable(recipe.checkpoint_path(fold).parent, 3 * weight_bytes)
-    # the resume file holds the weights and up to three tensors of the optimiser's; while replaced, it is there twice
-    folders.check_writable(recipe.run_folder(fold).parent, 9 * weight_bytes)
-
-
-def validate(
-    network: PromptEmbedder, loader: DataLoader, recipe: Recipe, dtype: torch.dtype, ranks: Ranks, epoch: int
-) -> engine.Evaluation:
-    """Predict the validation rows after an epoch; ValueError if an image is lost or the score is not finite."""
-    images = loader.dataset
-    try:
-        with record_function(profiling.EVALUATION):
-            evaluation = engine.evaluate(network, loader, recipe, dtype, ranks, total=len(images))
-    except transforms.ImageError as error:
-        validation_check.forget_checked(images.data, images.rows)
-        # the last line of a worker's traceback
-        reason = str(error).splitlines()[-1].removeprefix("kutils.data.transforms.ImageError: ")
-        raise ValueError(
-            f"a validation image was in order when it was checked, and is not any more: {reason}; put it back, and "
-            "the same command goes on"
-        ) from error
-    score = engine.mean(evaluation.cosines)
-    if not np.isfinite(score):
-        raise ValueError(f"the validation cosine after epoch {epoch} is {score}; the best checkpoint is untouched")
-    return evaluation
+    averages = 1 if recipe.ema_decay else 0
+    folders.check_writable(recipe.checkpoint_path(fold).parent, (3 + averages) * weight_bytes)
+    # the resume file holds the weights, their average, and up to three tensors of the optimiser's; while replaced, it
+    # is there twice
+    folders.check_writable(recipe.run_folder(fold).parent, (9 + 2 * averages) * weight_bytes)
 
 
 def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], object] | None = None) -> int:
