@@ -229,19 +229,21 @@ def test_an_unreadable_image_is_replaced_by_another_of_its_prompt(workspace, tin
     np.testing.assert_array_equal(example["target"], data.targets(np.array([example["row"]]))[0])
 
 
-def test_augmentation_depends_on_seed_epoch_and_row_alone(workspace, tiny_recipe):
+@pytest.mark.parametrize("augment", ["published", "weak"])
+def test_augmentation_depends_on_seed_epoch_and_row_alone(workspace, tiny_recipe, augment):
     import torch
 
     data = load_datasets(["toy"])
-    images = TrainingImages(data, np.arange(80), tiny_recipe())
+    images = TrainingImages(data, np.arange(80), tiny_recipe(augment=augment))
     first = images[0, 10]
     torch.manual_seed(5)
     state = torch.get_rng_state()
     again = images[0, 10]
     assert torch.equal(torch.get_rng_state(), state), "drop path and augmentation share no random numbers"
     assert torch.equal(first["image"], again["image"]) and torch.equal(first["jitter"], again["jitter"])
-    for other in (images[1, 10], TrainingImages(data, np.arange(80), tiny_recipe(seed=72))[0, 10]):
-        assert not torch.equal(first["jitter"], other["jitter"])
+    for other in (images[1, 10], TrainingImages(data, np.arange(80), tiny_recipe(augment=augment, seed=72))[0, 10]):
+        assert not torch.equal(first["image"], other["image"])
+        assert torch.equal(first["jitter"], other["jitter"]) == (augment == "weak")
 
 
 def test_validation_images_raise(workspace):

@@ -1,10 +1,11 @@
 """Networks: what the head sees, freezing, patch modes."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 
-from kutils.models import heads
+from kutils.models import heads, layers
 from kutils.models.networks import build_model, stride_patches
 from kutils.runs import recipes
 
@@ -66,6 +67,53 @@ def test_batch_statistics_that_are_held_stay_and_are_used(tiny_recipe):
     assert model.backbone.bn1.weight.grad is not None  # its scale and shift are trained
     with pytest.raises(ValueError, match="hold_batch_statistics=true: ConvNeXt has no BatchNorm; leave it out"):
         build_model(tiny_recipe(hold_batch_statistics=True))
+
+
+def test_a_wide_head_by_hand(tiny_recipe):
+    """Linear, BatchNorm over the batch, ReLU, Linear, unit length, in NumPy."""
+    model = build_model(tiny_recipe(head_width=20)).train()
+    assert [name for name, _ in model.fc.named_parameters()] == ["0.weight", "1.weight", "1.bias", "3.weight"]
+    with torch.no_grad():
+        model.fc[1].weight.uniform_(0.5, 2)
+        model.fc[1].bias.uniform_(-1, 1)
+        features = model.features(images(32, count=6)).numpy()
+        output = model(images(32, count=6)).numpy()
+    weights = {name: value.numpy() for name, value in model.fc.state_dict().items()}
+    assert weights["0.weight"].shape == (20, model.num_features) and weights["3.weight"].shape == (384, 20)
+    hidden = features @ weights["0.weight"].T
+    hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5) * weights["1.weight"] + weights["1.bias"]
+    expected = np.maximum(hidden, 0) @ weights["3.weight"].T
+    np.testing.assert_allclose(output, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+
+
+LOWEST = {  # by hand: backbone, frozen blocks, the parameters that stay
+    ("test_vit", 2): ("cls_token", "pos_embed", "patch_embed.", "norm_pre.", "blocks.0.", "blocks.1."),
+    ("test_efficientnet", 1): ("conv_stem.", "bn1.", "blocks.0.0."),
+    ("test_convnext", 1): ("stem.", "stages.0.blocks.0."),
+}
+
+
+@pytest.mark.parametrize(("backbone", "blocks"), LOWEST)
+def test_frozen_blocks_by_hand(tiny_recipe, backbone, blocks):
+    model = build_model(tiny_recipe(backbone=backbone, freeze_blocks=blocks))
+    model.freeze_backbone()
+    model.unfreeze()
+    model.train()
+    before = {name: value.clone() for name, value in model.backbone.named_buffers()}
+    model(images(32)).sum().backward()
+    for name, parameter in model.backbone.named_parameters():
+        assert (parameter.grad is None) == name.startswith(LOWEST[backbone, blocks]), name
+    for name, value in model.backbone.named_buffers():  # BatchNorm's statistics
+        assert torch.equal(value, before[name]) == name.startswith(LOWEST[backbone, blocks]), name
+    assert model.fc.weight.grad is not None
+
+
+def test_more_frozen_blocks_than_there_are_and_blocks_that_nobody_knows_are_refused(tiny_recipe):
+    assert not any(p.requires_grad for p in build_model(tiny_recipe(backbone="test_vit", freeze_blocks=6)).lowest)
+    with pytest.raises(ValueError, match="freeze_blocks=7: backbone VisionTransformer has 6 blocks; lower it"):
+        build_model(tiny_recipe(backbone="test_vit", freeze_blocks=7))
+    with pytest.raises(ValueError, match="freeze_blocks=1 needs a backbone of known layers; Conv2d has none"):
+        layers.lowest_parameters(torch.nn.Conv2d(3, 4, 1), 1)
 
 
 def test_a_frozen_backbone_gets_no_gradient_and_stays_in_evaluation_mode(tiny_recipe):

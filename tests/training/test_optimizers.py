@@ -143,7 +143,7 @@ def test_no_decay_on_vectors_and_embeddings(tiny_recipe, backbone):
 
 def scales_by_hand(backbone: str, name: str, decay: float) -> float:
     """The factor on a parameter's rate: 1 for the head, for each layer below `decay` times that of the one above."""
-    if name == "fc.weight":
+    if name.startswith("fc."):
         return 1.0
     if backbone == "test_vit":  # a stem, and six blocks, to the last of which the last norm belongs
         block = re.match(r"backbone\.blocks\.(\d+)\.", name)
@@ -166,13 +166,18 @@ def scales_by_hand(backbone: str, name: str, decay: float) -> float:
 
 @pytest.mark.parametrize("backbone", ["test_vit", "tf_efficientnet_lite0"])
 @pytest.mark.parametrize("kind", ["madgrad", "adamw"])
-def test_lower_layers_learn_more_slowly(tiny_recipe, backbone, kind):
-    """Layers counted by hand; rates as the schedule sets them, in the middle of a warm-up too."""
+@pytest.mark.parametrize("changes", [{}, {"freeze_blocks": 3, "head_width": 8}], ids=["plain", "frozen and wide"])
+def test_lower_layers_learn_more_slowly(tiny_recipe, backbone, kind, changes):
+    """Layers counted by hand; rates as the schedule sets them, in the middle of a warm-up too. Frozen blocks have the
+    rates that they would have, and are as they were afterwards."""
     recipe = tiny_recipe(
-        backbone=backbone, optimizer=kind, layer_decay=0.7, warmup_epochs=1, lr=1e-2, weight_decay=0.05
+        backbone=backbone, optimizer=kind, layer_decay=0.7, warmup_epochs=1, lr=1e-2, weight_decay=0.05, **changes
     )
     model = build_model(recipe)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert all(trained.values()) == (not changes)
     optimizer = optimizers.build_optimizer(model, recipe)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
     assert type(optimizer) is {"madgrad": optimizers.PerParameterMADGRAD, "adamw": torch.optim.AdamW}[kind]
     schedule = optimizers.build_schedule(optimizer, recipe, 10)
     names = {parameter: name for name, parameter in model.named_parameters()}
