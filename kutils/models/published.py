@@ -67,12 +67,17 @@ def to_published_shape(name: str, value: Tensor) -> Tensor:
 def to_published(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights in the published layout, float32 on the CPU: what the published code loads strictly.
 
+    BatchNorm's counts stay whole numbers: as float16 of a packed file they could not be above 65,504.
+
     Args:
         model: a `PromptEmbedder`, on any device.
     """
     names = published_names(model)
     return {
-        names[name]: to_published_shape(names[name], value.detach()).float().cpu().contiguous()
+        names[name]: to_published_shape(names[name], value.float() if value.is_floating_point() else value)
+        .detach()
+        .cpu()
+        .contiguous()
         for name, value in model.state_dict().items()
     }
 

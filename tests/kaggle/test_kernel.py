@@ -89,7 +89,7 @@ def fit(folder, networks):
             prefix=family, save_dir=family, model=family, stage=1, train_folds=(0,), datasets=("toy",),
             backbone=backbone, pretrained=False, input_size=size, mean=(0.5,) * 3, std=(0.5,) * 3, augment=False,
             epochs=1, lr=1e-3, min_lr=0.0, global_batch_size=8, max_local_batch_size=8, num_workers=2,
-            amp_dtype="float32",
+            amp_dtype="float32", head_width=24 if family == "b" else 0,
         )  # fmt: skip
         path = folder / family / f"{family}_fold0_best_cossim.pth"
         checkpoints.save_checkpoint(

@@ -70,8 +70,11 @@ def fitted(tmp_path, tiny_recipe):
     for seed, (family, fold) in enumerate([("a", 0), ("a", 1), ("b", 0)]):
         torch.manual_seed(seed)
         name = f"{family}/{family}_fold{fold}_best_cossim.pth"
-        recipe = tiny_recipe(prefix=family, amp_dtype="float32")
+        recipe = tiny_recipe(prefix=family, amp_dtype="float32", head_width=16 * fold)  # one with a wide head
         built[name] = networks.build_model(recipe).eval()
+        if recipe.head_width:
+            built[name].fc[1].num_batches_tracked += 100_000  # updates of a long run, beyond float16
+            built[name].fc[1].running_mean.uniform_(-0.1, 0.1)
         checkpoints.save_checkpoint(folder / name, built[name], recipe, fold=fold, folds_hashes={})
         member = Member(f"conf/{family}.yaml", fold, name, paths.sha256_of(folder / name))
         families.setdefault(family, []).append(member)

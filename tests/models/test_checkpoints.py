@@ -123,3 +123,16 @@ def test_safetensors_of_another_origin_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="no readable checkpoint"):
         checkpoints.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("saved", "now"), [(0, 16), (16, 0)])
+def test_a_head_of_another_kind_is_named(tmp_path, tiny_recipe, saved, now):
+    checkpoints.save_checkpoint(
+        tmp_path / "a.pth", build_model(tiny_recipe(head_width=saved)), tiny_recipe(head_width=saved)
+    )
+    with pytest.raises(
+        ValueError, match=r"a\.pth is of another network: its head is .*; give both stages the same head"
+    ):
+        checkpoints.load_model(tmp_path / "a.pth", tiny_recipe(head_width=now))
+    again, recipe, _ = checkpoints.load_model(tmp_path / "a.pth")  # its own recipe says what head it has
+    assert recipe.head_width == saved and isinstance(again.fc, torch.nn.Sequential) == (saved > 0)

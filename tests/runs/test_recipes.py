@@ -79,7 +79,9 @@ def test_published_recipe(stem):
     assert f"bs{recipe.max_local_batch_size}_" in stem and recipe.global_batch_size == 8 * recipe.max_local_batch_size
     assert recipe.prefix == stem.replace("_fold6", "").replace("_fold2", "")
     assert float(stem.split("_lr")[1].split("_")[0]) == recipe.lr and recipe.weight_decay == 5e-2
-    assert (recipe.sam_rho == 0.05) == ("sam" in stem) and recipe.augment == ("noaug" not in stem)
+    assert (recipe.sam_rho == 0.05) == ("sam" in stem) and recipe.augment == (
+        "none" if "noaug" in stem else "published"
+    )
     assert len(recipe.datasets) == (6 if "8data" in stem else 3)
     assert recipe.freeze_epochs == recipe.warmup_epochs
 
@@ -146,7 +148,7 @@ def test_a_bad_recipe_is_refused_with_file_and_key(tmp_path, tiny_recipe, line, 
         ("epoch=1", "no key 'epoch'; did you mean 'epochs'?"),
         ("epochs", "write key=value"),
         ("epochs=x", "epochs is 'x'; it takes int"),
-        ("augment=yes", "augment is 'yes'; it takes bool"),
+        ("augment=yes", "augment is 'yes'; it can be published, weak, none"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path, tiny_recipe, override, said):
@@ -207,6 +209,13 @@ def test_a_setting_of_sam_without_sam_is_refused(tiny_recipe):
     [
         ({"layer_decay": 0.0}, "layer_decay is 0.0; it must be above 0 and at most 1"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5; it must be above 0 and at most 1"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0; it must be 0 or more, and below 1"),
+        ({"clip_grad": -1.0}, "clip_grad is -1.0; it must be a finite number of at least 0"),
+        ({"loss": "l2"}, "loss is 'l2'; it can be cosine, angular"),
+        ({"head_init": "ridge", "head_width": 64}, "head_init=ridge fits one Linear, and head_width=64 has two"),
+        ({"head_width": 64, "max_local_batch_size": 1}, "head_width=64 has a BatchNorm, .* max_local_batch_size is 1"),
+        ({"freeze_blocks": 2, "freeze_epochs": 2}, "freeze_blocks=2 has no effect: freeze_epochs=2 of epochs=2"),
+        ({"layer_decay": 0.7, "freeze_epochs": 3}, "layer_decay=0.7 has no effect: freeze_epochs=3 of epochs=2"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; it can be madgrad, adamw"),
         ({"head_init": "ridge", "initialize_from": "a.pth"}, "head_init=ridge would replace .* initialize_from"),
     ],
@@ -220,3 +229,10 @@ def test_the_published_sam_recipes_train_as_published():
     """The published code perturbs by the gradient that DDP has averaged over all ranks."""
     own = [load_recipe(path) for path in paths.repository_root().glob("conf/*_8data_*.yaml")]
     assert len(own) == 7 and {(recipe.sam_rho, recipe.sam_gradient) for recipe in own} == {(0.05, "averaged")}
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "published"), (False, "none"), ("weak", "weak")])
+def test_augment_is_read_as_earlier_files_spell_it(tmp_path, tiny_recipe, before, now):
+    path = write(tmp_path, tiny_recipe, f"augment: {str(before).lower()}", drop=["augment"])
+    assert load_recipe(path).augment == now == load_recipe(path, [f"augment={str(before).lower()}"]).augment
+    assert load_recipe(path, [f"augment={now}"]) == tiny_recipe(augment=before)

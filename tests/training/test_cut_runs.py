@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from kutils import __main__
 from kutils.system import locks
@@ -95,6 +96,23 @@ def test_a_changed_recipe_is_refused_even_where_its_copy_says_otherwise(workspac
     assert "the recipe's seed" in capsys.readouterr().err
     copy.write_text(copy.read_text().replace("seed: 72", "seed: 71"))
     assert start(cut_run, "num_workers=1") == 0
+
+
+@pytest.mark.parametrize("override", ["optimizer=adamw", "ema_decay=0.9"])
+def test_another_optimiser_or_average_is_refused(workspace, cut_run, capsys, override):
+    """By the copy of the recipe, by the state itself where the copy is gone, and by one from before the key existed."""
+    assert start(cut_run, override) == 1
+    key = override.partition("=")[0]
+    assert f"{key} was " in capsys.readouterr().err
+    folder = workspace / "working" / "runs" / "tiny_fold0"
+    (folder / "config.yaml").unlink()
+    checkpoint = next((workspace / "working" / "models").rglob("*_best_cossim.pth"))
+    checkpoint.rename(checkpoint.with_suffix(".aside"))
+    assert start(cut_run, override) == 1 and f"the recipe's {key}" in capsys.readouterr().err
+    content = torch.load(folder / "resume.pt")
+    del content["work"]["recipe"][key]
+    torch.save(content, folder / "resume.pt")
+    assert start(cut_run, override) == 1 and f"the recipe's {key}" in capsys.readouterr().err
 
 
 def test_files_that_were_written_again_alike_go_on(workspace, cut_run, capsys):

@@ -1,6 +1,7 @@
 """An update does not wait for the device, and a compiled network trains as an eager one does, or is given up."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -49,6 +50,56 @@ def test_an_update_does_not_wait_for_the_device(tiny_recipe, sam):
     with NoWaiting():
         loss = engine.update(network, batches, optimizer, scaler, recipe, torch.bfloat16)
     assert loss.isfinite() and not torch.equal(network.fc.weight, before)
+
+
+@pytest.mark.parametrize("sam", SAM, ids=["plain", "local", "averaged"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_long_gradient_is_cut_to_its_length_and_a_short_one_stays(tiny_recipe, sam, scaled):
+    """By the step of plain gradient descent, which is the gradient: its direction stays, in float64 by NumPy."""
+    batches = [toy_batch(number, size=32, dimension=384) for number in range(2)]
+    steps = {}
+    for limit in (0.0, 0.05, 1e3):
+        torch.manual_seed(0)
+        network = build_model(tiny_recipe(augment="none")).train()
+        recipe = tiny_recipe(augment="none", clip_grad=limit, **sam)
+        before = torch.nn.utils.parameters_to_vector(network.parameters()).detach().double()
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+        with NoWaiting() if not scaled else nullcontext():
+            engine.update(
+                network, batches, optimizer, torch.amp.GradScaler("cpu", enabled=scaled), recipe, torch.float32
+            )
+        steps[limit] = torch.nn.utils.parameters_to_vector(network.parameters()).detach().double() - before
+    length = steps[0.0].norm()
+    assert length > 0.1
+    torch.testing.assert_close(steps[0.05], steps[0.0] * 0.05 / length, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(steps[1e3], steps[0.0], atol=1e-7, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_seen_though_it_is_cut(tiny_recipe):
+    network = build_model(tiny_recipe()).train()
+    network.fc.weight.register_hook(lambda gradient: gradient * torch.inf)
+    recipe = tiny_recipe(augment="none", clip_grad=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = engine.update(
+        network, [toy_batch(0, size=32, dimension=384)], torch.optim.SGD(network.parameters()), scaler, recipe,
+        torch.float32,
+    )  # fmt: skip
+    assert loss.isnan()
+
+
+def test_the_loss_of_the_recipe_is_what_is_trained(tiny_recipe):
+    network, batch = build_model(tiny_recipe()).train(), toy_batch(0, size=32, dimension=384)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    cosines = None
+    for loss in ("cosine", "angular"):
+        recipe = tiny_recipe(augment="none", loss=loss)
+        with torch.no_grad():
+            cosines = (network(engine.to_network_input(batch, recipe, ALONE.device)) * batch["target"]).sum(1)
+            cosines = (cosines / batch["target"].norm(dim=1)).double()
+        expected = {"cosine": 1 - cosines.mean(), "angular": cosines.arccos().mean()}[loss]
+        value = engine.update(network, [batch], optimizer, scaler, recipe, torch.float32)
+        assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.gpu

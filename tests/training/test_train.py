@@ -163,6 +163,7 @@ def test_refining_starts_from_the_checkpoint_of_the_same_folds(workspace, recipe
         (["device=cuda"], "needs a GPU of its own, and 0 are visible"),
         (["lr=fast"], "lr is 'fast'"),
         (["pretrained=/nowhere.safetensors"], "no such file"),
+        (["freeze_blocks=99"], "freeze_blocks=99: backbone ConvNeXt has 9 blocks; lower it"),
     ],
 )
 def test_what_cannot_be_trained_is_said_and_leaves_nothing(workspace, recipe_file, capsys, overrides, said):
@@ -307,16 +308,17 @@ def test_a_killed_run_goes_on_to_the_same_weights(workspace, recipe_file, start_
     """SIGKILL in the second epoch, with drop path (random numbers), and the head alone in the first epoch."""
     changes = {"epochs": 3, "drop_path_rate": 0.2, "num_workers": 1, "freeze_epochs": 1, "checkpoint_every_steps": 3}
     if stage == 2:
-        changes |= {"sam_rho": 0.05, "max_local_batch_size": 4 // ranks}
+        changes |= {"sam_rho": 0.05, "max_local_batch_size": 4 // ranks, "ema_decay": 0.9, "head_width": 16}
     whole, killed = recipe_file("whole", **changes), recipe_file("killed", **changes)
     start_ranks(*command(whole), num_ranks=ranks).run()
     metrics = workspace / "working" / "runs" / "killed_fold0" / "metrics.jsonl"
     run_and_kill(start_ranks(*command(killed), num_ranks=ranks), metrics)
     start_ranks(*command(killed), num_ranks=ranks).run()
     models = workspace / "working" / "models" / "tiny"
-    one, other = (checkpoints.read(models / f"{name}_fold0_epoch3.pth") for name in ("whole", "killed"))
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    assert one["cosine_similarity"] == other["cosine_similarity"]
+    for kind in ("", "_ema")[:stage]:
+        one, other = (checkpoints.read(models / f"{name}_fold0_epoch3{kind}.pth") for name in ("whole", "killed"))
+        assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+        assert one["cosine_similarity"] == other["cosine_similarity"]
     drop = ("images_per_second", "data_wait")
     lines = [
         [{key: value for key, value in line.items() if key not in drop} for line in read_metrics(path)]
@@ -404,9 +406,10 @@ def test_a_run_from_before_a_key_existed_is_still_known(workspace, recipe_file, 
     path = recipe_file()
     assert start(path) == 0
     saved = workspace / "working" / "runs" / "tiny_fold0" / "config.yaml"
-    kept = [line for line in saved.read_text().splitlines() if not line.startswith("sam_gradient")]
-    saved.write_text("\n".join(kept))
+    kept = [line for line in saved.read_text().splitlines() if not line.startswith(("sam_gradient", "ema_decay"))]
+    saved.write_text("\n".join(kept).replace("augment: published", "augment: true"))
     assert start(path) == 0 and "already finished" in capsys.readouterr().out
+    assert start(path, "ema_decay=0.9") == 1 and "ema_decay was 0.0, is 0.9" in capsys.readouterr().err
 
 
 @pytest.mark.slow
