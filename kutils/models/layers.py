@@ -23,7 +23,7 @@ def lowest_parameters(backbone: nn.Module, blocks: int) -> list[nn.Parameter]:
         numbers = number_layers(backbone)
     except ValueError as error:
         raise ValueError(f"freeze_blocks={blocks} {error}") from error
-    most = max(numbers.values())
+    most = max(number for name, number in numbers.items() if "blocks." in name)  # above them may be a norm
     if blocks > most:
         raise ValueError(f"freeze_blocks={blocks}: backbone {type(backbone).__name__} has {most} blocks; lower it")
     return [parameter for name, parameter in backbone.named_parameters() if numbers[name] <= blocks]
