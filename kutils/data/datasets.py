@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from kutils.data import transforms
+from kutils.data import augmentation, transforms
 from kutils.data.index import DatasetIndex, open_index
 from kutils.data.shards import ROWS_PER_SHARD, Shards, open_shards
 from kutils.prompts.clean_marks import read_clean_mark
@@ -253,13 +253,7 @@ class TrainingImages(torch.utils.data.Dataset):
         else:
             raise ValueError(f"none of {len(bad)} images could be read; the first: {bad[0][1]}")
         key = (self.recipe.seed, epoch, candidate)
-        size, jitter = self.recipe.input_size, torch.zeros(8)
-        if self.recipe.augment == "published":
-            image, jitter = transforms.random_crop_and_jitter(image, size, key)
-        elif self.recipe.augment == "weak":
-            image = transforms.augment_weakly(image, size, key)
-        else:
-            image = transforms.resize_square(image, size)
+        image, jitter = augmentation.augment(image, self.recipe, key)
         target = torch.from_numpy(self.data.targets(np.array([candidate]))[0])
         return {"image": image, "jitter": jitter, "target": target, "row": candidate, "bad": bad}
 

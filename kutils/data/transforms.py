@@ -7,7 +7,6 @@ over the whole batch, with factors of its own for each image.
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from kutils.system import fatal
 # the 5th-place solution's: half to all of the area, ratios near 1, jitter 0.05; no flip, as prompts say left and right
 CROP = v2.RandomResizedCrop(size=1, scale=(0.5, 1.0), ratio=(0.9, 1.1))
 JITTER = v2.ColorJitter(brightness=0.05, contrast=0.05, saturation=0.05, hue=0.05)
-GREY = 127  # of what is erased or moved in: about 0 after the normalisation
 CONTRAST, SATURATION, HUE = 1, 2, 3  # torchvision's numbers of the operations; brightness is 0
 CACHED_VALUES = 2**19  # float32 values that a CPU processes at a time: 2 MB
 LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue in the luma of ITU-R 601-2, as in torchvision and Pillow
@@ -178,34 +176,6 @@ def drawing_by(key: tuple[int, ...]) -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
-
-
-def augment_weakly(image: Tensor, size: int, key: tuple[int, ...]) -> Tensor:
-    """Augment an image as `augment: weak` does; `key`, of seed, epoch and row, alone decides how.
-
-    Args:
-        image: uint8 [3, H, W].
-    Returns: uint8 [3, size, size].
-    """
-    with drawing_by(key):
-        return weak_augmentation(size)(image)
-
-
-@cache
-def weak_augmentation(size: int) -> v2.Compose:
-    """Crop 80 to 100 % of the area, two operations of RandAugment at a tenth of its strength, and erase at times.
-
-    There is no flip, as prompts say left and right (3rd-place solution: crop, erasing, weak RandAugment).
-    """
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                size, scale=(0.8, 1.0), ratio=(0.9, 1.1), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-            ),
-            v2.RandAugment(num_ops=2, magnitude=3, interpolation=v2.InterpolationMode.BILINEAR, fill=GREY),
-            v2.RandomErasing(p=0.25, scale=(0.02, 0.1), value=GREY),
-        ]
-    )
 
 
 def color_jitter(images: Tensor, jitter: Tensor) -> Tensor:

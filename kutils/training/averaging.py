@@ -22,6 +22,6 @@ def start_average(network: PromptEmbedder, recipe: Recipe) -> ModelEmaV3 | None:
     return ModelEmaV3(network, recipe.ema_decay, use_warmup=True, warmup_power=WARMUP_POWER)
 
 
-def candidates(network: PromptEmbedder, average: ModelEmaV3 | None) -> dict[str, PromptEmbedder]:
+def validated_models(network: PromptEmbedder, average: ModelEmaV3 | None) -> dict[str, PromptEmbedder]:
     """The networks that an epoch validates: `raw` and, where there is an average, `ema`."""
     return {"raw": network} | ({"ema": average.module} if average else {})

@@ -153,7 +153,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
                     reason = f"{children.STOPPED} after update {state.step}; the same command goes on from there"
                     raise children.Interrupted([*clock.signals, signal.SIGTERM][0], reason)
         state.epoch += 1
-        models = averaging.candidates(network, average)
+        models = averaging.validated_models(network, average)
         kind, evaluation, scores = validation.validate(models, validation_loader, recipe, dtype, ranks, state.epoch)
         clean_score = None if clean is None else engine.mean(evaluation.cosines, clean)
         log.evaluation(state, scores[kind], clean_score, scores)

@@ -25,7 +25,7 @@ def validate(
     Returns: the name of the better one of the models, what it predicted, and the cosine of each.
     Raises: ValueError if an image is lost or a score is not finite.
     """
-    evaluations = {kind: predict(model, loader, recipe, dtype, ranks) for kind, model in models.items()}
+    evaluations = {kind: predict_rows(model, loader, recipe, dtype, ranks) for kind, model in models.items()}
     scores = {kind: engine.mean(evaluation.cosines) for kind, evaluation in evaluations.items()}
     for kind, score in scores.items():
         if not np.isfinite(score):
@@ -37,7 +37,7 @@ def validate(
     return best, evaluations[best], scores
 
 
-def predict(
+def predict_rows(
     network: PromptEmbedder, loader: DataLoader, recipe: Recipe, dtype: torch.dtype, ranks: Ranks
 ) -> engine.Evaluation:
     """Predict the validation rows; ValueError if an image is lost."""

@@ -43,7 +43,7 @@ def test_by_hand(tiny_recipe):
 def test_without_the_key_there_is_none(tiny_recipe):
     network = build_model(tiny_recipe())
     assert averaging.start_average(network, tiny_recipe()) is None
-    assert averaging.candidates(network, None) == {"raw": network}
+    assert averaging.validated_models(network, None) == {"raw": network}
 
 
 @pytest.fixture
