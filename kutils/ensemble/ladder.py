@@ -240,7 +240,7 @@ def fit_curve(curve: pd.DataFrame) -> tuple[float, float, float] | None:
             lambda prompts, a, b, c: a - b / prompts**c,
             curve["prompts"].to_numpy(float),
             curve["cosine"].to_numpy(float),
-            p0=(curve["cosine"].max() + 0.05, 1.0, 0.5),
+            p0=(np.clip(curve["cosine"].max() + 0.05, 0, 1), 1.0, 0.5),
             bounds=([0, 0, 0.05], [1, np.inf, 2]),
         )
     except RuntimeError:  # no optimum found

@@ -41,6 +41,9 @@ def test_the_learning_curve_is_continued():
     a, b, c = ladder.fit_curve(curve)
     assert (a, b, c) == pytest.approx((0.7, 1.5, 0.4), rel=1e-2)
     assert ladder.fit_curve(curve[:3]) is None
+    for cosine in (-0.2, 0.99):  # of an untrained network; of copies: the fit begins within its bounds
+        a, *_ = ladder.fit_curve(curve.assign(cosine=cosine))
+        assert 0 <= a <= 1
 
 
 def test_the_longest_predictions_come_first():
