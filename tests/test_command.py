@@ -1,13 +1,17 @@
 """The one command: what it lists, how it answers what is wrong, and whose code it runs."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from fixtures.forked_python import REAL_PYTHON
@@ -16,6 +20,7 @@ from kutils import UNCHANGED
 from kutils import __main__ as command
 from kutils.system import children, paths
 from kutils.system.paths import repository_root
+from kutils.system.tables import write_table
 
 ROOT = repository_root()
 NAMES = sorted(command.COMMANDS)
@@ -148,6 +153,103 @@ def test_an_interrupt_ends_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr("kutils.data.checking.main", interrupted)
     assert command.run("check", []) == 130
     assert capsys.readouterr().err == "error: stopped by a signal; start the same command again to go on\n"
+
+
+def processes_of(folder) -> list[str]:
+    """Command lines of the processes that were started with this folder of data sets."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"KUTILS_INPUT={folder}\0".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to_all", [True, False])
+def test_a_signal_ends_a_command_and_its_processes(in_a_folder, number, to_all):
+    """A terminal's Ctrl-C goes to all processes of the command; others signal the first alone."""
+    prompts = [f"a red house, number {row}" for row in range(4000)]
+    write_table(in_a_folder / "p.tsv", {"prompt": prompts, "source": ["me"] * len(prompts)})
+    inputs = in_a_folder / "signalled"
+    arguments = ["generate", "p.tsv", "--output", str(inputs / "made"), "--size", "256", "--workers", "2"]
+    child = subprocess.Popen(
+        [REAL_PYTHON, "-m", "kutils", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "KUTILS_INPUT": str(inputs)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # not ignored, as in background
+    )
+    while child.poll() is None and len(list(inputs.rglob("*.jpg"))) < 20:
+        time.sleep(0.02)
+    (os.killpg if to_all else os.kill)(child.pid, number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 128 + number, errors
+    assert errors.splitlines()[-1] == "error: stopped by a signal; start the same command again to go on"
+    assert "Traceback" not in errors and errors.count("error: ") == 1, errors
+    assert not processes_of(inputs) and not list(inputs.rglob("*.partial*")) and not list(inputs.rglob("*.lock"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_kill_leaves_no_process(in_a_folder):
+    prompts = [f"a red house, number {row}" for row in range(4000)]
+    write_table(in_a_folder / "p.tsv", {"prompt": prompts, "source": ["me"] * len(prompts)})
+    inputs = in_a_folder / "killed"
+    arguments = ["generate", "p.tsv", "--output", str(inputs / "made"), "--size", "256", "--workers", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "KUTILS_INPUT": str(inputs)}
+    child = subprocess.Popen([REAL_PYTHON, "-m", "kutils", *arguments], env=environment, stdout=subprocess.DEVNULL)
+    while child.poll() is None and len(list(inputs.rglob("*.jpg"))) < 20:
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 20
+    while (left := processes_of(inputs)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def test_an_interrupt_that_python_drops_comes_again(in_a_folder):
+    """Exceptions while an object is deleted are dropped; this one is sent again."""
+    program = """
+import os, signal, sys, time
+from kutils import __main__ as command
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+class Command:
+    def main(arguments):
+        held = Held()
+        del held
+        time.sleep(60)
+command.importlib.import_module = lambda name: Command
+sys.exit(command.run("check", [], is_process=True))
+"""
+    done = run_python("-c", program, environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 143
+    assert done.stderr == "error: stopped by a signal; start the same command again to go on\n"
+
+
+def test_a_signal_while_libraries_are_loaded_ends_at_once(in_a_folder):
+    """A library may catch what is raised while it is imported."""
+    program = """
+import os, signal, sys
+from kutils import __main__ as command
+def import_module(name):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        pass
+command.importlib.import_module = import_module
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(command.run("check", [], is_process=True))
+"""
+    done = run_python("-c", program, environment={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (130, "error: stopped by a signal\n")
 
 
 # ---------------------------------------------------------------- what was typed before

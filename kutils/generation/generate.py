@@ -9,7 +9,6 @@ from pathlib import Path
 from kutils.generation import rendering
 from kutils.generation.image_sets import ImageSet, read_prompts
 from kutils.generation.settings import DiffusionSettings
-from kutils.system import children
 
 SUFFIXES = {"shapes": rendering.SUFFIX, "diffusers": ".webp"}  # of the images, by backend
 
@@ -19,7 +18,6 @@ def generate_by_diffusion(image_set: ImageSet, settings: DiffusionSettings, over
     from kutils.generation import sampling
     from kutils.system.ranks import join_workers  # these load PyTorch; rendering does without
 
-    children.interrupt_once()
     sampling.sample_dataset(image_set, settings, join_workers(settings.device), overwrite=overwrite)
 
 

@@ -175,3 +175,32 @@ def test_resize_is_close_to_pillows():
     expected = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
     resized = transforms.resize_square(F.pil_to_tensor(picture), 48).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(resized - expected).mean() < 0.5
+
+
+def with_sides(format: str) -> bytes:
+    """A small file whose header says 16,000 x 16,000 pixels."""
+    content, side = bytearray(encoded(gradient(), format)), 16_000
+    if format == "PNG":
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    elif format == "JPEG":
+        frame = content.index(b"\xff\xc0")
+        content[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+    elif format == "WEBP":
+        content[26:30] = struct.pack("<HH", side, side)
+    else:
+        content[6:10] = struct.pack("<HH", side, side)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_a_small_file_of_many_pixels_is_refused_by_name(monkeypatch, format):
+    monkeypatch.setattr(transforms, "decode_content", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(transforms.ImageError, match=r"^set/bomb\.x has too many pixels \(.*(16,000|256000000)"):
+        transforms.decode_bytes(with_sides(format), "set/bomb.x")
+
+
+def test_the_limit_lets_the_largest_images_pass():
+    transforms.check_pixels("it", 8192, 8192)
+    with pytest.raises(transforms.ImageError, match=r"it has too many pixels \(8,193 x 8,192, at most 67,108,864\)"):
+        transforms.check_pixels("it", 8193, 8192)

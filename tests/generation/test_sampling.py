@@ -329,7 +329,7 @@ def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
     kept = files_of(folder)
     assert 10 <= len([name for name in kept if ".partial" not in name]) < 300
     if number == signal.SIGTERM:
-        assert code == 130 and "error: stopped by a signal; start the same command again" in child.stderr
+        assert code == 143 and "error: stopped by a signal; start the same command again" in child.stderr
         assert "Traceback" not in child.stderr and not [name for name in kept if ".partial" in name]
     whole = {name: content for name, content in kept.items() if ".partial" not in name}
     for name in whole:
