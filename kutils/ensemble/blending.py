@@ -33,8 +33,17 @@ def combine(
         fallback: [D] or a number, for rows that no family predicts.
     Returns: float32 [n, D], unit rows.
     """
-    total = unit(sum(np.asarray(weights[name], np.float32) * unit(rows) for name, rows in predictions.items()))
+    total = unit(blend(predictions, weights))
     return np.where(total.any(axis=1, keepdims=True), total, np.asarray(fallback, np.float32))
+
+
+def blend(predictions: Mapping[str, np.ndarray], weights: Mapping[str, float | Sequence[float]]) -> np.ndarray:
+    """Weighted sum of unit rows, before it is scaled to unit length: the longer, the more the families agree.
+
+    Args: as for `combine`.
+    Returns: float32 [n, D], lengths from 0 to the sum of the weights.
+    """
+    return sum(np.asarray(weights[name], np.float32) * unit(rows) for name, rows in predictions.items())
 
 
 def average(members: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,6 +24,7 @@ MOST_ROWS = 20_000  # training images, scored images, and prompts of the bank; m
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the training prompts, for the learning curve
 AHEAD = 10  # times as many prompts: how far the curve is continued
 COVERAGES = np.linspace(0.1, 1, 10)
+DIFFERENCE = ("mean", "low", "high")  # of two rungs, with its 95 % interval
 BLOCK = 1000  # predictions that are compared with the bank at a time
 SHUFFLED, MEAN_PROMPT = "frozen backbone, shuffled pairs", "mean prompt"
 SIMILAR, SMALL = "prompt of the most similar training image", f"ridge on {PIXELS} x {PIXELS} pixels"
@@ -37,10 +38,11 @@ class Ladder:
     datasets: tuple[str, ...]
     fold: int
     table: pd.DataFrame  # a row per rung, see `score_rungs`
+    differences: pd.DataFrame  # a row per pair of rungs, see `compare_rungs`
     bank: int  # prompts among which the true one is ranked
     curve: pd.DataFrame  # prompts, cosine: of the frozen backbone and ridge
     limit: tuple[float, float, float] | None  # a, b, c of cosine = a - b / prompts ** c; None where it does not fit
-    coverage: pd.DataFrame  # coverage, cosine: mean over the longest predictions
+    coverage: pd.DataFrame  # [COVERAGES, models]: mean cosine of that share of the images, longest predictions first
     notes: list[str]
 
     def extrapolated(self, prompts: float) -> float | None:
@@ -67,11 +69,12 @@ def climb(
         raise ValueError("the ladder's frozen backbone is that of pretrained weights; give a recipe of stage 1")
     data = datasets.load_datasets(names)
     training, scored = loading.split_rows(data, fold)
-    predictions, notes = {}, []
+    predictions, lengths, notes = {}, {}, []
     try:
         models = validated.read_validated(data, fold, folders.find_finished(runs))
         scored, notes = models.rows, models.notes
         predictions = {name: models.predictions[name] for name in reversed(models.scores())}
+        lengths = models.lengths
     except validated.NoPredictions as error:
         notes.append(str(error).splitlines()[0])
     kept = draw_prompts(data.prompt_codes[scored], most, seed)
@@ -95,14 +98,20 @@ def climb(
     }
     bank = bank_of(data, scored, most, seed)
     curve = score_by_prompts(data, training, features, targets, held, data.targets(scored), seed)
+    rungs = {name: unit(values) for name, values in rungs.items()}
+    true, prompts = data.targets(scored), data.prompt_codes[scored]
+    cosines = {name: np.einsum("nd,nd->n", values, true, dtype=np.float64) for name, values in rungs.items()}
+    means = {name: bootstrap.resampled_means(values, prompts) for name, values in cosines.items()}
+    lengths = {FROZEN: np.linalg.norm(frozen, axis=1)} | {name: values[kept] for name, values in lengths.items()}
     return Ladder(
         datasets=tuple(names),
         fold=fold,
-        table=score_rungs({name: unit(values) for name, values in rungs.items()}, data, scored, bank),
+        table=score_rungs(rungs, cosines, means, data, scored, bank),
+        differences=compare_rungs(cosines, means),
         bank=len(bank),
         curve=curve,
         limit=fit_curve(curve),
-        coverage=by_length(frozen, data.targets(scored)),
+        coverage=pd.DataFrame({name: by_length(values, cosines[name]) for name, values in lengths.items()}, COVERAGES),
         notes=notes,
     )
 
@@ -163,43 +172,58 @@ def bank_of(data: PromptImages, scored: np.ndarray, most: int, seed: int) -> np.
     return np.concatenate([first[mine], others])
 
 
-def score_rungs(rungs: dict[str, np.ndarray], data: PromptImages, scored: np.ndarray, bank: np.ndarray) -> pd.DataFrame:
+def score_rungs(
+    rungs: dict[str, np.ndarray],
+    cosines: dict[str, np.ndarray],
+    means: dict[str, np.ndarray],
+    data: PromptImages,
+    scored: np.ndarray,
+    bank: np.ndarray,
+) -> pd.DataFrame:
     """Score predictions of the same rows, in the order given.
 
     Args:
         rungs: name -> float [n, 384], unit rows.
+        cosines: name -> float64 [n], with the true prompts.
+        means: name -> those of `cosines` in resampled sets of prompts.
         scored: int [n], their rows.
         bank: rows of the prompts among which the true one is ranked, by cosine with the prediction.
     Returns: per rung cosine, low, high (95 % interval), gain over the rung before with gain_low and gain_high, clean
         (mean over clean rows, NaN without), recall_1, recall_5, recall_10, median_rank.
     """
-    targets, prompts = data.targets(scored), data.prompt_codes[scored]
     clean = np.zeros(len(scored), bool) if data.clean is None else data.clean[scored]
     vectors, lines, previous = data.targets(bank), {}, None
     for name, predicted in rungs.items():
-        cosines = np.einsum("nd,nd->n", predicted, targets, dtype=np.float64)
-        low, high = bootstrap.interval(cosines, prompts)
-        gain = np.full(len(cosines), np.nan) if previous is None else cosines - previous
-        gain_low, gain_high = (np.nan, np.nan) if previous is None else bootstrap.interval(gain, prompts)
-        ranks = np.concatenate(
-            [
-                1 + (predicted[part] @ vectors.T > cosines[part, None] + 1e-6).sum(axis=1)
-                for part in np.split(np.arange(len(scored)), range(BLOCK, len(scored), BLOCK))
-            ]
-        )
+        own, places = cosines[name], []
+        for part in np.split(np.arange(len(scored)), range(BLOCK, len(scored), BLOCK)):
+            places.append(1 + (predicted[part] @ vectors.T > own[part, None] + 1e-6).sum(axis=1))
+        ranks = np.concatenate(places)
+        low, high = np.quantile(means[name], bootstrap.LEVELS)
+        above = dict.fromkeys(DIFFERENCE, np.nan) if previous is None else difference(cosines, means, name, previous)
         lines[name] = {
-            "cosine": cosines.mean(),
+            "cosine": own.mean(),
             "low": low,
             "high": high,
-            "gain": gain.mean(),
-            "gain_low": gain_low,
-            "gain_high": gain_high,
-            "clean": cosines[clean].mean() if clean.any() else np.nan,
+            **dict(zip(("gain", "gain_low", "gain_high"), above.values(), strict=True)),
+            "clean": own[clean].mean() if clean.any() else np.nan,
             **{f"recall_{k}": (ranks <= k).mean() for k in (1, 5, 10)},
             "median_rank": np.median(ranks),
         }
-        previous = cosines
+        previous = name
     return pd.DataFrame(lines).T.rename_axis("rung")
+
+
+def difference(cosines: dict[str, np.ndarray], means: dict[str, np.ndarray], name: str, other: str) -> dict[str, float]:
+    """By how much a rung is above another on the same images, with its 95 % interval: DIFFERENCE -> number."""
+    low, high = np.quantile(means[name] - means[other], bootstrap.LEVELS)  # the same prompts were drawn for both
+    return dict(zip(DIFFERENCE, ((cosines[name] - cosines[other]).mean(), low, high), strict=True))
+
+
+def compare_rungs(cosines: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Every pair of rungs: the columns rung, other (one before it), and those of DIFFERENCE; arguments as above."""
+    pairs = [(name, other) for number, name in enumerate(cosines) for other in list(cosines)[:number]]
+    rows = [{"rung": name, "other": other, **difference(cosines, means, name, other)} for name, other in pairs]
+    return pd.DataFrame(rows, columns=["rung", "other", *DIFFERENCE])
 
 
 def score_by_prompts(
@@ -248,32 +272,13 @@ def fit_curve(curve: pd.DataFrame) -> tuple[float, float, float] | None:
     return tuple(map(float, found))
 
 
-def by_length(predictions: np.ndarray, targets: np.ndarray) -> pd.DataFrame:
+def by_length(lengths: np.ndarray, cosines: np.ndarray) -> list[float]:
     """Mean cosine of the longest predictions, for each share of COVERAGES: what a prediction's length says of it.
 
     Args:
-        predictions: float [n, 384], before they are normalised.
+        lengths: float [n], of the predictions before they are scaled to unit length.
+        cosines: float [n].
     """
-    order = np.argsort(-np.linalg.norm(predictions, axis=1), kind="stable")
-    cosines = np.einsum("nd,nd->n", unit(predictions), targets)[order]
-    counts = np.maximum(1, (COVERAGES * len(order)).round().astype(int))
-    return pd.DataFrame({"coverage": COVERAGES, "cosine": [cosines[:count].mean() for count in counts]})
-
-
-def format_ladder(ladder: Ladder) -> str:
-    """The table as text, and what its columns mean."""
-    lines = [f"{'rung':44}{'cosine':>8}{'95 %':>18}{'over the rung above':>28}{'clean':>8}"]
-    lines[0] += f"{'R@1':>7}{'R@5':>7}{'R@10':>7}{'rank':>7}"
-    for name, row in ladder.table.iterrows():
-        gain = "" if np.isnan(row["gain"]) else f"{row['gain']:+.4f} [{row['gain_low']:+.4f}, {row['gain_high']:+.4f}]"
-        clean = "" if np.isnan(row["clean"]) else f"{row['clean']:.4f}"
-        lines.append(
-            f"{name:44}{row['cosine']:>8.4f}  [{row['low']:.4f}, {row['high']:.4f}]{gain:>28}{clean:>8}"
-            f"{row['recall_1']:>7.1%}{row['recall_5']:>7.1%}{row['recall_10']:>7.1%}{row['median_rank']:>7,.0f}"
-        )
-    lines.append(f"R@k: the true prompt is among the k nearest of {ladder.bank:,} prompts; rank: its median place")
-    if ladder.limit is not None:
-        prompts = AHEAD * int(ladder.curve["prompts"].iloc[-1])
-        lines.append(f"{FROZEN}: {ladder.extrapolated(prompts):.3f} with {prompts:,} training prompts (extrapolated)")
-    lines += [f"note: {note}" for note in ladder.notes]
-    return "\n".join(lines)
+    longest = cosines[np.argsort(-lengths, kind="stable")]
+    counts = np.maximum(1, (COVERAGES * len(longest)).round().astype(int))
+    return [longest[:count].mean() for count in counts]

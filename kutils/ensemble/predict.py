@@ -112,6 +112,7 @@ def predict(
     batch_size: int = BATCH_SIZE,
     deadline: float = math.inf,
     progress: bool = True,
+    unit_rows: bool = True,
 ) -> np.ndarray:
     """Predict images, decoded, resized and normalised as in validation, on several devices at once.
 
@@ -123,6 +124,7 @@ def predict(
         positions: of the images to predict (default: all).
         batch_size: per device; halved as often as a GPU's memory asks for.
         deadline: by time.monotonic().
+        unit_rows: False: as the network's head gives them, of any length.
     Returns: float32 [len(positions), 384], unit rows, NaN for an unreadable image (`pixels.bad` says why).
     Raises: OutOfTime after the deadline; torch.OutOfMemoryError if one image alone does not fit; ValueError if
         the model gives readable images no finite prediction.
@@ -132,7 +134,7 @@ def predict(
     replicas = [model, *(copy.deepcopy(model) for _ in device_list[1:])]
     idle: queue.SimpleQueue[Predictor] = queue.SimpleQueue()
     for replica, device in zip(replicas, device_list, strict=True):
-        idle.put(Predictor(replica, recipe, device, batch_size))
+        idle.put(Predictor(replica, recipe, device, batch_size, unit_rows))
 
     def work(predictor: Predictor, chosen: np.ndarray, batch: Tensor) -> int:
         try:
@@ -168,11 +170,12 @@ def predict(
 
 
 class Predictor:
-    """A model on one device: uint8 pixels to unit embeddings on the CPU, in batches that fit into its memory."""
+    """A model on one device: uint8 pixels to embeddings on the CPU, in batches that fit into its memory."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device, batch_size: int):
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device, batch_size: int, unit_rows: bool = True):
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.recipe, self.device, self.size = recipe, device, batch_size
+        self.recipe, self.device, self.size, self.unit_rows = recipe, device, batch_size, unit_rows
+        self.options = {} if unit_rows else {"unit_rows": False}
         self.dtype = devices.autocast_dtype(recipe.amp_dtype, device)
 
     @torch.inference_mode()
@@ -193,15 +196,16 @@ class Predictor:
         """uint8 [B, 3, S, S] to float32 [B, 384], all at once."""
         inputs = transforms.normalize(pixels.to(self.device), self.recipe.mean, self.recipe.std)
         rows = self.forward(inputs.contiguous(memory_format=torch.channels_last))
-        return nn.functional.normalize(rows, dim=1).cpu().numpy()
+        return (nn.functional.normalize(rows, dim=1) if self.unit_rows else rows).cpu().numpy()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, 3, S, S] to float32 [B, 384]; what overflows in half precision is computed in full."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            rows = self.model(inputs).float()
+            rows = self.model(inputs, **self.options).float()
         overflown = ~rows.isfinite().all(dim=1)  # float16 ends at 65,504, and some activations do not
         if self.dtype != torch.float32 and overflown.any():
-            rows[overflown] = self.model(inputs[overflown].contiguous(memory_format=torch.channels_last)).float()
+            inputs = inputs[overflown].contiguous(memory_format=torch.channels_last)
+            rows[overflown] = self.model(inputs, **self.options).float()
         return rows
 
 

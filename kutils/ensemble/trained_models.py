@@ -14,7 +14,8 @@ import pandas as pd
 
 from kutils.data import bank_command
 from kutils.data.prompt_bank import PromptBank
-from kutils.ensemble import predict, weights, within_budget
+from kutils.ensemble import confidence, predict, weights, within_budget
+from kutils.ensemble.blending import blend, unit
 from kutils.ensemble.image_cache import PixelCache
 from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints
@@ -32,6 +33,7 @@ class TrainedModel:
     name: str  # of its run, or its file; the file's path where several have that name
     checkpoint: Path
     score: float | None  # mean cosine on its validation fold
+    folder: Path | None = None  # of its run, where its predictions of that fold are
 
 
 # ---------------------------------------------------------------- models
@@ -64,7 +66,7 @@ def model_of_run(folder: Path) -> TrainedModel:
     """The best checkpoint of a finished run."""
     if not (checkpoint := checkpoint_of(folder)).is_file():
         raise ValueError(f"{folder.name} has finished, but {checkpoint} is not there any more; train it again")
-    return TrainedModel(folder.name, checkpoint, finished.read_result(folder).cosine_similarity)
+    return TrainedModel(folder.name, checkpoint, finished.read_result(folder).cosine_similarity, folder)
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -81,6 +83,7 @@ def embed_images(
     ensemble: Ensemble | None = None,
     ensemble_path: Path | None = None,
     device: str = "auto",
+    unit_rows: bool = True,
 ) -> dict[str, np.ndarray]:
     """Predict images with several models, each as in its validation.
 
@@ -89,6 +92,7 @@ def embed_images(
         ensemble: predicts too: families averaged and weighted as in a submission. Its members' checkpoints lie below
             `working/models/`.
         ensemble_path: its file, beside which its checkpoints and prompts may be instead.
+        unit_rows: False: of any length, as the networks' heads and the sum of the ensemble's families give them.
     Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
     Raises: ValueError naming every image that cannot be read, the members that failed, a name that two have, or a
         checkpoint that cannot be used.
@@ -101,22 +105,23 @@ def embed_images(
         network, recipe, _ = checkpoints.load_model(model.checkpoint)
         pixels = PixelCache(images, recipe.input_size, num_workers=recipe.num_workers)
         places = predict.local_devices(devices.pick_device(device), world_size=1)
-        embeddings[model.name] = predict.predict(network, recipe, pixels, places)
+        embeddings[model.name] = predict.predict(network, recipe, pixels, places, unit_rows=unit_rows)
         check_readable(list(pixels.bad.values()))
     if ensemble is not None:
-        embeddings[ENSEMBLE] = embed_by_ensemble(ensemble, images, device, ensemble_path)
+        together = blend_by_ensemble(ensemble, images, device, ensemble_path)
+        embeddings[ENSEMBLE] = unit(together) if unit_rows else together
     return embeddings
 
 
-def embed_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, path: Path | None = None) -> np.ndarray:
-    """Predict images with all members of an ensemble: float32 [n, 384]; ValueError for an unreadable image."""
+def blend_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, path: Path | None = None) -> np.ndarray:
+    """The weighted sum of what an ensemble's families predict: float32 [n, 384]; ValueError for an unreadable image."""
     ensemble = ensemble.with_weight()
     files, bank = weights.find_members(ensemble, weights.weight_folders(), path)
     *_, state = within_budget.predict_ensemble(ensemble, files, images, device=device, bank=bank)
     check_readable(list(state.unreadable.values()))
     if state.dropped:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in state.dropped.items()))
-    return state.embeddings
+    return blend(state.families, ensemble.weights)
 
 
 def check_readable(reasons: Sequence[str]) -> None:
@@ -151,15 +156,20 @@ def ask(args: argparse.Namespace) -> None:
         names |= dict.fromkeys(sorted(json.loads(fitted[1].folds_hash)))
     bank, source = bank_command.from_arguments(args, list(names))
     path, ensemble = fitted or (None, None)
-    embeddings = embed_images(models, args.images, ensemble=ensemble, ensemble_path=path, device=args.device)
+    options = {"ensemble": ensemble, "ensemble_path": path, "device": args.device}
+    predictions = embed_images(models, args.images, unit_rows=False, **options)
     titles = {model.name: title_of(model) for model in models}
+    known = {model.name: confidence.of_run(model.folder) for model in models if model.folder}
     if fitted:
+        known[ENSEMBLE] = confidence.of_ensemble(*fitted)
         titles[ENSEMBLE] = f"the ensemble {fitted[0].stem} of {len(fitted[1].with_weight().members())} models"
     tables, lines = [], [f"nearest of {source}"]
     for number, image in enumerate(args.images):
-        for name, rows in embeddings.items():
-            table = neighbours_table(rows[number], bank, args.k)
+        for name, rows in predictions.items():
+            table = neighbours_table(unit(rows[[number]])[0], bank, args.k)
             lines.append(f"\n{image}, by {titles[name]}\n{format_table(table)}")
+            if validation := known.get(name):
+                lines.append(validation.describe(float(np.linalg.norm(rows[number]))))
             tables.append(table.assign(image=str(image), model=fitted[0].stem if name == ENSEMBLE else name))
     if args.csv:
         with paths.atomic_path(args.csv) as temporary:

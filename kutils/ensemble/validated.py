@@ -14,7 +14,7 @@ from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import blending, weights
 from kutils.ensemble.members import FIT_FOLD, load_predictions
 from kutils.runs import finished
-from kutils.training.out_of_fold import read_predictions
+from kutils.training.out_of_fold import LENGTHS, read_predictions
 
 MEAN = "ensemble of equal weights"  # where none was fitted
 
@@ -34,6 +34,7 @@ class Validated:
     baseline: float  # mean cosine of the mean training prompt with these rows' prompts
     folders: dict[str, Path]  # model -> its run; without ensembles
     notes: list[str]  # what a reader of the scores should know
+    lengths: dict[str, np.ndarray]  # model -> float32 [n], before scaling to unit length; former runs have none
 
     @property
     def best(self) -> str:
@@ -65,26 +66,27 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
             f"notebooks/train.ipynb working/runs/train_lite0_fold{fold}.ipynb -p model lite0 "
             f"-p fold {fold}" + "".join(f"\n  {note}" for note in notes)
         )
-    rows = functools.reduce(np.intersect1d, (own_rows for own_rows, _ in runs.values()))
+    rows = functools.reduce(np.intersect1d, (own_rows for own_rows, *_ in runs.values()))
     if not len(rows):
         raise NoPredictions(f"{names} were validated on different images; choose some of them by models=")
-    if len(rows) < max(len(own_rows) for own_rows, _ in runs.values()):
+    if len(rows) < max(len(own_rows) for own_rows, *_ in runs.values()):
         notes.append(f"{names} are compared on the {len(rows):,} images of fold {fold} that all were validated on")
-    predictions = {name: take_rows(rows, *values) for name, values in runs.items()}
+    predictions = {name: take_rows(rows, own_rows, values) for name, (own_rows, values, _) in runs.items()}
+    lengths = {name: take_rows(rows, own_rows, own) for name, (own_rows, _, own) in runs.items() if own is not None}
     if len(predictions) > 1:
         name, together, note = predict_together(data, fold, rows, list(predictions.values()))
-        predictions[name] = together
+        predictions[name], lengths[name] = blending.unit(together), np.linalg.norm(together, axis=1)
         notes.append(note)
     targets = data.targets(rows)
     cosines = pd.DataFrame({name: np.einsum("nd,nd->n", values, targets) for name, values in predictions.items()})
     baseline = float((targets @ data.training_mean(fold)).mean(dtype=np.float64))
     run_folders = {folder.name: folder for folder in folders if folder.name in runs}
-    return Validated(fold, rows, predictions, cosines, baseline, run_folders, notes)
+    return Validated(fold, rows, predictions, cosines, baseline, run_folders, notes, lengths)
 
 
 def read_runs(
     data: PromptImages, fold: int, folders: Sequence[Path]
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]], list[str]]:
     """Run -> what `predictions_of` reads, of the runs of a fold; and a note for each run that is left out."""
     runs, notes = {}, []
     for folder in folders:
@@ -100,18 +102,19 @@ def read_runs(
 def predict_together(
     data: PromptImages, fold: int, rows: np.ndarray, predictions: Sequence[np.ndarray]
 ) -> tuple[str, np.ndarray, str]:
-    """Name, predictions and a note: of the ensemble fitted last, or of equal weights where there is none."""
+    """Name, blended predictions and a note: of the ensemble fitted last, or of equal weights where there is none."""
     try:
         together, score = read_ensemble(data, fold, rows)
     except ValueError as error:  # none was fitted, a member is gone, other folds now, ...
         note = f"instead of a fitted ensemble, predictions are averaged: {error}"
-        return MEAN, blending.average(predictions), note
+        equal = dict.fromkeys(range(len(predictions)), 1 / len(predictions))
+        return MEAN, blending.blend(dict(enumerate(predictions)), equal), note
     note = f"the weights of the ensemble were fitted on half of these images; on the others it has {score:.4f}"
     return "ensemble", together, note
 
 
-def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 [n] of the data sets and a run's predictions of them, float32 [n, 384].
+def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rows int64 [n] of the data sets, a run's predictions of them, float32 [n, 384], and their lengths [n] if saved.
 
     Raises: ValueError if they are not there, damaged, or of other data.
     """
@@ -124,32 +127,45 @@ def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndar
     rows = data.rows_of(saved["dataset"], saved["row"])
     if rows.max() >= len(data) or data.hash_targets(rows) != saved["targets_hash"]:
         raise ValueError("its data sets have other rows or prompts now; train it again")
-    return rows, saved["embeddings"]
+    return rows, saved["embeddings"], saved.get(LENGTHS)
 
 
 def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Those of the values [n, D], one for each of `rows`, that belong to the wanted rows, in the wanted order."""
+    """Those of the values [n, ...], one for each of `rows`, that belong to the wanted rows, in the wanted order."""
     order = np.argsort(rows)
     return values[order[np.searchsorted(rows[order], wanted)]]
 
 
 def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Predictions of rows by the ensemble fitted last, float32 [n, 384], and its score on the rows not used in its fit.
+    """What the ensemble fitted last predicts for rows, before it is scaled to unit length: float32 [n, 384].
 
+    Returns: with it, its score on the rows not used in its fit.
     Raises: ValueError where none was fitted on these rows, or a member is gone.
     """
     files = weights.ensemble_files(weights.weight_folders())
     if not files or fold != FIT_FOLD:
         raise ValueError(f"none was fitted on fold {fold}")
     path, fitted = files[0], weights.load_ensemble(files[0])
-    families, common = load_predictions(fitted.families)
+    together, common = blend_families(path, fitted)
     if not set(common["dataset"]) <= set(data.names):
         raise ValueError(f"{path.name} was fitted on other data sets")
     own_rows = data.rows_of(common["dataset"], common["row"])
     if not np.isin(rows, own_rows).all():
         raise ValueError(f"{path.name} was fitted on other images")
+    return take_rows(rows, own_rows, together), fitted.scores["chosen"]
+
+
+def blend_families(path: Path, fitted: weights.Ensemble) -> tuple[np.ndarray, dict]:
+    """What an ensemble predicts for the rows that it was fitted on, before it is scaled to unit length.
+
+    Args:
+        path: of the ensemble's file, beside which its neighbours' prompts lie.
+    Returns: float32 [n, 384], and what `load_predictions` says of the rows.
+    Raises: ValueError for a member without predictions.
+    """
+    families, common = load_predictions(fitted.families)
     bank = PromptBank.load(path.with_name(fitted.neighbours_bank)) if fitted.neighbours_bank else None
     for family, members in fitted.families.items():
         member = next(member for member in members if member.fold == FIT_FOLD)
         families[family] = member.apply_neighbours(families[family], bank, "auto")
-    return take_rows(rows, own_rows, blending.combine(families, fitted.weights)), fitted.scores["chosen"]
+    return blending.blend(families, fitted.weights), common

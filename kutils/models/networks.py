@@ -47,19 +47,23 @@ class PromptEmbedder(nn.Module):
             self.fc = heads.linear_head(self.num_features)
         self.unfreeze()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, S, S], normalised -> float32 [B, 384], unit rows (also under autocast)."""
+    def forward(self, images: Tensor, unit_rows: bool = True) -> Tensor:
+        """float32 [B, 3, S, S], normalised -> float32 [B, 384] (also under autocast), scaled to unit rows or not."""
         with torch.no_grad() if self.frozen else nullcontext():
             features = self.features(images)
-        return self.embed(features)
+        return self.embed(features) if unit_rows else self.project(features)
 
     def features(self, images: Tensor) -> Tensor:
         """float32 [B, 3, S, S], normalised -> [B, C]: what the head sees."""
         return heads.features(self.backbone, images, self.head)
 
+    def project(self, features: Tensor) -> Tensor:
+        """[B, C] features -> float32 [B, 384]: predictions before they are scaled to unit length."""
+        return self.fc(features).float()
+
     def embed(self, features: Tensor) -> Tensor:
         """[B, C] features -> float32 [B, 384], unit rows."""
-        return F.normalize(self.fc(features).float(), dim=-1)
+        return F.normalize(self.project(features), dim=-1)
 
     def freeze_backbone(self) -> None:
         """Train the head alone: no gradients in the backbone, and evaluation mode there even after `train()`."""

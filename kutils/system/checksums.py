@@ -41,16 +41,18 @@ def check_zip(path: Path) -> None:
         raise Damaged(f"{path} is damaged: the checksum of {bad} does not fit")
 
 
-def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: Sequence[str] | None = None, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Read arrays of an .npz file, whose checksums NumPy compares as it reads.
 
     Args:
         names: of the arrays; None: all.
+        optional: of more arrays, which are read where they are there.
     Raises: OSError if it cannot be opened; Damaged if it is no whole .npz file with these arrays.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in (arrays.files if names is None else names)}
+            wanted = arrays.files if names is None else [*names, *(name for name in optional if name in arrays.files)]
+            return {name: arrays[name] for name in wanted}
     except Exception as error:  # NumPy and zipfile raise errors of many kinds, also about pickles
         if isinstance(error, OSError) and error.errno:
             raise

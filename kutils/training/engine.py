@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
@@ -176,6 +177,7 @@ class Evaluation:
 
     cosines: np.ndarray  # float32 [n], of every row with its own prompt, in order, on every rank
     embeddings: Tensor  # float32 [n of this rank, 384], on the device
+    lengths: Tensor  # float32 [n of this rank], on the device: of predictions before they were scaled to unit length
     features: Tensor | None  # [n of this rank, C], on the device: what the head saw
 
 
@@ -199,20 +201,23 @@ def evaluate(
     """
     network.eval()
     empty = torch.zeros(0, EMBEDDING_DIM, device=ranks.device)
-    embeddings, cosines = [empty], [empty[:, 0]]
+    embeddings, cosines, lengths = [empty], [empty[:, 0]], [empty[:, 0]]
     features = [torch.zeros(0, network.num_features, device=ranks.device)]
     for batch in loaders.batches(loader):
         images = to_network_input(batch, recipe, ranks.device)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
             seen = network.features(images)
-            predicted = network.embed(seen)
+            projected = network.project(seen)
+        predicted = F.normalize(projected, dim=-1)
         embeddings.append(predicted)
+        lengths.append(projected.norm(dim=-1))
         cosines.append(cosine_similarity(predicted, batch["target"].to(ranks.device, non_blocking=True)))
         if keep_features:
             features.append(seen.float())
     network.train()
     ordered = ranks.gather_interleaved(torch.cat(cosines)[:, None], total)[:, 0]
-    return Evaluation(ordered, torch.cat(embeddings), torch.cat(features) if keep_features else None)
+    seen = torch.cat(features) if keep_features else None
+    return Evaluation(ordered, torch.cat(embeddings), torch.cat(lengths), seen)
 
 
 def mean(cosines: np.ndarray, chosen: np.ndarray | None = None) -> float | None:

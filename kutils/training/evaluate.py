@@ -66,7 +66,8 @@ def score_checkpoint(
     )
     if predictions_path is not None:
         origin = {"fold": -1 if fold is None else fold, "prefix": recipe.prefix, "checkpoint": str(checkpoint)}
-        out_of_fold.save_predictions(predictions_path, data, rows, evaluation.embeddings, ranks, **origin)
+        predicted = evaluation.embeddings, evaluation.lengths
+        out_of_fold.save_predictions(predictions_path, data, rows, *predicted, ranks, **origin)
     if features_path is not None:
         save_features(features_path, evaluation.features, len(rows), ranks)
     clean = None if data.clean is None or fold is None else data.clean[rows]

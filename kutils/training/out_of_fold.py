@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kutils.data.datasets import PromptImages
@@ -16,6 +17,7 @@ from kutils.system.ranks import Ranks
 
 BLOCK = 4096  # rows per rank that are gathered at a time
 NAMES = ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")  # of the arrays that readers need
+LENGTHS = "lengths"  # of another one, which files of earlier versions lack
 
 
 @contextmanager
@@ -48,19 +50,26 @@ def gathered(ranks: Ranks, local: Tensor, total: int, folder: Path) -> Iterator[
 
 
 def save_predictions(
-    path: Path, data: PromptImages, rows: np.ndarray, local: Tensor, ranks: Ranks, **facts: str | int
+    path: Path,
+    data: PromptImages,
+    rows: np.ndarray,
+    local: Tensor,
+    lengths: Tensor,
+    ranks: Ranks,
+    **facts: str | int,
 ) -> None:
-    """Write an .npz of `dataset` and `row` [n], `embeddings` float32 [n, 384], `targets_hash`, `folds_hash` and facts.
+    """Write an .npz of `dataset`, `row`, `lengths` [n], `embeddings` [n, 384], `targets_hash`, `folds_hash` and facts.
 
     Args:
         path: replaced if it is there; written by the main rank, called by all.
         rows: int [n], of the data set list; `local` holds this rank's share, as in `gathered`.
-        local: [n / world_size, 384] predictions.
+        local: float32 [n / world_size, 384] predictions, unit rows.
+        lengths: float32 [n / world_size], theirs before they were scaled to unit length.
         facts: fold (the one whose rows they are), prefix, checkpoint.
     """
     if ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with gathered(ranks, local, len(rows), path.parent) as embeddings:
+    with gathered(ranks, torch.cat([local, lengths[:, None]], dim=1), len(rows), path.parent) as gathered_rows:
         if not ranks.is_main:
             return
         number, row = data.origin(rows)
@@ -69,7 +78,8 @@ def save_predictions(
                 temporary,
                 dataset=np.array(data.names)[number],
                 row=row,
-                embeddings=embeddings,
+                embeddings=gathered_rows[:, :-1],
+                lengths=gathered_rows[:, -1],
                 targets_hash=data.hash_targets(rows),
                 folds_hash=json.dumps(data.folds_hashes, sort_keys=True),
                 **facts,
@@ -88,6 +98,8 @@ def predictions_path(run_folder: Path, fold: int) -> Path:
 def read_predictions(run_folder: Path, fold: int, *, names: Sequence[str] = NAMES, config: str = "") -> dict:
     """Read a run's out-of-fold predictions: arrays, and single values as Python's own.
 
+    `lengths`, those of the predictions before they were scaled to unit length, are there if the file has them.
+
     Args:
         names: of NAMES, those that are needed; reading the embeddings takes longest.
         config: the recipe that trains the run, for the error's message; by default that of its folder.
@@ -98,7 +110,7 @@ def read_predictions(run_folder: Path, fold: int, *, names: Sequence[str] = NAME
     if not path.is_file():
         raise PredictionsError(f"{path} is not there; {advice}")
     try:
-        arrays = checksums.read_arrays(path, names)
+        arrays = checksums.read_arrays(path, names, optional=[LENGTHS])
     except (OSError, ValueError) as error:
         raise PredictionsError(f"{path} cannot be read ({error}); {advice}") from error
     if not all(np.isfinite(arrays[name]).all() for name in {"embeddings"} & set(arrays)):

@@ -169,7 +169,8 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
                 checkpoints.save_checkpoint(best_path, models[kind], recipe, **facts, **own)
             path, origin = out_of_fold.predictions_path(folder, fold), {"fold": fold, "prefix": recipe.prefix}
             origin["checkpoint"] = str(best_path.relative_to(recipe.models_folder()))
-            out_of_fold.save_predictions(path, data, validation_rows, evaluation.embeddings, ranks, **origin)
+            predicted = evaluation.embeddings, evaluation.lengths
+            out_of_fold.save_predictions(path, data, validation_rows, *predicted, ranks, **origin)
         resume_file.save(state)
         clock.saved()
 

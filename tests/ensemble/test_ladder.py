@@ -1,15 +1,16 @@
 """The ladder: each rung against its definition, ranks by hand, intervals against theory."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from fixtures.datasets import unit_rows
 
 from kutils import __main__
 from kutils.data import datasets
 from kutils.ensemble import bootstrap, ladder
+from kutils.views import ladder_plots
 
 
 def test_the_interval_is_that_of_a_mean_over_prompts():
@@ -47,12 +48,9 @@ def test_the_learning_curve_is_continued():
 
 
 def test_the_longest_predictions_come_first():
-    targets = unit_rows(10, seed=3)
-    lengths = np.arange(1.0, 11)
-    predicted = targets * lengths[:, None]
-    predicted[:5] = -targets[:5] * lengths[:5, None]  # the short half is wrong
-    table = ladder.by_length(predicted, targets)
-    assert table["cosine"].tolist() == pytest.approx([1] * 5 + [4 / 6, 3 / 7, 2 / 8, 1 / 9, 0], abs=1e-6)
+    cosines = np.array([-1.0] * 5 + [1] * 5)  # the short half is wrong
+    means = ladder.by_length(np.arange(1.0, 11), cosines)
+    assert means == pytest.approx([1] * 5 + [4 / 6, 3 / 7, 2 / 8, 1 / 9, 0], abs=1e-6)
 
 
 def test_whole_prompts_are_drawn():
@@ -75,7 +73,9 @@ def test_ranks_and_recall_by_hand(workspace):
     tenth = data.targets(bank)[np.argsort(-cosines)[10]]
     predicted = np.stack([own[0], tenth])
     place = 1 + int((data.targets(bank) @ tenth > own[1] @ tenth + 1e-6).sum())
-    line = ladder.score_rungs({"one": predicted}, data, rows, bank).loc["one"]
+    cosines = {"one": np.einsum("nd,nd->n", predicted, own, dtype=np.float64)}
+    means = {"one": bootstrap.resampled_means(cosines["one"], data.prompt_codes[rows])}
+    line = ladder.score_rungs({"one": predicted}, cosines, means, data, rows, bank).loc["one"]
     assert line["cosine"] == pytest.approx((1 + own[1] @ tenth) / 2, abs=1e-6) and np.isnan(line["gain"])
     assert place > 1 and line["median_rank"] == (1 + place) / 2 and line["recall_1"] == 0.5
     assert line["recall_10"] == (1.0 if place <= 10 else 0.5)
@@ -102,14 +102,27 @@ def test_the_ladder_of_a_fold(finished, tiny_recipe, capsys):
     assert (table["low"] <= table["cosine"]).all() and (table["cosine"] <= table["high"]).all()
     assert table.loc[ladder.CEILING, "cosine"] > table["cosine"].drop(ladder.CEILING).max()
     assert abs(table.loc[ladder.SHUFFLED, "cosine"]) < 0.2
+    pairs = pd.read_csv(folder / "ladder_differences.tsv", sep="\t").set_index(["rung", "other"])
+    assert len(pairs) == len(table) * (len(table) - 1) / 2
+    gain = pairs.loc["first_fold0", ladder.MEAN_PROMPT]
+    with np.load(finished / "working/runs/first_fold0/fold0_predictions.npz") as saved:
+        predicted, lengths = saved["embeddings"], saved["lengths"]
+    rows = np.flatnonzero(data.folds == 0)
+    over = np.einsum("nd,nd->n", predicted - data.training_mean(0), data.targets(rows))
+    assert gain["mean"] == pytest.approx(over.mean(), abs=1e-6)
+    assert gain[["low", "high"]].tolist() == pytest.approx(bootstrap.interval(over, data.prompt_codes[rows]), abs=1e-6)
+    cosines = np.einsum("nd,nd->n", predicted, data.targets(rows))
+    longest = cosines[np.argsort(-lengths)][: round(len(rows) / 2)].mean()
+    assert re.search(rf"first_fold0 .*{longest:.4f}", printed.partition("mean cosine of the longest predictions")[2])
 
 
 def test_without_a_model_the_other_rungs_stand(workspace, tiny_recipe):
     found = ladder.climb(["toy"], 0, [], tiny_recipe(), most=30)
     names = [ladder.SHUFFLED, ladder.MEAN_PROMPT, ladder.SMALL, ladder.SIMILAR, ladder.FROZEN, ladder.CEILING]
-    assert list(found.table.index) == names and found.bank == 30 and found.coverage["coverage"].iloc[-1] == 1
-    assert "no finished run was validated on fold 0" in ladder.format_ladder(found)
-    assert found.coverage["cosine"].iloc[-1] == pytest.approx(found.table.loc[ladder.FROZEN, "cosine"], abs=1e-6)
+    assert list(found.table.index) == names and found.bank == 30
+    assert "no finished run was validated on fold 0" in ladder_plots.format_ladder(found)
+    assert list(found.coverage) == [ladder.FROZEN] and found.coverage.index[-1] == 1
+    assert found.coverage[ladder.FROZEN].iloc[-1] == pytest.approx(found.table.loc[ladder.FROZEN, "cosine"], abs=1e-6)
 
 
 def test_a_recipe_that_starts_from_a_checkpoint_has_no_frozen_backbone(workspace, tiny_recipe):

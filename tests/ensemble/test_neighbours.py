@@ -18,7 +18,8 @@ from kutils.training import out_of_fold
 def save_run(folder, data, rows, predicted):
     origin, ranks = {"fold": 3, "prefix": "tiny", "checkpoint": "x"}, Ranks(0, 1, torch.device("cpu"))
     path = folder / "fold3_predictions.npz"
-    out_of_fold.save_predictions(path, data, rows, torch.from_numpy(predicted), ranks, **origin)
+    predicted = torch.from_numpy(predicted)
+    out_of_fold.save_predictions(path, data, rows, predicted, torch.ones(len(rows)), ranks, **origin)
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ def test_it_gives_the_score_and_the_predictions_of_training(trained, workspace, 
     expected = features @ weight["fc.weight"].numpy().T
     assert features.shape == (8, 64)
     np.testing.assert_allclose(expected / np.linalg.norm(expected, axis=1)[:, None], ours["embeddings"], atol=1e-5)
+    for saved in (ours, theirs):
+        np.testing.assert_allclose(saved["lengths"], np.linalg.norm(expected, axis=1), rtol=1e-5)
 
 
 def test_rows_that_were_trained_on_are_said(trained, workspace, capsys):
