@@ -33,7 +33,7 @@ against: str = ""  # lists kept earlier, as "input/a.prompts.tsv,input/b.prompts
 duplicates: float = 0.9  # cosine from which prompts are near-duplicates
 threshold: float = 0.7  # cosine from which prompts are similar, and belong to one fold
 num_folds: int = 10  # number of folds, 2..10
-method: str = "partition"  # partition, components, leader or kmeans
+method: str = "stratified"  # stratified, partition, components, leader or kmeans
 overwrite: bool = False  # write over lists of this name that were made otherwise
 embedding_dtype: str = "float32"  # or bfloat16: faster, and close enough to choose prompts
 

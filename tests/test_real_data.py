@@ -24,7 +24,7 @@ from kutils.data import image_files
 from kutils.data.datasets import load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.data.transforms import decode_rgb
-from kutils.prompts import collection, embedding, folds, partition
+from kutils.prompts import collection, embedding, fold_methods, folds, partition
 from kutils.prompts.similarity import similar_pairs
 from kutils.system.tables import read_table, write_table
 
@@ -216,7 +216,7 @@ def test_partition_of_prompts_that_percolate(real, encoder, tmp_path):
     assert min(shares) > 0.09 and max(shares) < 0.11
 
     pairs = similar_pairs(np.load(tsv.with_suffix(".npy")), 0.7, device="cpu")
-    leader = partition.assign(np.ones(len(texts), int), pairs, 10, "leader", seed=0)
+    leader = fold_methods.assign(np.ones(len(texts), int), pairs, 10, "leader", seed=0)
     assert report["leaked_share"] < 0.38  # 0.346 measured; 0.610 by leader groups
     assert partition.leaked_prompts(leader, pairs).mean() > 1.5 * report["leaked_share"]
 

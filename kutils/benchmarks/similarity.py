@@ -10,7 +10,7 @@ import pyarrow as pa
 from kutils.benchmarks import measuring
 from kutils.data import prompt_bank
 from kutils.data.prompt_bank import PromptBank
-from kutils.prompts import embedding, grammar, partition
+from kutils.prompts import embedding, fold_methods, grammar, partition
 from kutils.prompts.similarity import SimilarPairs, similar_pairs
 from kutils.system import paths
 from kutils.system.tables import read_table, write_table
@@ -191,11 +191,11 @@ def measure_leakage(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.
     seconds, leaked = [], {}
     for _ in range(repeats):
         began = time.monotonic()
-        folds = partition.assign(num_rows, pairs, NUM_FOLDS, "partition", seed=0)
+        folds = fold_methods.assign(num_rows, pairs, NUM_FOLDS, "partition", seed=0)
         seconds.append(time.monotonic() - began)
     assignments = {
         "partition": folds,
-        "leader": partition.assign(num_rows, pairs, NUM_FOLDS, "leader", seed=0),
+        "leader": fold_methods.assign(num_rows, pairs, NUM_FOLDS, "leader", seed=0),
         "random": np.random.default_rng(0).permutation(len(rows)) % NUM_FOLDS,
     }
     for method, assigned in assignments.items():

@@ -11,7 +11,7 @@ from kutils.data.datasets import load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.prompts import collection, embedding, grammar
 from kutils.prompts import folds as prompt_folds
-from kutils.prompts.leakage import leakage_report, report_warnings
+from kutils.prompts.distinct import read_distinct
 from kutils.prompts.similarity import similar_pairs
 from kutils.runs.recipes import nearest
 from kutils.system import paths
@@ -66,7 +66,7 @@ def prepare_datasets(
     names: Sequence[str],
     threshold: float = 0.7,
     num_folds: int = 10,
-    method: str = "partition",
+    method: str = "",
     *,
     refold: bool = False,
 ) -> dict:
@@ -76,6 +76,7 @@ def prepare_datasets(
     made again, if the record beside them says so.
 
     Args:
+        method: of `folds.assign_folds`; empty: its default for new folds, and any for those that are there.
         refold: replace existing folds. Checkpoints of those can then no longer be refined.
     Returns: the report of the folds.
     Raises: ValueError naming file and row, or if the existing folds differ from those asked for.
@@ -92,7 +93,7 @@ def prepare_datasets(
         if not path.with_suffix(".npy").is_file() or record is not None:
             embedding.embed_table(path, dtype=(record or {}).get("dtype", "float32"))
     if refold or (folds < 0).all():
-        return prompt_folds.assign_folds(tsv_paths, threshold, num_folds, method)
+        return prompt_folds.assign_folds(tsv_paths, threshold, num_folds, method or prompt_folds.FOLD_METHODS[0])
     if (folds < 0).any():
         raise ValueError(
             f"{(folds < 0).sum():,} of {len(folds):,} rows have no fold and the others have one; folds are assigned to "
@@ -103,7 +104,8 @@ def prepare_datasets(
         files = " ".join(map(str, tsv_paths))
         print(f"without a similar prompt in another fold:  kutils folds {files} --keep", flush=True)
         return report_on_folds(tsv_paths, threshold)
-    return matching_report(tsv_paths, {"threshold": threshold, "num_folds": num_folds, "method": method})
+    settings = {"threshold": threshold, "num_folds": num_folds} | ({"method": method} if method else {})
+    return matching_report(tsv_paths, settings)
 
 
 def matching_report(tsv_paths: Sequence[Path], settings: dict) -> dict:
@@ -134,15 +136,14 @@ def report_on_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
     Raises: ValueError if a prompt is in two folds.
     """
     load_datasets([path.stem for path in tsv_paths])
-    distinct = prompt_folds.read_distinct(tsv_paths)
+    distinct = read_distinct(tsv_paths)
     folds = np.empty(len(distinct.num_rows), np.int8)
     for path, table in distinct.tables.items():
         folds[distinct.codes[path]] = table["fold"].to_numpy()
     num_folds = int(folds.max()) + 1
     pairs = similar_pairs(distinct.embeddings, threshold, progress=True)
     report = {"method": "their maker", "threshold": threshold, "num_folds": num_folds}
-    report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
-    return report | {"warnings": report_warnings(report)}
+    return report | prompt_folds.describe_folds(distinct, folds, pairs, num_folds)
 
 
 def random_examples(names: Sequence[str], count: int = 8, seed: int = 0) -> tuple[list[Path | Image.Image], list[str]]:

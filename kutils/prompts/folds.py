@@ -3,104 +3,30 @@
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from kutils.prompts.clean_marks import clean_mark_path, write_clean_mark
-from kutils.prompts.leakage import format_leakage, leakage_report, report_warnings
-from kutils.prompts.partition import FOLD_METHODS, assign, extend_folds, leaked_prompts
+from kutils.prompts.distinct import DistinctPrompts, existing_folds, read_distinct
+from kutils.prompts.fold_methods import CUTTING, FOLD_METHODS, assign, heavy_prompts
+from kutils.prompts.leakage import STRATA, format_leakage, leakage_report, report_warnings
+from kutils.prompts.partition import extend_folds, leaked_prompts
 from kutils.prompts.similarity import SimilarPairs, check_threshold, similar_pairs, strips_folder
+from kutils.prompts.stratified import topics_of
 from kutils.system import checksums, locks, paths
 from kutils.system.devices import pick_device
-from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open_embeddings
 from kutils.system.output import quoted
 from kutils.system.ranks import Ranks, join_workers
-from kutils.system.tables import MAX_FOLDS, check_rows, folds_hash, read_table, write_table
-
-
-@dataclass(frozen=True)
-class DistinctPrompts:
-    """The distinct prompts of several files."""
-
-    tables: dict[Path, pa.Table]
-    codes: dict[Path, np.ndarray]  # int32 [rows of the file]: the number of each row's distinct prompt
-    num_rows: np.ndarray  # int64 [distinct]: rows with the prompt, over all files
-    embeddings: np.ndarray  # float32 [distinct, 384]
-
-
-def read_distinct(tsv_paths: Sequence[Path]) -> DistinctPrompts:
-    """Read data sets, or prompts files without images, with the embeddings beside them.
-
-    Raises: ValueError naming file and row, also if rows of one prompt differ in their embeddings.
-    """
-    tables, maps = {}, {}
-    for path in tsv_paths:
-        table = read_table(path, ["prompt"])
-        if "image" in table.column_names:
-            table = read_table(path, ["image", "prompt", "fold"])
-        elif "fold" not in table.column_names:
-            table = table.append_column("fold", pa.array(np.full(table.num_rows, -1, np.int8)))
-        check_rows(path, table)
-        if problem := describe_mismatch(path, table["prompt"]):
-            raise ValueError(problem)
-        tables[path] = table
-        maps[path] = open_embeddings(path.with_suffix(".npy"), tables[path].num_rows)
-    prompts = pa.chunked_array([chunk for table in tables.values() for chunk in table["prompt"].chunks])
-    encoded = prompts.combine_chunks().dictionary_encode()
-    all_codes = encoded.indices.to_numpy()
-    starts = np.cumsum([table.num_rows for table in tables.values()])[:-1]
-    codes = dict(zip(tables, np.split(all_codes, starts), strict=True))
-    embeddings = np.empty((len(encoded.dictionary), EMBEDDING_DIM), np.float32)
-    for path in tables:
-        embeddings[codes[path]] = maps[path]
-    for path in tables:
-        check_agreement(path, codes[path], maps[path], embeddings)
-    return DistinctPrompts(tables, codes, np.bincount(all_codes), embeddings)
-
-
-def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddings: np.ndarray) -> None:
-    """Raise ValueError if a row's embedding is not that of its prompt, as in an .npy file of other rows."""
-    for start in range(0, len(codes), 65536):
-        cosine = np.einsum("nd,nd->n", rows[start : start + 65536], embeddings[codes[start : start + 65536]])
-        if (cosine < 0.99).any():  # another device or precision stays far above
-            row = start + int(np.argmax(cosine < 0.99))
-            raise ValueError(
-                f"{tsv_path.with_suffix('.npy')}, row {row} (line {row + 2} of the TSV): the same prompt has another "
-                f"embedding elsewhere (cosine {cosine[row - start]:.3f}), so that one of the files is not of its "
-                f"prompts; make them again: python input/gen_prompt_embedding.py {tsv_path} --overwrite"
-            )
-
-
-def existing_folds(distinct: DistinctPrompts) -> np.ndarray:
-    """int8 [distinct]: the fold that each prompt already has, -1 for none.
-
-    Raises: ValueError if a prompt is in two folds, or if no prompt has a fold.
-    """
-    folds = np.full(len(distinct.num_rows), -1, np.int8)
-    for path, table in distinct.tables.items():
-        np.maximum.at(folds, distinct.codes[path], table["fold"].to_numpy())
-    for path, table in distinct.tables.items():
-        own = table["fold"].to_numpy()
-        torn = np.flatnonzero((own >= 0) & (own != folds[distinct.codes[path]]))
-        if len(torn):
-            row = int(torn[0])
-            raise ValueError(
-                f"{path}, line {row + 2}: the prompt {quoted(table['prompt'][row].as_py())} is in the folds "
-                f"{own[row]} and {folds[distinct.codes[path][row]]}; assign all folds anew, without --keep"
-            )
-    if folds.max() < 1:
-        raise ValueError("there are no folds that could be kept; leave out --keep")
-    return folds
+from kutils.system.tables import MAX_FOLDS, folds_hash, read_table, write_table
 
 
 def assign_folds(
     tsv_paths: Sequence[Path | str],
     threshold: float = 0.7,
     num_folds: int | None = None,
-    method: str = "partition",
+    method: str = FOLD_METHODS[0],
     seed: int = 0,
     *,
     keep: bool = False,
@@ -118,8 +44,9 @@ def assign_folds(
         tsv_paths: data sets, or prompts files (which get a column `fold`), with their .npy beside them.
         threshold: cosine from which prompts are similar, in (0, 1].
         num_folds: 2 to 10; None: 10, or the existing number with `keep`.
-        method: partition, components, leader or kmeans.
-        seed: of partition and kmeans.
+        method: one of FOLD_METHODS. stratified cuts groups of similar prompts into parts, so that every fold has its
+            share of each source and topic; partition cuts as little as it can; the others keep groups whole.
+        seed: of stratified, partition and kmeans.
         keep: assign folds only to prompts without one (-1); the others stay where they are.
         device: auto, cpu or cuda; without effect if ranks are given.
         ranks: search for similar pairs together; the main one does all else.
@@ -146,13 +73,33 @@ def assign_folds(
                 path = folder / f"extended-{seed}.npz"
                 previous, folds = extend_once(path, previous, distinct.num_rows, pairs, seed)
             else:
-                folds = assign(distinct.num_rows, pairs, num_folds, method, seed, distinct.embeddings)
+                strata = distinct.embeddings, distinct.sources
+                folds = assign(distinct.num_rows, pairs, num_folds, method, seed, *strata)
+            method = kept_method(tsv_paths, method) if keep else method
             report = {"method": method, "threshold": threshold, "num_folds": num_folds, "seed": seed}
             report |= {"added_prompts": int((previous < 0).sum())} if keep else {}
-            report |= leakage_report(folds, distinct.num_rows, pairs, num_folds)
-            report["warnings"] = report_warnings(report)
+            report |= describe_folds(distinct, folds, pairs, num_folds)
+            if not keep and method in CUTTING:
+                report["warnings"] += heavy_warnings(distinct, folds, num_folds)
             write_folds(distinct, folds, ~leaked_prompts(folds, pairs), report)
         return report
+
+
+def describe_folds(distinct: DistinctPrompts, folds: np.ndarray, pairs: SimilarPairs, num_folds: int) -> dict:
+    """What leaks between folds (int8 [distinct]) and how far each is from all rows, with warnings, ready for JSON."""
+    strata = dict(zip(STRATA, (distinct.sources, topics_of(distinct.embeddings)), strict=True))
+    report = leakage_report(folds, distinct.num_rows, pairs, num_folds, strata)
+    return report | {"warnings": report_warnings(report)}
+
+
+def heavy_warnings(distinct: DistinctPrompts, folds: np.ndarray, num_folds: int) -> list[str]:
+    """A line for each prompt that has a fold of its own because its rows are more than an even share."""
+    share = distinct.num_rows / distinct.num_rows.sum()
+    return [
+        f"fold {folds[prompt]} holds one prompt alone, {distinct.prompts[prompt].as_py()!r}: it has "
+        f"{share[prompt]:.1%} of the rows, more than an even share; take some of its rows out"
+        for prompt in heavy_prompts(distinct.num_rows, num_folds)
+    ]
 
 
 def check_settings(tsv_paths: Sequence[Path], threshold: float, num_folds: int | None, method: str, keep: bool) -> None:
@@ -162,8 +109,8 @@ def check_settings(tsv_paths: Sequence[Path], threshold: float, num_folds: int |
         raise ValueError(f"{num_folds} folds: give 2 to {MAX_FOLDS}")
     if method not in FOLD_METHODS:
         raise ValueError(f"method {method!r}: choose one of {', '.join(FOLD_METHODS)}")
-    if keep and method != "partition":
-        raise ValueError(f"method {method} cannot keep folds; new prompts are added by partition alone")
+    if keep and method not in CUTTING:
+        raise ValueError(f"method {method} cannot keep folds; new prompts are added by {' or '.join(CUTTING)} alone")
     if len({path.stem for path in tsv_paths}) < len(tsv_paths):
         raise ValueError(f"two data sets have one name: {', '.join(map(str, tsv_paths))}")
 
@@ -251,6 +198,16 @@ def read_fold_report(tsv_path: Path | str) -> dict:
     return report
 
 
+def kept_method(tsv_paths: Sequence[Path], otherwise: str) -> str:
+    """The method by which the folds that are there were assigned, if a report says so."""
+    for path in tsv_paths:
+        try:
+            return read_fold_report(path)["method"]
+        except ValueError:
+            continue
+    return otherwise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`kutils folds`."""
     parser = argparse.ArgumentParser(
@@ -269,9 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="number of folds, 2 to 10 (default: 10, or as many as there are with --keep)",
     )
     parser.add_argument(
-        "--method", choices=FOLD_METHODS, default="partition", help="how similar prompts are kept together"
+        "--method",
+        choices=FOLD_METHODS,
+        default=FOLD_METHODS[0],
+        help="stratified: every fold has its share of each source and topic; partition: least leaks; the others never "
+        "cut a group of similar prompts",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of partition and kmeans")
+    parser.add_argument("--seed", type=int, default=0, help="of stratified, partition and kmeans")
     parser.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)

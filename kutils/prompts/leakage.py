@@ -1,19 +1,29 @@
-"""Reports how far similar prompts are in different folds, and how even the folds are."""
+"""Reports how far similar prompts are in different folds, and how much the folds look like each other."""
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from kutils.prompts.partition import groups_by_components, leaked_prompts
 from kutils.prompts.similarity import SimilarPairs
 
+STRATA = ("source", "topic")  # of prompts: of which every fold should have its share
 LARGE_LEAK = 0.25  # share of leaked prompts from which the report warns
 
 
-def leakage_report(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> dict:
+def leakage_report(
+    folds: np.ndarray,
+    num_rows: np.ndarray,
+    pairs: SimilarPairs,
+    num_folds: int,
+    strata: Mapping[str, np.ndarray] | None = None,
+) -> dict:
     """Count fold sizes, similar pairs, and the prompts that have a similar one in another fold.
 
     Args:
         folds: int8 [prompts].
         num_rows: int [prompts], rows of the data sets that hold the prompt.
+        strata: name -> int [prompts], such as the `source` of each; folds get a `source_distance`, see `distances`.
     Returns: numbers ready for JSON; every `_share` is of prompts, except `rows_share` and `edges_cut_share`.
     """
     num_prompts, num_edges = len(folds), len(pairs.first)
@@ -22,6 +32,7 @@ def leakage_report(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs,
     has_neighbour[pairs.first] = has_neighbour[pairs.second] = True
     edges_cut = int((folds[pairs.first] != folds[pairs.second]).sum())
     largest = float(np.bincount(groups_by_components(num_prompts, pairs), num_rows).max() / num_rows.sum())
+    apart = {f"{name}_distance": distances(folds, num_rows, of, num_folds) for name, of in (strata or {}).items()}
     per_fold = []
     for fold in range(num_folds):
         here = folds == fold
@@ -34,6 +45,7 @@ def leakage_report(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs,
                 "prompts": int(here.sum()),
                 "leaked": int(leaked[here].sum()),
                 "leaked_share": float(leaked[here].mean()) if here.any() else 0.0,
+                **{name: float(values[fold]) for name, values in apart.items()},
             }
         )
     return {
@@ -47,6 +59,21 @@ def leakage_report(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs,
         "largest_component_rows_share": largest,
         "folds": per_fold,
     }
+
+
+def distances(folds: np.ndarray, num_rows: np.ndarray, stratum: np.ndarray, num_folds: int) -> np.ndarray:
+    """The share of each fold's rows that would need another source (or topic) for the fold to be like all rows.
+
+    This is the total variation distance of the two distributions, 0 to 1.
+
+    Args:
+        stratum: int [prompts], from 0: the source or topic of each prompt.
+    Returns: float64 [num_folds]; 0 for a fold without rows.
+    """
+    width = int(stratum.max()) + 1
+    rows = np.bincount(folds.astype(np.int64) * width + stratum, num_rows, num_folds * width).reshape(num_folds, width)
+    shares = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1)
+    return np.where(rows.any(axis=1), np.abs(shares - rows.sum(axis=0) / rows.sum()).sum(axis=1) / 2, 0)
 
 
 def report_warnings(report: dict) -> list[str]:
@@ -77,11 +104,16 @@ def format_leakage(report: dict) -> str:
         f"{report['neighbour_share']:.1%} of the prompts have a similar one, {report['leaked_share']:.1%} have one in "
         "another fold",
         f"largest connected component: {report['largest_component_rows_share']:.1%} of the rows",
-        f"{'fold':>6}{'rows':>12}{'share':>8}{'prompts':>12}{'leaked':>8}",
     ]
+    names = {f"{name}_distance": f"{name}s" for name in STRATA if f"{name}_distance" in report["folds"][0]}
+    if names:  # reports of earlier versions have none
+        what = " and ".join(names.values())
+        lines.append(f"{what}: share of a fold's rows that would need another one for the fold to be like all rows")
+    heads = "".join(f"{name:>9}" for name in names.values())
+    lines.append(f"{'fold':>6}{'rows':>12}{'share':>8}{'prompts':>12}{'leaked':>8}{heads}")
     for fold in report["folds"]:
         lines.append(
             f"{fold['fold']:>6}{fold['rows']:>12,}{fold['rows_share']:>8.1%}{fold['prompts']:>12,}"
-            f"{fold['leaked_share']:>8.1%}"
+            f"{fold['leaked_share']:>8.1%}" + "".join(f"{fold[name]:>9.1%}" for name in names)
         )
     return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])

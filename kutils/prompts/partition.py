@@ -1,9 +1,15 @@
 """Splits prompts into folds that keep similar prompts together, and measures what still leaks.
 
 Folds that keep similar prompts together (cosine >= 0.7 in the published recipe) make validation honest. But chains of
-similar captions connect up to half of all real prompts to one component, which would not fit one fold. The default is
-therefore a balanced partition of the graph of similar prompts. It cuts a few edges; the report counts their prompts.
+similar captions connect up to half of all real prompts to one component, which would not fit one fold. A balanced
+partition of the graph of similar prompts cuts a few edges; the report counts their prompts.
 """
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -11,10 +17,8 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.model_selection import GroupKFold
 
-from kutils.prompts.near_duplicates import greedy_leaders
 from kutils.prompts.similarity import SimilarPairs
 
-FOLD_METHODS = ("partition", "components", "leader", "kmeans")
 KMEANS_CLUSTERS = 200  # as many topics as were published for this competition; fewer for small data sets
 PARTITION_ATTEMPTS = 5  # runs of METIS: on real prompts the best one leaks 3 to 15 % less than their mean
 MOST_PARTS = 2000  # into which new prompts are cut before they join folds; placing them takes seconds
@@ -34,14 +38,15 @@ def groups_by_components(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
     return connected_components(similarity_graph(num_prompts, pairs), directed=False)[1]
 
 
-def groups_by_kmeans(embeddings: np.ndarray, num_folds: int, seed: int = 0) -> np.ndarray:
+def groups_by_kmeans(embeddings: np.ndarray, least: int, seed: int = 0, most: int = KMEANS_CLUSTERS) -> np.ndarray:
     """Cluster prompts into topics by mini-batch k-means (Sculley 2010).
 
     Args:
         embeddings: float32 [num_prompts, D].
+        least, most: clusters; between them, a twentieth of the prompts.
     Returns: int [num_prompts], cluster of each prompt.
     """
-    clusters = int(np.clip(len(embeddings) // 20, num_folds, KMEANS_CLUSTERS))
+    clusters = int(np.clip(len(embeddings) // 20, least, most))
     return MiniBatchKMeans(clusters, batch_size=4096, n_init=1, random_state=seed).fit_predict(embeddings)
 
 
@@ -58,7 +63,7 @@ def folds_of_groups(groups: np.ndarray, num_rows: np.ndarray, num_folds: int) ->
     if num_groups < num_folds:
         raise ValueError(
             f"{num_groups} groups of similar prompts cannot fill {num_folds} folds; raise the threshold, ask for fewer "
-            "folds, or use --method partition"
+            "folds, or use --method stratified"
         )
     prompt_of_row = np.repeat(np.arange(len(groups)), num_rows)
     folds = np.empty(len(groups), np.int8)
@@ -79,8 +84,7 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
         seed: METIS uses the random numbers of the C library, so that folds repeat on one machine, not on all.
-    Returns: int8 [prompts].
-    Raises: ValueError if a fold stays empty.
+    Returns: int8 [prompts]; of few prompts a fold can stay empty.
     """
     graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
     attempts = range(PARTITION_ATTEMPTS)  # one is recursive: k-way leaks less, but can leave small parts empty
@@ -88,10 +92,7 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
         cut_graph(graph, num_rows, num_folds, seed * PARTITION_ATTEMPTS + attempt, attempt == 0).astype(np.int8)
         for attempt in attempts
     ]
-    folds = min(candidates, key=lambda folds: fold_cost(folds, num_rows, pairs, num_folds))
-    if len(np.unique(folds)) < num_folds:
-        raise ValueError(f"{len(num_rows)} prompts did not fill {num_folds} folds; ask for fewer folds")
-    return folds
+    return min(candidates, key=lambda folds: fold_cost(folds, num_rows, pairs, num_folds))
 
 
 def edge_weights(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
@@ -110,18 +111,38 @@ def cut_graph(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, 
         recursive: bisect repeatedly, instead of k-way partitioning.
     Returns: int [vertices], part of each.
     """
+    if num_parts >= len(weights):
+        return np.arange(len(weights))
     import pymetis  # absent where folds are only read, as on Kaggle
 
     dtype = pymetis.zero_copy_dtype()
-    part = pymetis.part_graph(
-        num_parts,
-        pymetis.CSRAdjacency(graph.indptr.astype(dtype), graph.indices.astype(dtype)),
-        vweights=weights.astype(dtype),
-        eweights=graph.data.astype(dtype),
-        options=pymetis.Options(seed=1 + seed),
-        recursive=recursive,
-    )
+    with silent_libraries():  # METIS prints a page where a part stays empty
+        part = pymetis.part_graph(
+            num_parts,
+            pymetis.CSRAdjacency(graph.indptr.astype(dtype), graph.indices.astype(dtype)),
+            vweights=weights.astype(dtype),
+            eweights=graph.data.astype(dtype),
+            options=pymetis.Options(seed=1 + seed),
+            recursive=recursive,
+        )
     return np.array(part.vertex_part)
+
+
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Discard what C code prints to the standard output inside the block."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def fold_cost(folds: np.ndarray, num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int) -> tuple[float, int]:
@@ -152,9 +173,9 @@ def extend_folds(
     graph = similarity_graph(len(folds), pairs, edge_weights(len(folds), pairs))
     among = graph[new][:, new]
     num_parts = min(len(new), MOST_PARTS)
-    part_of = np.arange(len(new)) if num_parts == len(new) else cut_graph(among, num_rows[new], num_parts, seed, False)
+    part_of = cut_graph(among, num_rows[new], num_parts, seed, False)
     rows = np.bincount(part_of, num_rows[new], num_parts)
-    members = csr_array((np.ones(len(new), np.int64), (part_of, np.arange(len(new)))), (num_parts, len(new)))
+    members = membership(part_of, num_parts)
     assigned = np.flatnonzero(folds >= 0)
     in_fold = csr_array((np.ones(len(assigned), np.int64), (assigned, folds[assigned])), (len(folds), num_folds))
     pull = (members @ graph[new] @ in_fold).toarray()  # [parts, folds]
@@ -165,6 +186,11 @@ def extend_folds(
     extended[new] = place_parts(rows, pull, between, room)[part_of]
     move_prompts(extended, new, graph, num_rows, room, seed)
     return extended
+
+
+def membership(parts: np.ndarray, num_parts: int) -> csr_array:
+    """[parts, prompts]: 1 where the prompt is of the part; parts: int [prompts]."""
+    return csr_array((np.ones(len(parts), np.int64), (parts, np.arange(len(parts)))), (num_parts, len(parts)))
 
 
 def place_parts(rows: np.ndarray, pull: np.ndarray, between: csr_array, room: np.ndarray) -> np.ndarray:
@@ -223,33 +249,6 @@ def level_after(sizes: np.ndarray, added: int) -> int:
         if count == len(sizes) or level <= sizes[count]:
             return round(level)
     raise AssertionError("no fold at all")
-
-
-def assign(
-    num_rows: np.ndarray,
-    pairs: SimilarPairs,
-    num_folds: int,
-    method: str,
-    seed: int,
-    embeddings: np.ndarray | None = None,
-) -> np.ndarray:
-    """Assign folds to distinct prompts by one of FOLD_METHODS.
-
-    Args:
-        num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
-        pairs: similar prompts; without effect for kmeans.
-        seed: of partition and kmeans.
-        embeddings: float32 [prompts, D], for kmeans alone.
-    Returns: int8 [prompts], each fold from 0 to num_folds - 1 at least once.
-    Raises: ValueError if the prompts cannot fill the folds.
-    """
-    if method == "partition":
-        return folds_by_partition(num_rows, pairs, num_folds, seed)
-    if method == "kmeans":
-        groups = groups_by_kmeans(embeddings, num_folds, seed)
-    else:
-        groups = (groups_by_components if method == "components" else greedy_leaders)(len(num_rows), pairs)
-    return folds_of_groups(groups, num_rows, num_folds)
 
 
 def leaked_prompts(folds: np.ndarray, pairs: SimilarPairs) -> np.ndarray:

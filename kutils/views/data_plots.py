@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
+from kutils.prompts.leakage import STRATA
 from kutils.views import figures
 
 MOST_BARS = 8  # of numbers of images per prompt, and of sizes; the rest is one bar, or left out
@@ -35,7 +36,7 @@ def prompt_lengths(prompts: Sequence[str]) -> Figure:
 
 @figures.styled()
 def fold_report(report: dict) -> Figure:
-    """Rows of every fold, and the share of its prompts that have a similar prompt in another fold.
+    """Rows of every fold, the share of its prompts that have a similar one in another fold, and what differs in it.
 
     Args:
         report: of `folds.assign_folds` or `folds.read_report`.
@@ -43,7 +44,15 @@ def fold_report(report: dict) -> Figure:
     """
     folds = report.get("folds") or []
     figures.check_same_length(folds=folds)
-    figure, (size_axes, leak_axes) = figures.new_axes(2, width=11)
+    strata = [name for name in STRATA if f"{name}_distance" in (folds or [{}])[0]]
+    figure, (size_axes, leak_axes, *others) = figures.new_axes(3 if strata else 2, width=11)
+    for apart_axes in others:
+        for name, color in zip(strata, (figures.BLUE, figures.GREEN), strict=True):
+            distances = [fold[f"{name}_distance"] for fold in folds]
+            apart_axes.plot([fold["fold"] for fold in folds], distances, "o-", color=color, label=f"{name}s")
+        label = "share of the rows that would\nneed another source or topic"
+        apart_axes.set(title="Distance to all rows", ylabel=label, ylim=(0, None))
+        apart_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     numbers = [fold["fold"] for fold in folds]
     rows = [fold["rows"] for fold in folds]
     size_axes.bar(numbers, rows, color=figures.BLUE)
@@ -56,7 +65,7 @@ def fold_report(report: dict) -> Figure:
     leak_axes.set(title="Leakage between folds", ylabel=leak_label, ylim=(0, None))
     figures.thousands(size_axes.yaxis)
     leak_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    for axes in (size_axes, leak_axes):
+    for axes in (size_axes, leak_axes, *others):
         axes.set(xlabel="fold", xticks=numbers)
         figures.legend_below(axes)
         figures.despine(axes, grid="y")

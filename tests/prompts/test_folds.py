@@ -10,14 +10,14 @@ from fixtures.datasets import unit_rows
 from fixtures.prompts import cosines, neighbourhoods, pairs_of
 
 from kutils.data import datasets
+from kutils.prompts import fold_methods, leakage, near_duplicates, partition
 from kutils.prompts import folds as prompt_folds
-from kutils.prompts import leakage, near_duplicates, partition
 from kutils.prompts.folds import assign_folds, read_fold_report
 from kutils.prompts.similarity import SimilarPairs, similar_pairs
 from kutils.system import paths
 from kutils.system.tables import folds_hash, read_table, write_table
 
-BY_PAIRS = ("partition", "components", "leader")
+BY_PAIRS = ("stratified", "partition", "components", "leader")
 
 
 @pytest.mark.parametrize("method", BY_PAIRS)
@@ -25,7 +25,7 @@ def test_separate_neighbourhoods_stay_whole_and_folds_are_even(method):
     rows = neighbourhoods(num_groups=60, group_size=5, noise=0.3)  # within a group all are similar, between none
     pairs = similar_pairs(rows, 0.7)
     assert len(pairs.first) == 60 * 10
-    folds = partition.assign(np.full(300, 3), pairs, 10, method, seed=0)
+    folds = fold_methods.assign(np.full(300, 3), pairs, 10, method, seed=0)
     assert not partition.leaked_prompts(folds, pairs).any()
     assert np.bincount(folds).tolist() == [30] * 10
 
@@ -33,13 +33,13 @@ def test_separate_neighbourhoods_stay_whole_and_folds_are_even(method):
 def test_kmeans_keeps_topics_whole_and_folds_even():
     rows = neighbourhoods(num_groups=40, group_size=25, noise=0.3)  # as many topics as it makes of 800 to 1,000 prompts
     nothing = SimilarPairs(*np.empty((3, 0), int))
-    folds = partition.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows)
+    folds = fold_methods.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows)
     topics = np.unique(cosines(rows) > 0.5, axis=0)  # 40 rows: who is of one topic
     assert len(topics) == 40
     torn = sum(len(set(folds[topic])) > 1 for topic in topics)
     assert torn <= 4
     assert np.bincount(folds, minlength=10).min() >= 75 and np.bincount(folds).max() <= 125
-    assert np.array_equal(folds, partition.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows))
+    assert np.array_equal(folds, fold_methods.assign(np.ones(1000, int), nothing, 10, "kmeans", 0, rows))
 
 
 def percolating() -> np.ndarray:
@@ -54,20 +54,20 @@ def test_partition_cuts_a_percolating_graph_into_even_folds_at_few_prompts():
     neighbours = np.bincount(np.concatenate([pairs.first, pairs.second]))
     assert set(neighbours) == {4}
     num_rows = np.random.default_rng(1).integers(1, 6, 1000)  # images per prompt
-    folds = partition.assign(num_rows, pairs, 10, "partition", seed=0)
+    folds = fold_methods.assign(num_rows, pairs, 10, "partition", seed=0)
     sizes = np.bincount(folds, num_rows) / num_rows.sum()
     assert sizes.min() > 0.09 and sizes.max() < 0.11
     # ten cuts of the ring touch at least two prompts on either side: 40 of 1,000
     assert 0.04 <= partition.leaked_prompts(folds, pairs).mean() < 0.06
-    leader = partition.assign(num_rows, pairs, 10, "leader", seed=0)
+    leader = fold_methods.assign(num_rows, pairs, 10, "leader", seed=0)
     assert partition.leaked_prompts(leader, pairs).mean() > 0.5
-    with pytest.raises(ValueError, match=r"1 groups .* cannot fill 10 folds; .*--method partition"):
-        partition.assign(num_rows, pairs, 10, "components", seed=0)
+    with pytest.raises(ValueError, match=r"1 groups .* cannot fill 10 folds; .*--method stratified"):
+        fold_methods.assign(num_rows, pairs, 10, "components", seed=0)
 
 
 def test_partition_repeats_and_follows_the_seed():
     pairs = similar_pairs(percolating(), 0.7)
-    first, again, other = (partition.assign(np.ones(1000, int), pairs, 10, "partition", seed) for seed in (0, 0, 1))
+    first, again, other = (fold_methods.assign(np.ones(1000, int), pairs, 10, "partition", seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -75,7 +75,7 @@ def test_partition_repeats_and_follows_the_seed():
 @pytest.mark.parametrize("method", BY_PAIRS)
 def test_every_fold_has_prompts_where_none_are_similar(method, num_prompts, num_folds):
     pairs = similar_pairs(np.eye(384, dtype=np.float32)[:num_prompts], 0.7)
-    folds = partition.assign(np.ones(num_prompts, int), pairs, num_folds, method, seed=0)
+    folds = fold_methods.assign(np.ones(num_prompts, int), pairs, num_folds, method, seed=0)
     sizes = np.bincount(folds, minlength=num_folds)
     assert len(sizes) == num_folds and sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
 
@@ -84,7 +84,7 @@ def test_partition_fills_every_fold_of_a_small_dense_graph():
     first, second = np.triu_indices(20, k=1)
     near = second - first <= 3  # a band: 54 pairs of 20 prompts
     pairs = SimilarPairs(first[near], second[near], np.ones(near.sum(), np.float32))
-    folds = partition.assign(np.ones(20, int), pairs, 10, "partition", seed=0)
+    folds = fold_methods.assign(np.ones(20, int), pairs, 10, "partition", seed=0)
     assert set(folds) == set(range(10))
 
 
@@ -95,9 +95,9 @@ NUM_ROWS = np.array([1, 2, 3, 1, 1, 2])
 
 def test_groups_by_hand():
     assert partition.groups_by_components(6, GRAPH).tolist() == [0, 0, 0, 1, 1, 2]
-    folds = partition.assign(NUM_ROWS, GRAPH, 2, "components", seed=0)  # 6 rows against 2 + 2
+    folds = fold_methods.assign(NUM_ROWS, GRAPH, 2, "components", seed=0)  # 6 rows against 2 + 2
     assert folds[:3].tolist() == [folds[0]] * 3 and folds[3:].tolist() == [1 - folds[0]] * 3
-    folds = partition.assign(NUM_ROWS, GRAPH, 4, "leader", seed=0)  # groups {0, 1}, {2}, {3, 4}, {5}: one to a fold
+    folds = fold_methods.assign(NUM_ROWS, GRAPH, 4, "leader", seed=0)  # groups {0, 1}, {2}, {3, 4}, {5}: one to a fold
     assert folds[0] == folds[1] and folds[3] == folds[4] and len(set(folds)) == 4
 
 
@@ -438,7 +438,7 @@ def test_bad_data_sets_are_refused_before_anything_is_written(tables, name):
         ((0.0,), r"threshold 0.0 is not in \(0, 1\]"),
         ((0.7, 11), "11 folds: give 2 to 10"),
         ((0.7, 1), "1 folds: give 2 to 10"),
-        ((0.7, 10, "magic"), "method 'magic': choose one of partition, components, leader"),
+        ((0.7, 10, "magic"), "method 'magic': choose one of stratified, partition, components, leader"),
     ],
 )
 def test_bad_settings_are_refused(tables, arguments, message):
@@ -545,7 +545,7 @@ def test_a_pair_weighs_the_more_the_fewer_neighbours_its_prompts_have():
 @pytest.mark.parametrize(
     ("main", "defaults"),
     [
-        (prompt_folds.main, ["0.7", "10, or as many as there are with --keep", "partition", "0", "auto"]),
+        (prompt_folds.main, ["0.7", "10, or as many as there are with --keep", "stratified", "0", "auto"]),
         (near_duplicates.main, ["0.9", "auto"]),
     ],
     ids=["folds", "dedup"],

@@ -1,0 +1,103 @@
+"""Deals small parts of the graph of similar prompts to folds so that sources and topics come out even in all folds.
+
+A balanced partition keeps whole neighbourhoods together, and so puts most of one source, or of one topic, into one
+fold. Here large neighbourhoods are cut into small parts first: more leaks, and the folds look like each other.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from kutils.prompts.partition import (
+    cut_graph,
+    edge_weights,
+    groups_by_kmeans,
+    membership,
+    similarity_graph,
+)
+from kutils.prompts.similarity import SimilarPairs
+
+PARTS_PER_FOLD = 10  # no part is larger than a tenth of a fold; of smaller ones more leaks (input/README.md)
+NUM_TOPICS = 50
+SIZE_WEIGHT = 10.0  # how much more than the rows of a source or topic those of the whole fold count
+PULL = 0.01  # of a similar pair of weight 1, against a prompt too many; at 0.03 sources come out uneven
+
+
+def topics_of(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Cluster prompts into at most NUM_TOPICS topics: int [prompts]."""
+    return groups_by_kmeans(embeddings, 1, seed, NUM_TOPICS)
+
+
+def folds_by_strata(
+    num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int, strata: Sequence[np.ndarray], seed: int = 0
+) -> np.ndarray:
+    """Cut similar prompts into parts of at most a tenth of a fold, and deal them as `deal_parts` does.
+
+    Args:
+        num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
+        strata: int [prompts] each, of what every fold shall have its share: the prompts' sources, their topics.
+        seed: of METIS.
+    Returns: int8 [prompts].
+    """
+    graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
+    parts = small_parts(graph, num_rows, num_rows.sum() / num_folds / PARTS_PER_FOLD, seed)
+    num_parts = int(parts.max()) + 1
+    columns, width = [np.zeros(len(parts), np.int64)], 1
+    for stratum in strata:
+        columns.append(width + stratum)
+        width += int(stratum.max()) + 1
+    entries = np.tile(num_rows, len(columns)).astype(float), (np.tile(parts, len(columns)), np.concatenate(columns))
+    members = membership(parts, num_parts)
+    pull = PULL * num_rows.mean() * (members @ graph @ members.T)
+    return deal_parts(csr_array(entries, shape=(num_parts, width)), pull, num_folds)[parts]
+
+
+def small_parts(graph: csr_array, num_rows: np.ndarray, limit: float, seed: int) -> np.ndarray:
+    """Number the connected components of the graph of similar prompts, and cut those of more rows than the limit.
+
+    Args:
+        graph: as of `similarity_graph`.
+        num_rows: int [prompts].
+        seed: of METIS.
+    Returns: int [prompts], from 0, without gaps. METIS keeps the limit nearly; one prompt may have more rows.
+    """
+    parts = connected_components(graph, directed=False)[1].astype(np.int64)
+    rows, next_part = np.bincount(parts, num_rows), int(parts.max()) + 1
+    for component in np.flatnonzero((rows > limit) & (np.bincount(parts) > 1)):
+        members = np.flatnonzero(parts == component)
+        count = min(len(members), int(np.ceil(rows[component] / limit)))
+        parts[members] = next_part + cut_graph(graph[members][:, members], num_rows[members], count, seed, False)
+        next_part += count
+    return np.unique(parts, return_inverse=True)[1]
+
+
+def deal_parts(rows: csr_array, pull: csr_array, num_folds: int) -> np.ndarray:
+    """Deal parts to folds, the largest first, each to the fold where that makes the folds most even.
+
+    What is kept small is the sum over columns of (rows in the fold - rows in an even fold)^2 / rows in all folds, much
+    as scikit-learn's StratifiedGroupKFold does for classes; less what parts of one fold pull at each other.
+
+    Args:
+        rows: [parts, 1 + classes]: of each part in all, then those of each source and each topic.
+        pull: [parts, parts], symmetric.
+    Returns: int8 [parts]; no fold stays empty unless there are fewer parts.
+    """
+    totals = np.asarray(rows.sum(axis=0)).ravel()
+    weights = 1 / np.maximum(totals, 1)
+    weights[0] *= SIZE_WEIGHT
+    missing = np.tile(totals / num_folds, (num_folds, 1))
+    pulled, is_empty = np.zeros((rows.shape[0], num_folds)), np.ones(num_folds, bool)
+    folds = np.empty(rows.shape[0], np.int8)
+    for number, part in enumerate(np.argsort(-rows[:, [0]].toarray()[:, 0], kind="stable")):
+        entries, pairs = (slice(table.indptr[part], table.indptr[part + 1]) for table in (rows, pull))
+        columns, added = rows.indices[entries], rows.data[entries]
+        cost = (added - 2 * missing[:, columns]) @ (weights[columns] * added) - pulled[part]
+        if is_empty.sum() >= len(folds) - number:
+            cost[~is_empty] = np.inf
+        fold = np.argmin(cost)
+        missing[fold, columns] -= added
+        pulled[pull.indices[pairs], fold] += pull.data[pairs]
+        folds[part], is_empty[fold] = fold, False
+    return folds
