@@ -175,7 +175,7 @@ def extend_folds(
     num_parts = min(len(new), MOST_PARTS)
     part_of = cut_graph(among, num_rows[new], num_parts, seed, False)
     rows = np.bincount(part_of, num_rows[new], num_parts)
-    members = membership(part_of, num_parts)
+    members = csr_array((np.ones(len(new), np.int64), (part_of, np.arange(len(new)))), (num_parts, len(new)))
     assigned = np.flatnonzero(folds >= 0)
     in_fold = csr_array((np.ones(len(assigned), np.int64), (assigned, folds[assigned])), (len(folds), num_folds))
     pull = (members @ graph[new] @ in_fold).toarray()  # [parts, folds]
@@ -186,11 +186,6 @@ def extend_folds(
     extended[new] = place_parts(rows, pull, between, room)[part_of]
     move_prompts(extended, new, graph, num_rows, room, seed)
     return extended
-
-
-def membership(parts: np.ndarray, num_parts: int) -> csr_array:
-    """[parts, prompts]: 1 where the prompt is of the part; parts: int [prompts]."""
-    return csr_array((np.ones(len(parts), np.int64), (parts, np.arange(len(parts)))), (num_parts, len(parts)))
 
 
 def place_parts(rows: np.ndarray, pull: np.ndarray, between: csr_array, room: np.ndarray) -> np.ndarray:

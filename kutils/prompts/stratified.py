@@ -10,19 +10,14 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from kutils.prompts.partition import (
-    cut_graph,
-    edge_weights,
-    groups_by_kmeans,
-    membership,
-    similarity_graph,
-)
+from kutils.prompts.partition import cut_graph, edge_weights, groups_by_kmeans, similarity_graph
 from kutils.prompts.similarity import SimilarPairs
 
-PARTS_PER_FOLD = 10  # no part is larger than a tenth of a fold; of smaller ones more leaks (input/README.md)
+# no part is larger than a fifth of a fold. Of 40,000 real prompts 2.0 % leak, with 10 and 20 parts 3.1 % and 6.0 %, and
+# the sources of folds are off by 5 %, 2 % and 1 %; in a balanced partition 0.3 % leak, and sources are off by 31 %
+PARTS_PER_FOLD = 5
 NUM_TOPICS = 50
 SIZE_WEIGHT = 10.0  # how much more than the rows of a source or topic those of the whole fold count
-PULL = 0.01  # of a similar pair of weight 1, against a prompt too many; at 0.03 sources come out uneven
 
 
 def topics_of(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -33,7 +28,7 @@ def topics_of(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
 def folds_by_strata(
     num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int, strata: Sequence[np.ndarray], seed: int = 0
 ) -> np.ndarray:
-    """Cut similar prompts into parts of at most a tenth of a fold, and deal them as `deal_parts` does.
+    """Cut similar prompts into parts of at most a fifth of a fold, and deal them as `deal_parts` does.
 
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
@@ -43,15 +38,12 @@ def folds_by_strata(
     """
     graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
     parts = small_parts(graph, num_rows, num_rows.sum() / num_folds / PARTS_PER_FOLD, seed)
-    num_parts = int(parts.max()) + 1
     columns, width = [np.zeros(len(parts), np.int64)], 1
     for stratum in strata:
         columns.append(width + stratum)
         width += int(stratum.max()) + 1
     entries = np.tile(num_rows, len(columns)).astype(float), (np.tile(parts, len(columns)), np.concatenate(columns))
-    members = membership(parts, num_parts)
-    pull = PULL * num_rows.mean() * (members @ graph @ members.T)
-    return deal_parts(csr_array(entries, shape=(num_parts, width)), pull, num_folds)[parts]
+    return deal_parts(csr_array(entries, shape=(int(parts.max()) + 1, width)), num_folds)[parts]
 
 
 def small_parts(graph: csr_array, num_rows: np.ndarray, limit: float, seed: int) -> np.ndarray:
@@ -73,31 +65,24 @@ def small_parts(graph: csr_array, num_rows: np.ndarray, limit: float, seed: int)
     return np.unique(parts, return_inverse=True)[1]
 
 
-def deal_parts(rows: csr_array, pull: csr_array, num_folds: int) -> np.ndarray:
+def deal_parts(rows: csr_array, num_folds: int) -> np.ndarray:
     """Deal parts to folds, the largest first, each to the fold where that makes the folds most even.
 
     What is kept small is the sum over columns of (rows in the fold - rows in an even fold)^2 / rows in all folds, much
-    as scikit-learn's StratifiedGroupKFold does for classes; less what parts of one fold pull at each other.
+    as scikit-learn's StratifiedGroupKFold does for classes. An empty fold is preferred to any other.
 
     Args:
         rows: [parts, 1 + classes]: of each part in all, then those of each source and each topic.
-        pull: [parts, parts], symmetric.
-    Returns: int8 [parts]; no fold stays empty unless there are fewer parts.
+    Returns: int8 [parts].
     """
     totals = np.asarray(rows.sum(axis=0)).ravel()
     weights = 1 / np.maximum(totals, 1)
     weights[0] *= SIZE_WEIGHT
     missing = np.tile(totals / num_folds, (num_folds, 1))
-    pulled, is_empty = np.zeros((rows.shape[0], num_folds)), np.ones(num_folds, bool)
     folds = np.empty(rows.shape[0], np.int8)
-    for number, part in enumerate(np.argsort(-rows[:, [0]].toarray()[:, 0], kind="stable")):
-        entries, pairs = (slice(table.indptr[part], table.indptr[part + 1]) for table in (rows, pull))
+    for part in np.argsort(-rows[:, [0]].toarray()[:, 0], kind="stable"):
+        entries = slice(rows.indptr[part], rows.indptr[part + 1])
         columns, added = rows.indices[entries], rows.data[entries]
-        cost = (added - 2 * missing[:, columns]) @ (weights[columns] * added) - pulled[part]
-        if is_empty.sum() >= len(folds) - number:
-            cost[~is_empty] = np.inf
-        fold = np.argmin(cost)
-        missing[fold, columns] -= added
-        pulled[pull.indices[pairs], fold] += pull.data[pairs]
-        folds[part], is_empty[fold] = fold, False
+        folds[part] = np.argmin((added - 2 * missing[:, columns]) @ (weights[columns] * added))
+        missing[folds[part], columns] -= added
     return folds
