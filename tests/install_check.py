@@ -126,7 +126,7 @@ def check(copy: Copy) -> None:
     copy.run("kutils generate --shapes-dataset shapes --num-prompts 200 --images-per-prompt 2 --size 48")
     copy.run("python gen_prompt_embedding.py shapes.tsv --overwrite", folder="input")
     copy.run("python input/gen_prompt_embedding.py input/shapes.tsv")
-    copy.run("kutils folds input/shapes.tsv --threshold 0.7 --folds 10 --method partition")
+    copy.run("kutils folds input/shapes.tsv --threshold 0.7 --folds 10 --method stratified")
     copy.run("kutils dedup input/shapes.tsv --threshold 0.9 --kept input/k.tsv --rest input/r.tsv")
     copy.run("papermill notebooks/prepare_data.ipynb working/prepare_data.ipynb -p dataset shapes")
     copy.run("papermill notebooks/generate_images.ipynb working/generate_images.ipynb")

@@ -210,7 +210,7 @@ def test_partition_of_prompts_that_percolate(real, encoder, tmp_path):
     images = [f"dragons_images/{number}.png" for number in range(len(texts))]
     write_table(tsv, {"image": images, "prompt": texts, "fold": [-1] * len(texts)})
     embedding.embed_table(tsv, encoder, progress=False)
-    report = folds.assign_folds([tsv], device="cpu", progress=False)
+    report = folds.assign_folds([tsv], method="partition", device="cpu", progress=False)
     assert report["prompts"] > 1500 and report["largest_component_rows_share"] > 0.5
     shares = [fold["rows_share"] for fold in report["folds"]]
     assert min(shares) > 0.09 and max(shares) < 0.11

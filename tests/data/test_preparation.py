@@ -69,11 +69,14 @@ def test_folds_that_are_there_are_not_replaced_unless_asked(inputs):
     path = inputs / "toy.tsv"
     preparation.prepare_datasets(["toy"], num_folds=4, refold=True)
     kept = path.read_bytes()
-    with pytest.raises(ValueError, match=r"num_folds 4, not 5; method partition, not leader.*refold=True"):
+    with pytest.raises(ValueError, match=r"num_folds 4, not 5; method stratified, not leader.*refold=True"):
         preparation.prepare_datasets(["toy"], num_folds=5, method="leader")
     assert path.read_bytes() == kept
     assert preparation.prepare_datasets(["toy"], num_folds=5, method="leader", refold=True)["num_folds"] == 5
     assert set(folds_of(path)) == set(range(5))
+    for former in ("leader", "partition"):  # whatever method made them: none was asked for
+        report = preparation.prepare_datasets(["toy"], num_folds=5, method=former, refold=True)
+        assert preparation.prepare_datasets(["toy"], num_folds=5)["folds"] == report["folds"]
     folds = folds_of(path).copy()
     folds[:3] = -1
     set_folds(path, folds)

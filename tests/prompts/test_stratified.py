@@ -24,22 +24,21 @@ def rings(count: int = 10, size: int = 200) -> tuple[SimilarPairs, np.ndarray]:
 
 
 def test_every_fold_has_its_share_of_each_source():
-    """Ten sources, each one neighbourhood as large as a fold: a partition gives a fold to each."""
-    pairs, sources = rings()
+    """Five sources, each one neighbourhood as large as two folds: a partition gives two folds to each."""
+    pairs, sources = rings(count=5, size=400)
     num_rows = np.random.default_rng(1).integers(1, 6, len(sources))
     tables = {}
     for method in ("stratified", "partition"):
         folds = fold_methods.assign(num_rows, pairs, 10, method, seed=0, sources=sources)
         tables[method] = np.array(
-            [[num_rows[(folds == fold) & (sources == source)].sum() for source in range(10)] for fold in range(10)]
+            [[num_rows[(folds == fold) & (sources == source)].sum() for source in range(5)] for fold in range(10)]
         )
         sizes = tables[method].sum(axis=1) / num_rows.sum()
-        assert sizes.min() > 0.09 and sizes.max() < 0.11
+        assert sizes.min() > 0.09 and sizes.max() < (0.12 if method == "stratified" else 0.11)  # a part is 0.02
     assert tables["partition"].max(axis=1).min() > 0.9 * num_rows.sum() / 10  # nearly all rows of a fold: one source
     even = tables["stratified"].sum(axis=0) / 10
-    assert (
-        np.abs(tables["stratified"] / even - 1).mean() < 1
-    )  # a ring is cut into five parts: half of the folds get one
+    ratio = tables["stratified"] / even
+    assert ratio.min() > 0.8 and np.abs(ratio - 1).mean() < 0.15  # a ring of eleven parts gives two to one fold
 
 
 def test_stratified_folds_leak_little_and_repeat():
@@ -161,14 +160,16 @@ def test_the_command_names_the_heavy_prompt(table, capfd):
 
 
 def test_sources_are_those_of_the_column(table):
-    """Four sources of 15 prompts: a fold of 12 prompts has three of each."""
+    """Four sources of 15 prompts: a fold of 12 prompts has about three of each, as topics count too."""
     columns = read_table(table, ["image", "prompt", "fold", "source"]).slice(0, 60)
     write_table(table, {name: columns[name] for name in columns.column_names})
     np.save(table.with_suffix(".npy"), unit_rows(60))
     report = assign_folds([table], num_folds=5, progress=False)
     folds = read_table(table, ["fold"])["fold"].to_numpy()
-    assert all(np.bincount(folds[source::4], minlength=5).tolist() == [3] * 5 for source in range(4))
-    assert [fold["source_distance"] for fold in report["folds"]] == pytest.approx([0] * 5)
+    counts = np.array([np.bincount(folds[source::4], minlength=5) for source in range(4)])
+    assert counts.min() >= 2 and counts.max() <= 4
+    apart = np.abs(counts / counts.sum(axis=0) - 1 / 4).sum(axis=0) / 2
+    assert [fold["source_distance"] for fold in report["folds"]] == pytest.approx(apart.tolist())
 
 
 def test_folds_of_an_earlier_version_stay_and_are_added_to(table):
