@@ -33,11 +33,11 @@ def combine(
         fallback: [D] or a number, for rows that no family predicts.
     Returns: float32 [n, D], unit rows.
     """
-    total = unit(blend(predictions, weights))
+    total = unit(weighted_total(predictions, weights))
     return np.where(total.any(axis=1, keepdims=True), total, np.asarray(fallback, np.float32))
 
 
-def blend(predictions: Mapping[str, np.ndarray], weights: Mapping[str, float | Sequence[float]]) -> np.ndarray:
+def weighted_total(predictions: Mapping[str, np.ndarray], weights: Mapping[str, float | Sequence[float]]) -> np.ndarray:
     """Weighted sum of unit rows, before it is scaled to unit length: the longer, the more the families agree.
 
     Args: as for `combine`.

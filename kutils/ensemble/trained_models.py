@@ -15,7 +15,7 @@ import pandas as pd
 from kutils.data import bank_command
 from kutils.data.prompt_bank import PromptBank
 from kutils.ensemble import confidence, predict, weights, within_budget
-from kutils.ensemble.blending import blend, unit
+from kutils.ensemble.blending import unit, weighted_total
 from kutils.ensemble.image_cache import PixelCache
 from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints
@@ -121,7 +121,7 @@ def blend_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, p
     check_readable(list(state.unreadable.values()))
     if state.dropped:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in state.dropped.items()))
-    return blend(state.families, ensemble.weights)
+    return weighted_total(state.families, ensemble.weights)
 
 
 def check_readable(reasons: Sequence[str]) -> None:

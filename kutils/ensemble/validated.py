@@ -108,7 +108,7 @@ def predict_together(
     except ValueError as error:  # none was fitted, a member is gone, other folds now, ...
         note = f"instead of a fitted ensemble, predictions are averaged: {error}"
         equal = dict.fromkeys(range(len(predictions)), 1 / len(predictions))
-        return MEAN, blending.blend(dict(enumerate(predictions)), equal), note
+        return MEAN, blending.weighted_total(dict(enumerate(predictions)), equal), note
     note = f"the weights of the ensemble were fitted on half of these images; on the others it has {score:.4f}"
     return "ensemble", together, note
 
@@ -168,4 +168,4 @@ def blend_families(path: Path, fitted: weights.Ensemble) -> tuple[np.ndarray, di
     for family, members in fitted.families.items():
         member = next(member for member in members if member.fold == FIT_FOLD)
         families[family] = member.apply_neighbours(families[family], bank, "auto")
-    return blending.blend(families, fitted.weights), common
+    return blending.weighted_total(families, fitted.weights), common

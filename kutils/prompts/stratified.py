@@ -16,6 +16,7 @@ from kutils.prompts.similarity import SimilarPairs
 # no part is larger than a fifth of a fold. Of 40,000 real prompts 2.0 % leak, with 10 and 20 parts 3.1 % and 6.0 %, and
 # the sources of folds are off by 5 %, 2 % and 1 %; in a balanced partition 0.3 % leak, and sources are off by 31 %
 PARTS_PER_FOLD = 5
+MOST_LEAKED = 0.25  # of a neighbourhood's rows, for it to be cut so; a denser one is cut less, or not at all
 NUM_TOPICS = 50
 SIZE_WEIGHT = 10.0  # how much more than the rows of a source or topic those of the whole fold count
 
@@ -28,7 +29,7 @@ def topics_of(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
 def folds_by_strata(
     num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int, strata: Sequence[np.ndarray], seed: int = 0
 ) -> np.ndarray:
-    """Cut similar prompts into parts of at most a fifth of a fold, and deal them as `deal_parts` does.
+    """Cut large groups of similar prompts into parts, see `small_parts`, and deal these as `deal_parts` does.
 
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
@@ -37,7 +38,7 @@ def folds_by_strata(
     Returns: int8 [prompts].
     """
     graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
-    parts = small_parts(graph, num_rows, num_rows.sum() / num_folds / PARTS_PER_FOLD, seed)
+    parts = small_parts(graph, num_rows, num_rows.sum() / num_folds, seed)
     columns, width = [np.zeros(len(parts), np.int64)], 1
     for stratum in strata:
         columns.append(width + stratum)
@@ -46,22 +47,34 @@ def folds_by_strata(
     return deal_parts(csr_array(entries, shape=(int(parts.max()) + 1, width)), num_folds)[parts]
 
 
-def small_parts(graph: csr_array, num_rows: np.ndarray, limit: float, seed: int) -> np.ndarray:
-    """Number the connected components of the graph of similar prompts, and cut those of more rows than the limit.
+def small_parts(graph: csr_array, num_rows: np.ndarray, fold_rows: float, seed: int) -> np.ndarray:
+    """Number the connected components of the graph of similar prompts, and cut large ones into parts.
+
+    A part has at most a fifth of a fold's rows; half a fold, or a whole one, where more than MOST_LEAKED of the
+    component's rows would have a similar prompt in another part.
 
     Args:
         graph: as of `similarity_graph`.
         num_rows: int [prompts].
+        fold_rows: of an even fold.
         seed: of METIS.
-    Returns: int [prompts], from 0, without gaps. METIS keeps the limit nearly; one prompt may have more rows.
+    Returns: int [prompts], from 0, without gaps. METIS keeps sizes nearly; one prompt may have more rows.
     """
     parts = connected_components(graph, directed=False)[1].astype(np.int64)
     rows, next_part = np.bincount(parts, num_rows), int(parts.max()) + 1
-    for component in np.flatnonzero((rows > limit) & (np.bincount(parts) > 1)):
+    for component in np.flatnonzero((rows > fold_rows / PARTS_PER_FOLD) & (np.bincount(parts) > 1)):
         members = np.flatnonzero(parts == component)
-        count = min(len(members), int(np.ceil(rows[component] / limit)))
-        parts[members] = next_part + cut_graph(graph[members][:, members], num_rows[members], count, seed, False)
-        next_part += count
+        inner, weights = graph[members][:, members], num_rows[members]
+        for parts_per_fold in (PARTS_PER_FOLD, 2, 1):
+            count = min(len(members), int(np.ceil(rows[component] / fold_rows * parts_per_fold)))
+            cuts = (cut_graph(inner, weights, count, seed, recursive) for recursive in (False, True))
+            cut = next((cut for cut in cuts if len(np.unique(cut)) == count), np.arange(len(members)))  # none is empty
+            first, second = inner.nonzero()
+            leaked = np.unique(first[cut[first] != cut[second]])
+            if weights[leaked].sum() <= MOST_LEAKED * rows[component]:
+                break
+        parts[members] = next_part + cut
+        next_part += int(cut.max()) + 1
     return np.unique(parts, return_inverse=True)[1]
 
 

@@ -193,12 +193,12 @@ def test_a_prompt_has_one_fold_in_all_data_sets(tables, method):
     assert min(folds) == 0 and max(folds) == 9
 
 
-@pytest.mark.parametrize("method", ["stratified", "partition"])
-def test_report_and_clean_mark_are_what_brute_force_finds(tables, method):
+@pytest.mark.parametrize(("method", "least"), [("stratified", 0), ("partition", 0.1)])
+def test_report_and_clean_mark_are_what_brute_force_finds(tables, method, least):
     report = assign_folds(tables, 0.7, 10, method, progress=False)
     prompts, folds, embeddings = pooled(tables)
     leaks = ((cosines(embeddings) >= 0.7) & (folds[:, None] != folds)).any(axis=1)
-    assert 0.05 < leaks.mean() < 0.9
+    assert least <= leaks.mean() < 0.9  # a group as large as a fold is cut where folds have to be even
     data = datasets.load_datasets(["one", "two"])
     assert data.clean.tolist() == (~leaks).tolist()
     assert report["leaked_share"] == pytest.approx(len(set(prompts[leaks])) / 300)
@@ -284,7 +284,7 @@ def test_a_kill_between_any_two_files_leaves_whole_ones_and_no_report(tables, mo
         assert contents(folder) == complete, f"killed at file {last}"
 
 
-@pytest.mark.parametrize(("method", "most"), [("partition", 0.25), ("stratified", 0.4)])
+@pytest.mark.parametrize(("method", "most"), [("partition", 0.25), ("stratified", 0.45)])
 def test_new_prompts_join_folds_and_old_ones_stay(tables, method, most):
     assign_folds(tables[:1], method=method, progress=False)
     old = dict(zip(*(read_table(tables[0], [])[name].to_pylist() for name in ("prompt", "fold")), strict=True))
