@@ -96,7 +96,7 @@ def heavy_warnings(distinct: DistinctPrompts, folds: np.ndarray, num_folds: int)
     """A line for each prompt that has a fold of its own because its rows are more than an even share."""
     share = distinct.num_rows / distinct.num_rows.sum()
     return [
-        f"fold {folds[prompt]} holds one prompt alone, {distinct.prompts[prompt].as_py()!r}: it has "
+        f"fold {folds[prompt]} holds one prompt alone, {quoted(distinct.prompts[prompt].as_py())}: it has "
         f"{share[prompt]:.1%} of the rows, more than an even share; take some of its rows out"
         for prompt in heavy_prompts(distinct.num_rows, num_folds)
     ]
