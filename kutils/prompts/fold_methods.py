@@ -1,14 +1,24 @@
 """Assigns distinct prompts to folds by one of several methods; a prompt heavier than a fold gets one of its own."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 
 from kutils.prompts.near_duplicates import greedy_leaders
-from kutils.prompts.partition import folds_by_partition, folds_of_groups, groups_by_components, groups_by_kmeans
+from kutils.prompts.partition import (
+    fold_cost,
+    folds_by_partition,
+    folds_of_groups,
+    groups_by_components,
+    groups_by_kmeans,
+)
 from kutils.prompts.similarity import SimilarPairs
 from kutils.prompts.stratified import folds_by_strata, topics_of
 
 FOLD_METHODS = ("stratified", "partition", "components", "leader", "kmeans")
 CUTTING = FOLD_METHODS[:2]  # methods that cut the graph where they must
+MOST_UNEVEN = 0.2  # by which sizes of stratified folds may differ from their mean
 
 
 def assign(
@@ -40,16 +50,36 @@ def assign(
     rest = np.setdiff1d(np.arange(len(num_rows)), heavy)
     strata = [] if sources is None else [sources[rest]]
     strata += [] if embeddings is None or method == "partition" else [topics_of(embeddings, seed)[rest]]
-    some_rows, some_pairs, some_folds = num_rows[rest], among(rest, pairs, len(num_rows)), num_folds - len(heavy)
     folds = np.empty(len(num_rows), np.int8)
     folds[heavy] = num_folds - 1 - np.arange(len(heavy))
-    if method == "partition" and some_folds > 1:
-        folds[rest] = folds_by_partition(some_rows, some_pairs, some_folds, seed)
-    if method == "stratified" or len(np.unique(folds)) < num_folds:  # METIS can leave small parts empty
-        folds[rest] = folds_by_strata(some_rows, some_pairs, some_folds, strata, seed)
+    some_pairs = among(rest, pairs, len(num_rows))
+    folds[rest] = cut_evenly(num_rows[rest], some_pairs, num_folds - len(heavy), method, seed, strata)
     if len(np.unique(folds)) < num_folds:
         raise ValueError(f"{len(num_rows)} prompts did not fill {num_folds} folds; ask for fewer folds")
     return folds
+
+
+def cut_evenly(
+    num_rows: np.ndarray,
+    pairs: SimilarPairs,
+    num_folds: int,
+    method: str,
+    seed: int,
+    strata: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Assign folds by one of CUTTING, or by the other one where the first fails; arguments as for `folds_by_strata`.
+
+    Stratified folds are uneven where groups nearly as large as a fold stay whole; a partition cuts these. A partition
+    of few prompts can leave a fold empty.
+    """
+    by_partition = partial(folds_by_partition, num_rows, pairs, num_folds, seed)
+    by_strata = partial(folds_by_strata, num_rows, pairs, num_folds, strata, seed)
+    first, other = (by_strata, by_partition) if method == "stratified" else (by_partition, by_strata)
+    folds = first() if num_folds > 1 else np.zeros(len(num_rows), np.int8)
+    (unevenness, _), is_full = fold_cost(folds, num_rows, pairs, num_folds), len(np.unique(folds)) == num_folds
+    if is_full and (method == "partition" or unevenness <= MOST_UNEVEN):
+        return folds
+    return min(folds, other(), key=lambda each: (-len(np.unique(each)), fold_cost(each, num_rows, pairs, num_folds)))
 
 
 def heavy_prompts(num_rows: np.ndarray, num_folds: int) -> list[int]:
