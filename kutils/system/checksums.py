@@ -6,16 +6,22 @@ Files of before, which carry none, are taken as they are.
 import hashlib
 import json
 import mmap
+import os
 import zipfile
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 JSON_KEY = "checksum"  # of a record: hex SHA-256 of all else that it holds
-MARK = b"kutils-sha256:"  # a file's own checksum follows: in the head and in the footer of an Arrow file
+MARK = b"kutils-blocks:"  # a file's own checksum follows: in the head and in the footer of an Arrow file
+FORMER_MARK = b"kutils-sha256:"  # of files of before, which are hashed as one
 BLANK = MARK + f"{'0' * 64} {0:016d} {0:016d}".encode()  # digest, and the first and last byte that it leaves out
 ARROW_MAGIC = b"ARROW1"
+BLOCK = 1 << 26  # bytes that a thread takes at a time: 64 MB
+THREADS = 4
 
 
 class Damaged(ValueError):
@@ -94,14 +100,16 @@ def seal_arrow(path: Path, left_out: tuple[int, int] = (0, 0)) -> None:
     with path.open("r+b") as stream:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             places = find_marks(content)
-            seal = MARK + f"{digest_around(content, places, left_out)} {left_out[0]:016d} {left_out[1]:016d}".encode()
+            seal = MARK + f"{hash_blocks(content, places, left_out)} {left_out[0]:016d} {left_out[1]:016d}".encode()
         for place in places:
             stream.seek(place)
             stream.write(seal)
 
 
 def check_arrow(path: Path) -> None:
-    """Compare an Arrow file with the checksum in it: 1.8 GB/s.
+    """Compare an Arrow file with the checksum in it.
+
+    A file of 13 GB takes N s of one core, fewer of several; 1.1 GB/s where it was written before with one hash for all.
 
     Raises: OSError if it cannot be opened; Damaged if the checksum does not fit, or if it is no Arrow file.
     """
@@ -119,9 +127,10 @@ def check_arrow(path: Path) -> None:
 
 def is_seal_of(content: mmap.mmap, places: Sequence[int], seal: bytes) -> bool:
     """Whether a seal that stands at these places is that of the file."""
+    hash_rest = hash_blocks if seal.startswith(MARK) else hash_at_once
     try:
-        digest, first, end = seal.removeprefix(MARK).decode().split(" ")
-        return digest == digest_around(content, places, (int(first), int(end)))
+        digest, first, end = seal[len(MARK) :].decode().split(" ")
+        return digest == hash_rest(content, places, (int(first), int(end)))
     except ValueError:
         return False
 
@@ -131,16 +140,45 @@ def find_marks(content: mmap.mmap) -> list[int]:
     head_end = 16 + int.from_bytes(content[12:16], "little")
     footer_start = len(content) - 10 - int.from_bytes(content[-10:-6], "little")
     spans = ((0, min(head_end, len(content))), (max(footer_start, 0), len(content)))
-    return sorted({place for first, end in spans if (place := content.find(MARK, first, end)) >= 0})
+    found = (content.find(mark, first, end) for first, end in spans for mark in (MARK, FORMER_MARK))
+    return sorted({place for place in found if place >= 0})
 
 
-def digest_around(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, int]) -> str:
-    """Hex SHA-256 of a file without its seals, and without the bytes that are left out."""
-    digest, start = hashlib.sha256(), 0
+def rest_of(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, int]) -> list[tuple[int, int]]:
+    """First byte and end of each part of a file between its seals, and without the bytes that are left out."""
+    parts, start = [], 0
     holes = sorted([*((place, place + len(BLANK)) for place in places), left_out])
+    for first, end in [*holes, (len(content), len(content))]:
+        parts.append((start, max(start, first)))
+        start = max(start, end)
+    return parts
+
+
+def hash_blocks(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, int]) -> str:
+    """Hex SHA-256 of the places and CRC-32 of the blocks of a file without its seals and what is left out."""
+    blocks = [
+        (start, min(start + BLOCK, end))
+        for first, end in rest_of(content, places, left_out)
+        for start in range(first, end, BLOCK)
+    ]
+
+    def checksum(block: tuple[int, int]) -> int:
+        with memoryview(content) as view, view[block[0] : block[1]] as part:
+            return zlib.crc32(part)
+
+    if len(blocks) < 2 * THREADS:
+        sums = list(map(checksum, blocks))
+    else:
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            sums = list(pool.map(checksum, blocks))
+    return hashlib.sha256(json.dumps([blocks, sums]).encode()).hexdigest()
+
+
+def hash_at_once(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, int]) -> str:
+    """Hex SHA-256 of a file without its seals, and without the bytes that are left out."""
+    digest = hashlib.sha256()
     with memoryview(content) as view:
-        for first, end in [*holes, (len(content), len(content))]:
-            with view[start : max(start, first)] as part:
+        for first, end in rest_of(content, places, left_out):
+            with view[first:end] as part:
                 digest.update(part)
-            start = max(start, end)
     return digest.hexdigest()

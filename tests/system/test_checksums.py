@@ -81,6 +81,38 @@ def test_every_bit_of_an_arrow_file_counts(tmp_path):
             checksums.check_arrow(path)
 
 
+def test_blocks_and_what_lies_between_them_count(tmp_path, monkeypatch):
+    """Small blocks, several threads; two blocks that change their places are noticed, too."""
+    monkeypatch.setattr(checksums, "BLOCK", 256)
+    arrow_file(path := tmp_path / "a.arrow")
+    checksums.check_arrow(path)
+    whole = path.read_bytes()
+    for place in np.linspace(0, 1, 100, endpoint=False):
+        path.write_bytes(flip(whole, place))
+        with pytest.raises(checksums.Damaged):
+            checksums.check_arrow(path)
+    start = len(whole) // 2
+    path.write_bytes(
+        whole[:start] + whole[start + 256 : start + 512] + whole[start : start + 256] + whole[start + 512 :]
+    )
+    with pytest.raises(checksums.Damaged):
+        checksums.check_arrow(path)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_was_hashed_at_once_is_checked_as_before(tmp_path, monkeypatch, damage):
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "MARK", checksums.FORMER_MARK)
+        patch.setattr(checksums, "BLANK", checksums.FORMER_MARK + checksums.BLANK[len(checksums.MARK) :])
+        patch.setattr(checksums, "hash_blocks", checksums.hash_at_once)
+        read = arrow_file(path := tmp_path / "a.arrow")
+    content = path.read_bytes()
+    assert checksums.FORMER_MARK in content and checksums.MARK not in content and read() == list(range(1, 2000))
+    path.write_bytes(damage(content))
+    with pytest.raises(ValueError, match=r"a\.arrow"):
+        read()
+
+
 def test_files_of_before_are_read(tmp_path):
     schema = arrow.with_facts(pa.schema({"number": pa.int64()}), {"a": 1})
     with pa.ipc.new_file(tmp_path / "a.arrow", schema) as writer:
