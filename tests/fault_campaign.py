@@ -115,7 +115,7 @@ def judge(code: int | None, error: str, folder: Path, step: Step, expected: dict
     if code < 0 or code > 128:
         return f"ended by a signal ({code})"
     if code:
-        named = re.search(r"^(error: |  problem: )", error, re.MULTILINE)  # `check` reports problems
+        named = re.search(r"^(error: |  problem: |  bad: )", error, re.MULTILINE)  # `check` reports bad rows
         return "" if may_fail and named else f"exit {code}: {error.strip()[-200:]}"
     if may_fail and "warning: " in error:  # such as of images that were left out
         return ""

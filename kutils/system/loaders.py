@@ -1,11 +1,12 @@
 """Guards torch's data loaders: room in shared memory before they start, and finds the file that ends a process."""
 
 import contextlib
+import functools
 import itertools
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 import torch
@@ -39,9 +40,14 @@ def check_shared_memory(num_workers: int, batch_bytes: int, batches_ahead: int, 
         )
 
 
-def start_worker(number: int) -> None:
-    """Let a loader's process end with the main one, however that ends; it would notice after five seconds itself."""
+def start_worker(number: int, known: Set[bytes] = frozenset()) -> None:
+    """Let a loader's process end with the main one, however that ends; it would notice after five seconds itself.
+
+    Args:
+        known: digests of fatal contents; a process that is not forked has to be told.
+    """
     children.end_with_parent()
+    fatal.known.update(known)
 
 
 def batches(loader: DataLoader | Iterable) -> Iterator:
@@ -83,6 +89,7 @@ def recovered(loader: DataLoader, started: Iterator) -> Iterator:
             if was_ended(error):
                 print("warning: a process that loads images was ended; looking for an image that does it", flush=True)
                 find_fatal(loader, Rest(loader.batch_sampler, given))
+                loader.worker_init_fn = functools.partial(start_worker, known=fatal.known)
             without_finding += len(fatal.known) == num_known
             if without_finding > 1 or not was_ended(error):
                 raise ValueError(message) from error
@@ -127,8 +134,10 @@ def find_fatal(loader: DataLoader, rest: Rest) -> None:
     ahead = loader.num_workers * loader.prefetch_factor
     positions = [position for batch in itertools.islice(rest, ahead) for position in batch]
     note, suspected, options = fatal.make_note(), b"", {"num_workers": 1, "prefetch_factor": 1}
-    options |= {"timeout": loader.timeout, "worker_init_fn": start_worker, "generator": torch.Generator()}
+    options |= {"timeout": loader.timeout, "generator": torch.Generator()}
+    options |= {"multiprocessing_context": loader.multiprocessing_context}
     while positions:
+        options["worker_init_fn"] = functools.partial(start_worker, known=fatal.known)
         started = iter(DataLoader(Attempts(loader.dataset, note), None, sampler=positions, **options))
         try:
             while True:

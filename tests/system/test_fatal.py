@@ -4,7 +4,7 @@ import pytest
 import torch
 from fixtures import ending
 from fixtures.ensembles import save_images
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from kutils.data import transforms
 from kutils.data.checking import check_datasets
@@ -42,6 +42,13 @@ def test_a_loader_finds_each_and_its_next_pass_loses_nothing(capfd):
     assert said.count("a process that loads images was ended; looking for an image that does it") == 2
     assert torch.cat(list(loaders.batches(loader))).tolist() == EXPECTED
     assert "was ended" not in capfd.readouterr().out and len(fatal.known) == 2
+
+
+@pytest.mark.slow
+def test_processes_that_are_not_forked_find_it_too():
+    few = Subset(Contents(), [3, 4])
+    loader = DataLoader(few, 2, num_workers=1, timeout=60, multiprocessing_context="spawn")
+    assert torch.cat(list(loaders.batches(loader))).tolist() == [-1, 5]
 
 
 def test_a_process_that_is_lost_raises_nowhere_but_where_a_batch_is_waited_for():
