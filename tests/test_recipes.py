@@ -21,7 +21,7 @@ from kutils.models.networks import build_model
 from kutils.runs import recipes
 from kutils.runs.folders import read_metrics
 from kutils.system.paths import repository_root
-from kutils.training import engine, optimizers
+from kutils.training import engine, network_input, optimizers
 
 pytestmark = pytest.mark.recipes
 ROOT = repository_root()
@@ -65,7 +65,7 @@ def test_a_network_of_a_recipe_trains_and_the_published_network_reads_its_file(m
     batch = real_batch(recipe.input_size)
     before = network.fc.weight.detach().clone()
     if model == "convnext_xxlarge":
-        images = engine.to_network_input(batch, recipe, torch.device("cpu"))
+        images = network_input.to_network_input(batch, recipe, torch.device("cpu"))
         (1 - (network(images) * batch["target"]).sum()).backward()
         assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
         network.zero_grad(set_to_none=True)
@@ -79,7 +79,7 @@ def test_a_network_of_a_recipe_trains_and_the_published_network_reads_its_file(m
 
     path = tmp_path / "network.pth"
     checkpoints.save_checkpoint(path, network, recipe, fold=0)
-    images = engine.to_network_input(batch, recipe, torch.device("cpu"))
+    images = network_input.to_network_input(batch, recipe, torch.device("cpu"))
     with torch.no_grad():
         ours = network.eval()(images)
     rotary_positions = getattr(network.backbone, "rope", None)

@@ -11,6 +11,7 @@ from kutils.benchmarks import loader, measuring, published, step
 from kutils.data import transforms
 from kutils.runs.recipes import Recipe
 from kutils.system import devices
+from kutils.training import network_input
 
 UPDATES = 20
 LEVELS = "levels of 255"
@@ -46,7 +47,7 @@ def pixel_differences() -> list[measuring.Entry]:
         resized.append(levels_apart(square, picture.resize((size, size), Image.Resampling.BICUBIC)).mean())
         key = (71, 0, number)
         cropped, jitter = transforms.random_crop_and_jitter(image, size, key)
-        ours = 255 * transforms.normalize(cropped[None], (0, 0, 0), (1, 1, 1), jitter[None])[0]
+        ours = 255 * network_input.normalize(cropped[None], (0, 0, 0), (1, 1, 1), jitter[None])[0]
         box, factors, order = transforms.draw_augmentation(image, key)
         theirs = published.augment_as(picture, size, box, factors, order)
         augmented.append(levels_apart(ours, theirs).mean())

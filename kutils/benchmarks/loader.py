@@ -14,6 +14,7 @@ from PIL import Image
 from kutils.benchmarks import measuring, published
 from kutils.data import transforms
 from kutils.system import paths
+from kutils.training import network_input
 
 IMAGE_SIZE, INPUT_SIZE = 512, 384  # px, of the files and of the network's input
 NUM_PICTURES = 24
@@ -93,7 +94,7 @@ def host_batches(files: Sequence[Path], host: Callable) -> Iterator[list]:
 def device_part(batch: list) -> torch.Tensor:
     images = torch.stack([image for image, _ in batch])
     jitter = None if batch[0][1] is None else torch.stack([drawn for _, drawn in batch])
-    return transforms.normalize(images, MEAN, STD, jitter)
+    return network_input.normalize(images, MEAN, STD, jitter)
 
 
 @contextmanager

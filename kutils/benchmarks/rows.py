@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from kutils.benchmarks import measuring
 from kutils.benchmarks.measuring import make_entry, peak_megabytes, private_megabytes
-from kutils.data import datasets, transforms, validation_check
+from kutils.data import datasets, validation_check
 from kutils.data.sampler import EpochSampler
 from kutils.models import networks
 from kutils.runs import recipes
@@ -27,7 +27,7 @@ from kutils.system import paths, tables
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks
-from kutils.training import losses, optimizers
+from kutils.training import losses, network_input, optimizers
 
 MADE_SETS = {  # rows and images per prompt, as published: 5,059,104 rows of 3,378,588 prompts
     "cc3m": (748_781, 3),
@@ -156,7 +156,7 @@ def measure_rank(*names: str) -> dict[str, float]:
     )
     optimizer, loaded = optimizers.build_optimizer(network, tiny), iter(loader)
     batch = next(loaded)
-    images = transforms.normalize(batch["image"], recipe.mean, recipe.std)
+    images = network_input.normalize(batch["image"], recipe.mean, recipe.std)
     losses.cosine_embedding_loss(network(images), batch["target"]).backward()
     optimizer.step()
     result["first_step"] = time.monotonic() - began

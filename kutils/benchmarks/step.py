@@ -19,7 +19,7 @@ from kutils.runs.recipes import Recipe
 from kutils.system import devices
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.ranks import Ranks
-from kutils.training import engine, optimizers
+from kutils.training import engine, network_input, optimizers
 
 ON_GPU = ("convnext_large", "convnext_xxlarge", "vit_large", "eva02_large_clsavg", "eva02_large_clsonly")
 ON_CPU = ("tiny_convnext", "tiny_vit")
@@ -84,7 +84,7 @@ def random_batch(recipe: Recipe, device: torch.device, seed: int = 0) -> dict:
 
 def published_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor:
     """The batch as the published loader hands it over: float32, normalised."""
-    images = transforms.normalize(batch["image"], recipe.mean, recipe.std).contiguous()
+    images = network_input.normalize(batch["image"], recipe.mean, recipe.std).contiguous()
     return images.pin_memory() if device.type == "cuda" else images
 
 

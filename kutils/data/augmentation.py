@@ -18,7 +18,7 @@ def augment(image: Tensor, recipe, key: tuple[int, ...]) -> tuple[Tensor, Tensor
         image: uint8 [3, H, W].
         recipe: its `augment` and `input_size` count.
         key: seed, epoch and row.
-    Returns: uint8 [3, S, S]; float32 [8] for `transforms.color_jitter`, zeros unless augmented as published.
+    Returns: uint8 [3, S, S]; float32 [8] for `network_input.color_jitter`, zeros unless augmented as published.
     """
     if recipe.augment == "published":
         return transforms.random_crop_and_jitter(image, recipe.input_size, key)

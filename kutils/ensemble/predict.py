@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kutils.data import transforms
 from kutils.ensemble.image_cache import PixelCache, find_images
 from kutils.ensemble.weights import load_ensemble
 from kutils.models import checkpoints
@@ -30,6 +29,7 @@ from kutils.system import devices, paths
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import join_ranks
+from kutils.training import network_input
 
 BATCH_SIZE = 64
 TTA = ("none", "two_resolutions")
@@ -194,7 +194,7 @@ class Predictor:
 
     def embed(self, pixels: Tensor) -> np.ndarray:
         """uint8 [B, 3, S, S] to float32 [B, 384], all at once."""
-        inputs = transforms.normalize(pixels.to(self.device), self.recipe.mean, self.recipe.std)
+        inputs = network_input.normalize(pixels.to(self.device), self.recipe.mean, self.recipe.std)
         rows = self.forward(inputs.contiguous(memory_format=torch.channels_last))
         return (nn.functional.normalize(rows, dim=1) if self.unit_rows else rows).cpu().numpy()
 

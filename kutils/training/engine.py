@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 
-from kutils.data import transforms
 from kutils.models.networks import PromptEmbedder
 from kutils.runs.recipes import Recipe
 from kutils.system import loaders
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.devices import is_out_of_memory
 from kutils.system.ranks import Ranks
+from kutils.training import network_input
 from kutils.training.losses import LOSSES, cosine_similarity
 from kutils.training.sam import frozen_batch_statistics, gradient_norm, perturbed
 
@@ -70,13 +70,6 @@ def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: to
         warning = "warning: the network could not be compiled, and trains as with compile=false"
         print(f"{warning} ({failures[0]})" if failures else done, flush=True)
     return not failures
-
-
-def to_network_input(batch: dict, recipe: Recipe, device: torch.device) -> Tensor:
-    """The batch's uint8 images, augmented and normalised on the device: float32 [B, 3, S, S], channels last."""
-    images = batch["image"].to(device, non_blocking=True)
-    jitter = batch["jitter"] if recipe.augment == "published" and "jitter" in batch else None
-    return transforms.normalize(images, recipe.mean, recipe.std, jitter)
 
 
 def update(
@@ -155,7 +148,7 @@ def backward(
     """
     device = next(model.parameters()).device
     with record_function("augmentation and copy"):
-        images = to_network_input(batch, recipe, device)
+        images = network_input.to_network_input(batch, recipe, device)
         targets = batch["target"].to(device, non_blocking=True)
     # forward and backward inside: with the forward outside of no_sync, DDP would average this gradient too
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not average else nullcontext():
@@ -204,7 +197,7 @@ def evaluate(
     embeddings, cosines, lengths = [empty], [empty[:, 0]], [empty[:, 0]]
     features = [torch.zeros(0, network.num_features, device=ranks.device)]
     for batch in loaders.batches(loader):
-        images = to_network_input(batch, recipe, ranks.device)
+        images = network_input.to_network_input(batch, recipe, ranks.device)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
             seen = network.features(images)
             projected = network.project(seen)

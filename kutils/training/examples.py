@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from kutils.data import datasets, transforms
+from kutils.data import datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.runs.recipes import Recipe
+from kutils.training import network_input
 from kutils.training.out_of_fold import predictions_path, read_predictions
 
 MOST_PROMPTS = 200_000  # among which the nearest one is searched: 300 MB
@@ -23,7 +24,7 @@ def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[n
     rows = data.training_rows(fold)
     chosen = np.random.default_rng(recipe.seed).choice(rows, min(count, len(rows)), replace=False)
     examples = datasets.collate([datasets.TrainingImages(data, rows, recipe)[0, int(row)] for row in chosen])
-    images = transforms.normalize(
+    images = network_input.normalize(
         examples["image"], (0, 0, 0), (1, 1, 1), examples["jitter"] if recipe.augment == "published" else None
     )
     pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -15,7 +15,7 @@ from kutils.runs.recipes import Recipe
 from kutils.system import loaders, progress
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.ranks import Ranks
-from kutils.training import engine, loading
+from kutils.training import loading, network_input
 from kutils.training.losses import cosine_similarity
 
 PENALTIES = np.logspace(-6, 2, 33)  # times the mean square of a feature and the number of images
@@ -140,7 +140,7 @@ def fit_head(
     network.eval()
     with progress.progress_bar(len(mine), "image", "head in closed form", disable=not ranks.is_main) as shown:
         for positions, batch in zip(batches, loaders.batches(loader), strict=True):
-            images = engine.to_network_input({"image": batch["image"]}, recipe, ranks.device)
+            images = network_input.to_network_input({"image": batch["image"]}, recipe, ranks.device)
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
                 features = network.features(images).float()
             targets = batch["target"].to(ranks.device)

@@ -15,9 +15,9 @@ from fixtures.ensembles import by_hand, write_ensemble
 from torch.nn.functional import normalize
 
 from kutils.__main__ import run as run_command
-from kutils.data import transforms
 from kutils.ensemble import image_cache, predict
 from kutils.models import checkpoints, networks
+from kutils.training import network_input
 
 CPU = torch.device("cpu")
 
@@ -154,7 +154,7 @@ class SmallMemory(torch.nn.Module):
 def test_the_batch_is_halved_until_it_fits_and_stays_so(capsys, tiny_recipe, error):
     model, squares = SmallMemory(3, error), torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
     predictor = predict.Predictor(model, tiny_recipe(amp_dtype="float32"), CPU, 64)  # 64 is more than there are
-    expected = normalize(transforms.normalize(squares, (0.5,) * 3, (0.5,) * 3).mean(dim=(2, 3)), dim=1)
+    expected = normalize(network_input.normalize(squares, (0.5,) * 3, (0.5,) * 3).mean(dim=(2, 3)), dim=1)
     np.testing.assert_allclose(predictor(squares), expected, atol=1e-6)
     assert model.sizes == [8, 4, 2, 2, 2, 2]
     np.testing.assert_allclose(predictor(squares[:3]), expected[:3], atol=1e-6)

@@ -10,7 +10,7 @@ from kutils.data import datasets, transforms
 from kutils.models import checkpoints, published
 from kutils.models.networks import build_model
 from kutils.runs.folders import read_metrics
-from kutils.training import averaging, engine, optimizers
+from kutils.training import averaging, engine, network_input, optimizers
 
 
 def test_by_hand(tiny_recipe):
@@ -66,7 +66,7 @@ def predict(path) -> np.ndarray:
     model, recipe, _ = checkpoints.load_model(path)
     images = [transforms.resize_square(data.decode_image(row), 32) for row in np.flatnonzero(data.folds == 0)]
     with torch.no_grad():
-        return model(transforms.normalize(torch.stack(images), recipe.mean, recipe.std)).numpy()
+        return model(network_input.normalize(torch.stack(images), recipe.mean, recipe.std)).numpy()
 
 
 @pytest.mark.slow

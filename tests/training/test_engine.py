@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kutils.models.networks import PromptEmbedder, build_model
 from kutils.system.ranks import Ranks
-from kutils.training import engine, optimizers
+from kutils.training import engine, network_input, optimizers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim"}
@@ -95,7 +95,7 @@ def test_the_loss_of_the_recipe_is_what_is_trained(tiny_recipe):
     for loss in ("cosine", "angular"):
         recipe = tiny_recipe(augment="none", loss=loss)
         with torch.no_grad():
-            cosines = (network(engine.to_network_input(batch, recipe, ALONE.device)) * batch["target"]).sum(1)
+            cosines = (network(network_input.to_network_input(batch, recipe, ALONE.device)) * batch["target"]).sum(1)
             cosines = (cosines / batch["target"].norm(dim=1)).double()
         expected = {"cosine": 1 - cosines.mean(), "angular": cosines.arccos().mean()}[loss]
         value = engine.update(network, [batch], optimizer, scaler, recipe, torch.float32)

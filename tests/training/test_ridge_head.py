@@ -13,7 +13,7 @@ from kutils.models import checkpoints
 from kutils.models.networks import build_model
 from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
-from kutils.training import engine, ridge_head
+from kutils.training import engine, network_input, ridge_head
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 KEPT = {"head_init": "ridge", "lr": 0.0, "min_lr": 0.0, "epochs": 1}  # a rate of 0: the head stays what was fitted
@@ -35,7 +35,7 @@ def data(workspace):
 def features_of(model, data, rows) -> np.ndarray:
     images = [transforms.resize_square(transforms.decode_rgb(data.image_path(row)), 32) for row in rows]
     with torch.no_grad():
-        return model.eval().features(transforms.normalize(torch.stack(images), (0.5,) * 3, (0.5,) * 3)).numpy()
+        return model.eval().features(network_input.normalize(torch.stack(images), (0.5,) * 3, (0.5,) * 3)).numpy()
 
 
 def cosines(predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:

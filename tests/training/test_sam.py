@@ -8,7 +8,7 @@ from fixtures import sam_on_ranks
 from fixtures.sam_on_ranks import Toy, loss_of, toy_batch
 
 from kutils.models.networks import build_model
-from kutils.training import engine, loading
+from kutils.training import engine, loading, network_input
 from kutils.training.sam import frozen_batch_statistics, perturbed
 
 
@@ -124,7 +124,7 @@ def test_an_update_counts_each_batch_once_in_batch_statistics(tiny_recipe, sam_g
     batches = [toy_batch(0), toy_batch(1)]
     model, plain = Normalised().train(), Normalised().train()
     for batch in batches:
-        plain(engine.to_network_input(batch, recipe, torch.device("cpu")))
+        plain(network_input.to_network_input(batch, recipe, torch.device("cpu")))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     engine.update(model, batches, optimizer, torch.amp.GradScaler("cpu", enabled=False), recipe, torch.float32)
     for name, value in plain.norm.named_buffers():

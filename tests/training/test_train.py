@@ -25,7 +25,7 @@ from kutils.runs.folders import read_metrics
 from kutils.runs.recipes import load_recipe
 from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
-from kutils.training import engine, out_of_fold
+from kutils.training import engine, network_input, out_of_fold
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_run_leaves_what_the_next_steps_need(workspace, recipe_file):
     model, recipe, facts = checkpoints.load_model(working / "models" / "tiny" / "tiny_fold0_best_cossim.pth")
     images = [transforms.resize_square(transforms.decode_rgb(data.image_path(row)), 32) for row in rows]
     with torch.no_grad():
-        expected = model(transforms.normalize(torch.stack(images), recipe.mean, recipe.std)).numpy()
+        expected = model(network_input.normalize(torch.stack(images), recipe.mean, recipe.std)).numpy()
     saved = np.load(run / "fold0_predictions.npz", allow_pickle=False)
     np.testing.assert_allclose(saved["embeddings"], expected, atol=2e-5)
     assert saved["row"].tolist() == rows.tolist() and set(saved["dataset"]) == {"toy"}

@@ -19,7 +19,7 @@ from kutils.models import checkpoints
 from kutils.runs.finished import read_result
 from kutils.runs.recipes import Recipe
 from kutils.system.tables import read_table, write_table
-from kutils.training import train
+from kutils.training import network_input, train
 from kutils.views import exploration, widgets
 from kutils.views.exploration import Exploration
 
@@ -195,7 +195,7 @@ def test_an_image_of_ones_own_is_asked_about(world, tmp_path):
         model, recipe, _ = checkpoints.load_model(path)
         pixels = transforms.resize_square(transforms.decode_rgb(image), recipe.input_size)
         with torch.no_grad():
-            predicted.append(model(transforms.normalize(pixels[None], recipe.mean, recipe.std)).numpy())
+            predicted.append(model(network_input.normalize(pixels[None], recipe.mean, recipe.std)).numpy())
     predicted.insert(0, blending.average(predicted))
     for rows, shown in zip(predicted, told.values(), strict=True):
         cosines = table @ rows[0]
