@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kutils.data.datasets import PromptImages, load_datasets
 from kutils.data.index import cache_path, fingerprint
-from kutils.prompts.similarity import exact_products, unit_rows
+from kutils.prompts.shortening import exact_products
+from kutils.prompts.similar_blocks import unit_rows
 from kutils.system import arrow
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, open_embeddings

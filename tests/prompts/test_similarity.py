@@ -6,11 +6,11 @@ import torch
 from fixtures.datasets import unit_rows
 from fixtures.prompts import brute_force, cosines, neighbourhoods
 
-from kutils.prompts import similarity
+from kutils.prompts import shortening, similar_blocks, similarity
 from kutils.prompts.similarity import similar_pairs, strips_folder
 from kutils.system.ranks import Ranks
 
-DTYPES = ["bfloat16", "float16", "float32"]
+DTYPES = ["int8", "bfloat16", "float16", "float32"]
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.7, 0.78, 0.99])
@@ -48,7 +48,7 @@ def test_no_rounding_hides_a_pair(dtype):
         numbers += [power * (1 + above)] * int(left / power**2)
         left -= int(left / power**2) * power**2
     rows = np.tile(np.pad(numbers, (0, 384 - len(numbers))), (2, 1)).astype(np.float32)
-    rounded = similarity.put_rows(rows, torch.device("cpu"), dtype).rounded.float()
+    rounded = torch.from_numpy(rows).to(getattr(torch, dtype)).float()
     assert rounded[0] @ rounded[1] < 1 - above  # a comparison without a margin would miss it
     assert similar_pairs(rows, 0.9999999, dtype=dtype).first.tolist() == [0]
 
@@ -109,14 +109,138 @@ def test_nothing_similar(count):
     assert len(similar_pairs(rows, 0.9).first) == len(similar_pairs(rows, 0.9, others=rows[:0]).first) == 0
 
 
+@pytest.fixture(params=["int8", "bfloat16", "float32"])
+def shortened(request, monkeypatch):
+    """Short rows of a given precision and width in every search, however few rows there are."""
+
+    def shorten_to(width):
+        def fixed(left, right, threshold, dtype, run):
+            rows = torch.cat([part.exact.double() / part.lengths[:, None] for part in (left, right)])
+            axes = shortening.principal_axes(rows[:: 1 + len(rows) // 200])
+            return shortening.fit_shortening(rows[:50], axes, width, getattr(torch, request.param))
+
+        monkeypatch.setattr(similarity, "fastest_shortening", fixed)
+
+    return shorten_to
+
+
+def in_a_plane(count):
+    """float32 unit rows in one plane, 0.01 apart in angle: nothing is left of them beyond two axes."""
+    plane = np.linalg.qr(np.random.default_rng(1).standard_normal((384, 2)))[0]
+    angles = 0.01 * np.arange(count)
+    return (np.stack([np.cos(angles), np.sin(angles)], axis=1) @ plane.T).astype(np.float32)
+
+
+HARD = {  # rows at which a bound without one of its terms fails, or helps nothing
+    "plane": (in_a_plane(300), [0.7, 0.99, 0.9999]),
+    "noise": (unit_rows(300), [0.05, 0.1]),
+    "duplicates": (unit_rows(150)[np.arange(300) // 2], [0.9, 1.0]),
+    "one outlier": (np.concatenate([in_a_plane(299), unit_rows(1, 5)]), [0.7]),
+    "lengths": (neighbourhoods(60, 5, 0.55) * np.random.default_rng(2).uniform(0.9991, 1.0009, (300, 1)), [0.7, 0.75]),
+    "axis": (np.concatenate([np.eye(384)[:150], -np.eye(384)[:150]]), [0.5, 1.0]),
+}
+
+
+@pytest.mark.parametrize("width", [2, 32, 384])
+@pytest.mark.parametrize("kind", HARD)
+def test_short_rows_hide_no_pair(shortened, width, kind):
+    shortened(width)
+    rows, thresholds = HARD[kind][0].astype(np.float32), HARD[kind][1]
+    for threshold in thresholds:
+        expected = brute_force(rows, threshold - similar_blocks.EXACTLY)
+        pairs = similar_pairs(rows, threshold, block_rows=128)
+        assert list(zip(pairs.first, pairs.second, strict=True)) == expected
+        between = similar_pairs(rows[:100], threshold, others=rows[100:])
+        expected = np.nonzero(cosines(rows)[:100, 100:] >= threshold - similar_blocks.EXACTLY)
+        assert np.array_equal((between.first, between.second), expected)
+
+
+@pytest.mark.parametrize("width", [2, 64, 384])
+@pytest.mark.parametrize("kind", HARD)
+def test_products_of_short_rows_bound_all_products(shortened, width, kind):
+    """The proof, number by number: no product of rows exceeds that of their short rows by more than the limit says."""
+    shortened(width)
+    rows = similar_blocks.put_rows(HARD[kind][0].astype(np.float32), torch.device("cpu"), map)
+    how = similarity.fastest_shortening(rows, rows, 0.7, "", map)
+    rows = similar_blocks.shorten(rows, how, map)
+    values = shortening.products(rows.short[:300], rows.short[:300])
+    exact = cosines(HARD[kind][0].astype(np.float32)).ravel()
+    for place in np.argsort(values.double().numpy().ravel() / how.scale**2 - exact)[
+        :100
+    ]:  # the ones nearest to failing
+        limit = shortening.smallest_product(exact[place], how, (rows.error, rows.error), width)
+        assert values.ravel()[place] >= limit
+
+
+def test_pairs_built_around_the_threshold_are_decided_as_given(shortened):
+    """Rows of a length that float32 cannot scale to 1, their cosines within 1e-7 of the threshold."""
+    shortened(48)
+    random, rows = np.random.default_rng(3), []
+    for number in range(400):
+        one, other = np.linalg.qr(random.standard_normal((384, 2)))[0].T
+        cosine = 0.7 + random.uniform(-1, 1) * 10.0 ** random.uniform(-9, -7)
+        rows += [(1 + 0.0009 * (number % 3 - 1)) * one, cosine * one + np.sqrt(1 - cosine**2) * other]
+    rows = np.array(rows).astype(np.float32)
+    pairs = similar_pairs(rows, 0.7)
+    expected = brute_force(rows, 0.7)
+    assert list(zip(pairs.first, pairs.second, strict=True)) == expected and 100 < len(expected) < 300
+
+
+def test_the_width_is_chosen_by_cost(monkeypatch):
+    """Rows of 20 axes among 384 are shortened, noise is not, and both searches find what brute force finds."""
+    monkeypatch.setattr(similar_blocks, "FEW_PAIRS", 0)
+    chosen, choose = [], similarity.fastest_shortening
+    monkeypatch.setattr(similarity, "fastest_shortening", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((384, 20)))[0]
+    rows = np.random.default_rng(1).standard_normal((2100, 20)) @ basis.T + 0.01 * unit_rows(2100)
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    for some, threshold in ((rows, 0.8), (unit_rows(2100), 0.2)):
+        pairs = similar_pairs(some, threshold)
+        assert list(zip(pairs.first, pairs.second, strict=True)) == brute_force(some, threshold)
+        assert len(pairs.first)
+    low, noise = chosen
+    assert low.axes.shape[1] < 100 and noise.axes is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_candidates_by_group_are_those_of_every_product(dtype):
+    """What a GPU does, on the CPU."""
+    rows = torch.from_numpy(neighbourhoods(num_groups=32, group_size=8, noise=0.5))
+    short, _ = shortening.fit_shortening(rows.double(), torch.eye(384), 384, getattr(torch, dtype)).apply(rows.double())
+    values = shortening.products(short, short)
+    limit = values.flatten().double().quantile(0.97).to(values.dtype)
+    row, column = similar_blocks.candidates_by_group(values, limit, 1)
+    assert set(zip(row.tolist(), column.tolist(), strict=True)) == set(map(tuple, (values >= limit).nonzero().tolist()))
+    assert similar_blocks.candidates_by_group(values, limit, 0.01) is None
+
+
 def test_a_crowded_block_is_quartered(monkeypatch):
-    monkeypatch.setattr(similarity, "CROWDED_ROWS", 64)
+    """As on a GPU."""
+    monkeypatch.setattr(similar_blocks, "CROWDED_ROWS", 64)
     rows = neighbourhoods(num_groups=2, group_size=250, noise=0.3)
-    sizes, search = [], similarity.candidates
-    monkeypatch.setattr(similarity, "candidates", lambda *args: sizes.append(len(args[0])) or search(*args))
+    sizes = []
+
+    def search(left, right, limit, most):
+        sizes.append(len(left))
+        return similar_blocks.candidates_by_group(shortening.products(left, right), limit, most)
+
+    monkeypatch.setattr(similar_blocks, "candidates", search)
+    monkeypatch.setattr(similar_blocks, "products_of", lambda a, b, row, column: (a @ b.T)[row, column])
     pairs = similar_pairs(rows, 0.7, block_rows=256)
     assert list(zip(pairs.first, pairs.second, strict=True)) == brute_force(rows, 0.7)
     assert len(pairs.first) == 2 * 250 * 249 // 2 and {256, 128, 64} <= set(sizes)
+
+
+def test_threads_find_what_one_finds_and_leave_torch_as_it_was():
+    rows, before = neighbourhoods(num_groups=70, group_size=5, noise=0.55), torch.get_num_threads()
+    whole = similar_pairs(rows, 0.7, block_rows=64)
+    torch.set_num_threads(3)
+    try:
+        pairs = similar_pairs(rows, 0.7, block_rows=64)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(one, other) for one, other in zip(pairs, whole, strict=True))
 
 
 def test_ranks_are_dealt_what_is_missing_and_the_main_one_joins(tmp_path):

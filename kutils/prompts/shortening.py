@@ -1,0 +1,107 @@
+"""Shortens embeddings to a few numbers whose products are never below the embeddings' own, but for a known error.
+
+Proof. Let u and v be rows, y the coordinates of u along some orthonormal axes, and z those along all other axes.
+Then u . v = y . y' + z . z' <= y . y' + |z| |z'| = r . r', where r = (y, |z|) is as long as u (Cauchy-Schwarz).
+Turning r and r' alike changes no product. What is stored is s = r + d, rounded, with a measured |d| <= e.
+r . r' = s . s' - d . s' - r . d', so that r . r' <= s . s' + e |s'| + |r| e', where |s'| <= |r'| + e'.
+A pair of product t therefore has s . s' >= t - e (|r'| + e') - |r| e'.
+
+The axes are the principal ones: they leave the least to the tail z. They come from a sample, which the proof allows.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOAT64_ERROR = 1e-6  # of |z|, the root of a difference of numbers that err by 1e-13
+
+
+@dataclass(frozen=True)
+class Shortening:
+    """How rows of D numbers become short ones of `width` numbers; at full width they stay as they are."""
+
+    axes: Tensor | None  # float64 [D, width - 1], orthonormal columns; None at full width, as `turn`
+    turn: Tensor | None  # float64 [width, width], orthonormal: evens the numbers out, so that int8 rounds them less
+    dtype: torch.dtype  # int8, bfloat16, float16 or float32
+    scale: float  # the numbers are multiplied by it: to fill the range of int8, else 1
+
+    def exactly(self, rows: Tensor) -> Tensor:
+        """Short rows in float64, [n, width], of float64 [n, D]; each as long as its row."""
+        if self.axes is None:
+            return rows
+        head = rows @ self.axes
+        tail = (squares(rows) - squares(head)).clamp_(min=0).sqrt_()
+        return torch.cat([head, tail[:, None]], dim=1) @ self.turn
+
+    def apply(self, rows: Tensor) -> tuple[Tensor, float]:
+        """Short rows in `dtype`, [n, width], of float64 [n, D], and the largest error |d| of one."""
+        scaled = self.exactly(rows) * self.scale
+        stored = scaled.round().clamp_(-127, 127).to(self.dtype) if self.dtype == torch.int8 else scaled.to(self.dtype)
+        errors = squares(scaled.sub_(stored)).sqrt_() / self.scale
+        return stored, float(errors.amax()) + FLOAT64_ERROR if len(rows) else 0.0
+
+
+def squares(rows: Tensor) -> Tensor:
+    """The squared lengths of rows [n, D]: [n]."""
+    return torch.linalg.vecdot(rows, rows)
+
+
+def principal_axes(sample: Tensor) -> Tensor:
+    """Orthonormal axes, float64 [D, D] in columns, the one with most of the rows' length first, of float64 [n, D]."""
+    return torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1)
+
+
+def fit_shortening(sample: Tensor, axes: Tensor | None, width: int, dtype: torch.dtype) -> Shortening:
+    """The shortening to `width` numbers along the first axes; a sample of rows (float64 [n, D]) sets the scale."""
+    how = Shortening(None, None, dtype, 1.0)
+    if width < sample.shape[1]:
+        random = torch.from_numpy(np.random.default_rng(0).standard_normal((width, width)))
+        how = Shortening(axes[:, : width - 1], torch.linalg.qr(random).Q.to(axes.device), dtype, 1.0)
+    if dtype == torch.int8 and len(sample):  # what is beyond the largest number of the sample is cut, as its |d| says
+        how = replace(how, scale=127 / max(float(how.exactly(sample).abs().amax()), 1e-3))
+    return how
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Products of all rows of left with all of right, [m, n]: int32 of int8, else in the dtype of the rows."""
+    return torch._int_mm(left, right.T) if left.dtype == torch.int8 else left @ right.T
+
+
+def smallest_product(threshold: float, how: Shortening, errors: tuple[float, float], width: int) -> Tensor:
+    """The smallest entry of `products` that two rows of length 1 and a product of at least `threshold` can have.
+
+    Sums in float32 err by less than `float32_margin`, those of int8 not at all. Rounding products to 16 bits keeps
+    their order, so that a limit that is rounded alike is not above them.
+
+    Args:
+        errors: of the rows of left and right, as `Shortening.apply` returns them.
+        width: of the short rows.
+    """
+    limit = threshold - errors[0] * (1 + errors[1]) - errors[1]
+    if how.dtype == torch.int8:
+        return torch.tensor(math.floor(limit * how.scale**2), dtype=torch.int32)
+    return torch.tensor(limit - float32_margin(width), dtype=torch.float64).to(how.dtype)
+
+
+def float32_margin(dimension: int) -> float:
+    """Twice the bound D * u on the rounding error of a scalar product of unit rows in float32."""
+    return dimension * 2.0**-23
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute float32 products without TF32, and sums in float32, inside the block, as the error bounds assume."""
+    matmul, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    settings = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = settings

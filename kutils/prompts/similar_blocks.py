@@ -1,0 +1,260 @@
+"""Finds the similar pairs of one block of rows, by short rows that are chosen for speed."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kutils.prompts.shortening import (
+    Shortening,
+    fit_shortening,
+    float32_margin,
+    principal_axes,
+    products,
+    smallest_product,
+)
+from kutils.system.devices import autocast_dtype
+from kutils.system.embedding_files import UNIT_TOLERANCE
+
+SAMPLE_ROWS = {"cpu": 1024, "cuda": 16_384}  # of the block by which ways to shorten rows are compared
+FEW_PAIRS = 2**24  # of rows, up to which comparing ways costs more than it saves
+WIDTHS = (32, 48, 64, 96, 128, 192)  # of short rows that are tried, beside the full width
+GROUP = 64  # rows whose largest product is looked at first on a GPU: most groups hold no candidate
+DENSE = {"cpu": 1 / 8, "cuda": 1 / 50}  # share of candidates from which all float32 products cost less than single ones
+CROWDED = 1 / 16  # share of groups with a candidate from which a block is quartered, if it has CROWDED_ROWS twice
+CROWDED_ROWS = 2048
+VERIFIED = 32_768  # candidates verified at a time: 100 MB
+COPIED = 2048  # embeddings copied at a time: 6 MB in float64, which a CPU's cache holds
+LOOKED_AT = 256  # rows of a block whose products are looked at together on a CPU
+EXACTLY = 1e-12  # tolerance in float64, so that equal rows count as similar at a threshold of 1.0
+
+
+class SimilarPairs(NamedTuple):
+    """Pairs of rows, sorted by first, then second."""
+
+    first: np.ndarray  # int32 [pairs]
+    second: np.ndarray  # int32 [pairs]; within one set: first < second
+    cosine: np.ndarray  # float32 [pairs]
+
+
+def concatenate_pairs(parts: list[SimilarPairs], sort: bool = False) -> SimilarPairs:
+    """The pairs of all parts, in their order or sorted by first, then second."""
+    empty = SimilarPairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+    pairs = SimilarPairs(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
+    if sort:
+        order = np.lexsort((pairs.second, pairs.first))
+        pairs = SimilarPairs(*(column[order] for column in pairs))
+    return pairs
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Embeddings on the device, with short ones to find candidates by."""
+
+    exact: Tensor  # float32 [n, D], as given
+    lengths: Tensor  # float64 [n]
+    short: Tensor  # [padded, width], padded with zeros to a multiple of GROUP
+    error: float  # as `Shortening.apply` returns it
+
+
+def put_rows(embeddings: np.ndarray, device: torch.device, run: Callable) -> Rows:
+    """Copy embeddings (float32 [n, D]) to the device, and measure their lengths; no short rows yet.
+
+    Raises: ValueError for a row that is not finite or not of unit length.
+    """
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings of shape {list(embeddings.shape)} are no rows of numbers")
+    exact = torch.empty(embeddings.shape, device=device)
+    lengths = torch.empty(len(embeddings), dtype=torch.float64, device=device)
+
+    def put(start: int) -> None:
+        block = torch.from_numpy(np.array(embeddings[start : start + COPIED], np.float32))
+        exact[start : start + len(block)] = block.to(device)
+        lengths[start : start + len(block)] = check_lengths(block, start).to(device)
+
+    list(run(put, range(0, len(embeddings), COPIED)))
+    return Rows(exact, lengths, exact[:0], 0.0)
+
+
+def shorten(rows: Rows, how: Shortening, run: Callable) -> Rows:
+    """Rows with their short ones, in place of others."""
+    num_rows = len(rows.exact)
+    width = rows.exact.shape[1] if how.axes is None else how.axes.shape[1] + 1
+    short = torch.zeros(num_rows + -num_rows % GROUP, width, dtype=how.dtype, device=rows.exact.device)
+
+    def put(start: int) -> float:
+        some = slice(start, min(start + COPIED, num_rows))
+        short[some], error = how.apply(rows.exact[some].double() / rows.lengths[some, None])
+        return error
+
+    return replace(rows, short=short, error=max(run(put, range(0, num_rows, COPIED)), default=0.0))
+
+
+def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
+    """A copy on the CPU, float32 [n, D], whose rows have length 1.
+
+    Raises: ValueError as `check_lengths` does.
+    """
+    rows = torch.from_numpy(np.array(embeddings, np.float32))
+    return rows.div_(check_lengths(rows, first_row)[:, None].float())
+
+
+def check_lengths(rows: Tensor, first_row: int) -> Tensor:
+    """float64 [n], of float32 [n, D].
+
+    Raises: ValueError for a row that is not finite or not of unit length; it counts from `first_row`.
+    """
+    lengths = rows.double().norm(dim=1)
+    bad = (~((lengths - 1).abs() < UNIT_TOLERANCE)).nonzero()  # NaN compares false
+    if len(bad):
+        row = int(bad[0, 0])
+        raise ValueError(
+            f"row {first_row + row} of the embeddings has length {lengths[row].item()}, not 1; embed it again"
+        )
+    return lengths
+
+
+def fastest_shortening(left: Rows, right: Rows, threshold: float, dtype: str, run: Callable) -> Shortening:
+    """The way to shorten rows with which the pairs among a sample of them are found in the least time.
+
+    The widest short rows have the fewest candidates to verify, the narrowest the cheapest products. Where the bound
+    helps nothing, as among random rows, the full width wins. A few rows are multiplied as they are.
+
+    Args:
+        dtype: of the short rows; auto: int8 or what the device multiplies fast.
+    """
+    device, width = left.exact.device, left.exact.shape[1]
+    samples = [sample_of(rows, SAMPLE_ROWS[device.type], seed) for seed, rows in enumerate((left, right))]
+    numbers = torch.cat([rows.exact.double() / rows.lengths[:, None] for rows in samples])
+    dtypes = [autocast_dtype(dtype, device)]
+    if len(left.exact) * len(right.exact) <= FEW_PAIRS:
+        return fit_shortening(numbers, None, width, dtypes[0])
+    if dtype == "auto" and device.type == "cpu":
+        dtypes.append(torch.int8)
+    axes = principal_axes(numbers)
+    widths = [width, *(size for size in WIDTHS if size < width)]
+    ways = [fit_shortening(numbers, axes, size, name) for name in dtypes for size in widths]
+
+    def seconds(how: Shortening) -> float:
+        here, there = (shorten(rows, how, map) for rows in samples)
+        return min(time_block(here, there, threshold, how) for _ in range(2))  # the first prepares the product
+
+    return ways[int(np.argmin(list(run(seconds, ways))))]
+
+
+def sample_of(rows: Rows, count: int, seed: int) -> Rows:
+    """Up to `count` of the rows, drawn at random."""
+    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows.exact))[:count]).to(rows.exact.device)
+    return replace(rows, exact=rows.exact[chosen], lengths=rows.lengths[chosen])
+
+
+def time_block(left: Rows, right: Rows, threshold: float, how: Shortening) -> float:
+    """Seconds that the pairs of one block take: of this thread on a CPU, whatever else it does, else by the clock."""
+    clock = time.thread_time if left.exact.device.type == "cpu" else time.perf_counter
+    began = clock()
+    pairs_of_block(left, right, 0, 0, max(len(left.short), len(right.short)), threshold, how)
+    return clock() - began  # the pairs are on the host: a GPU has been waited for
+
+
+def pairs_of_block(
+    left: Rows, right: Rows, top: int, start: int, block_rows: int, threshold: float, how: Shortening
+) -> SimilarPairs:
+    """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right.
+
+    A large block with many candidates is quartered, since their lists would take more memory than its products.
+    """
+    half = block_rows // 2 if block_rows % (2 * GROUP) == 0 else 0
+    here, there = slice(top, top + block_rows), slice(start, start + block_rows)
+    limit = smallest_product(threshold, how, (left.error, right.error), left.short.shape[1])
+    selected = candidates(left.short[here], right.short[there], limit, CROWDED if half >= CROWDED_ROWS else 1)
+    if selected is None:
+        corners = [(i, j) for i in (top, top + half) for j in (start, start + half)]
+        corners = [(i, j) for i, j in corners if i < len(left.exact) and j < len(right.exact)]
+        return concatenate_pairs([pairs_of_block(left, right, *corner, half, threshold, how) for corner in corners])
+    row, column = selected
+    within = (row + top < len(left.exact)) & (column + start < len(right.exact))  # not in the padding
+    if left is right:
+        within &= row + top < column + start  # each pair once, and no row with itself
+    row, column = row[within], column[within]
+    a, b = left.exact[here], right.exact[there]
+    lengths = left.lengths[here][row] * right.lengths[there][column]
+    cosine = products_of(a, b, row, column) / lengths
+    keep = cosine >= threshold
+    doubtful = ((cosine - threshold).abs() < float32_margin(a.shape[1])).nonzero().flatten()
+    for some in doubtful.split(VERIFIED):
+        exact = (a[row[some]].double() * b[column[some]].double()).sum(dim=1) / lengths[some]
+        keep[some] = exact >= threshold - EXACTLY
+        cosine[some] = exact
+    row, column = (row[keep] + top).int(), (column[keep] + start).int()
+    return SimilarPairs(*(values.cpu().numpy() for values in (row, column, cosine[keep].float())))
+
+
+def products_of(a: Tensor, b: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The products in float32 of some rows of a with rows of b, which are sorted by row: float32 [pairs]."""
+    if len(row) > DENSE[a.device.type] * len(a) * len(b):
+        return (a @ b.T)[row, column]
+    if a.device.type == "cpu":  # 20 times as fast as copies of the rows
+        ends = torch.searchsorted(row, torch.arange(len(a) + 1))
+        places = torch.sparse_csr_tensor(ends, column, torch.zeros(len(row)), size=(len(a), len(b)))
+        return torch.sparse.sampled_addmm(places, a, b.T, beta=0).values()
+    parts = zip(row.split(VERIFIED), column.split(VERIFIED), strict=True)
+    return torch.cat([(a[i] * b[j]).sum(dim=1) for i, j in parts])
+
+
+def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> tuple[Tensor, Tensor] | None:
+    """Find the products of a short row of left and one of right that are not below the limit.
+
+    Args:
+        left, right, limit: [m, width], m a multiple of GROUP; [n, width]; and as `smallest_product` returns it.
+        most: share of the groups of products that may hold a candidate; without effect on a CPU.
+    Returns: row and column of each, int64, sorted by row on a CPU; None if more groups hold candidates.
+    """
+    if left.device.type != "cpu":
+        return candidates_by_group(products(left, right), limit.to(left.device), most)
+    parts = [reached(products(some, right), limit) for some in left.split(LOOKED_AT)]  # in the cache
+    flat = torch.from_numpy(np.concatenate([part + i * LOOKED_AT * len(right) for i, part in enumerate(parts)]))
+    return flat // len(right), flat % len(right)
+
+
+def reached(values: Tensor, limit: Tensor) -> np.ndarray:
+    """The places of the values on a CPU that are not below the limit: int64. NumPy looks 10 times as fast as torch."""
+    if values.element_size() == 2 and limit > 0:  # bits of positive 16-bit floats have the order of the numbers
+        values, limit = values.view(torch.int16), limit.view(torch.int16)
+    elif values.element_size() == 2:
+        values = values.float()
+    return np.flatnonzero(values.numpy() >= limit.item())
+
+
+def candidates_by_group(values: Tensor, limit: Tensor, most: float) -> tuple[Tensor, Tensor] | None:
+    """The same of products [m, n] on a GPU: groups of rows whose largest product is below the limit are left out."""
+    groups = values.view(-1, GROUP, values.shape[1])
+    group, column = (groups.amax(dim=1) >= limit).nonzero(as_tuple=True)
+    if len(group) > most * len(groups) * values.shape[1]:
+        return None
+    hit, member = (groups[group, :, column] >= limit).nonzero(as_tuple=True)
+    return group[hit] * GROUP + member, column[hit]
+
+
+@contextmanager
+def threads(device: torch.device) -> Iterator[Callable]:
+    """Yields a `map` whose calls run side by side on the cores of a CPU, each on one, and one by one on a GPU."""
+    if device.type != "cpu":
+        yield map
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse", UserWarning)  # that it is new, and not checked: said once
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(count)
