@@ -62,8 +62,8 @@ def fit_shortening(sample: Tensor, axes: Tensor | None, width: int, dtype: torch
     if width < sample.shape[1]:
         random = torch.from_numpy(np.random.default_rng(0).standard_normal((width, width)))
         how = Shortening(axes[:, : width - 1], torch.linalg.qr(random).Q.to(axes.device), dtype, 1.0)
-    if dtype == torch.int8 and len(sample):  # what is beyond the largest number of the sample is cut, as its |d| says
-        how = replace(how, scale=127 / max(float(how.exactly(sample).abs().amax()), 1e-3))
+    if dtype == torch.int8 and len(sample):  # few rows have larger numbers, which are cut: their |d| says so
+        how = replace(how, scale=127 / max(1.2 * float(how.exactly(sample).abs().amax()), 1e-3))
     return how
 
 
