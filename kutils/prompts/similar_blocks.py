@@ -55,7 +55,7 @@ def concatenate_pairs(parts: list[SimilarPairs], sort: bool = False) -> SimilarP
 
 
 @dataclass(frozen=True)
-class Rows:
+class UnitRows:
     """Embeddings on the device, with short ones to find candidates by."""
 
     exact: Tensor  # float32 [n, D], as given
@@ -64,7 +64,7 @@ class Rows:
     error: float  # as `Shortening.apply` returns it
 
 
-def put_rows(embeddings: np.ndarray, device: torch.device, run: Callable) -> Rows:
+def put_rows(embeddings: np.ndarray, device: torch.device, run: Callable) -> UnitRows:
     """Copy embeddings (float32 [n, D]) to the device, and measure their lengths; no short rows yet.
 
     Raises: ValueError for a row that is not finite or not of unit length.
@@ -80,10 +80,10 @@ def put_rows(embeddings: np.ndarray, device: torch.device, run: Callable) -> Row
         lengths[start : start + len(block)] = check_lengths(block, start).to(device)
 
     list(run(put, range(0, len(embeddings), COPIED)))
-    return Rows(exact, lengths, exact[:0], 0.0)
+    return UnitRows(exact, lengths, exact[:0], 0.0)
 
 
-def shorten(rows: Rows, how: Shortening, run: Callable) -> Rows:
+def shorten(rows: UnitRows, how: Shortening, run: Callable) -> UnitRows:
     """Rows with their short ones, in place of others."""
     num_rows = len(rows.exact)
     width = rows.exact.shape[1] if how.axes is None else how.axes.shape[1] + 1
@@ -121,7 +121,7 @@ def check_lengths(rows: Tensor, first_row: int) -> Tensor:
     return lengths
 
 
-def fastest_shortening(left: Rows, right: Rows, threshold: float, dtype: str, run: Callable) -> Shortening:
+def fastest_shortening(left: UnitRows, right: UnitRows, threshold: float, dtype: str, run: Callable) -> Shortening:
     """The way to shorten rows with which the pairs among a sample of them are found in the least time.
 
     The widest short rows have the fewest candidates to verify, the narrowest the cheapest products. Where the bound
@@ -149,13 +149,13 @@ def fastest_shortening(left: Rows, right: Rows, threshold: float, dtype: str, ru
     return ways[int(np.argmin(list(run(seconds, ways))))]
 
 
-def sample_of(rows: Rows, count: int, seed: int) -> Rows:
+def sample_of(rows: UnitRows, count: int, seed: int) -> UnitRows:
     """Up to `count` of the rows, drawn at random."""
     chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows.exact))[:count]).to(rows.exact.device)
     return replace(rows, exact=rows.exact[chosen], lengths=rows.lengths[chosen])
 
 
-def time_block(left: Rows, right: Rows, threshold: float, how: Shortening) -> float:
+def time_block(left: UnitRows, right: UnitRows, threshold: float, how: Shortening) -> float:
     """Seconds that the pairs of one block take: of this thread on a CPU, whatever else it does, else by the clock."""
     clock = time.thread_time if left.exact.device.type == "cpu" else time.perf_counter
     began = clock()
@@ -164,7 +164,7 @@ def time_block(left: Rows, right: Rows, threshold: float, how: Shortening) -> fl
 
 
 def pairs_of_block(
-    left: Rows, right: Rows, top: int, start: int, block_rows: int, threshold: float, how: Shortening
+    left: UnitRows, right: UnitRows, top: int, start: int, block_rows: int, threshold: float, how: Shortening
 ) -> SimilarPairs:
     """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right.
 
