@@ -59,13 +59,19 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
 
 
 def check_same_configuration(folder: Path, recipe: Recipe) -> None:
-    """Raise ValueError if the folder holds a run of another configuration; a folder that is not there is fine."""
+    """Raise ValueError if the folder holds a run of another configuration, or one that is damaged; none is fine."""
     path = folder / "config.yaml"
     if not path.is_file():
         return
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of keys that came later
-    saved = defaults | spelled_now(yaml.safe_load(path.read_text(encoding="utf-8")))
+    advice = "put it back, or start over with resume=never"
+    try:
+        saved = defaults | spelled_now(recipes.read_yaml(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
     now = decisive(recipe)
+    if lacking := [key for key in now if saved[key] is dataclasses.MISSING]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(lacking)}; {advice}")
     differing = [key for key in now if saved[key] != now[key]]
     if differing:
         changes = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:5])

@@ -58,3 +58,17 @@ def test_a_result_is_read_as_it_was_written_and_one_that_lacks_a_value_is_named(
     assert "cosine 0.5000 (epoch 1 of 2); mean-prompt baseline 0.2500" in RESULT.summary()
     clean = dataclasses.replace(RESULT, cosine_similarity_clean=0.4)
     assert clean.gain == 0.25 and "0.4000 on rows without a similar training prompt" in clean.summary()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:90], lambda content: content[:60] + b"\0" * 9, lambda _: b""]
+)
+def test_a_damaged_configuration_is_one_line_that_names_it(tmp_path, tiny_recipe, damage):
+    recipe = tiny_recipe()
+    path = tmp_path / "config.yaml"
+    path.write_text(recipe.to_yaml())
+    folders.check_same_configuration(tmp_path, recipe)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"config\.yaml.*; put it back, or start over with resume=never$") as caught:
+        folders.check_same_configuration(tmp_path, recipe)
+    assert "\n" not in str(caught.value)
