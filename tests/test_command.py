@@ -187,7 +187,7 @@ def test_a_signal_ends_a_command_and_its_processes(in_a_folder, number, to_all):
     while child.poll() is None and len(list(inputs.rglob("*.jpg"))) < 20:
         time.sleep(0.02)
     (os.killpg if to_all else os.kill)(child.pid, number)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=300)
     assert child.returncode == 128 + number, errors
     assert errors.splitlines()[-1] == "error: stopped by a signal; start the same command again to go on"
     assert "Traceback" not in errors and errors.count("error: ") == 1, errors
@@ -363,7 +363,7 @@ def site(tmp_path_factory):
     shutil.copytree(ROOT / "kutils", copy / "kutils", ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder / "site-packages"]
-    subprocess.run([*pip, "install", *options, copy], check=True, timeout=120)
+    subprocess.run([*pip, "install", *options, copy], check=True, timeout=300)
     return folder / "site-packages"
 
 

@@ -245,6 +245,6 @@ def test_loading_and_training_are_measured_with_torch_torchvision_and_timm_alone
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -147,6 +147,6 @@ print(len(count), len(data), data.folds_hashes["toy"])
     for child in children:
         child.stdin.write("\n")
         child.stdin.flush()
-    told = [child.communicate(timeout=120)[0].split() for child in children]
+    told = [child.communicate(timeout=300)[0].split() for child in children]
     assert sorted(count for count, *_ in told) == ["0", "0", "1"]
     assert {tuple(rest) for _, *rest in told} == {("80", load_datasets(["toy"]).folds_hashes["toy"])}

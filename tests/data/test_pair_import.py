@@ -647,7 +647,7 @@ def test_processes_and_a_real_kill(tmp_path):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(inputs.glob(".a.*.partial/*.npz")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGKILL)

@@ -317,7 +317,7 @@ def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
     command = arguments(prompts)
     folder = tmp_path / "input" / "set_images"
     child = start_ranks("kutils", "generate", *command)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(folder.rglob("0*.webp"))) < 10:
         assert child.running and time.monotonic() < deadline, child.stderr
         time.sleep(0.02)

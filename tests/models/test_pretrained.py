@@ -163,7 +163,7 @@ def test_download_from_a_hub_for_a_machine_without_network(hub, source, tmp_path
 
     def run(*names):
         command = [REAL_PYTHON, "-c", code, str(folder), *names]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     assert run(TAGGED).returncode == 0
     path = folder / f"{TAGGED}.safetensors"

@@ -281,7 +281,7 @@ def test_a_killed_run_goes_on_with_the_same_prompts_only(tmp_path, monkeypatch):
     tsv, texts = tmp_path / "set.tsv", [f"prompt {number}" for number in range(55)] * 2
     make_table(tsv, texts)
     code = f"import runpy; runpy.run_path({__file__!r})['kill_while_embedding']({str(tsv)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY / "tests", timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY / "tests", timeout=300)
     assert done.returncode == -signal.SIGKILL
     (partial,) = tmp_path.glob(".set.npy.*.partial")
     assert not (tmp_path / "set.npy").exists()

@@ -36,7 +36,7 @@ EXPECTED = [-1 if number in (3, 10) else number + 1 for number in range(16)]
 
 
 def test_a_loader_finds_each_and_its_next_pass_loses_nothing(capfd):
-    loader = DataLoader(Contents(), 2, num_workers=2, persistent_workers=True, timeout=60)
+    loader = DataLoader(Contents(), 2, num_workers=2, persistent_workers=True, timeout=300)
     assert torch.cat(list(loaders.batches(loader))).tolist() == EXPECTED
     said = capfd.readouterr().out
     assert said.count("a process that loads images was ended; looking for an image that does it") == 2
@@ -47,13 +47,13 @@ def test_a_loader_finds_each_and_its_next_pass_loses_nothing(capfd):
 @pytest.mark.slow
 def test_processes_that_are_not_forked_find_it_too():
     few = Subset(Contents(), [3, 4])
-    loader = DataLoader(few, 2, num_workers=1, timeout=60, multiprocessing_context="spawn")
+    loader = DataLoader(few, 2, num_workers=1, timeout=300, multiprocessing_context="spawn")
     assert torch.cat(list(loaders.batches(loader))).tolist() == [-1, 5]
 
 
 def test_a_process_that_is_lost_raises_nowhere_but_where_a_batch_is_waited_for():
     """The consumer works on while a process ends; torch's own handler would raise in its midst."""
-    loader = DataLoader(Contents(), 1, num_workers=1, prefetch_factor=2, timeout=60)
+    loader = DataLoader(Contents(), 1, num_workers=1, prefetch_factor=2, timeout=300)
     came = []
     for batch in loaders.batches(loader):
         total = sum(number % 7 for number in range(300_000))  # long enough for the process to end meanwhile
@@ -75,7 +75,7 @@ class Once(Dataset):
 
 
 def test_a_process_that_was_ended_by_chance_accuses_no_file(tmp_path):
-    loader = DataLoader(Once(tmp_path / "seen"), 1, num_workers=1, timeout=60)
+    loader = DataLoader(Once(tmp_path / "seen"), 1, num_workers=1, timeout=300)
     assert torch.cat(list(loaders.batches(loader))).tolist() == [0, 1, 7, 3] and not fatal.known
 
 

@@ -56,7 +56,7 @@ sys.exit(__main__.run("check", []))
 )
 def test_a_lost_process_is_one_line(what, timeout, said):
     script = LOST.format(what=what, timeout=timeout)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stderr.startswith("error: a process that loads images " + said), done.stderr
     assert "num_workers=0" in done.stderr and done.stderr.count("\n") == 1
 
@@ -86,7 +86,7 @@ for batch in loaders.batches(DataLoader(torch.zeros(64, 10_000), batch_size=8, n
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid(), reason="mounts a small /dev/shm")
 def test_a_small_shared_memory_is_an_error_and_no_wait(tmp_path):
     command = ["unshare", "-m", "sh", "-c", SMALL, "sh", REAL_PYTHON, "-c", LOAD]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if "unshare" in done.stderr:
         pytest.skip("no mounts here")
     assert done.returncode == 1 and "If /dev/shm is full, give the container more" in done.stderr

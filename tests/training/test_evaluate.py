@@ -130,7 +130,7 @@ except OSError as error:
 """
     mount = 'mount -t tmpfs -o size=2M none "$1" && exec "$2" -c "$3" "$1"'
     command = ["unshare", "-rm", "bash", "-c", mount, "bash", str(tmp_path), REAL_PYTHON, code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout == "No space left on device\n", done
 
 

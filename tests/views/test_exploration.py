@@ -353,7 +353,7 @@ box = widgets.live(show, words=words, count=count)
 """
     second = 'words.value = "dog"\ncount.value = 4'
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(first), nbformat.v4.new_code_cell(second)])
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = notebook.cells[0].outputs
     shown = [output for output in outputs if output.output_type == "display_data"]
     assert [output.data.get("text/markdown") for output in shown] == [None, "dog 4", None]
@@ -363,7 +363,7 @@ box = widgets.live(show, words=words, count=count)
 
     third = 'words.value = ""\nprint(asked)\nprint(box.children[1].value)'
     notebook.cells.append(nbformat.v4.new_code_cell(third))
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     assert "[('cat', 2), ('dog', 2), ('dog', 4), ('', 4)]" in notebook.cells[2].outputs[0].text
     assert "<strong>no &lt;words&gt;</strong>" in notebook.cells[2].outputs[0].text
     assert "dog 4" not in str(notebook.cells[0].outputs)

@@ -183,7 +183,7 @@ def test_a_notebook_shows_a_figure_once_and_with_its_text():
         for source in ("from kutils.views import figures, score_plots", *SHOWN.values())
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     told = "Ensemble weights: weight; tiny_vit: 1.000."
     for how, cell in zip(SHOWN, notebook.cells[1:], strict=True):
         pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
