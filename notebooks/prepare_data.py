@@ -30,7 +30,7 @@ num_prompts: int = 4000  # prompts of `shapes`, where it is not there yet
 images_per_prompt: int = 2  # images of each, where `shapes` is not there yet
 threshold: float = 0.7  # cosine from which prompts are similar
 num_folds: int = 10  # number of folds, 2..10
-method: str = ""  # stratified, partition, components, leader or kmeans; empty: what is there, else stratified
+method: str = ""  # stratified, partition, components, leader, kmeans; empty: that of the folds there, else stratified
 check_images: int = 20000  # images to decode; 0 is all
 refold: bool = False  # replace folds that are there; their checkpoints can then not be refined
 

@@ -97,7 +97,7 @@ def test_pairs_have_even_folds_and_repeated_prompts_stay_together(pairs, data):
         np.testing.assert_array_equal(targets[row], targets[first_row.setdefault(prompt, row)])
     leaks = ((targets @ targets.T >= 0.7) & (data.folds[:, None] != data.folds)).any(axis=1)
     assert np.mean(leaks != ~data.clean) < 0.002  # float32 at the threshold
-    assert report["leaked_share"] < 0.12  # 0.090 measured; 69 % of the prompts have a similar one
+    assert report["leaked_share"] < 0.12  # 0.101 measured; 69 % of the prompts have a similar one
 
 
 def test_every_image_decodes_to_what_pillow_sees(data):
