@@ -1,5 +1,7 @@
 """The seed's recipes: the five networks at their real size, and all twelve files in a chain on miniature data.
 
+The recipes beyond: their eight networks at their real size, and two of them from stage 1 to a submission.
+
 Longer than the quick tests: `make test-recipes`.
 """
 
@@ -21,7 +23,7 @@ from kutils.models.networks import build_model
 from kutils.runs import recipes
 from kutils.runs.folders import read_metrics
 from kutils.system.paths import repository_root
-from kutils.training import engine, network_input, optimizers
+from kutils.training import averaging, engine, network_input, optimizers
 
 pytestmark = pytest.mark.recipes
 ROOT = repository_root()
@@ -94,6 +96,45 @@ def test_a_network_of_a_recipe_trains_and_the_published_network_reads_its_file(m
         theirs = reference.eval()(images)
     assert (ours * theirs).sum() > 0.99999
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+BEYOND = sorted(model for model, stage in recipes.recipe_files() if model.startswith("beyond_") and stage == 1)
+TOO_LARGE = ("xxlarge", "so400m")  # for float32 with AdamW's state and the average, on a small machine
+
+
+@pytest.mark.parametrize("model", BEYOND)
+def test_a_network_beyond_trains_a_step_and_is_saved_and_loaded(model, tmp_path):
+    """At its real size, with random weights: an update on one image with AdamW, layer decay, clipping and the average;
+    what is frozen stays, and the file holds the same network, by its weights and by what it predicts."""
+    recipe = recipes.load_recipe(recipes.find_recipe(model, 1), ["amp_dtype=float32", "augment=none"])
+    dtype = torch.bfloat16 if any(word in model for word in TOO_LARGE) else torch.float32
+    torch.manual_seed(0)
+    network = build_model(recipe, pretrained=False).train().to(dtype)
+    average = averaging.start_average(network, recipe)
+    optimizer = optimizers.build_optimizer(network, recipe)
+    frozen = {id(parameter) for parameter in network.lowest}
+    assert bool(frozen) == (recipe.freeze_blocks > 0)
+    before = [parameter.detach().flatten()[:100].clone() for parameter in network.parameters()]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = real_batch(recipe.input_size)
+    loss = engine.update(network, [batch], optimizer, scaler, recipe, torch.bfloat16)
+    average.update(network, 1)
+    assert loss.isfinite()
+    for parameter, value in zip(network.parameters(), before, strict=True):
+        assert parameter.isfinite().all()
+        assert id(parameter) not in frozen or torch.equal(parameter.detach().flatten()[:100], value)
+    assert not torch.equal(network.fc.weight.detach().flatten()[:100], before[-1])
+    del optimizer
+    path = tmp_path / "network.pth"
+    checkpoints.save_checkpoint(path, average.module, recipe, fold=0)
+    images = network_input.to_network_input(batch, recipe, torch.device("cpu"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = network.eval()(images)
+    del network, average
+    loaded, its_recipe, _ = checkpoints.load_model(path)
+    assert its_recipe == recipe
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (loaded(images) * expected).sum() > 0.999
 
 
 def test_the_vit_at_its_true_resolution_is_open_clips_at_336_px(tmp_path):
@@ -209,3 +250,47 @@ def test_a_chain_of_stages(miniature, model):
     command = ["bash", "dist_train.sh", "2", f"conf/{path.name}", *overrides, f"train_folds={fold}"]
     assert "already finished" in run(command, environment, root / "by_dist_train", ROOT / "working")
     assert notebook.read_bytes() == before  # the record of the run stays
+
+
+# ---------------------------------------------------------------- the recipes beyond, up to a submission
+
+
+def test_two_recipes_beyond_from_stage_1_to_a_submission(miniature):
+    """Stage 1, stage 2 at a larger input, the fit of an ensemble, and the notebook that submits; stand-ins for the
+    networks, one with a wide head, everything else as the recipes say."""
+    root, environment = miniature
+    working, families = root / "beyond", []
+    # a miniature has a few updates an epoch: the average must follow them
+    small = [*SMALL.split(), "ema_decay=0.5"]
+    stand_ins = {
+        "beyond_vit_large": ["backbone=test_vit", "head=pooled"],
+        "beyond_convnext_xxlarge": ["backbone=test_convnext", "head=pooled", "freeze_blocks=4", "head_width=32"],
+    }
+    for model, stand_in in stand_ins.items():
+        wide = ["head_init=xavier"] if "head_width=32" in stand_in else []
+        for stage, size in ((1, 32), (2, 64)):
+            path = recipes.find_recipe(model, stage)
+            overrides = [*small, *stand_in, *wide, f"input_size={size}"]
+            command = [REAL_PYTHON, "-m", "kutils", "train", "--config", f"conf/{path.name}", "--fold", "0", *overrides]
+            shown = run(command, environment, working, ROOT)
+            assert ("resampled from 2 x 2 to 4 x 4 tokens" in shown) == (stage == 2 and "test_vit" in stand_in[0])
+            assert ("head in closed form" in shown) == (stage == 1 and not wide)
+            folder = working / "runs" / f"{model}_stage{stage}_fold0"
+            lines = [line for line in read_metrics(folder / "metrics.jsonl") if "cosine_similarity" in line]
+            assert all({"cosine_similarity_raw", "cosine_similarity_ema"} <= set(line) for line in lines)
+        recipe = folder / "config.yaml"
+        families.append(f"  {model}:\n    - {{recipe: {recipe}, fold: 0}}\n")
+    config = root / "ensemble_beyond.yaml"
+    config.write_text(f"method: family\nfamilies:\n{''.join(families)}")
+    command = [REAL_PYTHON, "-m", "kutils", "ensemble", "fit", "--config", str(config)]
+    run(command, environment, working, ROOT)
+    fitted = working / "models" / "ensemble_beyond.json"
+    weights = json.loads(fitted.read_text())["weights"]
+    assert set(weights) <= set(stand_ins) and sum(weights.values()) == pytest.approx(1)
+    images = root / "input" / "mscoco_images"
+    output = root / "submission.csv"
+    command = [REAL_PYTHON, "-m", "papermill", "notebooks/submission.ipynb", str(root / "submission.ipynb")]
+    command += ["-p", "images", str(images), "-p", "ensemble", str(fitted), "-p", "output", str(output)]
+    run([*command, "--no-progress-bar"], environment, working, ROOT)
+    lines = output.read_text().splitlines()
+    assert lines[0] == "imgId_eId,val" and len(lines) == 1 + 384 * len(list(images.iterdir()))

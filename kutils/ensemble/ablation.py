@@ -1,0 +1,166 @@
+"""Trains a recipe with one change at a time and with all, and measures what each is worth on the same images."""
+
+import dataclasses
+import re
+import shlex
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kutils.data import datasets
+from kutils.ensemble import bootstrap
+from kutils.runs import finished, launch, recipes
+from kutils.runs.finished import FinishedRun
+from kutils.runs.launch import Run
+from kutils.system import devices, locks
+from kutils.system.ranks import Ranks
+from kutils.training import examples
+from kutils.training.train import train
+
+BASE = "seed"  # name of the recipe without a change
+# the published settings, shortened: the head alone at first, MADGRAD, one rate for all layers
+PUBLISHED = (
+    "optimizer=madgrad layer_decay=1 head_init=xavier augment=published loss=cosine warmup_epochs=1 freeze_epochs=1 "
+    "warmup_lr=1e-2 sam_rho=0 ema_decay=0 clip_grad=0 head_width=0 freeze_blocks=0"
+)
+RIDGE = "head_init=ridge warmup_epochs=0 freeze_epochs=0"
+CHANGES = {  # name -> changed keys
+    BASE: "",
+    "adamw": "optimizer=adamw",
+    "layer_decay": "layer_decay=0.75",
+    "ema": "ema_decay=0.9998",
+    "ridge": RIDGE,
+    "head_width": "head_width=1536",
+    "freeze_blocks": "freeze_blocks=2",
+    "clip_grad": "clip_grad=1",
+    "augment_weak": "augment=weak",
+    "augment_none": "augment=none",
+    "angular": "loss=angular",
+    "all": f"optimizer=adamw layer_decay=0.75 ema_decay=0.9998 {RIDGE} clip_grad=1 augment=weak",
+    "head_alone": "head_init=ridge epochs=1 warmup_epochs=0 freeze_epochs=1 lr=0 min_lr=0 augment=none",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of an ablation: a change, a seed and a fold."""
+
+    change: str
+    seed: int
+    run: Run
+
+
+def plan_trials(
+    config: str | Path, base: str = "", changes: Sequence[str] = (), seeds: Sequence[int] = (0, 1, 2), folds=(0,)
+) -> list[Trial]:
+    """Plan the runs: every change with every seed and fold, the seed's recipe first.
+
+    Args:
+        config: recipe file whose network and data are trained with the published settings.
+        base: further keys of all runs, such as "lr=3e-4 epochs=2"; those of a change win.
+        changes: names of CHANGES; empty: all.
+    Raises: ConfigError for a key or value that does not exist; ValueError for an unknown change, naming the nearest.
+    """
+    for name in changes:
+        if name not in CHANGES:
+            raise ValueError(f"no change {name!r}{recipes.nearest(name, CHANGES)} (there are {', '.join(CHANGES)})")
+    chosen = [name for name in CHANGES if name == BASE or name in (changes or CHANGES)]
+    stem = re.sub(r"\W", "_", recipes.load_recipe(config).prefix)
+    trials = []
+    for seed in seeds:
+        for name in chosen:
+            values: dict[str, str] = {}
+            for text in (PUBLISHED, base, CHANGES[name]):
+                values |= recipes.parse_overrides(shlex.split(text))
+            data = values.get("datasets", ",".join(recipes.load_recipe(config).datasets)).replace(",", "_")
+            values |= {"seed": str(seed), "prefix": f"ablation_{stem}_{data}_{name}_seed{seed}"}
+            values |= {"save_dir": f"ablation_{stem}_{data}"}
+            overrides = [f"{key}={value}" for key, value in values.items()]
+            trials += [Trial(name, seed, launch.plan(config, fold, overrides)) for fold in folds]
+    return trials
+
+
+def run_trials(trials: Sequence[Trial]) -> list[FinishedRun]:
+    """Train what is not finished yet, in this process, one run after the other; each is an ordinary run folder.
+
+    Raises: ValueError as training does; after Ctrl-C or SIGTERM, which save first, the same call goes on from there.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, trial in enumerate(trials, start=1):
+        run = trial.run
+        print(f"run {number} of {len(trials)}: {run.recipe.prefix}, fold {run.fold}", flush=True)
+        ranks = Ranks(0, 1, devices.pick_device(run.recipe.device))
+        try:
+            with locks.held([run.folder], ranks):
+                train(run.recipe, run.fold, ranks, config=str(run.config_path), overrides=list(run.overrides))
+        finally:  # training looks for these signals in its own way
+            for signal_number, handler in handlers.items():
+                signal.signal(signal_number, handler)
+        for trained in run.recipe.last_checkpoints(run.fold).values():
+            trained.unlink(missing_ok=True)  # the best one stays
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return [finished.read_run(trial.run.folder) for trial in trials]
+
+
+def cosines_of(trial: Trial) -> pd.Series:
+    """Validation cosine of each image, float64, by its row; ValueError if data have changed since."""
+    table = examples.validation_table(trial.run.recipe, trial.run.fold, trial.run.folder)
+    return table.set_index("row")["cosine"].sort_index().astype(np.float64)
+
+
+def measure(trials: Sequence[Trial]) -> pd.DataFrame:
+    """What each change is worth: means over seeds, and the difference to the seed's recipe on the same images.
+
+    The interval is by bootstrap over prompts, of each image's mean over seeds. `spread` is the standard deviation
+    of the differences that single seeds have.
+
+    Returns: index: changes in the order of CHANGES; keys, cosine, difference, low, high, spread, runs, seconds.
+    """
+    groups: dict[str, dict[int, list[Trial]]] = {}
+    for trial in trials:
+        groups.setdefault(trial.change, {}).setdefault(trial.seed, []).append(trial)
+    by_change = {
+        name: pd.DataFrame({seed: pd.concat(map(cosines_of, own)) for seed, own in seeds.items()})
+        for name, seeds in groups.items()
+    }
+    base = by_change[BASE]
+    data = datasets.load_datasets(trials[0].run.recipe.datasets)
+    prompts = data.prompt_codes[base.index.to_numpy()]
+    lines = {}
+    for name, cosines in by_change.items():
+        difference = (cosines - base).mean(axis=1)
+        low, high = bootstrap.interval(difference.to_numpy(), prompts)
+        results = [finished.read_result(trial.run.folder) for own in groups[name].values() for trial in own]
+        lines[name] = {
+            "keys": CHANGES[name],
+            "cosine": float(cosines.to_numpy().mean()),
+            "difference": float(difference.mean()),
+            "low": low,
+            "high": high,
+            "spread": float((cosines - base).mean().std(ddof=1)) if cosines.shape[1] > 1 else np.nan,
+            "runs": len(results),
+            "seconds": float(np.mean([result.seconds for result in results])),
+        }
+    return pd.DataFrame(lines).T.rename_axis("change")
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """The table as a page holds it."""
+    lines = [
+        "| change | keys | cosine | difference | 95 % interval | standard deviation over seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in table.iterrows():
+        keys = " ".join(f"`{key}`" for key in row["keys"].split()) or "the published settings"
+        own = f"| {name} | {keys} | {row['cosine']:.4f} "
+        if name == BASE:
+            lines.append(f"{own}| | | |")
+        else:
+            own += f"| {row['difference']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} "
+            lines.append(f"{own}| {row['spread']:.4f} |")
+    return "\n".join(lines)
