@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
 from fixtures import recipe_table, rooms_page
 
 from kutils import __main__ as kutils
@@ -23,6 +24,7 @@ MOST_LINES = {
     "README.md": 150,
     "notebooks/README.md": 70,
     "conf/README.md": 110,
+    "conf/BEYOND.md": 80,
     "input/README.md": 120,
     "working/README.md": 60,
     "kernel-metadata/README.md": 60,
@@ -225,6 +227,24 @@ def test_the_table_of_recipes_is_what_the_recipes_say():
     assert len(lines) == 12
     table = "\n".join([recipe_table.header(record), *lines])
     assert table in PAGES["conf/README.md"], "python tests/fixtures/recipe_table.py prints the table"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", recipe_table.beyond_recipes(), ids=lambda path: path.stem)
+def test_a_recipe_beyond_says_its_licence_and_cost_in_its_head_and_on_the_page(path):
+    """Worked out from the recipe; the licence is the one that timm names, and another page's where that is in doubt."""
+    facts, recipe = recipe_table.beyond_facts(path), recipes.load_recipe(path)
+    assert f"| {' | '.join(facts.values())} |" in PAGES["conf/BEYOND.md"], "python tests/fixtures/recipe_table.py"
+    assert timm.get_pretrained_cfg(recipe.backbone).license in facts["licence"].lower()
+    head = " ".join(line.removeprefix("# ") for line in path.read_text().split("\nprefix:")[0].splitlines())
+    assert f"{facts['million']} million parameters, {facts['gflop']} GFLOP forward per image." in head
+    assert f": {facts['rtx']} on one RTX 4090 (165 TFLOP/s), {facts['a100']} on 8 x A100." in head
+    assert f"{recipe_table.images_per_epoch(recipe):,} images per epoch" in head
+    trained = f"The lowest {recipe.freeze_blocks} blocks of 40 stay frozen: {facts['trained']} million"
+    assert (trained in head) == (recipe.freeze_blocks > 0)
+    weights = (8 * float(facts["million"]) + 12 * float(facts["trained"])) / 1000
+    said = float(re.search(r"the average take ([\d.]+) GB", head)[1])
+    assert said == pytest.approx(weights, abs=0.06)
 
 
 @pytest.mark.parametrize("path", recipe_table.seed_recipes(), ids=lambda path: path.stem[:50])

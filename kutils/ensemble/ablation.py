@@ -113,7 +113,7 @@ def cosines_of(trial: Trial) -> pd.Series:
     return table.set_index("row")["cosine"].sort_index().astype(np.float64)
 
 
-def measure(trials: Sequence[Trial]) -> pd.DataFrame:
+def gains(trials: Sequence[Trial]) -> pd.DataFrame:
     """What each change is worth: means over seeds, and the difference to the seed's recipe on the same images.
 
     The interval is by bootstrap over prompts, of each image's mean over seeds. `spread` is the standard deviation

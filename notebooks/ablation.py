@@ -1,0 +1,81 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Ablation: what does each change of the recipe add?
+#
+# **What it does.** Trains a network with the published settings, then with one change at a time, then with all of them,
+# several seeds each, and compares them on the same images. Each run is an ordinary run folder in `working/runs/`. Runs
+# that are finished are not trained again: after a cut, the same call goes on.
+# `papermill notebooks/ablation.ipynb working/runs/ablation.ipynb -p config lite0_stage1.yaml -p seeds 0,1,2`
+#
+# **What it needs.** Data sets with folds; `shapes` is made on the spot.
+#
+# **How long it takes.** Runs times the time of one: `lite0` on `shapes` has 36 runs of three minutes on two CPU cores.
+# `base` can shorten them: `epochs=2 input_size=64`.
+
+# %% tags=["parameters"]
+config: str = "lite0_stage1.yaml"  # recipe whose network and data are trained, of conf/
+base: str = "lr=1e-3"  # keys of all runs, beside the published settings: "datasets=pairs epochs=3"
+changes: str = ""  # names of changes, separated by commas; empty: all
+seeds: str = "0,1,2"  # of weights, order and augmentation
+folds: str = "0"  # validation folds, separated by commas
+
+# %%
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
+if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
+    clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+from kutils.runs import launch
+
+launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
+
+# %% [markdown]
+# ## Which runs are compared?
+# The first change is none: the published settings. The others change the keys that stand beside them.
+
+# %%
+from kutils.ensemble import ablation
+from kutils.runs import recipes
+
+numbers = [[int(number) for number in recipes.split_names(text)] for text in (seeds, folds)]
+trials = ablation.plan_trials(config, base, recipes.split_names(changes), *numbers)
+for name in dict.fromkeys(trial.change for trial in trials):
+    print(f"{name}: {ablation.CHANGES[name] or 'the published settings'}")
+
+# %% [markdown]
+# ## Training
+# One run after the other, in this process.
+
+# %%
+launch.ensure_datasets(trials[0].run.recipe)
+ablation.run_trials(trials)
+
+# %% [markdown]
+# ## What is each change worth?
+# The difference to the published settings on the same images, averaged over seeds, with its 95 % interval by bootstrap
+# over prompts. A change whose interval contains 0 is not decided by these images.
+
+# %%
+from kutils.views import score_plots
+
+table = ablation.gains(trials)
+print(ablation.as_markdown(table))
+
+# %%
+score_plots.bar_scores(table["cosine"].astype(float).to_dict(), title=f"Means over seeds {seeds}, folds {folds}");
