@@ -160,9 +160,7 @@ def recognise_file(path: Path) -> str | None:
         return None
     if pair_tars.is_tar(begin):
         return "webdataset"
-    suffixes = {suffix.lower() for suffix in path.suffixes}
-    is_list = suffixes & {".json", ".jsonl", ".ndjson", ".csv", ".tsv"} or begin.lstrip()[:1] in (b"[", b"{")
-    return "list" if is_list and pair_tables.list_kind(path) else None
+    return "list" if pair_tables.list_form(path) else None
 
 
 # ---------------------------------------------------------------- parts
@@ -176,7 +174,7 @@ def split(form: str, path: Path, name: str, keys: Keys) -> list[Part]:
     if form == "parquet":
         return split_row_groups(path, name, keys)
     if form == "list":
-        if not pair_tables.list_kind(path):
+        if not pair_tables.list_form(path):
             raise ValueError(f"{path} is no list: neither JSON, JSON lines, CSV nor TSV")
         count = pair_tables.count_items(path)
     else:

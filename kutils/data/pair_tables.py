@@ -21,9 +21,11 @@ from kutils.data.pairs import (
     find_key,
     list_keys,
 )
-from kutils.prompts.formats import open_text
+from kutils.prompts.formats import is_text
+from kutils.prompts.table_forms import TableForm, first_lines, recognise_table
 from kutils.system.output import quoted
 from kutils.system.paths import is_safe_relative
+from kutils.system.text_files import CUT_OFF, csv_rows, open_text
 
 BATCH_BYTES = 1 << 25  # of a table that are decoded at a time: 32 MB
 MOST_BATCH_ROWS = 1024
@@ -46,6 +48,8 @@ class Layout(NamedTuple):
 def find_layout(path: Path, schema: pa.Schema, keys: Keys) -> Layout:
     """Find the columns by their names and types; ValueError that lists the columns of the file."""
     available = f"(columns: {list_keys(schema.names)})"
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise ValueError(f"{path} has the column {twice[0]!r} twice; rename one of them {available}")
     kinds = {field.name: field.type for field in schema}
     asked = [name.strip() for name in keys.image.split(",") if name.strip()]
     images = asked or [name for name, kind in kinds.items() if holds_images(kind)]
@@ -71,11 +75,6 @@ def holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def is_vector(kind: pa.DataType) -> bool:
@@ -186,46 +185,69 @@ def read_list(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair |
                 yield Pair(key, image, item[prompt_key], item, None, prompt_key)
 
 
-def list_kind(path: Path) -> str:
-    """json, jsonl, csv or tsv, by the suffix and the beginning; empty for none of them."""
-    suffix = next((end[1:].lower() for end in reversed(path.suffixes) if end.lower() != ".gz"), "")
-    if suffix in ("csv", "tsv", "jsonl", "ndjson"):
-        return "jsonl" if suffix == "ndjson" else suffix
+def list_form(path: Path) -> str | TableForm | None:
+    """`json`, `jsonl`, or how a table is divided, by the beginning and the suffix; None for none of them."""
+    suffix = next((end.lower() for end in reversed(path.suffixes) if end.lower() != ".gz"), "")
     with open_text(path) as stream:
-        begin = stream.read(4096).lstrip()
-        if begin[:1] == "[":
-            return "json"
-        stream.seek(0)
-        line = stream.readline(READ_CHARACTERS)
-    if begin[:1] != "{":
-        return ""
-    try:
-        return "jsonl" if isinstance(json.loads(line), dict) else ""
-    except ValueError:
-        return ""
+        lines = first_lines(stream)
+    begin = "".join(lines).lstrip()[:1]
+    if begin == "[":
+        return "json"
+    if suffix in (".jsonl", ".ndjson"):
+        return "jsonl"
+    if begin == "{":
+        try:
+            return "jsonl" if isinstance(json.loads(lines[0]), dict) else None
+        except (ValueError, RecursionError):
+            return None
+    return recognise_table(lines, [*IMAGE_KEYS, *PROMPT_KEYS], {".csv": ",", ".tsv": "\t"}.get(suffix, ""))
 
 
 def list_items(path: Path) -> Iterator[object]:
     """The items of a list one by one: dicts, as a rule; a Fault for a line that cannot be read."""
-    kind = list_kind(path)
-    with open_text(path) as stream:
-        if kind == "json":
-            yield from json_items(stream)
-        elif kind == "jsonl":
-            for number, line in enumerate(stream, start=1):
-                try:
-                    if line.strip():
-                        yield json.loads(line)
-                except (ValueError, RecursionError):
-                    yield Fault(f"line {number}", "broken JSON")
-        else:
-            quoting = {"quoting": csv.QUOTE_NONE, "delimiter": "\t"} if kind == "tsv" else {}
-            rows = csv.DictReader(stream, **quoting)
-            for row in rows:
-                if None in row or None in row.values():
-                    yield Fault(f"line {rows.line_num}", "wrong number of columns")
-                else:
-                    yield row
+    form, number = list_form(path), 0
+    try:
+        with open_text(path) as stream:
+            if form == "json":
+                items = json_items(stream)
+            else:
+                items = json_lines(stream) if form == "jsonl" else table_rows(path, stream, form)
+            for item in items:
+                yield item
+                number += 1
+    except (UnicodeDecodeError, *CUT_OFF) as error:
+        yield Fault(f"item {number}", f"the file is damaged or cut off here ({error})")
+
+
+def json_lines(stream: TextIO) -> Iterator[object]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except (ValueError, RecursionError):
+            yield Fault(f"line {number}", "broken JSON")
+
+
+def table_rows(path: Path, stream: TextIO, form: TableForm) -> Iterator[dict | Fault]:
+    """The rows of a CSV or TSV; a quote that is never closed costs one Fault, and the rows behind it."""
+    rows = csv_rows(stream, form.separator, quoted=form.is_quoted)
+    header = [name.strip() for name in next(rows, [])]
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise ValueError(f"{path} has the column {twice[0]!r} twice; rename one of them")
+    while True:
+        first = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            lines = f"line {first}" if rows.line_num <= first else f"lines {first} to {rows.line_num}"
+            yield Fault(lines, f"broken quoting ({error})")
+            continue
+        if row is None:
+            return
+        if row and len(row) != len(header):
+            yield Fault(f"line {rows.line_num}", "wrong number of columns")
+        elif row:
+            yield dict(zip(header, row, strict=True))
 
 
 def json_items(stream: TextIO) -> Iterator[object]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kutils.prompts.formats import PROMPT_COLUMNS
+from kutils.prompts.table_forms import PROMPT_COLUMNS
 
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"))
 MOST_BYTES = 1 << 28  # of an image file, and of any file that is read whole: 256 MB

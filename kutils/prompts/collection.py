@@ -1,6 +1,7 @@
 """Collects prompts from text, tables, Parquet, JSON and caption files into one clean prompts file."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from kutils.prompts.cleaning import Cleaner, CleaningSettings, format_cleaning, load_token_counter
-from kutils.prompts.formats import PROMPT_COLUMNS, READERS, read_source
+from kutils.prompts.formats import READERS, describe_source, read_source
+from kutils.prompts.table_forms import PROMPT_COLUMNS
 from kutils.system import paths
 from kutils.system.progress import progress_bar
 from kutils.system.tables import holds, read_table, write_table
@@ -44,6 +46,8 @@ def gather(
                 break
             before = cleaner.num_read, len(cleaner.prompts)
             entries = read_source(path, **options)
+            if progress and (form := describe_source(path, **options)):
+                bar.write(f"{path.name}: read as {form}", sys.stdout)
             while batch := list(islice(entries, BATCH_ENTRIES)):
                 cleaner.add(batch, path.name, name or default_name(path), limit)
                 bar.update(len(batch))

@@ -1,12 +1,9 @@
 """Reads the prompts of each file format one by one; an error names the file and the line."""
 
-import codecs
 import csv
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -14,32 +11,18 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from kutils.prompts.cleaning import SourceEntry, excerpt
+from kutils.prompts.table_forms import (
+    PROMPT_COLUMNS,
+    describe_form,
+    first_lines,
+    recognise_format,
+    recognise_table,
+)
+from kutils.system.text_files import CUT_OFF, csv_rows, open_text
 
 PARQUET_ROWS = 10_000  # in memory at a time
-PROMPT_COLUMNS = ("prompt", "caption", "text", "description", "sentence")  # looked for in this order, in any case
-FORMAT_OF_SUFFIX = {
-    ".txt": "text",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-}
 EXPECTED = ("rejected caption", "precanned caption")  # marks of VizWiz: such captions are dropped without an error
-
-
-def open_text(path: Path) -> TextIO:
-    """Open a UTF-8 text, gzipped or not, with or without byte-order mark; other bytes become lone surrogates.
-
-    Raises: ValueError for the byte-order mark of UTF-16.
-    """
-    with path.open("rb") as stream:
-        zipped = stream.read(2) == b"\x1f\x8b"
-    opened = (gzip.open if zipped else open)(path, "rb")
-    if opened.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        opened.close()
-        raise ValueError(f"{path} is UTF-16; save it as UTF-8")
-    return io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+COUNTED_ENTRIES = 100_000  # behind a flaw, to say how many have one
 
 
 def source_entry(number: int, value: object) -> SourceEntry:
@@ -66,10 +49,11 @@ def find_column(path: Path, names: Sequence[str], column: str | None) -> str:
     """
     lower = {name.lower(): name for name in reversed(names)}
     usual = [lower[name] for name in PROMPT_COLUMNS if name in lower]
-    if not column and usual:
-        return usual[0]
-    if column in names:
-        return column
+    chosen = column or (usual[0] if usual else None)
+    if names.count(chosen) > 1:
+        raise ValueError(f"{path} has the column {chosen!r} twice; rename one of them")
+    if chosen in names:
+        return chosen
     lacks = f"has no column {column!r}" if column else f"has none of the columns {', '.join(PROMPT_COLUMNS)}"
     available = ", ".join(map(repr, names)) or "none"
     raise ValueError(f"{path} {lacks}; name the right one by --column (there are: {available})")
@@ -82,6 +66,12 @@ def read_text(path: Path, column: str | None) -> Iterator[SourceEntry]:
             yield source_entry(number, line.rstrip("\r\n"))
 
 
+def read_captions(path: Path, column: str | None) -> Iterator[SourceEntry]:
+    """Image name and caption, no header, as Flickr8k."""
+    with open_text(path) as stream:
+        yield from tab_separated(stream, first_number=1, num_columns=2, index=1)
+
+
 def read_conceptual(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Conceptual Captions: caption and URL, no header."""
     with open_text(path) as stream:
@@ -91,7 +81,7 @@ def read_conceptual(path: Path, column: str | None) -> Iterator[SourceEntry]:
 def read_tsv(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Tab-separated, with a header and without quoting."""
     with open_text(path) as stream:
-        header = stream.readline().rstrip("\r\n").split("\t")
+        header = [name.strip() for name in stream.readline().rstrip("\r\n").split("\t")]
         index = header.index(find_column(path, header, column))
         yield from tab_separated(stream, first_number=2, num_columns=len(header), index=index)
 
@@ -107,7 +97,9 @@ def tab_separated(stream: TextIO, first_number: int, num_columns: int, index: in
 
 
 def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
-    """Comma-separated, with a header and standard quoting. The number of an entry with line breaks is its last line.
+    """Separated by commas, semicolons, bars or tabs, with a header and standard quoting.
+
+    The number of an entry with line breaks is its last line.
 
     Python's reader names the line of an error. Those of Arrow and pandas cannot, after a value with a line break or a
     bad byte.
@@ -116,9 +108,12 @@ def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
         which of the lines inside it are good.
     """
     with open_text(path) as stream:
-        rows = csv.reader(stream, strict=True)
+        names = [column.strip().lower()] if column else PROMPT_COLUMNS
+        separator = recognise_table(first_lines(stream), names, ",").separator
+    with open_text(path) as stream:
+        rows = csv_rows(stream, separator)
         try:
-            header = next(rows, [])
+            header = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
             raise ValueError(f"{path}, line 1: {error}") from error
         index = header.index(find_column(path, header, column))
@@ -137,13 +132,19 @@ def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
             if values is None:
                 return
             if len(values) not in (0, len(header)):
-                yield SourceEntry(rows.line_num, ",".join(values), "wrong number of columns")
+                yield SourceEntry(rows.line_num, separator.join(values), "wrong number of columns")
             else:
                 yield source_entry(rows.line_num, (values[index] or None) if values else "")
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's type is one of Arrow's for texts, or a dictionary of such."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def parquet_entries(path: Path, column: str | None) -> Iterator[SourceEntry]:
-    """Parquet: a column of texts, plain or dictionary-encoded."""
+    """Parquet: a column of texts in any of Arrow's types, or of bytes that are UTF-8."""
     try:
         table = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -151,8 +152,7 @@ def parquet_entries(path: Path, column: str | None) -> Iterator[SourceEntry]:
     with table:
         name = find_column(path, table.schema_arrow.names, column)
         kind = table.schema_arrow.field(name).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not (is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise ValueError(f"{path}: the column {name!r} holds {kind}, not text; name another one by --column")
         number = 0
         try:
@@ -219,36 +219,11 @@ READERS: dict[str, tuple[str, Callable[[Path, str | None], Iterator[SourceEntry]
     "csv": ("line", read_csv),
     "tsv": ("line", read_tsv),
     "conceptual": ("line", read_conceptual),
+    "captions": ("line", read_captions),
     "parquet": ("row", parquet_entries),
     "jsonl": ("line", read_jsonl),
     "json": ("item", read_json_list),
 }
-
-
-def recognise_format(path: Path) -> str:
-    """The format of a file, a key of READERS, from its suffix and its beginning.
-
-    Raises: ValueError if these are of no known format.
-    """
-    with path.open("rb") as stream:
-        if stream.read(4) == b"PAR1":
-            return "parquet"
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    by_suffix = FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
-    if by_suffix is None or by_suffix == "tsv":
-        with open_text(path) as stream:
-            first, second = stream.readline(1 << 20), stream.readline(100)
-        values = first.rstrip("\r\n").split("\t")
-        if by_suffix == "tsv":
-            return "conceptual" if len(values) == 2 and values[1].startswith(("http://", "https://")) else "tsv"
-        if first.lstrip()[:1] in ("{", "["):
-            try:
-                complete = isinstance(json.loads(first), dict)
-            except (ValueError, RecursionError):
-                complete = False
-            return "jsonl" if complete and second.strip() else "json"
-        raise ValueError(f"{path}: neither its name nor its beginning tells the format; give --format")
-    return by_suffix
 
 
 def read_source(
@@ -267,19 +242,53 @@ def read_source(
         raise ValueError(f"{path} is {'a folder; name its files' if path.is_dir() else 'not there'}")
     num_entries = 0
     try:
-        source_format = recognise_format(path) if source_format == "auto" else source_format
-        if column and source_format in ("text", "conceptual"):
+        source_format = recognise_format(path, column) if source_format == "auto" else source_format
+        if column and source_format in ("text", "conceptual", "captions"):
             raise ValueError(f"{path} is read as {source_format}, without names of columns: leave --column out")
         unit, reader = READERS[source_format]
-        for entry in reader(path, column):
+        entries = reader(path, column)
+        for entry in entries:
             num_entries += 1
-            if entry.flaw and entry.flaw not in EXPECTED and not skip_bad_lines:
-                raise ValueError(
-                    f"{path}, {unit} {entry.number}: {entry.flaw} ({excerpt(entry.text)[:80]!r}); correct it, or leave "
-                    "such entries out by --skip-bad-lines, which counts them"
-                )
+            if is_bad(entry) and not skip_bad_lines:
+                shown = f"{path}, {unit} {entry.number}: {entry.flaw} ({excerpt(entry.text)[:80]!r})"
+                raise ValueError(f"{shown}; {advise(entry, entries, num_entries, source_format)}")
             yield entry
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except CUT_OFF as error:
         raise ValueError(f"{path} is damaged or cut off behind entry {num_entries:,} ({error})") from error
+    except UnicodeDecodeError as error:
+        what = f"is no whole text in {error.encoding.upper()}, as its beginning tells"
+        raise ValueError(f"{path} {what}: damaged behind entry {num_entries:,} ({error.reason})") from error
     if not num_entries:
         raise ValueError(f"{path} is empty, or has a header alone")
+
+
+def describe_source(path: Path, *, column: str | None = None, source_format: str = "auto", **_) -> str:
+    """How `read_source` reads a file, where its name does not say that; empty otherwise, and for what it refuses."""
+    try:
+        source_format = recognise_format(path, column) if source_format == "auto" else source_format
+        return describe_form(path, source_format, column)
+    except (ValueError, OSError, *CUT_OFF):
+        return ""
+
+
+def is_bad(entry: SourceEntry) -> bool:
+    return bool(entry.flaw) and entry.flaw not in EXPECTED
+
+
+def advise(first: SourceEntry, others: Iterator[SourceEntry], num_entries: int, source_format: str) -> str:
+    """What to do about an entry with a flaw, by how many others have one: most of a file is hardly flawed."""
+    num_bad = 1
+    try:
+        for entry in islice(others, COUNTED_ENTRIES):
+            num_entries, num_bad = num_entries + 1, num_bad + is_bad(entry)
+    except (ValueError, *CUT_OFF):  # another fault further on
+        pass
+    correct = "convert the file: iconv -f CP1252 -t UTF-8" if first.flaw == "not UTF-8" else "correct it"
+    if num_bad > 1 and num_bad > num_entries // 2:
+        return (
+            f"{num_bad:,} of {num_entries:,} entries have a flaw when the file is read as {source_format}: "
+            f"{correct}, or give another --format or --column"
+        )
+    return (
+        f"{correct}, or leave such entries ({num_bad:,} of {num_entries:,}) out by --skip-bad-lines, which counts them"
+    )

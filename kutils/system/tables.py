@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from kutils.system import paths
-from kutils.system.output import quoted
+from kutils.system.output import cut, quoted
+from kutils.system.text_files import describe_file
 
 MAX_FOLDS = 10  # a fold is one digit: in tables, in recipes, in the names of checkpoints
 
@@ -28,7 +29,9 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is not there")
+        raise ValueError(f"{path} is {'a folder, not a table' if path.is_dir() else 'not there'}")
+    if what := describe_file(path):
+        raise ValueError(f"{path} is no table: it is {what}")
     with path.open("rb") as stream:
         header = stream.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")
     missing = [name for name in columns if name not in header]
@@ -38,7 +41,7 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
             if missing
             else "names a column twice"
         )
-        raise ValueError(f"{path} {lacks}; its first line is {' | '.join(header)} (columns are separated by tabs)")
+        raise ValueError(f"{path} {lacks}; its first line is {cut(' | '.join(header))} (columns are separated by tabs)")
     try:
         table = csv.read_csv(
             path,

@@ -1,5 +1,6 @@
 """TSV files: quotes are data, bad lines are named, nothing is half-written."""
 
+import gzip
 import hashlib
 
 import numpy as np
@@ -44,6 +45,33 @@ def test_a_bad_table_is_refused_with_file_and_line(tmp_path, body, said):
     with pytest.raises(ValueError, match=said) as caught:
         read_table(path, COLUMNS)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("image\tprompt\tfold\nx\ty\t1\n".encode("utf-16"), "text in UTF-16; save it as UTF-8"),
+        ("image\tprompt\tfold\nx\ty\t1\n".encode("utf-16-le"), "text in UTF-16-LE; save it as UTF-8"),
+        (b"image\tprompt\tfold\rx\ty\t1\r", "text with carriage returns alone"),
+        (b"PK\x03\x04" + bytes(40), "a zip file"),
+        (gzip.compress(b"image\tprompt\tfold\n"), "a gzip file"),
+        (b"image\tprompt\tfold\nx\ty\0z\t1\n", "no text"),
+    ],
+)
+def test_another_kind_of_file_is_named(tmp_path, content, what):
+    (tmp_path / "a.tsv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.tsv is no table: it is {what}"):
+        read_table(tmp_path / "a.tsv", COLUMNS)
+
+
+def test_a_folder_in_place_of_a_table_and_a_huge_header_are_named(tmp_path):
+    (tmp_path / "b.tsv").mkdir()
+    with pytest.raises(ValueError, match=r"b.tsv is a folder, not a table"):
+        read_table(tmp_path / "b.tsv", COLUMNS)
+    (tmp_path / "c.tsv").write_text("x" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="lacks the columns image, prompt, fold") as caught:
+        read_table(tmp_path / "c.tsv", COLUMNS)
+    assert len(str(caught.value)) < 1000
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
