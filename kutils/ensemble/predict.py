@@ -222,6 +222,7 @@ def predict_folder(arguments: argparse.Namespace) -> None:
     images = find_images(arguments.images)
     if not images:
         raise ValueError(f"{arguments.images} holds no image")
+    paths.check_output(arguments.output, len(images) * EMBEDDING_DIM * 4, "--output")
     fallback = load_ensemble(arguments.fallback).mean_embedding if arguments.fallback else None
     model, _, _ = checkpoints.load_model(arguments.checkpoint, recipe)
     sizes = input_sizes(model, recipe, arguments.tta)

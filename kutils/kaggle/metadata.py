@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+USER = "[A-Za-z0-9][A-Za-z0-9-]*"  # the name of an account, as in kaggle.com/USER
 MAX_NOTEBOOK_BYTES = 1_000_000
 KERNEL_KEYS = (
     *("id", "id_no", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_tpu"),
@@ -40,7 +41,10 @@ def check_dataset(folder: Path, message: str) -> str:
     inside = [place for entry in contents(folder) for place in all_below(entry)]
     checks = [
         (message.strip(), "the message is empty"),
-        (re.fullmatch(r"[\w-]+/[a-z0-9-]{6,50}", ref), f"id {ref!r} is not owner/slug with a slug of 6 to 50 letters"),
+        (
+            re.fullmatch(USER + "/[a-z0-9-]{6,50}", ref),
+            f"id {ref!r} is not owner/slug with a slug of 6 to 50 letters",
+        ),
         (6 <= len(title) <= 50, f"title {title!r} does not have 6 to 50 characters"),
         (len(licences) == 1 and "name" in licences[0], 'licenses is not one licence, [{"name": "CC0-1.0"}]'),
         ("id_no" not in values, "id_no would be taken instead of id"),
@@ -49,8 +53,7 @@ def check_dataset(folder: Path, message: str) -> str:
     for place in inside:
         unwanted = place.name in NO_DATA or any(fnmatch.fnmatch(place.name.lower(), name) for name in CREDENTIALS)
         checks.append((not unwanted, f"{place} does not belong into a data set"))
-        lost = place.is_symlink() and place.is_dir() and place.parent != folder
-        checks.append((not lost, f"{place} is a link to a folder, which the client leaves out"))
+        checks.append((not place.is_symlink(), f"{place} is a symbolic link; put what it leads to in its place"))
     refuse(path, [fault for passed, fault in checks if not passed])
     return ref
 
@@ -101,7 +104,10 @@ def check_kernel(folder: Path, allow_internet: bool) -> dict:
     ref, slug = values["id"], slugify(values["title"])
     offline = allow_internet or not (values.get("competition_sources") and described(values)["enable_internet"])
     checks = [
-        (re.fullmatch(r"[\w-]+/[\w-]{5,}", ref), f"id {ref!r} is not owner/slug with a slug of 5 letters or more"),
+        (
+            re.fullmatch(USER + r"/[\w-]{5,}", ref),
+            f"id {ref!r} is not owner/slug with a slug of 5 letters or more",
+        ),
         (slug == ref.rpartition("/")[2].lower(), f"the title gives the slug {slug!r}, unlike the id {ref!r}"),
         (values["language"] == "python", f"language is {values['language']!r}, not 'python'"),
         (values["kernel_type"] == "notebook", f"kernel_type is {values['kernel_type']!r}, not 'notebook'"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kutils.ensemble import weights
-from kutils.kaggle.metadata import KaggleError
+from kutils.kaggle.metadata import USER, KaggleError
 from kutils.models import checkpoints
 from kutils.runs import folders, recipes
 from kutils.system import paths
@@ -51,8 +51,10 @@ def read_settings(path: Path | None = None, user: str = "") -> Settings:
                 raise KaggleError(f"{path}: {where}no key {key!r}{recipes.nearest(str(key), known)}")
         if missing := [key for key in known if key not in entries]:
             raise KaggleError(f"{path}: {where}{', '.join(missing)} is missing")
-    if user == PLACEHOLDER or not re.fullmatch(r"[\w-]+", user):
-        raise KaggleError(f"{path}: user is {user}; put your Kaggle name there, as in kaggle.com/<user>")
+    if user == PLACEHOLDER or not re.fullmatch(USER, user):
+        raise KaggleError(
+            f"{path}: user is {user}; put your Kaggle name there, letters, digits and dashes as in kaggle.com/<user>"
+        )
     return Settings(**json.loads(json.dumps(values).replace(PLACEHOLDER, user)))
 
 
@@ -130,6 +132,8 @@ def stage_weights(settings: Settings) -> Path:
         raise KaggleError(f"{source} is not there: kutils ensemble fit --config {settings.ensemble}")
     fitted = weights.load_ensemble(source).with_weight()
     files = weights.find_files(fitted.files(), [source.parent])
+    if links := [str(path) for path in files.values() if path.is_symlink()]:
+        raise KaggleError(f"{', '.join(links)}: a symbolic link is not packed; put the file itself there")
     with staged("weights") as folder:
         packed, manifest = {}, {}
         for family, members in fitted.families.items():

@@ -48,7 +48,8 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
         return known
     chosen: list[Path] = []
     for name in names:
-        matching = [folder for folder in known if fnmatch.fnmatch(folder.name, name)]
+        matching = [folder for folder in known if folder.name == name]  # it may hold brackets
+        matching = matching or [folder for folder in known if fnmatch.fnmatch(folder.name, name)]
         if not matching and (Path(name) / "result.json").is_file():
             matching = [Path(name)]
         if not matching:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import yaml
 from kutils.system import paths
 
 AUGMENT_BEFORE = {True: "published", False: "none"}  # how earlier files spell `augment`
+# in no name; surrogates stand for bytes that are not UTF-8, and pass
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class ConfigError(ValueError):
@@ -130,10 +133,15 @@ class Recipe:
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
                 raise ConfigError(f"{item.name} is {value!r}; it can be {', '.join(map(str, choices))}")
+            if isinstance(value, str) and UNSEEN.search(value):
+                raise ConfigError(f"{item.name} is {value!r}, which holds a character that cannot be seen; remove it")
         for name in ("prefix", "save_dir"):
             value = getattr(self, name)
             if not paths.is_safe_relative(value) or (name == "prefix" and "/" in value):
                 raise ConfigError(f"{name} is {value!r}; it names a file or folder below another and cannot leave it")
+        start = self.initialize_from
+        if start is not None and not Path(start).is_absolute() and not paths.is_safe_relative(start):
+            raise ConfigError(f"initialize_from is {start!r}; give a path below model_dir, or an absolute one")
         for name in ("epochs", "input_size", "global_batch_size", "max_local_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -43,7 +43,7 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; ConfigError (naming the file) for anything else."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no `key: value` lines")

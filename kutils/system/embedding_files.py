@@ -24,7 +24,8 @@ def map_embeddings(path: Path, num_rows: int) -> np.ndarray:
     try:
         embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); {make_again(path)}") from error
+        reason = "it is no .npy file" if "pickle" in str(error) else error
+        raise ValueError(f"{path} cannot be read ({reason}); {make_again(path)}") from error
     if embeddings.shape != (num_rows, EMBEDDING_DIM) or embeddings.dtype != np.float32:
         actual = f"{embeddings.dtype} {list(embeddings.shape)}"
         raise ValueError(f"{path} is {actual}, its TSV needs float32 [{num_rows}, {EMBEDDING_DIM}]; {make_again(path)}")

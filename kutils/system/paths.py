@@ -114,9 +114,10 @@ def missing_datasets(names: Iterable[str]) -> str:
 
 
 def is_safe_relative(path: str) -> bool:
-    """True if `path` is relative and cannot leave the folder it is joined to: no `..`, root, drive or backslash."""
+    """True if `path` is relative and stays in the folder it is joined to: no `..`, root, drive, backslash or NUL."""
     parts = PurePosixPath(path).parts
-    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in parts[0]
+    is_inside = bool(parts) and not path.startswith("/") and ".." not in parts and ":" not in parts[0]
+    return is_inside and "\\" not in path and "\0" not in path
 
 
 def sha256_of(path: Path) -> str:
@@ -136,6 +137,18 @@ def check_room(folder: Path, needed_bytes: float, advice: str) -> int:
         text = f"about {needed_bytes / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; {advice}"
         raise OSError(errno.ENOSPC, text, str(folder))
     return free
+
+
+def check_output(path: Path, needed_bytes: float, option: str) -> None:
+    """Raise OSError or ValueError if a file cannot be written, before the work whose result it is to hold.
+
+    Args:
+        option: of the command, that names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} cannot be written; give another {option}")
+    check_room(path.parent, needed_bytes, f"give another {option}")
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

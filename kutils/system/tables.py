@@ -161,7 +161,7 @@ def check_rows(path: Path, table: pa.Table) -> None:
 
 def unusable(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray, str]]:
     """What training cannot use in a table: column, which rows (bool), and what to do about them."""
-    unsafe = r"^[/~]|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|^\s*$"
+    unsafe = r"^[/~]|^[A-Za-z]:|\\|\x00|(^|/)\.\.(/|$)|^\s*$"
     yield "prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt"
     if "image" in table.column_names:  # a list of prompts has none yet
         advice = "image paths are relative to input/, without .."

@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{path} is no {suffix} file")
         if path is not None and path.exists():
             raise ValueError(f"{path} exists; remove it or give another name")
+        if path is not None:
+            paths.check_output(path, 0, "name")
     ranks = join_ranks(recipe.device)
     ranks.barrier()  # all have looked at the files before one of them writes
     score = score_checkpoint(

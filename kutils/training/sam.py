@@ -26,8 +26,15 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor
         rho: radius, in the Euclidean norm over all parameters together.
     Yields: bool scalar on the device: whether g was finite. Where it was not, the whole update must be given up: the
         block's own gradient may well be finite (drop path draws anew), but it is not that of perturbed weights.
+    Raises: ValueError for a gradient that lies otherwise in memory than its weights: the kernel would mix them up.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    for number, parameter in enumerate(parameters):
+        if not lies_alike(parameter, parameter.grad):
+            raise ValueError(
+                f"the gradient of parameter {number}, {list(parameter.shape)}, has another layout or dtype than its "
+                "weights; backward() gives theirs, and what is set by hand needs torch.empty_like(parameter).copy_(...)"
+            )
     norm = gradient_norm(parameters)
     finite = torch.isfinite(norm)
     copies = [torch.empty_like(parameter) for parameter in parameters]
@@ -42,6 +49,20 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor
     finally:
         with torch.no_grad():
             torch._foreach_copy_(parameters, copies)
+
+
+def lies_alike(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether two tensors have their elements in the same places of memory, in one dtype and on one device."""
+    if (parameter.layout, parameter.dtype, parameter.device) != (gradient.layout, gradient.dtype, gradient.device):
+        return False
+    if parameter.layout != torch.strided or parameter.shape != gradient.shape:
+        return False
+    if parameter.stride() == gradient.stride():
+        return True
+    return all(
+        size == 1 or one == other
+        for size, one, other in zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
+    )
 
 
 def ascend(parameters: list[nn.Parameter], rate: Tensor, valid: Tensor) -> None:

@@ -53,11 +53,10 @@ def refused(*parts):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder to upload: a sub-folder with a sub-folder, a link to a folder, and a file."""
+    """A folder to upload: a sub-folder with a sub-folder, a folder, and a file."""
     root = tmp_path / "upload"
     (root / "kutils" / "inner").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    (root / "conf").symlink_to(tmp_path / "elsewhere")
+    (root / "conf").mkdir()
     (root / "kutils" / "a.py").write_text("A = 1\n")
     (root / "kutils" / "inner" / "b.py").write_text("B = 2\n")
     (root / "conf" / "c.yaml").write_text("c: 3\n")
@@ -161,10 +160,6 @@ def test_a_refusal_that_is_no_error_of_the_client(stub, folder, switches, said, 
 @needs_client
 def test_what_the_client_leaves_out(stub, folder):
     """What the checks before the upload miss is seen in what the client prints, or does not print."""
-    (folder / "lost.bin").symlink_to(folder / "nowhere")
-    with refused("lost.bin did not arrive"):
-        client.upload_dataset(folder, "first", **FAST)
-    (folder / "lost.bin").unlink()
     (folder / "kernel-metadata.json").touch()  # without a word
     with refused("kernel-metadata.json did not arrive"):
         client.upload_dataset(folder, "second", **FAST)
@@ -241,11 +236,20 @@ def test_a_data_set_with_nothing_in_it_or_without_a_message(tmp_path):
         client.upload_dataset(tmp_path, " ")
 
 
-def test_a_link_to_a_folder_inside_a_folder_would_be_left_out(folder, tmp_path):
+@pytest.mark.parametrize("name", ["kutils/weights", "weights", "kutils/w.pth", "w.pth", "kutils/inner/w.pth"])
+@pytest.mark.parametrize("target", ["weights", "weights/w.pth", "nowhere"])
+def test_no_symbolic_link_is_followed(folder, tmp_path, name, target):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "w.pth").write_text("x")
-    (folder / "kutils" / "weights").symlink_to(tmp_path / "weights")
-    with refused("weights is a link to a folder"):
+    (folder / name).symlink_to(tmp_path / target)
+    with refused(f"{name} is a symbolic link"):
+        client.upload_dataset(folder, "first")
+
+
+@pytest.mark.parametrize("user", ["a_b", "-a", "a.b", "a b", "caf\u00e9", "", "a\n"])
+def test_a_user_that_kaggle_does_not_have(folder, user):
+    describe(folder, id=f"{user}/kutils-code")
+    with refused("is not owner/slug"):
         client.upload_dataset(folder, "first")
 
 

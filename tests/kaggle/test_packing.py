@@ -92,6 +92,8 @@ def fitted(tmp_path, tiny_recipe):
     [
         (("user: INSERT_KAGGLE_NAME_HERE", "user: INSERT_KAGGLE_NAME_HERE"), "put your Kaggle name there"),
         (("user: INSERT_KAGGLE_NAME_HERE", "user: a b"), "user is a b"),
+        (("user: INSERT_KAGGLE_NAME_HERE", "user: a_b"), "user is a_b"),
+        (("user: INSERT_KAGGLE_NAME_HERE", 'user: "caf\u00e9"'), "user is caf\u00e9"),
         (("ensemble:", "ensembel:"), "no key 'ensembel'; did you mean 'ensemble'?"),
         (("  kernels: []", "  kernel: []"), "train: no key 'kernel'; did you mean 'kernels'?"),
         (("  kernels: []", ""), "train: kernels is missing"),

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from fixtures.datasets import TINY
 from fixtures.finished_runs import RESULT
 
 from kutils.runs import finished, folders
+from kutils.runs.recipes import Recipe
 from kutils.system import paths
 
 
@@ -33,6 +35,22 @@ def test_finished_runs_are_found_in_order_and_by_name(tmp_path):
         folders.find_finished(["vit_fld0"])
     with pytest.raises(ValueError, match="no finished run 'cut_fold0'"):
         folders.find_finished(["cut_fold0"])
+
+
+def test_a_run_whose_name_holds_brackets_is_found_by_it():
+    marked, other = finish("vit[1]_fold0", 100), finish("vit1_fold0", 200)
+    assert folders.find_finished(["vit[1]_fold0"]) == [marked]
+    assert folders.find_finished(["vit[12]_fold0"]) == [other]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"prefix: [", b"\xff\xfe", b"\0", b"a: 2023-13-45", b"[" * 5000, b"prefix: x\n"]
+)
+def test_a_damaged_configuration_is_one_line_that_says_what_to_do(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config.yaml.*put it back, or start over") as caught:
+        folders.check_same_configuration(tmp_path, Recipe(**TINY))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_result_is_named():

@@ -225,6 +225,37 @@ def test_settings_of_fine_tuning_that_make_no_sense_are_refused(tiny_recipe, cha
         tiny_recipe(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"initialize_from": "../other/a.pth"},
+        {"initialize_from": "a/../../b.pth"},
+        {"initialize_from": "a\\b.pth"},
+        {"initialize_from": ""},
+        {"initialize_from": "a\0.pth"},
+        {"prefix": "a\0b"},
+        {"prefix": "a\x1b[31m"},
+        {"prefix": "a\nb"},
+        {"model_dir": "/a\0"},
+        {"run_dir": "\u202eb"},
+        {"pretrained": "/a\0b"},
+        {"datasets": ("a\0b",)},
+    ],
+    ids=repr,
+)
+def test_no_name_leaves_its_folder_or_holds_what_cannot_be_seen(tiny_recipe, changes):
+    (key,) = changes
+    with pytest.raises(recipes.ConfigError, match=rf"^{key} is "):
+        tiny_recipe(**changes)
+
+
+def test_a_start_outside_of_the_models_is_an_absolute_path(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(initialize_from=f"{tmp_path}/a_fold{{fold}}.pth", model_dir="/models")
+    assert recipe.initial_checkpoint(3) == tmp_path / "a_fold3.pth"
+    recipe = tiny_recipe(initialize_from="x/a_fold{fold}.pth", model_dir="/models")
+    assert str(recipe.initial_checkpoint(3)) == "/models/x/a_fold3.pth"
+
+
 def test_the_published_sam_recipes_train_as_published():
     """The published code perturbs by the gradient that DDP has averaged over all ranks."""
     own = [load_recipe(path) for path in paths.repository_root().glob("conf/*_8data_*.yaml")]

@@ -51,6 +51,35 @@ def test_the_radius_is_over_all_parameters_together():
         torch.testing.assert_close(b.item(), -0.8)
 
 
+LAYOUTS = {
+    "channels last": lambda grad: grad.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda grad: grad.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda grad: grad[:1, :1].expand(4, 4, 2, 2),
+    "sparse": lambda grad: grad.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_of_another_layout_is_refused_and_moves_nothing(layout):
+    w, grad = torch.nn.Parameter(torch.randn(4, 4, 2, 2)), torch.randn(4, 4, 2, 2)
+    before = w.detach().clone()
+    w.grad = LAYOUTS[layout](grad)
+    other = torch.nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    message = r"gradient of parameter 1, \[4, 4, 2, 2\], has another layout"
+    with pytest.raises(ValueError, match=message), perturbed([other, w], rho=0.5):
+        pass
+    assert torch.equal(w.detach(), before) and torch.equal(other.detach(), torch.ones(2))
+
+
+def test_strides_of_dimensions_of_one_do_not_matter():
+    w = torch.nn.Parameter(torch.zeros(2, 3, 1, 1))
+    w.grad = torch.arange(6.0).reshape(2, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+    direction = torch.arange(6.0) / torch.arange(6.0).norm()
+    with perturbed([w], rho=0.5):
+        torch.testing.assert_close(w.detach().flatten(), 0.5 * direction)
+
+
 def test_weights_come_back_to_the_last_bit_even_after_an_error():
     w = torch.nn.Parameter(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-3)
     before = w.detach().clone()
