@@ -44,7 +44,7 @@ NAMES = {
     "input_height": "is input_size=PX",
     "sam": "is sam_rho=0.05",
     "drop_duplicates": "has no equivalent: an epoch always has one image of a prompt",
-    "train_trans_mode": "is augment=true or false",
+    "train_trans_mode": "is augment=published or none",
     "valid_trans_mode": "has no equivalent: validation resizes to the square",
     "eva_drop_path_rate": "is drop_path_rate=RATE",
     "cls_mode": "is head=cls_avg or cls_only",
