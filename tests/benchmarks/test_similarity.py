@@ -6,7 +6,7 @@ from fixtures.prompts import brute_force, neighbourhoods
 
 from kutils.benchmarks import similarity
 from kutils.data import prompt_bank
-from kutils.prompts import embedding, partition
+from kutils.prompts import embedding, fold_methods, partition
 from kutils.prompts.similarity import similar_pairs
 from kutils.system.tables import read_table, write_table
 
@@ -46,7 +46,7 @@ def test_folds_leak_what_they_are_said_to():
     rows = neighbourhoods(num_groups=12, group_size=25, noise=0.62)  # within: about 0.72
     entries = by_name(similarity.measure_leakage(rows, repeats=1))
     pairs = similar_pairs(rows, 0.7)
-    leader = partition.assign(np.ones(300, int), pairs, 10, "leader", 0)
+    leader = fold_methods.assign(np.ones(300, int), pairs, 10, "leader", 0)
     leaked = entries["folds_300_leaked_beside_leader"]
     assert leaked.reference == pytest.approx(100 * partition.leaked_prompts(leader, pairs).mean())
     assert leaked.ours < leaked.reference < entries["folds_300_leaked_beside_random"].reference
