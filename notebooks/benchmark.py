@@ -33,7 +33,7 @@ repeats: int = 5  # of every measurement, ours and the other by turns
 models: str = ""  # of recipes, as "convnext_large,vit_large", whose steps are measured; empty is all
 pictures: str = ""  # folder of images for the loader, resized to 512 px; empty is made ones
 images: int = 1000  # that are predicted, checked or packed; the competition has about 16,000
-bank: int = 250000  # random embeddings among which the nearest are looked up, 1.6 KB of disk each
+bank: int = 250000  # random embeddings among which the nearest are looked up, 1.9 KB of disk and memory each
 rows: int = 0  # rows of the made data sets together; 0 is all 5,059,104
 keep_data: bool = False  # leave the made data sets in working/benchmark/input/ for the next time
 prompts: int = 60000  # that are embedded and compared; 120000 adds a fourth point to the curve
@@ -150,9 +150,9 @@ if "embed_prompts" in chosen:
 
 # %% [markdown]
 # ## How long does it take to find all similar pairs, and what do folds leak?
-# Exactly all at cosine >= 0.7, beside FAISS, which searches exactly too and in float32 (up to 60,000 prompts). The time
-# grows with the square of the number, the memory beyond embeddings and pairs does not grow. A prompt leaks that has a
-# similar one in another fold: of a balanced partition, of greedy leader groups, of random rows.
+# Exactly all at cosine >= 0.7 and 0.9, beside FAISS, which searches exactly too and in float32 (up to 60,000 prompts).
+# The time grows with the square of the number, the memory beyond embeddings and pairs does not grow. A prompt leaks
+# that has a similar one in another fold: of a balanced partition, of greedy leader groups, of random rows.
 
 # %%
 if "similar_pairs" in chosen:

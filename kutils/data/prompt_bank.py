@@ -1,6 +1,7 @@
-"""Stores prompts with their embeddings in one file, and finds those nearest to an embedding.
+"""Stores prompts with their embeddings, and finds those nearest to an embedding.
 
-A bank is one memory-mapped Arrow file: a million prompts open in a millisecond, and processes share its pages.
+A bank is a memory-mapped Arrow file, whose pages processes share. A large one holds a short row of each prompt, which
+rules most prompts out without a look at their embeddings. Those of data sets stay in the sets' .npy files.
 """
 
 import textwrap
@@ -12,18 +13,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kutils.data.datasets import PromptImages, load_datasets
+from kutils.data.bank_files import KIND, Targets, as_lists, as_tensor, part_of, schema, short_rows
+from kutils.data.datasets import load_datasets
 from kutils.data.index import cache_path, fingerprint
+from kutils.data.nearest import BLOCK_QUERIES, BankShortening, Block, Nearest, choose_shortening
 from kutils.prompts.shortening import exact_products
-from kutils.prompts.similar_blocks import unit_rows
+from kutils.prompts.similar_blocks import check_lengths
 from kutils.system import arrow
 from kutils.system.devices import pick_device
 from kutils.system.embedding_files import EMBEDDING_DIM, open_embeddings
 from kutils.system.progress import progress_bar
 from kutils.system.tables import read_table
 
-KIND = "kutils prompt bank"  # a fact that the file carries
-BLOCK_PROMPTS, BLOCK_QUERIES = 65_536, 256  # of one matrix product: 100 MB of embeddings, 67 MB of cosines
+BLOCK_PROMPTS = 65_536  # looked at together: 100 MB of embeddings
+SHORTENED = 8192  # prompts from which a file holds short rows
+SAMPLE_PROMPTS = 4096  # by which the way to shorten them is chosen
+BANK_VERSION = 2  # of a cache of data sets; 1 held the embeddings
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.05
 
 
@@ -34,14 +39,16 @@ class PromptBank:
         prompts: n texts, at least one.
         embeddings: float32 or float16 [n, 384], unit rows.
         rows: int64 [n]: the first row of each prompt in its data sets; None for prompts of no data set.
+        short: int8 lists [n], a short row of each prompt, and how they were made; None: there are none.
     Raises: ValueError if they do not fit together.
     """
 
     def __init__(
         self,
         prompts: Sequence[str] | pa.Array | pa.ChunkedArray,
-        embeddings: np.ndarray | pa.ChunkedArray,
+        embeddings: np.ndarray | pa.ChunkedArray | Targets,
         rows: np.ndarray | None = None,
+        short: tuple[pa.ChunkedArray, BankShortening] | None = None,
     ):
         shape = list(embeddings.shape) if isinstance(embeddings, np.ndarray) else [len(embeddings), EMBEDDING_DIM]
         if not len(prompts) or shape != [len(prompts), EMBEDDING_DIM]:
@@ -54,7 +61,7 @@ class PromptBank:
         prompts = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([prompts])
         self.prompts = prompts.cast(pa.large_string())  # ChunkedArray [n]
         self.embeddings = pa.chunked_array([as_lists(embeddings)]) if isinstance(embeddings, np.ndarray) else embeddings
-        self.rows = rows
+        self.rows, self.short = rows, short
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -65,9 +72,10 @@ class PromptBank:
     def from_datasets(cls, names: Sequence[str], most: int | None = None, seed: int = 0) -> "PromptBank":
         """The distinct prompts of data sets in `input/`, in order of first appearance.
 
-        A bank of all prompts is written once below `working/cache/`, block by block, and mapped from then on. If it
-        cannot be written, it is kept in memory. It takes 1.5 GB per million prompts. Another order of the names makes
-        another bank, since `rows` follow that order.
+        Prompts and short rows of a bank of all prompts are written once below `working/cache/`, and mapped from then
+        on. If they cannot be written, they are kept in memory. They take about 0.2 GB per million prompts; the
+        embeddings stay in the .npy files. Another order of the names makes another bank, since `rows` follow that
+        order.
 
         Args:
             most: draw so many prompts if there are more; None: all.
@@ -79,13 +87,14 @@ class PromptBank:
         if most is not None and most < len(rows):
             rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
             return cls(data.prompts.take(pa.array(rows)), data.targets(rows), rows)
-        current = fingerprint(data.root, names)
+        current = fingerprint(data.root, names) | {"bank": BANK_VERSION}
         facts = {"fingerprint": current, "datasets": list(names)}
+        targets = Targets(data, rows)
 
         def batches() -> pa.RecordBatchReader:
-            return pa.RecordBatchReader.from_batches(schema(np.float32, facts), batches_of(data, rows))
+            return cls(data.prompts.take(pa.array(rows)), targets, rows).to_reader(None, facts)
 
-        return cls.of_table(arrow.map_once(cache_path(data.root, names, ".bank.arrow"), current, batches))
+        return cls.of_table(arrow.map_once(cache_path(data.root, names, ".bank.arrow"), current, batches), targets)
 
     @classmethod
     def from_table(cls, tsv_path: Path) -> "PromptBank":
@@ -97,10 +106,15 @@ class PromptBank:
         return cls(prompts, open_embeddings(Path(tsv_path).with_suffix(".npy"), len(prompts)))
 
     @classmethod
-    def of_table(cls, table: pa.Table) -> "PromptBank":
-        """The bank in a file's table: columns prompt, embedding and, for prompts of data sets, row."""
+    def of_table(cls, table: pa.Table, embeddings: Targets | None = None) -> "PromptBank":
+        """The bank in a file's table, whose columns are prompt and, where there are, embedding, row and short.
+
+        Args:
+            embeddings: of a table without them.
+        """
         rows = table["row"].to_numpy() if "row" in table.column_names else None
-        return cls(table["prompt"], table["embedding"], rows)
+        embeddings = table["embedding"] if embeddings is None else embeddings
+        return cls(table["prompt"], embeddings, rows, short_rows(table))
 
     @classmethod
     def load(cls, path: Path) -> "PromptBank":
@@ -112,6 +126,8 @@ class PromptBank:
             raise ValueError(f"{path} holds no prompts ({error})") from error
         if kind != KIND:
             raise ValueError(f"{path} holds no prompts: it is another Arrow file")
+        if "embedding" not in table.column_names:
+            raise ValueError(f"{path} holds no embeddings: it is a cache of data sets; give --datasets instead")
         return cls.of_table(table)
 
     def save(self, path: Path, dtype: type = np.float32, keep: np.ndarray | None = None) -> None:
@@ -121,18 +137,39 @@ class PromptBank:
             dtype: of the embeddings: float32, or float16 (half the size, errors of 1e-4).
             keep: bool [n], the prompts to write; None: all.
         """
-        form = schema(dtype, {}, self.rows is not None)
+        reader = self.to_reader(dtype, {}, keep)
+        arrow.write_batches(path, reader.schema, reader)
+
+    def to_reader(self, dtype: type | None, facts: dict, keep: np.ndarray | None = None) -> pa.RecordBatchReader:
+        """The batches of a file with this bank, with short rows if it is large.
+
+        Args:
+            dtype: of the embeddings; None: the file holds none.
+            facts: for the schema to carry.
+            keep: as for `save`.
+        """
+        how = None
+        if len(self) >= SHORTENED:
+            sample = self.vectors(np.unique(np.linspace(0, len(self) - 1, SAMPLE_PROMPTS, dtype=int)))
+            how = choose_shortening(torch.from_numpy(sample).double())
+        form = schema(dtype, facts, self.rows is not None, how)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for start, block in self.blocks():
-                part = np.arange(start, start + len(block))
-                part = part if keep is None else part[keep[part]]
-                prompts = self.prompts[start : start + len(block)].combine_chunks().take(pa.array(part - start))
-                columns = [prompts, as_lists(block.numpy()[part - start].astype(dtype))]
-                columns += [] if self.rows is None else [pa.array(self.rows[part])]
-                yield pa.record_batch(columns, schema=form)
+            with progress_bar(len(self), "prompt", "collecting prompts", delay=5, leave=False) as bar:
+                for start, block in self.blocks():
+                    part = np.arange(start, start + len(block))
+                    part = part if keep is None else part[keep[part]]
+                    prompts = self.prompts[start : start + len(block)].combine_chunks().take(pa.array(part - start))
+                    vectors = block.numpy()[part - start].astype(dtype or np.float32)
+                    columns = [prompts] + ([] if dtype is None else [as_lists(vectors)])
+                    columns += [] if self.rows is None else [pa.array(self.rows[part])]
+                    if how is not None:
+                        short, errors = how.round(torch.from_numpy(vectors).double())
+                        columns += [as_lists(short.numpy()), pa.array(errors.numpy())]
+                    yield pa.record_batch(columns, schema=form)
+                    bar.update(len(block))
 
-        arrow.write_batches(path, form, batches())
+        return pa.RecordBatchReader.from_batches(form, batches())
 
     # ------------------------------------------------------------ what a bank holds
 
@@ -151,21 +188,28 @@ class PromptBank:
         indices = np.asarray(indices)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"prompts {indices.min()} to {indices.max()} of {len(self)}, which count from 0")
+        if isinstance(self.embeddings, Targets):
+            return self.embeddings[indices.ravel()].reshape(*indices.shape, EMBEDDING_DIM)
         rows = np.empty((*indices.shape, EMBEDDING_DIM), np.float32)
         for start, block in self.blocks():
             here = (indices >= start) & (indices < start + len(block))
             rows[here] = block.numpy()[indices[here] - start]
         return rows
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All embeddings in order, in blocks: the number of the first, and [at most BLOCK_PROMPTS, 384], not copied."""
+    def spans(self) -> Iterator[slice]:
+        """The prompts in order, at most BLOCK_PROMPTS at a time, and of one chunk of the embeddings."""
+        columns = [range(len(self))] if isinstance(self.embeddings, Targets) else self.embeddings.chunks
         start = 0
-        for chunk in self.embeddings.chunks:
-            for offset in range(0, len(chunk), BLOCK_PROMPTS):
-                values = chunk[offset : offset + BLOCK_PROMPTS].flatten()
-                block = torch.from_dlpack(values).view(-1, EMBEDDING_DIM)  # from_numpy refuses read-only arrays
-                yield start, block
-                start += len(block)
+        for column in columns:
+            for offset in range(0, len(column), BLOCK_PROMPTS):
+                yield slice(start + offset, start + min(offset + BLOCK_PROMPTS, len(column)))
+            start += len(column)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """All embeddings in order: the number of the first, and [at most BLOCK_PROMPTS, 384]; mapped ones stay so."""
+        for span in self.spans():
+            rows = self.embeddings[span]
+            yield span.start, torch.from_numpy(rows) if isinstance(rows, np.ndarray) else as_tensor(rows)
 
     # ------------------------------------------------------------ looking up
 
@@ -173,7 +217,9 @@ class PromptBank:
     def nearest(
         self, queries: np.ndarray, k: int = 5, device: str = "cpu", exclude: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Find the k prompts of highest cosine for each query; all are compared, block by block.
+        """Find the k prompts of highest cosine for each query, exactly: as float64 decides, rounded to float32.
+
+        A large bank's short rows rule most prompts out; on a GPU, and without short rows, all are compared.
 
         Args:
             queries: float32 [q, 384], unit rows.
@@ -192,26 +238,17 @@ class PromptBank:
         if excluded.shape != (len(self),) or excluded.all():
             raise ValueError(f"exclude is {list(excluded.shape)}; it leaves some of {len(self)} prompts out, not all")
         place = pick_device(device)
-        queries = unit_rows(queries).to(place)
-        count = min(k, len(self) - int(excluded.sum()))
-        cosines = torch.empty(len(queries), 0, device=place)
-        indices = torch.empty(len(queries), 0, dtype=torch.int64, device=place)
+        check_lengths(torch.from_numpy(np.asarray(queries, np.float32)), 0)
+        exact = queries / np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
+        by_short = self.short is not None and place.type == "cpu"
+        best = Nearest(exact, min(k, len(self) - int(excluded.sum())), self.short[1] if by_short else None, place)
         bar = progress_bar(len(self), "prompt", "looking up neighbours", delay=5, leave=False)
         with exact_products(), bar:
-            for start, block in self.blocks():
-                block = block.to(place).float().T
-                omitted = excluded[start : start + block.shape[1]].nonzero()[:, 0].to(place)
-                best = []
-                for part in queries.split(BLOCK_QUERIES):
-                    products = part @ block
-                    products[:, omitted] = -torch.inf
-                    best.append(largest(products, k))
-                cosines = torch.cat([cosines, torch.cat([values for values, _ in best])], dim=1)
-                indices = torch.cat([indices, torch.cat([columns for _, columns in best]) + start], dim=1)
-                cosines, order = cosines.sort(dim=1, descending=True, stable=True)  # those of earlier blocks first
-                cosines, indices = cosines[:, :count], indices.gather(1, order)[:, :count]
-                bar.update(block.shape[1])
-        return indices.cpu().numpy(), cosines.cpu().numpy()
+            for span in self.spans():
+                short = as_tensor(self.short[0][span]) if by_short else None
+                best.look_at(Block(span.start, part_of(self.embeddings, span), short), excluded[span].numpy())
+                bar.update(span.stop - span.start)
+        return best.indices, best.cosines
 
     def captions(self, queries: np.ndarray, k: int = 2, width: int = 64) -> list[str]:
         """The nearest prompts of each query with their cosines, as the title of a figure; long prompts are cut."""
@@ -260,40 +297,3 @@ class PromptBank:
 def in_fold(bank: PromptBank, names: Sequence[str], fold: int) -> np.ndarray:
     """bool [n]: whether each prompt of the bank of these data sets is in a fold; ValueError for sets without folds."""
     return load_datasets(names).folds[bank.rows] == fold
-
-
-def largest(products: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row, largest first, and their columns, both [rows, k]; of equal ones the first."""
-    count = min(k, products.shape[1])
-    values, columns = products.topk(
-        min(k + 1, products.shape[1]), dim=1
-    )  # one more, to see whether the k-th has equals
-    if count < values.shape[1]:
-        for row in (values[:, count - 1] == values[:, count]).nonzero()[:, 0].tolist():
-            columns[row] = products[row].sort(descending=True, stable=True).indices[: count + 1]
-    columns = columns[:, :count].sort(dim=1).values
-    values, order = products.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
-
-
-def as_lists(embeddings: np.ndarray) -> pa.FixedSizeListArray:
-    """Arrow's form of [n, 384]; contiguous rows are not copied."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), EMBEDDING_DIM)
-
-
-def schema(dtype: type, facts: dict, has_rows: bool = True) -> pa.Schema:
-    """The schema of a bank's file, with its facts."""
-    fields = {"prompt": pa.large_string(), "embedding": pa.list_(pa.from_numpy_dtype(dtype), EMBEDDING_DIM)}
-    fields |= {"row": pa.int64()} if has_rows else {}
-    return arrow.with_facts(pa.schema(fields), {"kind": KIND, **facts})
-
-
-def batches_of(data: PromptImages, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """Prompts and embeddings of rows (int64 [n]), one block in memory at a time."""
-    with progress_bar(len(rows), "prompt", "collecting prompts", delay=5, leave=False) as bar:
-        for start in range(0, len(rows), BLOCK_PROMPTS):
-            part = rows[start : start + BLOCK_PROMPTS]
-            prompts = data.prompts.take(pa.array(part)).combine_chunks()
-            columns = {"prompt": prompts, "embedding": as_lists(data.targets(part)), "row": pa.array(part)}
-            yield pa.record_batch(columns)
-            bar.update(len(part))

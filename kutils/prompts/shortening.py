@@ -29,6 +29,7 @@ class Shortening:
     turn: Tensor | None  # float64 [width, width], orthonormal: evens the numbers out, so that int8 rounds them less
     dtype: torch.dtype  # int8, bfloat16, float16 or float32
     scale: float  # the numbers are multiplied by it: to fill the range of int8, else 1
+    width: int  # of the short rows
 
     def exactly(self, rows: Tensor) -> Tensor:
         """Short rows in float64, [n, width], of float64 [n, D]; each as long as its row."""
@@ -38,12 +39,17 @@ class Shortening:
         tail = (squares(rows) - squares(head)).clamp_(min=0).sqrt_()
         return torch.cat([head, tail[:, None]], dim=1) @ self.turn
 
-    def apply(self, rows: Tensor) -> tuple[Tensor, float]:
-        """Short rows in `dtype`, [n, width], of float64 [n, D], and the largest error |d| of one."""
+    def round(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Short rows in `dtype`, [n, width], of float64 [n, D], and the error |d| of each, float32 [n], rounded up."""
         scaled = self.exactly(rows) * self.scale
         stored = scaled.round().clamp_(-127, 127).to(self.dtype) if self.dtype == torch.int8 else scaled.to(self.dtype)
-        errors = squares(scaled.sub_(stored)).sqrt_() / self.scale
-        return stored, float(errors.amax()) + FLOAT64_ERROR if len(rows) else 0.0
+        errors = squares(scaled.sub_(stored)).sqrt_() / self.scale + FLOAT64_ERROR
+        return stored, (errors * (1 + 1e-6)).float()
+
+    def apply(self, rows: Tensor) -> tuple[Tensor, float]:
+        """The same with the largest error."""
+        stored, errors = self.round(rows)
+        return stored, float(errors.amax()) if len(rows) else 0.0
 
 
 def squares(rows: Tensor) -> Tensor:
@@ -58,10 +64,10 @@ def principal_axes(sample: Tensor) -> Tensor:
 
 def fit_shortening(sample: Tensor, axes: Tensor | None, width: int, dtype: torch.dtype) -> Shortening:
     """The shortening to `width` numbers along the first axes; a sample of rows (float64 [n, D]) sets the scale."""
-    how = Shortening(None, None, dtype, 1.0)
+    how = Shortening(None, None, dtype, 1.0, sample.shape[1])
     if width < sample.shape[1]:
         random = torch.from_numpy(np.random.default_rng(0).standard_normal((width, width)))
-        how = Shortening(axes[:, : width - 1], torch.linalg.qr(random).Q.to(axes.device), dtype, 1.0)
+        how = Shortening(axes[:, : width - 1], torch.linalg.qr(random).Q.to(axes.device), dtype, 1.0, width)
     if dtype == torch.int8 and len(sample):  # few rows have larger numbers, which are cut: their |d| says so
         how = replace(how, scale=127 / max(1.2 * float(how.exactly(sample).abs().amax()), 1e-3))
     return how
@@ -72,7 +78,7 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     return torch._int_mm(left, right.T) if left.dtype == torch.int8 else left @ right.T
 
 
-def smallest_product(threshold: float, how: Shortening, errors: tuple[float, float], width: int) -> Tensor:
+def smallest_product(threshold: float, how: Shortening, errors: tuple[float, float]) -> Tensor:
     """The smallest entry of `products` that two rows of length 1 and a product of at least `threshold` can have.
 
     Sums in float32 err by less than `float32_margin`, those of int8 not at all. Rounding products to 16 bits keeps
@@ -80,12 +86,11 @@ def smallest_product(threshold: float, how: Shortening, errors: tuple[float, flo
 
     Args:
         errors: of the rows of left and right, as `Shortening.apply` returns them.
-        width: of the short rows.
     """
     limit = threshold - errors[0] * (1 + errors[1]) - errors[1]
     if how.dtype == torch.int8:
         return torch.tensor(math.floor(limit * how.scale**2), dtype=torch.int32)
-    return torch.tensor(limit - float32_margin(width), dtype=torch.float64).to(how.dtype)
+    return torch.tensor(limit - float32_margin(how.width), dtype=torch.float64).to(how.dtype)
 
 
 def float32_margin(dimension: int) -> float:

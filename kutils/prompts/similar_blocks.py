@@ -1,5 +1,6 @@
 """Finds the similar pairs of one block of rows, by short rows that are chosen for speed."""
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,8 +87,7 @@ def put_rows(embeddings: np.ndarray, device: torch.device, run: Callable) -> Uni
 def shorten(rows: UnitRows, how: Shortening, run: Callable) -> UnitRows:
     """Rows with their short ones, in place of others."""
     num_rows = len(rows.exact)
-    width = rows.exact.shape[1] if how.axes is None else how.axes.shape[1] + 1
-    short = torch.zeros(num_rows + -num_rows % GROUP, width, dtype=how.dtype, device=rows.exact.device)
+    short = torch.zeros(num_rows + -num_rows % GROUP, how.width, dtype=how.dtype, device=rows.exact.device)
 
     def put(start: int) -> float:
         some = slice(start, min(start + COPIED, num_rows))
@@ -95,15 +95,6 @@ def shorten(rows: UnitRows, how: Shortening, run: Callable) -> UnitRows:
         return error
 
     return replace(rows, short=short, error=max(run(put, range(0, num_rows, COPIED)), default=0.0))
-
-
-def unit_rows(embeddings: np.ndarray, first_row: int = 0) -> Tensor:
-    """A copy on the CPU, float32 [n, D], whose rows have length 1.
-
-    Raises: ValueError as `check_lengths` does.
-    """
-    rows = torch.from_numpy(np.array(embeddings, np.float32))
-    return rows.div_(check_lengths(rows, first_row)[:, None].float())
 
 
 def check_lengths(rows: Tensor, first_row: int) -> Tensor:
@@ -172,7 +163,7 @@ def pairs_of_block(
     """
     half = block_rows // 2 if block_rows % (2 * GROUP) == 0 else 0
     here, there = slice(top, top + block_rows), slice(start, start + block_rows)
-    limit = smallest_product(threshold, how, (left.error, right.error), left.short.shape[1])
+    limit = smallest_product(threshold, how, (left.error, right.error))
     selected = candidates(left.short[here], right.short[there], limit, CROWDED if half >= CROWDED_ROWS else 1)
     if selected is None:
         corners = [(i, j) for i in (top, top + half) for j in (start, start + half)]
@@ -248,9 +239,7 @@ def threads(device: torch.device) -> Iterator[Callable]:
     if device.type != "cpu":
         yield map
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse", UserWarning)  # that it is new, and not checked: said once
-        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
+    silence_sparse()
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -258,3 +247,11 @@ def threads(device: torch.device) -> Iterator[Callable]:
             yield pool.map
     finally:
         torch.set_num_threads(count)
+
+
+@functools.cache
+def silence_sparse() -> None:
+    """Let torch say here, unheard, what it says once: that sparse matrices are new, and not checked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))

@@ -27,7 +27,7 @@ def test_similar_pairs_are_timed_beside_faiss_that_finds_the_same(rows, monkeypa
     entries = by_name(similarity.measure_similar_pairs(rows, repeats=2))
     sizes = ("similar_pairs_100", "similar_pairs_300")
     assert set(entries) == {
-        *(f"{size}{part}" for size in sizes for part in ("", "_float32", "_memory")),
+        *(f"{size}{part}" for size in sizes for part in ("", "_float32", "_at_0.9", "_memory")),
         "similar_pairs_exponent",
     }
     assert entries["similar_pairs_100"].reference > 0 and entries["similar_pairs_300"].reference is None
@@ -37,7 +37,7 @@ def test_similar_pairs_are_timed_beside_faiss_that_finds_the_same(rows, monkeypa
 
 
 def test_other_pairs_than_faiss_stop_the_benchmark(rows, monkeypatch):
-    monkeypatch.setattr(similarity, "time_faiss", lambda embeddings: (1.0, 7))
+    monkeypatch.setattr(similarity, "time_faiss", lambda embeddings, threshold: (1.0, 7))
     with pytest.raises(AssertionError, match="FAISS finds other pairs"):
         similarity.measure_similar_pairs(rows, repeats=1)
 

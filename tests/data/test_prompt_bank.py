@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 from fixtures.datasets import make_dataset, unit_rows
 
-from kutils.data import bank_command, prompt_bank
+from kutils.data import bank_command, nearest, prompt_bank
 from kutils.data.prompt_bank import PromptBank
+from kutils.system import arrow
 from kutils.system.progress import progress_bar
 from kutils.system.tables import write_table
 
@@ -34,6 +35,66 @@ def test_nearest_is_what_all_cosines_say(monkeypatch, num_prompts, num_queries, 
     np.testing.assert_allclose(cosines, expected_cosines, atol=1e-6)
     assert indices.shape == (num_queries, min(k, num_prompts))
     assert indices.dtype == np.int64 and cosines.dtype == np.float32
+
+
+def like_prompts(count, seed=0):
+    """float32 unit rows that have most of their length along few axes, as embeddings of prompts do."""
+    random = np.random.default_rng(seed)
+    rows = random.standard_normal((count, 384)) * np.arange(1, 385) ** -0.7
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+ROWS = {
+    "prompts": like_prompts(700),
+    "noise": unit_rows(700),
+    "duplicates": like_prompts(100)[np.arange(700) % 100],
+    "plane": like_prompts(700) * (np.arange(384) < 2),
+    "outlier": np.concatenate([like_prompts(699), np.eye(384, dtype=np.float32)[300:301]]),
+}
+
+
+@pytest.mark.parametrize("width", [2, 64, 384])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kind", ROWS)
+def test_short_rows_hide_no_neighbour(tmp_path, monkeypatch, kind, dtype, width):
+    """Against all products in float64, of equal float32 ones the first: of queries near rows, and of any."""
+    monkeypatch.setattr(prompt_bank, "SHORTENED", 1)
+    monkeypatch.setattr(prompt_bank, "BLOCK_PROMPTS", 256)
+    monkeypatch.setattr(nearest, "WIDTHS", (width,))
+    monkeypatch.setattr(nearest, "FEW", 0.4)
+    rows = ROWS[kind] / np.linalg.norm(ROWS[kind], axis=1, keepdims=True)
+    PromptBank(list(map(str, range(700))), rows, np.arange(700)).save(tmp_path / "bank.arrow", dtype)
+    bank = PromptBank.load(tmp_path / "bank.arrow")
+    assert bank.short[1].how.width == width
+    near = rows[::50] + 0.5 * like_prompts(14, 5)
+    queries = np.concatenate([rows[:5], near / np.linalg.norm(near, axis=1, keepdims=True), unit_rows(4, 7)])
+    queries = queries.astype(np.float32)
+    exclude = np.arange(700) % 7 == 3
+    looked, sift = [], nearest.Nearest.sift
+    monkeypatch.setattr(nearest.Nearest, "sift", lambda *args: looked.append(len(args[3])) or sift(*args))
+    for k, without in ((1, None), (10, None), (300, None), (10, exclude)):
+        exact = queries.astype(np.float64) / np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
+        cosines = (exact @ bank.vectors(np.arange(700)).astype(np.float64).T).astype(np.float32)
+        if without is not None:
+            cosines[:, without] = -np.inf
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        indices, values = bank.nearest(queries, k, exclude=without)
+        np.testing.assert_allclose(values, np.take_along_axis(cosines, order, axis=1), atol=2e-7)
+        if kind != "duplicates":
+            np.testing.assert_array_equal(indices, order)
+    assert looked if (kind, width) == ("prompts", 64) else True
+
+
+def test_a_cache_of_before_is_made_again(workspace):
+    bank = PromptBank.from_datasets(["toy"])
+    (path,) = (workspace / "working" / "cache").glob("*.bank.arrow")
+    facts = arrow.facts_of(arrow.map_table(path))
+    del facts["fingerprint"]["bank"]
+    before = PromptBank(bank.prompts, bank.vectors(np.arange(40))[::-1].copy(), bank.rows)
+    reader = before.to_reader(np.float32, facts)
+    arrow.write_batches(path, reader.schema, reader)
+    again = PromptBank.from_datasets(["toy"])
+    np.testing.assert_array_equal(again.vectors(np.arange(40)), bank.vectors(np.arange(40)))
 
 
 def test_a_long_look_up_shows_how_far_it_is(monkeypatch):
@@ -216,7 +277,9 @@ def test_the_bank_of_data_sets_is_built_once(workspace, monkeypatch, capsys):
     assert first.rows.tolist() == list(range(0, 80, 2))
     second = PromptBank.from_datasets(["toy"])
     assert path.stat().st_mtime_ns == written and second.prompts.equals(first.prompts)
-    assert PromptBank.load(path).texts([3])[0] == first.texts([3])[0]
+    assert path.stat().st_size < 20_000  # of 40 prompts; their embeddings, 61 kB, stay in the .npy file
+    with pytest.raises(ValueError, match="holds no embeddings: it is a cache of data sets; give --datasets"):
+        PromptBank.load(path)
     rows = np.load(workspace / "input" / "toy.npy")
     np.save(workspace / "input" / "toy.npy", rows[::-1].copy())
     np.testing.assert_array_equal(PromptBank.from_datasets(["toy"]).vectors([0]), rows[[79]])
