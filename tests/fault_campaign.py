@@ -310,6 +310,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="over all commands (default: 200)")
     parser.add_argument("--minutes", type=float, default=20, help="after which no case is begun (default: 20)")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default: 2)")
+    parser.add_argument("--skip", type=int, default=0, help="cases that an earlier run of this seed has tried")
     parser.add_argument("--only", default="", help="kinds and commands to try (a regular expression)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the order (default: 0)")
     arguments = parser.parse_args()
@@ -321,7 +322,7 @@ def main() -> int:
             case
             for case in campaign.cases(arguments.kills)
             if re.search(arguments.only, f"{case[0].__name__} {case[1]} {case[2:]}")
-        ]
+        ][arguments.skip :]
 
         def attempt(case: tuple) -> bool:
             if time.monotonic() < deadline:
