@@ -293,15 +293,8 @@ class Campaign:
         kinds = sorted({kind for kind, _ in self.counts})
         failed = [self.counts[kind, "failed"] for kind in kinds]
         tried = [self.counts[kind, "survived"] + count for kind, count in zip(kinds, failed, strict=True)]
-        rows = [
-            [kind, *counts] for kind, *counts in zip(kinds, tried, map(int.__sub__, tried, failed), failed, strict=True)
-        ]
-        rows = [
-            ["", "tried", "survived", "failed"],
-            ["---"] * 4,
-            *rows,
-            ["all", sum(tried), sum(tried) - sum(failed), sum(failed)],
-        ]
+        cells = [f"{count}, {count - bad}, {bad}" for count, bad in zip(tried, failed, strict=True)]
+        rows = [["", *kinds], ["---"] * (len(kinds) + 1), ["tried, survived, failed", *cells]]
         return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
