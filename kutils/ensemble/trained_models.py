@@ -232,6 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write image, model, rank, cosine, prompt there too")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write image, model, rank, cosine, prompt there too; a quote stands before what would be a formula",
+    )
     ask(parser.parse_args(argv))
     return 0

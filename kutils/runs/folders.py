@@ -42,7 +42,8 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
     Raises: ValueError for a name that no finished run has, naming the nearest that one has.
     """
     root = paths.working_dir() / "runs"
-    all_finished = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, path))
+    results = filter(Path.is_file, root.glob("*/result.json"))
+    all_finished = sorted(results, key=lambda path: (path.stat().st_mtime, path))
     known = [path.parent for path in all_finished if (path.parent / "config.yaml").is_file()]
     if not names:
         return known
@@ -192,8 +193,12 @@ def read_metrics(path: Path) -> list[dict]:
     """
     if not path.is_file():
         return []
+    try:
+        texts = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and figures lack the curves") from error
     metrics = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, text in enumerate(texts, start=1):
         if text.startswith("{") and text.endswith("}"):
             try:
                 line = json.loads(text)

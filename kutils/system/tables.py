@@ -43,13 +43,12 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
         )
         raise ValueError(f"{path} {lacks}; its first line is {cut(' | '.join(header))} (columns are separated by tabs)")
     try:
-        table = csv.read_csv(
-            path,
-            parse_options=csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
-            convert_options=csv.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False
-            ),
-        )
+        try:
+            table = parse_table(path, header)
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error):
+                raise
+            table = parse_table(path, header, min(path.stat().st_size + 1, 2**31 - 1))  # a line above a megabyte
         if "fold" in header:
             folds = pc.cast(table["fold"], pa.int8())
             if len(table) and (pc.min(folds).as_py() < -1 or pc.max(folds).as_py() > 9):
@@ -58,6 +57,16 @@ def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: {first_bad_line(path, header) or error}") from error
     return table.combine_chunks()
+
+
+def parse_table(path: Path, header: Sequence[str], block_bytes: int = 1 << 20) -> pa.Table:
+    """All columns as texts; ArrowInvalid for a bad row, or for one that is longer than a block."""
+    return csv.read_csv(
+        path,
+        read_options=csv.ReadOptions(block_size=block_bytes),
+        parse_options=csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False),
+    )
 
 
 def first_bad_line(path: Path, header: Sequence[str]) -> str | None:

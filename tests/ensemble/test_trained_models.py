@@ -219,7 +219,7 @@ def test_the_ensemble_is_asked_where_there_is_one(images, trained, fitted, capsy
 
 def test_several_models_a_bank_and_a_file(workspace, images, trained, fitted, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    prompts = ["a very long prompt that goes on and on until it reaches another line", "a dog", "a tree"]
+    prompts = ["a very long prompt that goes on and on until it reaches another line", "=a \x1b[31m dog", "a tree"]
     PromptBank(prompts, unit_rows(3)).save(workspace / "own.arrow", np.float16)
     options = ["--bank", workspace / "own.arrow", "--csv", workspace / "n.csv"]
     said = told(capsys, *images, "--model", "*_fold0", "--ensemble", fitted, *options)
@@ -231,7 +231,8 @@ def test_several_models_a_bank_and_a_file(workspace, images, trained, fitted, ca
     assert table["model"].unique().tolist() == ["a_fold0", "b_fold0", "ensemble_ab"]
     cosines = by_hand(*trained["a_fold0"], images) @ unit_rows(3).T
     first = table[(table["model"] == "a_fold0") & (table["image"] == str(images[1]))]
-    assert first["prompt"].tolist() == [prompts[i] for i in np.argsort(-cosines[1])]
+    cells = [prompts[0], f"'{prompts[1]}", prompts[2]]
+    assert first["prompt"].tolist() == [cells[i] for i in np.argsort(-cosines[1])]
     np.testing.assert_allclose(first["cosine"], np.sort(cosines[1])[::-1], atol=1e-3)
     one, other = workspace / "best.pth", workspace / "ensemble.pth"
     for path, name in ((one, "a"), (other, "b")):

@@ -37,6 +37,15 @@ def test_finished_runs_are_found_in_order_and_by_name(tmp_path):
         folders.find_finished(["cut_fold0"])
 
 
+def test_a_folder_in_place_of_a_result_is_no_finished_run(tmp_path):
+    (paths.working_dir() / "runs" / "vit_fold0" / "result.json").mkdir(parents=True)
+    (paths.working_dir() / "runs" / "vit_fold0" / "config.yaml").touch()
+    assert folders.find_finished() == []
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x82\xff\n")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/metrics.jsonl is damaged"):
+        folders.read_metrics(tmp_path / "metrics.jsonl")
+
+
 def test_a_run_whose_name_holds_brackets_is_found_by_it():
     marked, other = finish("vit[1]_fold0", 100), finish("vit1_fold0", 200)
     assert folders.find_finished(["vit[1]_fold0"]) == [marked]

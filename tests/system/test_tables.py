@@ -74,6 +74,12 @@ def test_a_folder_in_place_of_a_table_and_a_huge_header_are_named(tmp_path):
     assert len(str(caught.value)) < 1000
 
 
+def test_a_value_of_megabytes_is_read(tmp_path):
+    prompts = ["short", "x" * 3_000_000, "last"]
+    write_table(tmp_path / "a.tsv", {"image": ["a.png"] * 3, "prompt": prompts, "fold": [0, 1, 2]})
+    assert read_table(tmp_path / "a.tsv", COLUMNS)["prompt"].to_pylist() == prompts
+
+
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"image\tprompt\tfold\na\tok\t1\na\tcaf\xe9\t1\n")
     with pytest.raises(ValueError, match=r"line 3 is not UTF-8 \(byte 5"):
