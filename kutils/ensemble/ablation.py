@@ -40,7 +40,9 @@ CHANGES = {  # name -> changed keys
     "augment_weak": "augment=weak",
     "augment_none": "augment=none",
     "angular": "loss=angular",
+    "ridge_slow": f"{RIDGE} lr=1e-4",
     "all": f"optimizer=adamw layer_decay=0.75 ema_decay=0.9998 {RIDGE} clip_grad=1 augment=weak",
+    "all_slow": f"optimizer=adamw layer_decay=0.75 ema_decay=0.9998 {RIDGE} clip_grad=1 augment=weak lr=1e-4",
     "head_alone": "head_init=ridge epochs=1 warmup_epochs=0 freeze_epochs=1 lr=0 min_lr=0 augment=none",
 }
 
