@@ -154,15 +154,16 @@ def gains(trials: Sequence[Trial]) -> pd.DataFrame:
 def as_markdown(table: pd.DataFrame) -> str:
     """The table as a page holds it."""
     lines = [
-        "| change | keys | cosine | difference | 95 % interval | standard deviation over seeds |",
-        "|---|---|---|---|---|---|",
+        "| change | keys | runs | cosine | difference | 95 % interval | deviation of seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in table.iterrows():
         keys = " ".join(f"`{key}`" for key in row["keys"].split()) or "the published settings"
-        own = f"| {name} | {keys} | {row['cosine']:.4f} "
+        own = f"| {name} | {keys} | {row['runs']} | {row['cosine']:.4f} "
         if name == BASE:
             lines.append(f"{own}| | | |")
         else:
+            spread = "" if np.isnan(row["spread"]) else f"{row['spread']:.4f} "
             own += f"| {row['difference']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} "
-            lines.append(f"{own}| {row['spread']:.4f} |")
+            lines.append(f"{own}| {spread}|")
     return "\n".join(lines)

@@ -65,7 +65,9 @@ def test_differences_by_the_runs_own_files(config, capsys):
         assert width == pytest.approx(2 * 1.96 * error, rel=0.35)
     assert table.loc["seed", "difference"] == 0 and (table["runs"] == 4).all()
     lines = ablation.as_markdown(table).splitlines()
-    assert len(lines) == 5 and lines[3].startswith("| adamw | `optimizer=adamw` | ") and lines[2].endswith("| | | |")
+    assert (
+        len(lines) == 5 and lines[3].startswith("| adamw | `optimizer=adamw` | 4 | ") and lines[2].endswith("| | | |")
+    )
 
 
 def test_what_is_finished_is_not_trained_again(config, monkeypatch, capsys):
