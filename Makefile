@@ -126,7 +126,7 @@ kaggle-submit: env ## submit the checked version of the submission kernel (MESSA
 
 test-release: test-recipes test-install ## what the gate leaves out, to be run before a release: 30 minutes
 
-test-recipes: env ## the five real networks, and the twelve recipes in a chain on miniature data: 15 minutes
+test-recipes: env ## the real networks, the twelve recipes in a chain on miniature data, and those beyond: 30 minutes
 	$(bin)/python -m pytest -m recipes tests/test_recipes.py
 
 kaggle-env: .venv-kaggle/requirements-are-installed ## Python 3.13 with Kaggle's versions in .venv-kaggle, for test-kernel
