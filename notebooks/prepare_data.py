@@ -62,7 +62,7 @@ names = [name.strip() for name in dataset.split(",")]
 if names == ["shapes"] and not (paths.input_dir() / "shapes.folds.json").is_file():
     counts = ["--num-prompts", str(num_prompts), "--images-per-prompt", str(images_per_prompt)]
     launch.run_module("kutils", "generate", "--shapes-dataset", "shapes", *counts)
-    refold, method = True, method or "partition"  # by this notebook's threshold and method
+    refold = True  # by this notebook's threshold and method
 report = preparation.prepare_datasets(names, threshold, num_folds, method, refold=refold)
 
 # %% [markdown]

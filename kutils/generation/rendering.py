@@ -86,6 +86,5 @@ def make_shapes_dataset(
         raise ValueError(f"{name!r} cannot name a data set below {paths.input_dir()}")
     prompts = shapes.generate_prompts(num_prompts, seed)
     tsv_path = render_dataset(ImageSet(paths.input_dir() / name, prompts, images_per_prompt, SUFFIX), size=size)
-    # the recipes' scores are measured on these folds; in stratified ones they are higher
-    print(folds.format_leakage(preparation.prepare_datasets([name], method="partition")))
+    print(folds.format_leakage(preparation.prepare_datasets([name])))
     return tsv_path
