@@ -73,7 +73,7 @@ class PromptBank:
         """The distinct prompts of data sets in `input/`, in order of first appearance.
 
         Prompts and short rows of a bank of all prompts are written once below `working/cache/`, and mapped from then
-        on. If they cannot be written, they are kept in memory. They take about 0.2 GB per million prompts; the
+        on. If they cannot be written, they are kept in memory. They take about 0.3 GB per million prompts; the
         embeddings stay in the .npy files. Another order of the names makes another bank, since `rows` follow that
         order.
 
