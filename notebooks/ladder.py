@@ -56,7 +56,8 @@ from kutils.views import ladder_plots
 
 recipe = recipes.load_recipe(config)
 rungs = ladder.climb(recipes.split_names(names), fold, recipes.split_names(runs), recipe, most)
-print(ladder_plots.format_ladder(rungs))
+table = ladder_plots.format_ladder(rungs)
+print(table)
 
 # %% [markdown]
 # ## How high is each rung, what would more prompts bring, and which predictions can be trusted?

@@ -492,7 +492,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(workspace, recipe_file, mon
         return real(*arguments)
 
     monkeypatch.setattr(engine, "update", interrupted)
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {each: signal.signal(each, handler) for each, handler in defaults.items()}
     assert start(path) == 128 + number
     assert "stopped by a signal after update 6; the same command goes on from there" in capsys.readouterr().err
     first = json.loads(environment.read_text())
@@ -501,9 +502,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(workspace, recipe_file, mon
     second = json.loads(environment.read_text())
     assert "resumed" not in first and second["started"] == "2020-01-01 00:00:00" < first["started"] <= second["resumed"]
     # the report can be ended
-    assert heard == [{signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}[number]]
+    assert heard == [defaults[number]]
     assert "going on after update 6" in capsys.readouterr().out and len(calls) == 12
-    for each, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+    for each, handler in before.items():
         signal.signal(each, handler)
 
 
