@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 config: str = "lite0_stage1.yaml"  # recipe whose network and data are trained, of conf/
-base: str = "lr=1e-3"  # keys of all runs beside the published settings, as for dist_train.sh
+base: str = ""  # keys of all runs beside the published settings, as for dist_train.sh
 changes: str = ""  # names of changes, separated by commas; empty: all
 seeds: str = "0,1,2"  # of weights, order and augmentation
 folds: str = "0"  # validation folds, separated by commas
