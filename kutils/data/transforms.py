@@ -1,6 +1,7 @@
 """Reads image files, and crops and resizes them on the host: one image at a time, as uint8."""
 
 import io
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from kutils.system import fatal
 # the 5th-place solution's: half to all of the area, ratios near 1, jitter 0.05; no flip, as prompts say left and right
 CROP = v2.RandomResizedCrop(size=1, scale=(0.5, 1.0), ratio=(0.9, 1.1))
 JITTER = v2.ColorJitter(brightness=0.05, contrast=0.05, saturation=0.05, hue=0.05)
+PNG_END = b"IEND\xaeB`\x82"  # a chunk without content, and its checksum
 MOST_PIXELS = 1 << 26  # 67 million, 8192 x 8192: 200 MB when decoded
 
 
@@ -100,6 +102,21 @@ def decode_bytes(data: bytes, name: Path | str) -> Tensor:
         return decode_content(data, name, kind)
 
 
+def has_right_sums(content: bytes) -> bool:
+    """Whether the chunks of a PNG file have the checksums that are written behind them."""
+    start = 8
+    while start + 12 <= len(content):
+        length = int.from_bytes(content[start : start + 4], "big")
+        end = start + 8 + length
+        expected = int.from_bytes(content[end : end + 4], "big")
+        if end + 4 > len(content) or zlib.crc32(content[start + 4 : end]) != expected:
+            return False
+        if content[start + 4 : start + 8] == b"IEND":
+            return True
+        start = end + 4
+    return False
+
+
 def decode_content(data: bytes, name: Path | str, kind: str) -> Tensor:
     """Decode a file of a format (a name of Pillow) as `decode_bytes` does, whatever its size."""
     # torchvision ends the process where the pixels of a PNG file are damaged (Pillow takes 1.3 times as long), and
@@ -109,6 +126,8 @@ def decode_content(data: bytes, name: Path | str, kind: str) -> Tensor:
             image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
             if image.dtype == torch.uint8 and image.ndim == 3:  # not animated
                 return image
+    if kind == "PNG" and PNG_END in data[-4096:] and not has_right_sums(data):  # Pillow may give other pixels
+        raise ImageError(f"{name} cannot be decoded: a checksum in the PNG file is wrong")
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
