@@ -21,7 +21,7 @@ from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints
 from kutils.runs import finished, folders, recipes
 from kutils.system import devices, paths
-from kutils.system.output import as_cell, cut
+from kutils.system.output import as_cell, cut, escape_controls
 
 ENSEMBLE = "ensemble"  # key of its embeddings
 
@@ -170,7 +170,8 @@ def ask(args: argparse.Namespace) -> None:
             lines.append(f"\n{image}, by {titles[name]}\n{format_table(table)}")
             if validation := known.get(name):
                 lines.append(validation.describe(float(np.linalg.norm(rows[number]))))
-            tables.append(table.assign(image=str(image), model=fitted[0].stem if name == ENSEMBLE else name))
+            model = fitted[0].stem if name == ENSEMBLE else name
+            tables.append(table.assign(image=escape_controls(str(image)), model=model))
     if args.csv:
         with paths.atomic_path(args.csv) as temporary:
             columns = ["image", "model", "rank", "cosine", "prompt"]

@@ -138,13 +138,18 @@ def read_ids(path: Path | str) -> list[str]:
 
 
 def check_ids(ids: Sequence[str]) -> None:
-    """Raise ValueError for an id that is empty, repeated or would break the CSV."""
+    """Raise ValueError for an id that is empty, repeated, not UTF-8 or would break the CSV."""
     if len(set(ids)) < len(ids):
         repeated = next(name for number, name in enumerate(ids) if name in ids[:number])
         raise ValueError(f"two images have the id {repeated!r}; an id names one image")
-    broken = [name for name in ids if not name or set(name) & set(',"\r\n')]
+    broken = [name for name in ids if not name or set(name) & set(',"\r\n') or not is_utf8(name)]
     if broken:
         raise ValueError(f"{broken[0]!r} cannot be an id in a CSV file; rename the image")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name can be written as UTF-8; of others, Python holds the bytes as halves of characters."""
+    return name.encode(errors="ignore").decode() == name
 
 
 def check_unit(embeddings: np.ndarray, ids: Sequence[str], where: str) -> None:

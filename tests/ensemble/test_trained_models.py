@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -207,6 +209,15 @@ def test_the_run_finished_last_is_asked(images, trained, capsys):
     for image, rows in zip(images, by_hand(*trained["b_fold0"], images), strict=True):
         expected += ["", f"{image}, by b_fold0 (mean cosine 0.6000 on its fold)", *nearest_lines(rows, 3)]
     assert said.splitlines() == expected
+
+
+def test_an_image_whose_name_is_no_text_is_asked(images, trained, capsys, tmp_path):
+    name = os.fsencode(tmp_path) + b"/a\xff.png"
+    shutil.copy(os.fsencode(images[0]), name)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as the command does
+    said = told(capsys, os.fsdecode(name), "-k", 1, "--csv", tmp_path / "asked.csv")
+    shown = f"{tmp_path}/a\\udcff.png"
+    assert f"{shown}, by b_fold0" in said and pd.read_csv(tmp_path / "asked.csv")["image"].tolist() == [shown]
 
 
 def test_the_ensemble_is_asked_where_there_is_one(images, trained, fitted, capsys):

@@ -63,6 +63,7 @@ def test_tiny_values_and_many_chunks_survive(tmp_path):
         (["a", "b", "a"], {}, "two images have the id 'a'"),
         (["a", "b,c", "d"], {}, "'b,c' cannot be an id"),
         (["a", "", "d"], {}, "'' cannot be an id"),
+        (["a", "b\udcff", "d"], {}, "'b\\udcff' cannot be an id"),
         (["a", "b"], {}, "2 images with embeddings [3, 384]"),
         (IDS, {(1, 7): np.nan}, "the value 227ef0887_7 is no finite number"),
         (IDS, {(2, 0): 2.0}, "the embedding of 92e911621 has length"),
