@@ -52,7 +52,7 @@ LONGER = {
     ("tiny_vit", 2): "epochs=4",
 }
 SCALES = {
-    "quick": Scale(4000, 2, {}, {"lite0": 0.17, "tiny_vit": 0.07}, 15),
+    "quick": Scale(4000, 2, {}, {"lite0": 0.12, "tiny_vit": 0.05}, 15),
     # more images and epochs, not more prompts: the denser their graph, the more a fold is of objects of its own
     "full": Scale(4000, 4, LONGER, {"lite0": 0.12, "tiny_vit": 0.10}, 40),
 }
