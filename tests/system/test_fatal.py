@@ -39,7 +39,8 @@ def test_a_loader_finds_each_and_its_next_pass_loses_nothing(capfd):
     loader = DataLoader(Contents(), 2, num_workers=2, persistent_workers=True, timeout=300)
     assert torch.cat(list(loaders.batches(loader))).tolist() == EXPECTED
     said = capfd.readouterr().out
-    assert said.count("a process that loads images was ended; looking for an image that does it") == 2
+    # a search may begin while its loader's other process ends by the second file: it finds nothing, and comes again
+    assert said.count("a process that loads images was ended; looking for an image that does it") in (2, 3)
     assert torch.cat(list(loaders.batches(loader))).tolist() == EXPECTED
     assert "was ended" not in capfd.readouterr().out and len(fatal.known) == 2
 
