@@ -14,6 +14,7 @@ from kutils.generation import rendering, shapes
 from kutils.generation.image_sets import ImageSet, image_seed
 from kutils.prompts import folds as prompt_folds
 from kutils.system import processes
+from kutils.system.paths import is_running
 from kutils.system.tables import read_table, write_table
 
 PROMPTS = ["a red apple", 'two "blue" hats, in falling snow', "a cat under a starry night sky"]
@@ -116,13 +117,12 @@ def test_a_kill_ends_the_processes_too(tmp_path):
     command = [REAL_PYTHON, "-m", "kutils", "generate", "p.tsv", "--output", "set", "--workers", "2"]
     parent = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     wait_until(lambda: list(tmp_path.rglob("*.jpg")))
-    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    children = [Path("/proc", number) for number in listed]
-    workers = [child for child in children if b"spawn_main" in (child / "cmdline").read_bytes()]
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
     assert len(workers) == 2
     parent.kill()
     parent.wait()
-    wait_until(lambda: not any(worker.exists() for worker in workers))
+    wait_until(lambda: not any(map(is_running, workers)))
 
 
 def wait_until(done):

@@ -15,6 +15,7 @@ from fixtures.forked_python import REAL_PYTHON
 from kutils.runs import all_folds, launch
 from kutils.runs.launch import CommandFailed, check_parameters
 from kutils.runs.nodes import Node
+from kutils.system.paths import is_running
 
 # a shell lets its background jobs ignore SIGINT, and these tests may be one
 HEARS_INTERRUPTS = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -214,16 +215,13 @@ def wait_for_pid(path) -> int:
 
 
 def gone(pid: int) -> bool:
-    """True as soon as no such process runs (a zombie has ended), False after 30 s."""
-    for _ in range(600):
-        try:
-            with Path(f"/proc/{pid}/stat").open() as stat:
-                if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
-                    return True
-        except FileNotFoundError:
-            return True
+    """True as soon as no such process runs, False after 30 s."""
+    deadline = time.monotonic() + 30
+    while is_running(pid):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.05)
-    return False
+    return True
 
 
 @pytest.mark.slow

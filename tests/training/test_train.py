@@ -23,6 +23,7 @@ from kutils.models import checkpoints
 from kutils.runs import launch
 from kutils.runs.folders import read_metrics
 from kutils.runs.recipes import load_recipe
+from kutils.system.paths import is_running
 from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
 from kutils.training import engine, network_input, out_of_fold
@@ -465,16 +466,9 @@ def test_a_killed_run_leaves_no_worker(workspace, recipe_file):
     child.wait()
     assert len(workers) == 2
     deadline = time.monotonic() + 4  # a worker would look for its parent every five
-    while any(is_running(pid) for pid in workers):
+    while any(is_running(int(pid)) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def is_running(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
