@@ -361,7 +361,7 @@ def test_a_full_disk_stops_with_a_clear_error_and_loses_nothing(workspace, recip
     """A real one: a small file system of its own, filled while the run trains."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"]).returncode:
         pytest.skip("this machine gives a process no file system of its own (unshare -rm)")
-    path = recipe_file(epochs=16, checkpoint_every_steps=1)
+    path = recipe_file(epochs=8, checkpoint_every_steps=1)
     environment = os.environ | {"OUT": str(workspace), "RUN": str(workspace / "working" / "runs" / "tiny_fold0")}
     script = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *real_command(path)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
