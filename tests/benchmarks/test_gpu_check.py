@@ -58,10 +58,10 @@ def check_without(packages: tuple[str, ...], folder: Path, *arguments: str) -> t
 
 
 def test_training_is_measured_with_torch_torchvision_and_timm_alone(tmp_path):
-    parts = ("convnext_large", "several_gpus", "loader")
+    parts = ("vit_large", "several_gpus", "loader")
     _, content = check_without((*ABSENT, "pyarrow", "pandas", "pytest"), tmp_path, "--parts", ",".join(parts))
     assert {item["part"]: (item["status"], item["reason"]) for item in content["parts"]} == {
-        "convnext_large": ("done", ""),
+        "vit_large": ("done", ""),
         "several_gpus": ("done", ""),
         "loader": ("skipped", "no pyarrow"),
     }
