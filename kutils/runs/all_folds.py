@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from kutils.runs.published_names import RecipeParser
 from kutils.system import paths
 from kutils.system.children import SAVING_SECONDS, CommandFailed, interrupt_once
 
+OPEN_FILES = 128  # a notebook's kernel needs some 90
 HELP = """\
 several nodes: start the same command on each, with NNODES, NODE_RANK (0 on the first, which keeps the notebook),
   MASTER_ADDR (of the first) and MASTER_PORT (29500) set, or torchrun's own PET_NNODES, PET_NODE_RANK,
@@ -37,6 +39,8 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
     Folds that are finished are passed over, one that was cut goes on. On further nodes of a job the ranks start without
     a notebook.
     """
+    if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < OPEN_FILES:
+        raise ValueError(f"{limit} open files are allowed and {OPEN_FILES} are needed; before it: ulimit -n 1024")
     first = plan(config_name, 0, overrides)
     recipe, node = with_absolute_paths(first.recipe), this_node()
     num_processes = count_processes(num_processes, recipe.device)  # says now, not after a minute, that GPUs are missing
@@ -81,12 +85,14 @@ def with_absolute_paths(recipe: recipes.Recipe) -> recipes.Recipe:
 def execute(notebook: Path, parameters: dict) -> None:
     """Run the repository's notebook of this name and save the executed copy; an interrupt stops its cell cleanly.
 
-    Raises: CommandFailed with the message of the cell that failed; KeyboardInterrupt once the notebook has stopped.
+    Raises: CommandFailed with the message of the cell that failed, or if the kernel dies; KeyboardInterrupt once the
+        notebook has stopped.
     """
-    import jupyter_client  # these two take a second; only this command needs them
+    import jupyter_client  # these take a second; only this command needs them
     import papermill
+    import zmq
 
-    manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
+    manager, died = jupyter_client.AsyncKernelManager(kernel_name="python3"), False
     # in the main thread a signal would make papermill kill the kernel after 5 s; in another it leaves signals alone
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         done = thread.submit(
@@ -107,9 +113,14 @@ def execute(notebook: Path, parameters: dict) -> None:
         except KeyboardInterrupt:
             interrupt(manager, done)
             raise
+        except (RuntimeError, zmq.ZMQError) as error:
+            died = True
+            raise CommandFailed(
+                f"the notebook's kernel has ended ({error}): too little memory, or `ulimit -n`?"
+            ) from None
         finally:
             if manager.has_kernel:
-                asyncio.run(manager.shutdown_kernel())
+                asyncio.run(manager.shutdown_kernel(now=died))  # one that has died answers no request
 
 
 def interrupt(manager, done: concurrent.futures.Future) -> None:

@@ -219,12 +219,14 @@ def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours
 
 def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:
     """The rank that failed first, its last message and its log file, by torchrun's last lines; empty if none failed."""
-    ranks = re.findall(r"rank +: \d+ \(local_rank: (\d+)\)\n.*exitcode +: (.*)", "\n".join(last_lines))
+    ranks = re.findall(
+        r"^rank \d+ failed first: local rank (\d+), exit code (.*)$", "\n".join(last_lines), re.MULTILINE
+    )
     if not ranks:
         return ""
-    local_rank, exit_code = ranks[-1]  # torchrun's root cause comes last
+    local_rank, exit_code = ranks[-1]
     logs = log_dir.glob(f"*/attempt_0/{local_rank}/stderr.log")
     log = max(logs, key=lambda path: path.stat().st_mtime, default=log_dir)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     errors = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()] or [""]
-    return f"\nfirst to fail here: local rank {local_rank}, exit code {exit_code.strip()}: {errors[-1]}\nits log: {log}"
+    return f"\nfirst to fail here: local rank {local_rank}, exit code {exit_code}: {errors[-1]}\nits log: {log}"

@@ -219,10 +219,23 @@ def count_ranks_by_node() -> None:
     os.environ["RANK"] = str(int(os.environ["NODE_RANK"]) * local + int(os.environ["LOCAL_RANK"]))
 
 
+def torchrun_failure(error: Exception) -> str:
+    """One line for what ended torchrun: the rank that failed first, a signal, or nodes that did not meet."""
+    if not hasattr(error, "get_first_failure"):
+        return f"{type(error).__name__}: {error}"
+    rank, failure = error.get_first_failure()
+    return f"rank {rank} failed first: local rank {failure.local_rank}, exit code {failure.exitcode}"
+
+
 if __name__ == "__main__":
     threading.Thread(target=exit_without, args=(os.getppid(),), daemon=True).start()
     end_with_parent()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank
         count_ranks_by_node()
     sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except Exception as error:
+        if not type(error).__module__.startswith("torch.distributed.elastic"):
+            raise
+        sys.exit(torchrun_failure(error))  # a traceback of torchrun's own code says nothing more

@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 from fixtures.finished_runs import RESULT
 from fixtures.forked_python import REAL_PYTHON
@@ -92,6 +94,21 @@ def test_a_fold_is_finished_with_its_result_and_alone_with_its_notebook_too(work
         all_folds.is_finished(other, notebook, alone)
     again = launch.plan_run("", 1, 0, "resume=never", str(workspace / "recipe.yaml"))
     assert not all_folds.is_finished(again, notebook, alone)
+
+
+def test_a_kernel_that_dies_or_may_open_too_few_files_is_one_line(tmp_path, monkeypatch, capfd):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os\nos.kill(os.getpid(), 9)")])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, tmp_path / "source.ipynb")
+    monkeypatch.setattr(all_folds.paths, "repository_path", lambda _: tmp_path / "source.ipynb")
+    with pytest.raises(CommandFailed, match=r"the notebook's kernel has ended \(Kernel died\)"):
+        all_folds.execute(tmp_path / "train.ipynb", {})
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, 64))
+    with pytest.raises(ValueError, match="32 open files are allowed and 128 are needed; before it: ulimit -n 1024"):
+        all_folds.run_folds(1, "tiny_convnext_stage1", ())
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 64))
+    with pytest.raises(ValueError, match="no recipe"):
+        all_folds.run_folds(1, "absent", ())
 
 
 @pytest.fixture
@@ -240,8 +257,9 @@ def test_torchrun_shows_rank_0_keeps_every_log_and_fails_loudly(module, tmp_path
     assert "left []" in shown and "grace 600" in shown
     logs = [path.read_text().splitlines()[0] for path in (tmp_path / "logs").rglob("stdout.log")]
     assert sorted(logs) == ["I am rank 0 ['go']", "I am rank 1 ['go']"]
-    with pytest.raises(CommandFailed, match="exitcode  : 5") as caught:
+    with pytest.raises(CommandFailed, match="rank 1 failed first: local rank 1, exit code 5") as caught:
         launch.torchrun([name, "fail"], num_processes=2, log_dir=tmp_path / "logs")
+    assert "Traceback" not in capsys.readouterr().out  # torchrun's own says nothing more
     said, log = str(caught.value).splitlines()[-2:]
     assert said.startswith("first to fail here: local rank 1, exit code 5") and said.endswith(": I broke")
     assert Path(log.removeprefix("its log: ")).read_text() == "I broke\n"
