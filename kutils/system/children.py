@@ -7,6 +7,7 @@ does. This module imports no torch: a notebook that launches ranks must not hold
 import collections
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import re
@@ -233,6 +234,8 @@ if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank
         count_ranks_by_node()
     sys.argv = sys.argv[1:]
+    # torchrun would print a traceback of the second of two signals, which comes while it ends
+    logging.getLogger("torch.distributed.launcher.api").disabled = True
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except Exception as error:
