@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kutils.data.checked_rows import CheckedRows
 from kutils.prompts.shortening import Shortening, fit_shortening, float32_margin, principal_axes, products, squares
 from kutils.prompts.similar_blocks import products_of, reached, silence_sparse
 from kutils.system.embedding_files import EMBEDDING_DIM, UNIT_TOLERANCE
 
-WIDTHS = (64, 128, 192, 256, 384)  # of short rows, in bytes
+WIDTHS = (64, 96, 128, 160, 192, EMBEDDING_DIM)  # of short rows, in bytes
 BYTE_COST, LOOK_COST = 0.05, 1500  # ns of a byte of a short row, and of a look at a whole row, on one core
 FEW = 1 / 50  # share of the rows that a query may have to look at; from more on, all float32 products cost less
 BLOCK_QUERIES = 256  # of one matrix product: 67 MB of cosines
@@ -25,16 +26,9 @@ class Block:
     """Some rows of a bank."""
 
     start: int  # number of the first
-    rows: np.ndarray  # [n, D] float32 or float16, mapped or read where it is indexed
-    short: Tensor | None  # int8 [n, width]
-
-
-@dataclass(frozen=True)
-class BankShortening:
-    """How the rows of a bank are shortened, and the largest error of one."""
-
-    how: Shortening
-    error: float
+    rows: CheckedRows  # [n, D] float32 or float16
+    short: CheckedRows | None = None  # int8 [n, width]
+    error: float = 0.0  # the largest of a short row
 
 
 def choose_shortening(sample: Tensor) -> Shortening:
@@ -50,23 +44,24 @@ def choose_shortening(sample: Tensor) -> Shortening:
     for width in WIDTHS:
         ways.append(fit_shortening(rows, axes, width, torch.int8))
         short, error = ways[-1].apply(rows)
-        values, limits = multiply(queries, short, BankShortening(ways[-1], error), nearest)
+        values, limits = multiply(queries, short, ways[-1], error, nearest)
         costs.append(BYTE_COST * width + LOOK_COST * float((values >= limits[:, None]).double().mean()))
     return ways[int(np.argmin(costs))]
 
 
-def multiply(queries: Tensor, short: Tensor, bank: BankShortening, least: Tensor) -> tuple[Tensor, Tensor]:
+def multiply(queries: Tensor, short: Tensor, how: Shortening, error: float, least: Tensor) -> tuple[Tensor, Tensor]:
     """Products of queries (float64 [q, D], of length 1) with short rows (int8 [n, width]), each on a scale of its own.
 
     Args:
+        error: the largest of a short row.
         least: float64 [q]: a product of the whole rows that is looked for.
     Returns: int32 [q, n], and int64 [q]: the least that it is then of short rows (`shortening` has the proof).
     """
-    exact = bank.how.exactly(queries)
+    exact = how.exactly(queries)
     scales = 127 / exact.abs().amax(dim=1, keepdim=True)
     rounded = (exact * scales).round()
     errors = squares(rounded / scales - exact).sqrt() + 1e-6
-    limits = (least - errors * (LONGEST + bank.error) - bank.error) * scales[:, 0] * bank.how.scale
+    limits = (least - errors * (LONGEST + error) - error) * scales[:, 0] * how.scale
     limits = limits.clamp(-(2.0**31), 2.0**31 - 1).floor().long()
     return products(rounded.to(torch.int8), short), limits
 
@@ -74,9 +69,9 @@ def multiply(queries: Tensor, short: Tensor, bank: BankShortening, least: Tensor
 class Nearest:
     """The k best rows of each query so far; of equal products in float32 the lower number first."""
 
-    def __init__(self, queries: np.ndarray, k: int, bank: BankShortening | None, device: torch.device):
+    def __init__(self, queries: np.ndarray, k: int, how: Shortening | None, device: torch.device):
         self.queries = torch.from_numpy(queries)  # float64 [q, D], of length 1
-        self.k, self.bank, self.device = k, bank, device
+        self.k, self.how, self.device = k, how, device
         silence_sparse()
         self.indices = np.full((len(queries), k), np.iinfo(np.int64).max)
         self.cosines = np.full((len(queries), k), -np.inf, np.float32)
@@ -90,7 +85,7 @@ class Nearest:
         whole = None
         for start in range(0, len(self.queries), BLOCK_QUERIES):
             some = slice(start, start + BLOCK_QUERIES)
-            pairs = None if block.short is None else self.candidates_by_short_rows(block, some, excluded)
+            pairs = None if self.how is None else self.candidates_by_short_rows(block, some, excluded)
             if pairs is None:
                 if whole is None:
                     whole = torch.from_numpy(np.asarray(block.rows[:], np.float32)).to(self.device)
@@ -102,9 +97,10 @@ class Nearest:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Queries (from the first of `some`) and rows that may be among the best; None if they are too many."""
         least = torch.from_numpy(self.cosines[some, -1]).double() - FLOAT32_ERROR
-        values, limits = multiply(self.queries[some], block.short, self.bank, least)
+        short = torch.from_numpy(block.short[:])
+        values, limits = multiply(self.queries[some], short, self.how, block.error, least)
         if torch.isinf(least).any():  # the best short rows show how good the best rows are at least
-            if self.k > len(block.short):
+            if self.k > len(short):
                 return None
             values = values.masked_fill(torch.from_numpy(excluded), -(2**31))
             best = values.topk(self.k, dim=1).indices.numpy()
@@ -114,7 +110,7 @@ class Nearest:
             least = torch.maximum(least, seen)
             if torch.isinf(least).any():
                 return None
-            _, limits = multiply(self.queries[some], block.short[:0], self.bank, least)
+            _, limits = multiply(self.queries[some], short[:0], self.how, block.error, least)
         pairs = reaching(values, limits, excluded)
         if len(pairs[0]) > max(FEW * values.numel(), 4 * self.k * len(values)):
             return None

@@ -6,6 +6,7 @@ rules most prompts out without a look at their embeddings. Those of data sets st
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kutils.data.bank_files import KIND, Targets, as_lists, as_tensor, part_of, schema, short_rows
+from kutils.data import bank_files
+from kutils.data.bank_files import CHECKED, KIND, ShortRows, Sums, Targets, as_lists, part_of, short_rows
+from kutils.data.checked_rows import check_texts
 from kutils.data.datasets import load_datasets
 from kutils.data.index import cache_path, fingerprint
-from kutils.data.nearest import BLOCK_QUERIES, BankShortening, Block, Nearest, choose_shortening
+from kutils.data.nearest import BLOCK_QUERIES, Block, Nearest
 from kutils.prompts.shortening import exact_products
 from kutils.prompts.similar_blocks import check_lengths
 from kutils.system import arrow
@@ -26,9 +29,7 @@ from kutils.system.progress import progress_bar
 from kutils.system.tables import read_table
 
 BLOCK_PROMPTS = 65_536  # looked at together: 100 MB of embeddings
-SHORTENED = 8192  # prompts from which a file holds short rows
-SAMPLE_PROMPTS = 4096  # by which the way to shorten them is chosen
-BANK_VERSION = 2  # of a cache of data sets; 1 held the embeddings
+BANK_VERSION = 3  # of a cache of data sets; 1 held the embeddings, 2 no checksums of rows
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.05
 
 
@@ -39,7 +40,8 @@ class PromptBank:
         prompts: n texts, at least one.
         embeddings: float32 or float16 [n, 384], unit rows.
         rows: int64 [n]: the first row of each prompt in its data sets; None for prompts of no data set.
-        short: int8 lists [n], a short row of each prompt, and how they were made; None: there are none.
+        short: a short row of each prompt; None: there are none.
+        sums: their checksums, with which they are compared when they are first read; None: nothing is compared.
     Raises: ValueError if they do not fit together.
     """
 
@@ -48,7 +50,8 @@ class PromptBank:
         prompts: Sequence[str] | pa.Array | pa.ChunkedArray,
         embeddings: np.ndarray | pa.ChunkedArray | Targets,
         rows: np.ndarray | None = None,
-        short: tuple[pa.ChunkedArray, BankShortening] | None = None,
+        short: ShortRows | None = None,
+        sums: Sums | None = None,
     ):
         shape = list(embeddings.shape) if isinstance(embeddings, np.ndarray) else [len(embeddings), EMBEDDING_DIM]
         if not len(prompts) or shape != [len(prompts), EMBEDDING_DIM]:
@@ -59,12 +62,12 @@ class PromptBank:
         if not isinstance(prompts, (pa.Array, pa.ChunkedArray)):
             prompts = pa.array(prompts, pa.large_string())
         prompts = prompts if isinstance(prompts, pa.ChunkedArray) else pa.chunked_array([prompts])
-        self.prompts = prompts.cast(pa.large_string())  # ChunkedArray [n]
+        self.unchecked_prompts = prompts.cast(pa.large_string())
         self.embeddings = pa.chunked_array([as_lists(embeddings)]) if isinstance(embeddings, np.ndarray) else embeddings
-        self.rows, self.short = rows, short
+        self.rows, self.short, self.sums = rows, short, sums
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.unchecked_prompts)
 
     # ------------------------------------------------------------ where a bank comes from
 
@@ -92,9 +95,10 @@ class PromptBank:
         targets = Targets(data, rows)
 
         def batches() -> pa.RecordBatchReader:
-            return cls(data.prompts.take(pa.array(rows)), targets, rows).to_reader(None, facts)
+            return bank_files.read_batches(cls(data.prompts.take(pa.array(rows)), targets, rows), None, facts)
 
-        return cls.of_table(arrow.map_once(cache_path(data.root, names, ".bank.arrow"), current, batches), targets)
+        path, most_batches = cache_path(data.root, names, ".bank.arrow"), -(-len(rows) // BLOCK_PROMPTS)
+        return cls.of_table(arrow.map_once(path, current, batches, CHECKED, most_batches), path, targets)
 
     @classmethod
     def from_table(cls, tsv_path: Path) -> "PromptBank":
@@ -106,19 +110,24 @@ class PromptBank:
         return cls(prompts, open_embeddings(Path(tsv_path).with_suffix(".npy"), len(prompts)))
 
     @classmethod
-    def of_table(cls, table: pa.Table, embeddings: Targets | None = None) -> "PromptBank":
-        """The bank in a file's table, whose columns are prompt and, where there are, embedding, row and short.
+    def of_table(cls, table: pa.Table, path: Path, embeddings: Targets | None = None) -> "PromptBank":
+        """The bank in a file's table, whose columns `bank_files.schema` names.
 
         Args:
+            path: of the file, for messages.
             embeddings: of a table without them.
         """
         rows = table["row"].to_numpy() if "row" in table.column_names else None
         embeddings = table["embedding"] if embeddings is None else embeddings
-        return cls(table["prompt"], embeddings, rows, short_rows(table))
+        return cls(table["prompt"], embeddings, rows, short_rows(table), Sums.of_table(table, str(path)))
 
     @classmethod
     def load(cls, path: Path) -> "PromptBank":
-        """Map the file of a bank; ValueError if it holds none."""
+        """Map the file of a bank; ValueError if it holds none.
+
+        Prompts, embeddings and short rows are compared with their checksums when they are first read: looking up then
+        raises ValueError.
+        """
         try:
             table = arrow.map_table(path)
             kind = arrow.facts_of(table).get("kind")
@@ -128,7 +137,7 @@ class PromptBank:
             raise ValueError(f"{path} holds no prompts: it is another Arrow file")
         if "embedding" not in table.column_names:
             raise ValueError(f"{path} holds no embeddings: it is a cache of data sets; give --datasets instead")
-        return cls.of_table(table)
+        return cls.of_table(table, path)
 
     def save(self, path: Path, dtype: type = np.float32, keep: np.ndarray | None = None) -> None:
         """Write the bank to a file, atomically; replaced if it is there.
@@ -137,45 +146,24 @@ class PromptBank:
             dtype: of the embeddings: float32, or float16 (half the size, errors of 1e-4).
             keep: bool [n], the prompts to write; None: all.
         """
-        reader = self.to_reader(dtype, {}, keep)
-        arrow.write_batches(path, reader.schema, reader)
-
-    def to_reader(self, dtype: type | None, facts: dict, keep: np.ndarray | None = None) -> pa.RecordBatchReader:
-        """The batches of a file with this bank, with short rows if it is large.
-
-        Args:
-            dtype: of the embeddings; None: the file holds none.
-            facts: for the schema to carry.
-            keep: as for `save`.
-        """
-        how = None
-        if len(self) >= SHORTENED:
-            sample = self.vectors(np.unique(np.linspace(0, len(self) - 1, SAMPLE_PROMPTS, dtype=int)))
-            how = choose_shortening(torch.from_numpy(sample).double())
-        form = schema(dtype, facts, self.rows is not None, how)
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            with progress_bar(len(self), "prompt", "collecting prompts", delay=5, leave=False) as bar:
-                for start, block in self.blocks():
-                    part = np.arange(start, start + len(block))
-                    part = part if keep is None else part[keep[part]]
-                    prompts = self.prompts[start : start + len(block)].combine_chunks().take(pa.array(part - start))
-                    vectors = block.numpy()[part - start].astype(dtype or np.float32)
-                    columns = [prompts] + ([] if dtype is None else [as_lists(vectors)])
-                    columns += [] if self.rows is None else [pa.array(self.rows[part])]
-                    if how is not None:
-                        short, errors = how.round(torch.from_numpy(vectors).double())
-                        columns += [as_lists(short.numpy()), pa.array(errors.numpy())]
-                    yield pa.record_batch(columns, schema=form)
-                    bar.update(len(block))
-
-        return pa.RecordBatchReader.from_batches(form, batches())
+        reader = bank_files.read_batches(self, dtype, {}, keep)
+        arrow.write_batches(path, reader.schema, reader, left_out=CHECKED, most_batches=len(self.parts))
 
     # ------------------------------------------------------------ what a bank holds
 
+    @cached_property
+    def prompts(self) -> pa.ChunkedArray:
+        """All prompts, large_string [n]; Damaged if one is not as it was written."""
+        if self.sums is not None:
+            check_texts(self.unchecked_prompts, self.sums.prompts, self.sums.source)
+        return self.unchecked_prompts
+
     def texts(self, indices: Sequence[int]) -> list[str]:
-        """The prompts of some numbers."""
-        return [self.prompts[int(index)].as_py() for index in indices]
+        """The prompts of some numbers; Damaged if one is not as it was written."""
+        texts = [self.unchecked_prompts[int(index)] for index in indices]
+        if self.sums is not None:
+            check_texts(texts, self.sums.prompts[np.asarray(indices, int)], self.sums.source)
+        return [text.as_py() for text in texts]
 
     def vectors(self, indices: np.ndarray) -> np.ndarray:
         """The embeddings of some prompts.
@@ -183,17 +171,16 @@ class PromptBank:
         Args:
             indices: int [...], numbers of prompts.
         Returns: float32 [..., 384], a copy.
-        Raises: IndexError for a number out of range.
+        Raises: IndexError for a number out of range; Damaged for an embedding that is not as it was written.
         """
         indices = np.asarray(indices)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"prompts {indices.min()} to {indices.max()} of {len(self)}, which count from 0")
-        if isinstance(self.embeddings, Targets):
-            return self.embeddings[indices.ravel()].reshape(*indices.shape, EMBEDDING_DIM)
         rows = np.empty((*indices.shape, EMBEDDING_DIM), np.float32)
-        for start, block in self.blocks():
-            here = (indices >= start) & (indices < start + len(block))
-            rows[here] = block.numpy()[indices[here] - start]
+        for part in self.parts:
+            here = (indices >= part.start) & (indices < part.start + len(part.rows))
+            if here.any():
+                rows[here] = part.rows[indices[here] - part.start]
         return rows
 
     def spans(self) -> Iterator[slice]:
@@ -205,11 +192,15 @@ class PromptBank:
                 yield slice(start + offset, start + min(offset + BLOCK_PROMPTS, len(column)))
             start += len(column)
 
+    @cached_property
+    def parts(self) -> list[Block]:
+        """The spans with their embeddings and short rows, which are compared with their checksums when first read."""
+        return [part_of(self.embeddings, self.short, self.sums, span) for span in self.spans()]
+
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """All embeddings in order: the number of the first, and [at most BLOCK_PROMPTS, 384]; mapped ones stay so."""
-        for span in self.spans():
-            rows = self.embeddings[span]
-            yield span.start, torch.from_numpy(rows) if isinstance(rows, np.ndarray) else as_tensor(rows)
+        for part in self.parts:
+            yield part.start, torch.from_numpy(part.rows[:])
 
     # ------------------------------------------------------------ looking up
 
@@ -228,7 +219,7 @@ class PromptBank:
         Returns: numbers of prompts int64 [q, k] and their cosines float32 [q, k]; the nearest first, and of equal
             cosines the lower number first.
         Raises: ValueError for queries of another shape, not finite or not of unit length, k below 1, or `exclude` of
-            another length or of all prompts.
+            another length or of all prompts; Damaged if what is looked at is not as it was written.
         """
         if k < 1:
             raise ValueError(f"k is {k}; ask for at least one prompt")
@@ -240,14 +231,13 @@ class PromptBank:
         place = pick_device(device)
         check_lengths(torch.from_numpy(np.asarray(queries, np.float32)), 0)
         exact = queries / np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
-        by_short = self.short is not None and place.type == "cpu"
-        best = Nearest(exact, min(k, len(self) - int(excluded.sum())), self.short[1] if by_short else None, place)
+        how = self.short.how if self.short is not None and place.type == "cpu" else None
+        best = Nearest(exact, min(k, len(self) - int(excluded.sum())), how, place)
         bar = progress_bar(len(self), "prompt", "looking up neighbours", delay=5, leave=False)
         with exact_products(), bar:
-            for span in self.spans():
-                short = as_tensor(self.short[0][span]) if by_short else None
-                best.look_at(Block(span.start, part_of(self.embeddings, span), short), excluded[span].numpy())
-                bar.update(span.stop - span.start)
+            for part in self.parts:
+                best.look_at(part, excluded[part.start : part.start + len(part.rows)].numpy())
+                bar.update(len(part.rows))
         return best.indices, best.cosines
 
     def captions(self, queries: np.ndarray, k: int = 2, width: int = 64) -> list[str]:

@@ -241,7 +241,7 @@ def write_images(
     columns = {"image": images, "crc32": pa.array(checksums, pa.uint32())}
     schema = arrow.with_facts(pa.schema({name: column.type for name, column in columns.items()}), facts)
     # a shard is 90 MB, of which a process may want few images: each has its own checksum
-    arrow.write_batches(path, schema, [pa.record_batch(list(columns.values()), schema=schema)], left_out="image")
+    arrow.write_batches(path, schema, [pa.record_batch(list(columns.values()), schema=schema)], left_out=["image"])
 
 
 def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:

@@ -1,7 +1,7 @@
 """Writes and memory-maps Arrow files: a table, and JSON facts about it in the metadata of its schema."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,31 +36,45 @@ def map_table(path: Path) -> pa.Table:
 
 
 def write_batches(
-    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], *, left_out: str | None = None
+    path: Path,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    *,
+    left_out: Sequence[str] = (),
+    most_batches: int = 1,
 ) -> None:
     """Write an Arrow file with a checksum, atomically, batch by batch as they come; replaced if it is there.
 
     Args:
-        left_out: a column of texts or bytes that has checksums of its own, in a single batch.
+        left_out: columns of texts, bytes or lists whose rows have checksums of their own, as far as they are there.
+        most_batches: there are no more of them; without effect if nothing is left out.
     """
-    sealed = schema.with_metadata({**(schema.metadata or {}), SEAL_KEY: checksums.BLANK})
+    left_out = [name for name in left_out if name in schema.names]
+    blank = checksums.BLANK + checksums.SPAN * max(0, len(left_out) * most_batches - 1)
+    sealed = schema.with_metadata({**(schema.metadata or {}), SEAL_KEY: blank})
     with paths.atomic_path(path) as temporary:
         with pa.ipc.new_file(temporary, sealed) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        checksums.seal_arrow(temporary, (0, 0) if left_out is None else span_of(temporary, left_out))
+        checksums.seal_arrow(temporary, spans_of(temporary, left_out))
 
 
-def span_of(path: Path, column: str) -> tuple[int, int]:
-    """First byte and end of the values of a column of an Arrow file with a single batch."""
+def spans_of(path: Path, columns: Sequence[str]) -> list[tuple[int, int]]:
+    """First byte and end of the values of some columns of an Arrow file, in each of its batches."""
     content = pa.memory_map(str(path)).read_buffer()
-    values = pa.ipc.open_file(content).read_all()[column].chunk(0).buffers()[2]
-    return (
-        (0, 0) if values is None else (values.address - content.address, values.address - content.address + values.size)
-    )
+    table = pa.ipc.open_file(content).read_all()
+    values = [chunk.buffers()[-1] for column in columns for chunk in table[column].chunks]  # behind the offsets
+    firsts = [(part.address - content.address, part.size) for part in values if part is not None and part.size]
+    return [(first, first + size) for first, size in firsts]
 
 
-def map_once(path: Path, fingerprint: dict, make: Callable[[], pa.RecordBatchReader]) -> pa.Table:
+def map_once(
+    path: Path,
+    fingerprint: dict,
+    make: Callable[[], pa.RecordBatchReader],
+    left_out: Sequence[str] = (),
+    most_batches: int = 1,
+) -> pa.Table:
     """Map an Arrow file; make it first where it is missing, damaged, or of another fingerprint.
 
     Processes that start together make it once. Where it cannot be written, each process keeps the table in memory.
@@ -68,6 +82,7 @@ def map_once(path: Path, fingerprint: dict, make: Callable[[], pa.RecordBatchRea
     Args:
         fingerprint: identifies what the table is made from; the table carries it as the fact `fingerprint`.
         make: returns the table's batches, whose schema carries that fact; called again if writing them fails.
+        left_out, most_batches: as for `write_batches`.
     """
     if (table := map_matching(path, fingerprint)) is not None:
         return table
@@ -82,7 +97,7 @@ def map_once(path: Path, fingerprint: dict, make: Callable[[], pa.RecordBatchRea
             return table
         reader = make()
         try:
-            write_batches(path, reader.schema, reader)
+            write_batches(path, reader.schema, reader, left_out=left_out, most_batches=most_batches)
         except OSError as error:  # a full disk
             print(f"warning: {path} cannot be written ({error}); every process keeps its own", flush=True)
     return map_matching(path, fingerprint) or make().read_all()

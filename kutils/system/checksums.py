@@ -7,6 +7,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ import numpy as np
 JSON_KEY = "checksum"  # of a record: hex SHA-256 of all else that it holds
 MARK = b"kutils-blocks:"  # a file's own checksum follows: in the head and in the footer of an Arrow file
 FORMER_MARK = b"kutils-sha256:"  # of files of before, which are hashed as one
-BLANK = MARK + f"{'0' * 64} {0:016d} {0:016d}".encode()  # digest, and the first and last byte that it leaves out
+SPAN = f" {0:016d} {0:016d}".encode()  # first byte and end of what the digest leaves out
+BLANK = MARK + b"0" * 64 + SPAN  # digest and spans: one, or more in files of many batches
+SEAL = re.compile(rb"kutils-(?:blocks|sha256):[0-9a-f]{64}(?: \d{16} \d{16})+")
 ARROW_MAGIC = b"ARROW1"
 BLOCK = 1 << 26  # bytes that a thread takes at a time: 64 MB
 THREADS = 4
@@ -91,16 +94,20 @@ def hash_json(content: dict) -> str:
 # ---------------------------------------------------------------- Arrow
 
 
-def seal_arrow(path: Path, left_out: tuple[int, int] = (0, 0)) -> None:
-    """Write the checksum of an Arrow file into it, where its schema's metadata hold BLANK.
+def seal_arrow(path: Path, left_out: Sequence[tuple[int, int]] = ()) -> None:
+    """Write the checksum of an Arrow file into it, where its schema's metadata hold BLANK, with a SPAN for each span.
 
     Args:
-        left_out: first byte and end of what the checksum does not cover.
+        left_out: first byte and end of each span that the checksum does not cover.
     """
     with path.open("r+b") as stream:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             places = find_marks(content)
-            seal = MARK + f"{hash_blocks(content, places, left_out)} {left_out[0]:016d} {left_out[1]:016d}".encode()
+            length = len(SEAL.match(content, places[0])[0])
+            spans = [*left_out, *[(0, 0)] * ((length - len(BLANK)) // len(SPAN) + 1 - len(left_out))]
+            digest = hash_blocks(content, [*((place, place + length) for place in places), *spans])
+            seal = MARK + digest.encode() + b"".join(f" {first:016d} {end:016d}".encode() for first, end in spans)
+        assert len(seal) == length, f"{path} has no room for {len(left_out)} spans"
         for place in places:
             stream.seek(place)
             stream.write(seal)
@@ -118,21 +125,20 @@ def check_arrow(path: Path) -> None:
             raise Damaged(f"{path} is damaged: it is too short")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             places = find_marks(content)
-            seals = {content[place : place + len(BLANK)] for place in places}
+            seals = [SEAL.match(content, place) for place in places]
             is_arrow = content[: len(ARROW_MAGIC)] == ARROW_MAGIC == content[-len(ARROW_MAGIC) :]
-            fits = not places or (len(places) == 2 and len(seals) == 1 and is_seal_of(content, places, seals.pop()))
+            fits = not places or (len(places) == 2 and all(seals) and are_seals_of(content, seals))
     if not (is_arrow and fits):
         raise Damaged(f"{path} is damaged: {'its checksum does not fit' if is_arrow else 'it is no whole Arrow file'}")
 
 
-def is_seal_of(content: mmap.mmap, places: Sequence[int], seal: bytes) -> bool:
-    """Whether a seal that stands at these places is that of the file."""
-    hash_rest = hash_blocks if seal.startswith(MARK) else hash_at_once
-    try:
-        digest, first, end = seal[len(MARK) :].decode().split(" ")
-        return digest == hash_rest(content, places, (int(first), int(end)))
-    except ValueError:
-        return False
+def are_seals_of(content: mmap.mmap, seals: Sequence[re.Match]) -> bool:
+    """Whether the seals in a file's head and footer are alike, and those of the file."""
+    hash_rest = hash_blocks if seals[0][0].startswith(MARK) else hash_at_once
+    digest, *ends = seals[0][0][len(MARK) :].decode().split(" ")
+    spans = list(zip(map(int, ends[::2]), map(int, ends[1::2]), strict=True))
+    holes = [*(seal.span() for seal in seals), *spans]
+    return seals[0][0] == seals[1][0] and digest == hash_rest(content, holes)
 
 
 def find_marks(content: mmap.mmap) -> list[int]:
@@ -144,22 +150,19 @@ def find_marks(content: mmap.mmap) -> list[int]:
     return sorted({place for place in found if place >= 0})
 
 
-def rest_of(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, int]) -> list[tuple[int, int]]:
-    """First byte and end of each part of a file between its seals, and without the bytes that are left out."""
+def rest_of(content: mmap.mmap, holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First byte and end of each part of a file between holes: its seals, and what is left out."""
     parts, start = [], 0
-    holes = sorted([*((place, place + len(BLANK)) for place in places), left_out])
-    for first, end in [*holes, (len(content), len(content))]:
-        parts.append((start, max(start, first)))
+    for first, end in [*sorted(holes), (len(content), len(content))]:
+        parts.append((start, min(max(start, first), len(content))))
         start = max(start, end)
     return parts
 
 
-def hash_blocks(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, int]) -> str:
-    """Hex SHA-256 of the places and CRC-32 of the blocks of a file without its seals and what is left out."""
+def hash_blocks(content: mmap.mmap, holes: Sequence[tuple[int, int]]) -> str:
+    """Hex SHA-256 of the places and CRC-32 of the blocks of a file without the holes."""
     blocks = [
-        (start, min(start + BLOCK, end))
-        for first, end in rest_of(content, places, left_out)
-        for start in range(first, end, BLOCK)
+        (start, min(start + BLOCK, end)) for first, end in rest_of(content, holes) for start in range(first, end, BLOCK)
     ]
 
     def checksum(block: tuple[int, int]) -> int:
@@ -174,11 +177,11 @@ def hash_blocks(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, 
     return hashlib.sha256(json.dumps([blocks, sums]).encode()).hexdigest()
 
 
-def hash_at_once(content: mmap.mmap, places: Sequence[int], left_out: tuple[int, int]) -> str:
-    """Hex SHA-256 of a file without its seals, and without the bytes that are left out."""
+def hash_at_once(content: mmap.mmap, holes: Sequence[tuple[int, int]]) -> str:
+    """Hex SHA-256 of a file without the holes."""
     digest = hashlib.sha256()
     with memoryview(content) as view:
-        for first, end in rest_of(content, places, left_out):
+        for first, end in rest_of(content, holes):
             with view[first:end] as part:
                 digest.update(part)
     return digest.hexdigest()

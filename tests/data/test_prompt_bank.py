@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from fixtures.datasets import make_dataset, unit_rows
 
-from kutils.data import bank_command, nearest, prompt_bank
+from kutils.data import bank_command, bank_files, nearest, prompt_bank
 from kutils.data.prompt_bank import PromptBank
 from kutils.system import arrow
 from kutils.system.progress import progress_bar
@@ -58,14 +58,14 @@ ROWS = {
 @pytest.mark.parametrize("kind", ROWS)
 def test_short_rows_hide_no_neighbour(tmp_path, monkeypatch, kind, dtype, width):
     """Against all products in float64, of equal float32 ones the first: of queries near rows, and of any."""
-    monkeypatch.setattr(prompt_bank, "SHORTENED", 1)
+    monkeypatch.setattr(bank_files, "SHORTENED", 1)
     monkeypatch.setattr(prompt_bank, "BLOCK_PROMPTS", 256)
     monkeypatch.setattr(nearest, "WIDTHS", (width,))
     monkeypatch.setattr(nearest, "FEW", 0.4)
     rows = ROWS[kind] / np.linalg.norm(ROWS[kind], axis=1, keepdims=True)
     PromptBank(list(map(str, range(700))), rows, np.arange(700)).save(tmp_path / "bank.arrow", dtype)
     bank = PromptBank.load(tmp_path / "bank.arrow")
-    assert bank.short[1].how.width == width
+    assert bank.short.how.width == width
     near = rows[::50] + 0.5 * like_prompts(14, 5)
     queries = np.concatenate([rows[:5], near / np.linalg.norm(near, axis=1, keepdims=True), unit_rows(4, 7)])
     queries = queries.astype(np.float32)
@@ -91,7 +91,7 @@ def test_a_cache_of_before_is_made_again(workspace):
     facts = arrow.facts_of(arrow.map_table(path))
     del facts["fingerprint"]["bank"]
     before = PromptBank(bank.prompts, bank.vectors(np.arange(40))[::-1].copy(), bank.rows)
-    reader = before.to_reader(np.float32, facts)
+    reader = bank_files.read_batches(before, np.float32, facts)
     arrow.write_batches(path, reader.schema, reader)
     again = PromptBank.from_datasets(["toy"])
     np.testing.assert_array_equal(again.vectors(np.arange(40)), bank.vectors(np.arange(40)))
