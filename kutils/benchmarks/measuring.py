@@ -31,6 +31,7 @@ SECTIONS = (
     "open_5m_rows",
     "embed_prompts",
     "similar_pairs",
+    "grown_pairs",
     "folds",
     "check_images",
     "packed_shards",

@@ -1,6 +1,7 @@
 """Measures the search for similar pairs and nearest prompts, compared with FAISS, and what folds leak."""
 
 import importlib.util
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from kutils.benchmarks import measuring
 from kutils.data import prompt_bank
 from kutils.data.prompt_bank import PromptBank
 from kutils.prompts import embedding, fold_methods, grammar, partition
-from kutils.prompts.similarity import SimilarPairs, similar_pairs
+from kutils.prompts.similarity import BLOCK_ROWS, SimilarPairs, share_strips, similar_pairs
 from kutils.system import paths
+from kutils.system.devices import pick_device
+from kutils.system.ranks import Ranks
 from kutils.system.tables import read_table, write_table
 
 THRESHOLD = 0.7  # of the published folds
 SIZES = (15_000, 30_000, 60_000, 120_000, 240_000)  # prompts
+GROWN = (120_000, 240_000, 1_000_000, 3_400_000)  # prompts, those beyond the given ones made of them
+GROWN_BLOCKS = 7000  # that are searched of so many prompts: all of 240,000, a 17th of 1 M, a 200th of 3.4 M
 COMPARED = 60_000  # prompts at most that FAISS searches, in 13 s on two cores; twice as many would take four times that
 NUM_FOLDS = 10
 NEIGHBOURS = 10
@@ -92,6 +97,73 @@ def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[meas
         exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
         entries.append(measuring.make_entry("similar_pairs_exponent", "", [exponent]))
     return entries
+
+
+class Part(Ranks):
+    """One of many ranks, which searches its own blocks and waits for no other."""
+
+    def barrier(self) -> None:
+        pass
+
+    def gather_objects(self, value) -> list:
+        return [value]
+
+
+def measure_growth(embeddings: np.ndarray) -> list[measuring.Entry]:
+    """CPU seconds for all pairs at 0.7 among up to 3.4 M prompts; of many, a share of the blocks is searched.
+
+    The rows beyond the given ones lie half-way between two of them. What does not grow with the blocks, as copying all
+    rows, is told from the search by a second run over a third of the share. Once each: minutes of two cores. It takes
+    5 GB of disk and 12 GB of memory.
+
+    Args:
+        embeddings: float32 [n, 384].
+    """
+    entries, path = [], paths.working_dir() / "benchmark" / "grown.npy"
+    time_pairs(embeddings[:2000], "auto")  # threads and libraries are there from now on
+    for count in GROWN:
+        with paths.atomic_path(path) as temporary:
+            write_grown(temporary, embeddings, count)
+        rows = np.load(path, mmap_mode="r")
+        blocks = (count / BLOCK_ROWS["cpu"]) ** 2 / 2
+        shares = max(1, round(blocks / GROWN_BLOCKS))
+        seconds, share = time_share(rows, shares)
+        if shares > 1:
+            less, smaller = time_share(rows, 3 * shares)
+            seconds += (seconds - less) / (share - smaller) * (1 - share)
+        name = f"similar_pairs_grown_{count}"
+        entries.append(measuring.make_entry(name, "CPU s", [seconds]))
+        entries.append(measuring.make_entry(f"{name}_searched", "% of blocks", [100 * share]))
+        path.unlink()
+    return entries
+
+
+def write_grown(path: Path, embeddings: np.ndarray, count: int) -> None:
+    """An .npy file of `count` rows: the given ones, and then such that lie half-way between two of them."""
+    random = np.random.default_rng(0)
+    rows = np.lib.format.open_memmap(path, "w+", np.float32, (count, embeddings.shape[1]))
+    rows[: len(embeddings)] = embeddings[:count]
+    for start in range(len(embeddings), count, prompt_bank.BLOCK_PROMPTS):
+        block = rows[start : start + prompt_bank.BLOCK_PROMPTS]
+        one, other = random.integers(0, len(embeddings), (2, len(block)))
+        block[:] = embeddings[one] + embeddings[other]
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
+    rows.flush()
+
+
+def time_share(rows: np.ndarray, shares: int) -> tuple[float, float]:
+    """CPU seconds of a search of one of so many shares of the blocks at 0.7, and the share."""
+    device, searched = pick_device("cpu"), 1.0
+    with tempfile.TemporaryDirectory(dir=paths.working_dir()) as folder:
+        began = time.process_time()
+        if shares == 1:
+            similar_pairs(rows, THRESHOLD, device="cpu", progress=True)
+        else:
+            similar_pairs(rows, THRESHOLD, ranks=Part(1, shares, device), folder=Path(folder), progress=True)
+            tops = np.arange(0, len(rows), BLOCK_ROWS["cpu"])
+            own = np.array(share_strips(tops.tolist(), Part(1, shares, device)))
+            searched = float((len(rows) - own).sum() / (len(rows) - tops).sum())
+        return time.process_time() - began, searched
 
 
 def extra_megabytes(embeddings: np.ndarray) -> float:

@@ -76,3 +76,34 @@ def test_nearest_prompts_are_looked_up_beside_faiss(workspace, monkeypatch):
     monkeypatch.setattr(similarity, "search_faiss", lambda path, queries: (np.zeros((256, 10)), [1, 1, 1]))
     with pytest.raises(AssertionError, match="others are nearer"):
         similarity.measure_nearest(2000, repeats=1)
+
+
+def test_growth_of_a_share_is_that_of_all_blocks(workspace, rows, monkeypatch):
+    """Of 300 rows all blocks, of 2,000 a ninth; what that gives for all is near a search of all."""
+    monkeypatch.setattr(similarity, "GROWN", (300, 2000))
+    monkeypatch.setattr(similarity, "GROWN_BLOCKS", 60)
+    monkeypatch.setitem(similarity.BLOCK_ROWS, "cpu", 64)
+    (workspace / "working").mkdir(exist_ok=True)
+    entries = by_name(similarity.measure_growth(rows))
+    assert entries["similar_pairs_grown_300_searched"].ours == 100
+    assert entries["similar_pairs_grown_2000_searched"].ours == pytest.approx(100 / 8, abs=4)
+    assert not list((workspace / "working").rglob("*.np?"))
+    similarity.write_grown(workspace / "grown.npy", rows, 2000)
+    grown = np.load(workspace / "grown.npy")
+    np.testing.assert_array_equal(grown[:300], rows)
+    cosines = grown[300:].astype(np.float64) @ rows.T
+    np.testing.assert_allclose(np.linalg.norm(grown, axis=1), 1, atol=1e-6)
+    best = np.sort(cosines, axis=1)[:, -2:]  # of a row and the two that it lies between
+    assert (best[:, 1] > 0.6).all()
+    searched, search = [], similarity.similar_pairs
+
+    def spied(rows, threshold, **options):
+        ranks = options.get("ranks")
+        searched.append(similarity.share_strips(list(range(0, len(rows), 64)), ranks) if ranks else [])
+        return search(rows, threshold, **options)
+
+    monkeypatch.setattr(similarity, "similar_pairs", spied)
+    _, share = similarity.time_share(grown, 8)
+    (tops,) = searched
+    blocks = sum(len(range(top, 2000, 64)) for top in tops)
+    assert share == pytest.approx(blocks / sum(len(range(top, 2000, 64)) for top in range(0, 2000, 64)), abs=0.02)
