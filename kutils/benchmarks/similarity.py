@@ -99,7 +99,7 @@ def measure_similar_pairs(embeddings: np.ndarray, repeats: int = 3) -> list[meas
     return entries
 
 
-class Part(Ranks):
+class LoneRank(Ranks):
     """One of many ranks, which searches its own blocks and waits for no other."""
 
     def barrier(self) -> None:
@@ -159,9 +159,9 @@ def time_share(rows: np.ndarray, shares: int) -> tuple[float, float]:
         if shares == 1:
             similar_pairs(rows, THRESHOLD, device="cpu", progress=True)
         else:
-            similar_pairs(rows, THRESHOLD, ranks=Part(1, shares, device), folder=Path(folder), progress=True)
+            similar_pairs(rows, THRESHOLD, ranks=LoneRank(1, shares, device), folder=Path(folder), progress=True)
             tops = np.arange(0, len(rows), BLOCK_ROWS["cpu"])
-            own = np.array(share_strips(tops.tolist(), Part(1, shares, device)))
+            own = np.array(share_strips(tops.tolist(), LoneRank(1, shares, device)))
             searched = float((len(rows) - own).sum() / (len(rows) - tops).sum())
         return time.process_time() - began, searched
 

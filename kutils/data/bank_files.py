@@ -54,7 +54,7 @@ class ShortRows:
 
 
 @dataclass(frozen=True)
-class Sums:
+class RowChecksums:
     """The checksums of a file's rows."""
 
     source: str  # the file, in messages
@@ -63,7 +63,7 @@ class Sums:
     short: np.ndarray | None  # int64 [n]
 
     @classmethod
-    def of_table(cls, table: pa.Table, source: str) -> "Sums | None":
+    def of_table(cls, table: pa.Table, source: str) -> "RowChecksums | None":
         """Those of a file's table; None for a file of before, which has one checksum for all."""
         if "prompt_sum" not in table.column_names:
             return None
@@ -82,7 +82,9 @@ def as_tensor(rows: pa.ChunkedArray) -> Tensor:
     return torch.from_dlpack(whole.flatten()).view(len(whole), -1)  # from_numpy refuses read-only arrays
 
 
-def part_of(embeddings: pa.ChunkedArray | Targets, short: ShortRows | None, sums: Sums | None, span: slice) -> Block:
+def part_of(
+    embeddings: pa.ChunkedArray | Targets, short: ShortRows | None, sums: RowChecksums | None, span: slice
+) -> Block:
     """Some rows of a bank, which are read where they are indexed, and compared with their checksums the first time."""
 
     def describe(row: int) -> str:

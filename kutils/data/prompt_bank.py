@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kutils.data import bank_files
-from kutils.data.bank_files import CHECKED, KIND, ShortRows, Sums, Targets, as_lists, part_of, short_rows
+from kutils.data.bank_files import CHECKED, KIND, RowChecksums, ShortRows, Targets, as_lists, part_of, short_rows
 from kutils.data.checked_rows import check_texts
 from kutils.data.datasets import load_datasets
 from kutils.data.index import cache_path, fingerprint
@@ -51,7 +51,7 @@ class PromptBank:
         embeddings: np.ndarray | pa.ChunkedArray | Targets,
         rows: np.ndarray | None = None,
         short: ShortRows | None = None,
-        sums: Sums | None = None,
+        sums: RowChecksums | None = None,
     ):
         shape = list(embeddings.shape) if isinstance(embeddings, np.ndarray) else [len(embeddings), EMBEDDING_DIM]
         if not len(prompts) or shape != [len(prompts), EMBEDDING_DIM]:
@@ -119,7 +119,7 @@ class PromptBank:
         """
         rows = table["row"].to_numpy() if "row" in table.column_names else None
         embeddings = table["embedding"] if embeddings is None else embeddings
-        return cls(table["prompt"], embeddings, rows, short_rows(table), Sums.of_table(table, str(path)))
+        return cls(table["prompt"], embeddings, rows, short_rows(table), RowChecksums.of_table(table, str(path)))
 
     @classmethod
     def load(cls, path: Path) -> "PromptBank":
