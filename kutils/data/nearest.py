@@ -15,6 +15,7 @@ WIDTHS = (64, 96, 128, 160, 192, EMBEDDING_DIM)  # of short rows, in bytes
 BYTE_COST, LOOK_COST = 0.05, 1500  # ns of a byte of a short row, and of a look at a whole row, on one core
 FEW = 1 / 50  # share of the rows that a query may have to look at; from more on, all float32 products cost less
 BLOCK_QUERIES = 256  # of one matrix product: 67 MB of cosines
+LOOKED_AT, PRODUCTS = 1024, 2**20  # short rows, and their products with queries, that are looked at together: 4 MB
 VERIFIED = 1024  # rows looked at in float64 at a time: 3 MB
 LONGEST = 1 + UNIT_TOLERANCE  # of all rows
 FLOAT32_ERROR = 1e-6  # of a product that is rounded to float32
@@ -44,26 +45,61 @@ def choose_shortening(sample: Tensor) -> Shortening:
     for width in WIDTHS:
         ways.append(fit_shortening(rows, axes, width, torch.int8))
         short, error = ways[-1].apply(rows)
-        values, limits = multiply(queries, short, ways[-1], error, nearest)
-        costs.append(BYTE_COST * width + LOOK_COST * float((values >= limits[:, None]).double().mean()))
+        some = ShortQueries.of(queries, ways[-1])
+        row, _ = some.reaching(short, some.limits(nearest, error), np.zeros(len(short), bool), np.inf)
+        costs.append(BYTE_COST * width + LOOK_COST * len(row) / max(1, half * len(short)))
     return ways[int(np.argmin(costs))]
 
 
-def multiply(queries: Tensor, short: Tensor, how: Shortening, error: float, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of queries (float64 [q, D], of length 1) with short rows (int8 [n, width]), each on a scale of its own.
+@dataclass(frozen=True)
+class ShortQueries:
+    """Queries shortened as the rows are, each on a scale of its own."""
 
-    Args:
-        error: the largest of a short row.
-        least: float64 [q]: a product of the whole rows that is looked for.
-    Returns: int32 [q, n], and int64 [q]: the least that it is then of short rows (`shortening` has the proof).
-    """
-    exact = how.exactly(queries)
-    scales = 127 / exact.abs().amax(dim=1, keepdim=True)
-    rounded = (exact * scales).round()
-    errors = squares(rounded / scales - exact).sqrt() + 1e-6
-    limits = (least - errors * (LONGEST + error) - error) * scales[:, 0] * how.scale
-    limits = limits.clamp(-(2.0**31), 2.0**31 - 1).floor().long()
-    return products(rounded.to(torch.int8), short), limits
+    how: Shortening
+    numbers: Tensor  # int8 [q, width]
+    scales: Tensor  # float64 [q]
+    errors: Tensor  # float64 [q]
+
+    @classmethod
+    def of(cls, queries: Tensor, how: Shortening) -> "ShortQueries":
+        """Shorten queries, float64 [q, D], of length 1."""
+        exact = how.exactly(queries)
+        scales = 127 / exact.abs().amax(dim=1, keepdim=True)
+        rounded = (exact * scales).round()
+        errors = squares(rounded / scales - exact).sqrt() + 1e-6
+        return cls(how, rounded.to(torch.int8), scales[:, 0], errors)
+
+    def limits(self, least: Tensor, error: float) -> np.ndarray:
+        """The least product with a short row, int32 [q], where that of the whole rows is `least` (float64 [q]).
+
+        Args:
+            error: the largest of a short row (`shortening` has the proof).
+        """
+        limits = (least - self.errors * (LONGEST + error) - error) * self.scales * self.how.scale
+        return limits.clamp(-(2.0**31), 2.0**31 - 1).floor().int().numpy()
+
+    def reaching(
+        self, short: Tensor, limits: np.ndarray, excluded: np.ndarray, most: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Queries and rows whose products reach the limits, in order; None if there are more than `most`.
+
+        Args:
+            short: int8 [n, width].
+            excluded: bool [n], rows to leave out.
+        """
+        found, count = [], 0
+        size = max(LOOKED_AT, PRODUCTS // len(limits))  # rows whose products a core's cache holds
+        for start in range(0, len(short), size):
+            values = products(self.numbers, short[start : start + size]).numpy()
+            query, row = np.divmod(np.flatnonzero(values >= limits[:, None]), values.shape[1])
+            keep = ~excluded[start + row]
+            found.append((query[keep], start + row[keep]))
+            count += len(found[-1][0])
+            if count > most:
+                return None
+        query, row = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.argsort(query, kind="stable")
+        return query[order], row[order]
 
 
 class Nearest:
@@ -71,7 +107,9 @@ class Nearest:
 
     def __init__(self, queries: np.ndarray, k: int, how: Shortening | None, device: torch.device):
         self.queries = torch.from_numpy(queries)  # float64 [q, D], of length 1
-        self.k, self.how, self.device = k, how, device
+        self.k, self.device = k, device
+        starts = range(0, len(queries), BLOCK_QUERIES)
+        self.short = how and [ShortQueries.of(self.queries[start : start + BLOCK_QUERIES], how) for start in starts]
         silence_sparse()
         self.indices = np.full((len(queries), k), np.iinfo(np.int64).max)
         self.cosines = np.full((len(queries), k), -np.inf, np.float32)
@@ -85,7 +123,7 @@ class Nearest:
         whole = None
         for start in range(0, len(self.queries), BLOCK_QUERIES):
             some = slice(start, start + BLOCK_QUERIES)
-            pairs = None if self.how is None else self.candidates_by_short_rows(block, some, excluded)
+            pairs = None if self.short is None else self.candidates_by_short_rows(block, some, excluded)
             if pairs is None:
                 if whole is None:
                     whole = torch.from_numpy(np.asarray(block.rows[:], np.float32)).to(self.device)
@@ -97,12 +135,11 @@ class Nearest:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Queries (from the first of `some`) and rows that may be among the best; None if they are too many."""
         least = torch.from_numpy(self.cosines[some, -1]).double() - FLOAT32_ERROR
-        short = torch.from_numpy(block.short[:])
-        values, limits = multiply(self.queries[some], short, self.how, block.error, least)
+        short, queries = torch.from_numpy(block.short[:]), self.short[some.start // BLOCK_QUERIES]
         if torch.isinf(least).any():  # the best short rows show how good the best rows are at least
             if self.k > len(short):
                 return None
-            values = values.masked_fill(torch.from_numpy(excluded), -(2**31))
+            values = products(queries.numbers, short).masked_fill_(torch.from_numpy(excluded), -(2**31))
             best = values.topk(self.k, dim=1).indices.numpy()
             exact = self.verify(block, some.start, np.repeat(np.arange(len(best)), self.k), best.ravel())
             exact[excluded[best.ravel()]] = -np.inf
@@ -110,11 +147,9 @@ class Nearest:
             least = torch.maximum(least, seen)
             if torch.isinf(least).any():
                 return None
-            _, limits = multiply(self.queries[some], short[:0], self.how, block.error, least)
-        pairs = reaching(values, limits, excluded)
-        if len(pairs[0]) > max(FEW * values.numel(), 4 * self.k * len(values)):
-            return None
-        return self.sift(block, some, *pairs, least)
+        most = max(FEW * len(short), 4 * self.k) * len(least)
+        pairs = queries.reaching(short, queries.limits(least, block.error), excluded, most)
+        return None if pairs is None else self.sift(block, some, *pairs, least)
 
     def sift(self, block: Block, some: slice, query: np.ndarray, row: np.ndarray, least: Tensor):
         """Those of the candidates that float32 products of whole rows leave."""

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from kutils.data import bank_files
-from kutils.data.bank_files import CHECKED, KIND, RowChecksums, ShortRows, Targets, as_lists, part_of, short_rows
+from kutils.data.bank_files import (
+    CHECKED,
+    KIND,
+    RowChecksums,
+    ShortRows,
+    Targets,
+    as_lists,
+    column,
+    part_of,
+    short_rows,
+)
 from kutils.data.checked_rows import check_texts
 from kutils.data.datasets import load_datasets
 from kutils.data.index import cache_path, fingerprint
@@ -117,9 +127,14 @@ class PromptBank:
             path: of the file, for messages.
             embeddings: of a table without them.
         """
-        rows = table["row"].to_numpy() if "row" in table.column_names else None
         embeddings = table["embedding"] if embeddings is None else embeddings
-        return cls(table["prompt"], embeddings, rows, short_rows(table), RowChecksums.of_table(table, str(path)))
+        return cls(
+            table["prompt"],
+            embeddings,
+            column(table, "row"),
+            short_rows(table),
+            RowChecksums.of_table(table, str(path)),
+        )
 
     @classmethod
     def load(cls, path: Path) -> "PromptBank":
@@ -187,10 +202,10 @@ class PromptBank:
         """The prompts in order, at most BLOCK_PROMPTS at a time, and of one chunk of the embeddings."""
         columns = [range(len(self))] if isinstance(self.embeddings, Targets) else self.embeddings.chunks
         start = 0
-        for column in columns:
-            for offset in range(0, len(column), BLOCK_PROMPTS):
-                yield slice(start + offset, start + min(offset + BLOCK_PROMPTS, len(column)))
-            start += len(column)
+        for chunk in columns:
+            for offset in range(0, len(chunk), BLOCK_PROMPTS):
+                yield slice(start + offset, start + min(offset + BLOCK_PROMPTS, len(chunk)))
+            start += len(chunk)
 
     @cached_property
     def parts(self) -> list[Block]:
