@@ -11,7 +11,7 @@ from kutils.benchmarks import measuring
 from kutils.data import prompt_bank
 from kutils.data.prompt_bank import PromptBank
 from kutils.prompts import embedding, fold_methods, grammar, partition
-from kutils.prompts.similarity import BLOCK_ROWS, SimilarPairs, share_strips, similar_pairs
+from kutils.prompts.similarity import BLOCK_ROWS, SimilarPairs, share_strips, similar_pairs, strip_path
 from kutils.system import paths
 from kutils.system.devices import pick_device
 from kutils.system.ranks import Ranks
@@ -19,7 +19,7 @@ from kutils.system.tables import read_table, write_table
 
 THRESHOLD = 0.7  # of the published folds
 SIZES = (15_000, 30_000, 60_000, 120_000, 240_000)  # prompts
-GROWN = (120_000, 240_000, 1_000_000, 3_400_000)  # prompts, those beyond the given ones made of them
+GROWN = (*SIZES, 1_000_000, 3_400_000)  # prompts; those beyond the given ones are made of them
 GROWN_BLOCKS = 7000  # that are searched of so many prompts: all of 240,000, a 17th of 1 M, a 200th of 3.4 M
 COMPARED = 60_000  # prompts at most that FAISS searches, in 13 s on two cores; twice as many would take four times that
 NUM_FOLDS = 10
@@ -112,9 +112,8 @@ class LoneRank(Ranks):
 def measure_growth(embeddings: np.ndarray) -> list[measuring.Entry]:
     """CPU seconds for all pairs at 0.7 among up to 3.4 M prompts; of many, a share of the blocks is searched.
 
-    The rows beyond the given ones lie half-way between two of them. What does not grow with the blocks, as copying all
-    rows, is told from the search by a second run over a third of the share. Once each: minutes of two cores. It takes
-    5 GB of disk and 12 GB of memory.
+    The rows beyond the given ones lie half-way between two of them. Measured once: ten minutes of two cores, 5 GB of
+    disk and 12 GB of memory.
 
     Args:
         embeddings: float32 [n, 384].
@@ -126,11 +125,7 @@ def measure_growth(embeddings: np.ndarray) -> list[measuring.Entry]:
             write_grown(temporary, embeddings, count)
         rows = np.load(path, mmap_mode="r")
         blocks = (count / BLOCK_ROWS["cpu"]) ** 2 / 2
-        shares = max(1, round(blocks / GROWN_BLOCKS))
-        seconds, share = time_share(rows, shares)
-        if shares > 1:
-            less, smaller = time_share(rows, 3 * shares)
-            seconds += (seconds - less) / (share - smaller) * (1 - share)
+        seconds, share = time_share(rows, max(1, round(blocks / GROWN_BLOCKS)))
         name = f"similar_pairs_grown_{count}"
         entries.append(measuring.make_entry(name, "CPU s", [seconds]))
         entries.append(measuring.make_entry(f"{name}_searched", "% of blocks", [100 * share]))
@@ -152,18 +147,26 @@ def write_grown(path: Path, embeddings: np.ndarray, count: int) -> None:
 
 
 def time_share(rows: np.ndarray, shares: int) -> tuple[float, float]:
-    """CPU seconds of a search of one of so many shares of the blocks at 0.7, and the share."""
-    device, searched = pick_device("cpu"), 1.0
-    with tempfile.TemporaryDirectory(dir=paths.working_dir()) as folder:
+    """CPU seconds for all pairs at 0.7, by a search of one of so many shares of the blocks, and the share searched.
+
+    What is done for all rows before, as copying them, is measured by a search of which everything has been done.
+    """
+    if shares == 1:
         began = time.process_time()
-        if shares == 1:
-            similar_pairs(rows, THRESHOLD, device="cpu", progress=True)
-        else:
-            similar_pairs(rows, THRESHOLD, ranks=LoneRank(1, shares, device), folder=Path(folder), progress=True)
-            tops = np.arange(0, len(rows), BLOCK_ROWS["cpu"])
-            own = np.array(share_strips(tops.tolist(), LoneRank(1, shares, device)))
-            searched = float((len(rows) - own).sum() / (len(rows) - tops).sum())
-        return time.process_time() - began, searched
+        time_pairs(rows, "auto")
+        return time.process_time() - began, 1.0
+    ranks, tops = LoneRank(1, shares, pick_device("cpu")), np.arange(0, len(rows), BLOCK_ROWS["cpu"])
+    own = np.array(share_strips(tops.tolist(), ranks))
+    searched = float((len(rows) - own).sum() / (len(rows) - tops).sum())
+    with tempfile.TemporaryDirectory(dir=paths.working_dir()) as folder:
+        times = [time.process_time()]
+        for _ in range(2):
+            similar_pairs(rows, THRESHOLD, ranks=ranks, folder=Path(folder), progress=True)
+            times.append(time.process_time())
+            for top in tops:
+                strip_path(Path(folder), int(top), BLOCK_ROWS["cpu"]).touch()
+    whole, before = np.diff(times)
+    return before + (whole - before) / searched, searched
 
 
 def extra_megabytes(embeddings: np.ndarray) -> float:
