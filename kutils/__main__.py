@@ -46,6 +46,7 @@ STEPS = {
     },
     "the whole": {
         "demo": ("kutils.demo", "run the whole pipeline at small scale, and print the scores"),
+        "benchmark": ("kutils.benchmarks.notebook", "measure speed and memory beside the published pipeline"),
         "gpu-check": ("kutils.benchmarks.gpu_check", "check and measure on GPUs, in 8 minutes: speed, hours, cost"),
     },
 }

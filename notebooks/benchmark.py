@@ -16,8 +16,8 @@
 #
 # **What it does.** Measures speed and memory on this machine beside the published pipeline or the plain way to do the
 # same, and keeps the numbers in `working/benchmark/results.json`.
-# `papermill notebooks/benchmark.ipynb working/runs/benchmark.ipynb`; it runs as a script too, `python
-# notebooks/benchmark.py`, and for `loader`, `step` and `differences` needs torch, torchvision and timm alone.
+# `kutils benchmark --sections loader,step` runs it; its options are the parameters below. As a script, `python
+# notebooks/benchmark.py`, the sections `loader`, `step` and `differences` need torch, torchvision and timm alone.
 #
 # **What it needs.** Linux. On a GPU, if there is one, the five networks of the recipes are measured, else the two tiny
 # ones. `open_5m_rows`: 12 GB of disk below `working/`, and 20 GB of memory for the plain way, which is left out where
@@ -191,7 +191,7 @@ if "import_pairs" in chosen:
 print(measuring.format_results())
 
 # %%
-if chosen and find_spec("matplotlib"):
+if find_spec("matplotlib") and any(entry["ratio"] for entry in measuring.read_results()):
     from kutils.views import score_plots
 
     score_plots.benchmark_ratios(measuring.read_results())

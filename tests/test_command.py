@@ -47,6 +47,7 @@ BAD_INPUTS = {  # what a user can put right, for each command
     "bank": ["--prompts", "none.tsv", "--output", "out.arrow"],
     "ask": ["none.png"],
     "kaggle": ["code", "--dry-run", "--user", "no/name"],
+    "benchmark": ["--sections", "none"],
     "gpu-check": ["--parts", "none"],
     "demo": [],  # takes nothing that could be wrong: here without a clone
 }

@@ -16,7 +16,7 @@ from kutils.__main__ import run
 from kutils.benchmarks import data as benchmark_data
 from kutils.benchmarks import measuring, prediction, rows
 from kutils.data import datasets, transforms
-from kutils.runs import launch
+from kutils.runs import all_folds, launch
 from kutils.system.paths import repository_root
 
 ROOT = repository_root()
@@ -126,6 +126,19 @@ def test_the_notebook_runs_as_a_script(workspace):
     done = subprocess.run([sys.executable, workspace / "benchmark.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "kept" in done.stdout and measuring.machine_name() in done.stdout
+
+
+def test_the_command_hands_its_options_to_the_notebook(workspace, monkeypatch):
+    handed = []
+    monkeypatch.setattr(all_folds, "execute", lambda *arguments: handed.append(arguments))
+    monkeypatch.chdir(workspace)
+    arguments = ["--sections", "loader,step", "--pictures", "mine", "--repeats", "2", "--keep-data"]
+    assert run("benchmark", arguments) == 0
+    ((notebook, values),) = handed
+    assert notebook == workspace / "working" / "benchmark" / "benchmark.ipynb" and notebook.parent.is_dir()
+    given = {"sections": "loader,step", "pictures": str(workspace / "mine"), "repeats": 2, "keep_data": True}
+    assert given.items() <= values.items()
+    assert (values["prompts"], values["prompts_path"], values["models"]) == (60000, "", "")  # as in the notebook
 
 
 def test_the_prediction_of_an_ensemble_is_measured_both_ways(workspace, monkeypatch):
