@@ -23,12 +23,12 @@ STEPS = {
         "generate": ("kutils.generation.generate", "make a data set of images from prompts"),
         "import": ("kutils.data.pair_import", "make a data set of downloaded pairs: tars, Parquet, folders, lists"),
         "export": ("kutils.data.pair_export", "write a data set as tars or Parquet files, to share it"),
-        "check": ("kutils.data.checking", "look at every image and row, and set bad rows apart"),
+        "check": ("kutils.data.checking", "examine every image and row, and move bad rows to a quarantine table"),
         "shards": ("kutils.data.shards", "pack images at the size of training into few large files"),
     },
     "one model": {
         "pretrained": ("kutils.models.pretrained", "download pretrained weights for machines without network"),
-        "train": ("kutils.training.train", "train one fold of a recipe; goes on where it was cut"),
+        "train": ("kutils.training.train", "train one fold of a recipe; continues an interrupted run"),
         "train-folds": ("kutils.runs.all_folds", "train all folds of a recipe, as working/dist_train.sh does"),
         "evaluate": ("kutils.training.evaluate", "score a checkpoint, and save its predictions or features"),
         "predict": ("kutils.ensemble.predict", "predict the embeddings of a folder of images"),
@@ -39,20 +39,20 @@ STEPS = {
         "neighbours": ("kutils.ensemble.neighbours", "score the nearest training prompts as predictions"),
         "ladder": ("kutils.views.ladder_plots", "score models beside simpler and ideal predictions, with intervals"),
         "bank": ("kutils.data.bank_command", "write prompts and embeddings as one file to search in"),
-        "ask": ("kutils.ensemble.trained_models", "print the prompts that trained models see in an image"),
+        "ask": ("kutils.ensemble.trained_models", "print the prompts nearest to what trained models predict"),
     },
     "Kaggle": {
         "kaggle": ("kutils.kaggle.sending", "upload code and weights, push kernels, submit"),
     },
-    "the whole": {
+    "everything": {
         "demo": ("kutils.demo", "run the whole pipeline at small scale, and print the scores"),
         "benchmark": ("kutils.benchmarks.notebook", "measure speed and memory beside the published pipeline"),
         "gpu-check": ("kutils.benchmarks.gpu_check", "check and measure on GPUs, in 8 minutes: speed, hours, cost"),
     },
 }
 COMMANDS = {name: module for commands in STEPS.values() for name, (module, _) in commands.items()}
-AGAIN_SECONDS = 5  # after which a second Ctrl-C interrupts, too, what the first one has left running
-FIRST_RANK_SECONDS = 10  # within which the first rank has printed an error that every rank meets
+AGAIN_SECONDS = 5  # after these, a second Ctrl-C also interrupts what the first one left running
+FIRST_RANK_SECONDS = 10  # the first rank has printed an error that all ranks have within these
 
 
 def overview() -> str:
@@ -65,14 +65,14 @@ def overview() -> str:
 
 
 def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
-    """Run a command: 0, or `error: ...` on stderr and 1 where its user can put it right; 130 after Ctrl-C, 143 after
-    SIGTERM.
+    """Run a command; returns its exit status: 0, 130 after Ctrl-C, 143 after SIGTERM, or 1 after an error that the user
+    can fix, which is printed as `error: ...`.
 
-    KUTILS_DEBUG=1 shows the traceback instead. An error that every rank of torchrun meets, before they have joined, is
-    printed by the first rank of each machine alone.
+    KUTILS_DEBUG=1 shows the traceback instead. An error that all ranks of torchrun have before they join the process
+    group is printed only by the first rank of each machine.
 
     Args:
-        is_process: nothing else runs in this process, which then handles SIGINT and SIGTERM.
+        is_process: the command is alone in this process, so it may set the handlers of SIGINT and SIGTERM.
     """
     from kutils.system import output
     from kutils.system.children import (
@@ -107,7 +107,7 @@ def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
         print(f"error: {output.shorten_lines(str(error))}{advice}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
-        loaders = sys.modules.get("kutils.system.loaders")  # a command without loaders brings no torch
+        loaders = sys.modules.get("kutils.system.loaders")  # not imported here: it loads torch
         if not (message := loaders and loaders.describe_loss(error)) or os.environ.get("KUTILS_DEBUG"):
             raise
         print(f"error: {output.shorten_lines(message)}", file=sys.stderr, flush=True)
@@ -122,17 +122,18 @@ def run(command: str, arguments: list[str], *, is_process: bool = False) -> int:
 
 
 def have_joined() -> bool:
-    """Whether this process is one of several ranks that have found each other."""
-    ranks = sys.modules.get("kutils.system.ranks")  # a command that has not loaded it brings no torch
+    """Whether this process has joined a process group of several ranks."""
+    ranks = sys.modules.get("kutils.system.ranks")  # not imported here: it loads torch
     return ranks is not None and ranks.dist.is_initialized()
 
 
 def ensure_report(run_folder: Path) -> None:
-    """Write a finished run's `report.html` if it is not there; whatever goes wrong, the run is finished."""
+    """Write a finished run's `report.html` if it is missing; an error is only printed, since the run itself is
+    finished."""
     if (run_folder / "report.html").is_file():
         return
     try:
-        from kutils.views import report  # brings pandas and Matplotlib, which no other rank needs
+        from kutils.views import report  # loads pandas and Matplotlib, which no other rank needs
 
         print(f"report: {report.write_report(run_folder)}", flush=True)
     except Exception as error:
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv` begins with; exit status 2 where there is no such command.
 
     Args:
-        argv: command and arguments; None: those of this process, by the code of the clone that it was started in.
+        argv: command and arguments; None: those of this process, run by the code of the clone in which it was started.
     """
     is_process = argv is None
     if argv is None:
@@ -165,10 +166,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def continue_in_clone(arguments: list[str]) -> None:
-    """Start again with the clone's code where the current folder lies in a clone, and this is the code of another one.
+    """Restart with the current folder's clone if this code is of another clone.
 
     An environment may hold an editable install of another clone, which would read and write that clone's folders. Code
-    that PYTHONPATH names is what was asked for: it stays.
+    that PYTHONPATH names is used as it is.
     """
     from kutils.system import paths
 

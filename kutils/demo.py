@@ -1,7 +1,7 @@
 """Runs the whole pipeline at small scale, from data to submission, and prints one table of scores.
 
-It executes the notebooks as a user would, in folders of its own below `working/demo/<scale>/`. Run again, it keeps what
-is there: data, finished runs and their checkpoints.
+It executes the notebooks as a user would, in folders of its own below `working/demo/<scale>/`. A second call reuses
+existing data, finished runs and their checkpoints.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PAPERMILL_CHATTER = (
     r"\s*|(Executing|Ending) Cell .*|<Figure.*>|<IPython.core.display.HTML object>|The controls of this view .*|"
     r"\[IPKernelApp\] (WARNING \| Kernel is running over TCP|ERROR \| KeyboardInterrupt caught).*"
 )
-NUM_TEST_IMAGES = 64  # of the competition-like folder: prompts that no data set holds
+NUM_TEST_IMAGES = 64  # images of prompts that are in no data set, in a folder like the competition's
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Scale:
     images_per_prompt: int
     overrides: dict[tuple[str, int], str]
     margins: dict[str, float]  # by family: cosine above the mean-prompt baseline that its models must reach
-    minutes: int  # on two CPU cores, once the environment is there
+    minutes: int  # on two CPU cores, without installing the environment
 
 
 LONGER = {
@@ -59,7 +59,7 @@ SCALES = {
 
 
 class Demo:
-    """One execution: where its files are, and how long its steps took."""
+    """One run of the demo: its folders, and the seconds of its steps."""
 
     def __init__(self, scale_name: str):
         self.notebooks = paths.repository_path("notebooks")
@@ -71,7 +71,8 @@ class Demo:
         os.environ["KUTILS_WORKING"] = str(self.folder)
 
     def execute(self, step: str, notebook: str, **parameters) -> None:
-        """Run a notebook by papermill; its record goes to `notebooks/<step>.ipynb`, its figures to `figures/`."""
+        """Run a notebook by papermill; the executed copy goes to `notebooks/<step>.ipynb`, its figures to
+        `figures/`."""
         print(f"\n=== {step}", flush=True)
         began = time.monotonic()
         record = self.folder / "notebooks" / f"{step}.ipynb"
@@ -90,7 +91,7 @@ class Demo:
         save_figures(record, self.folder / "figures")
 
     def train(self, model: str, stage: int) -> finished.RunResult:
-        """Train or refine a model; the run's result."""
+        """Train (stage 1) or refine (stage 2) a model; returns the run's result."""
         notebook = "train" if stage == 1 else "refine"
         parameters = {"model": model, "fold": FOLD} | ({"stage": stage} if stage > 1 else {})
         overrides = self.scale.overrides.get((model, stage), "")
@@ -100,7 +101,8 @@ class Demo:
         return finished.read_result(launch.plan_run(model, stage, FOLD, overrides).folder)
 
     def make_test_images(self) -> tuple[Path, list[str]]:
-        """A folder like the competition's, of prompts that are not in the data set: its path, and the prompts."""
+        """Make a folder of test images, like the competition's, of prompts that are not in the data set; returns the
+        folder and the prompts."""
         known = set(read_table(paths.input_dir() / "shapes.tsv", ["prompt"])["prompt"].to_pylist())
         fresh = [prompt for prompt in shapes.generate_prompts(2 * NUM_TEST_IMAGES, seed=1) if prompt not in known]
         fresh, folder = fresh[:NUM_TEST_IMAGES], paths.input_dir() / "competition" / "images"
@@ -191,7 +193,7 @@ def format_scores(scores: dict, demo: Demo) -> str:
 
 
 def check_scores(scores: dict, scale: Scale) -> None:
-    """Raise ValueError unless every model is well above the baseline and the ensemble is worth its members."""
+    """Raise ValueError unless every model is well above the baseline and the ensemble is not below its best member."""
     for name, score in scores["models"].items():
         margin = scale.margins[name.split()[0]]
         if not score >= scores["mean_prompt_baseline"] + margin:

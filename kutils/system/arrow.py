@@ -9,8 +9,8 @@ from filelock import FileLock
 
 from kutils.system import checksums, paths
 
-METADATA_KEY = b"kutils"  # of the JSON object
-SEAL_KEY = b"seal"  # of the checksum
+METADATA_KEY = b"kutils"  # the schema's metadata key of the JSON object
+SEAL_KEY = b"seal"  # the schema's metadata key of the checksum
 
 
 def with_facts(schema: pa.Schema, facts: dict) -> pa.Schema:
@@ -43,11 +43,12 @@ def write_batches(
     left_out: Sequence[str] = (),
     most_batches: int = 1,
 ) -> None:
-    """Write an Arrow file with a checksum, atomically, batch by batch as they come; replaced if it is there.
+    """Write an Arrow file with a checksum, atomically, one batch after the other; an existing file is replaced.
 
     Args:
-        left_out: columns of texts, bytes or lists whose rows have checksums of their own, as far as they are there.
-        most_batches: there are no more of them; without effect if nothing is left out.
+        left_out: columns of texts, bytes or lists that the checksum does not cover, since their rows have their own;
+        names that the schema lacks are ignored.
+        most_batches: upper bound on the number of batches; only needed if columns are left out.
     """
     left_out = [name for name in left_out if name in schema.names]
     blank = checksums.BLANK + checksums.SPAN * max(0, len(left_out) * most_batches - 1)
@@ -75,9 +76,9 @@ def map_once(
     left_out: Sequence[str] = (),
     most_batches: int = 1,
 ) -> pa.Table:
-    """Map an Arrow file; make it first where it is missing, damaged, or of another fingerprint.
+    """Map an Arrow file; make it first if it is missing, damaged, or has another fingerprint.
 
-    Processes that start together make it once. Where it cannot be written, each process keeps the table in memory.
+    Processes that start together make it once. If it cannot be written, each process keeps the table in memory.
 
     Args:
         fingerprint: identifies what the table is made from; the table carries it as the fact `fingerprint`.
@@ -104,7 +105,7 @@ def map_once(
 
 
 def map_matching(path: Path, fingerprint: dict) -> pa.Table | None:
-    """The mapped table; None if the file is missing, damaged, or of another fingerprint."""
+    """The mapped table; None if the file is missing, damaged, or has another fingerprint."""
     try:
         table = map_table(path)
         return table if facts_of(table).get("fingerprint") == fingerprint else None

@@ -1,6 +1,6 @@
-"""Tells damaged files from whole ones: checks the checksums that .npz, .pth and our Arrow and JSON files carry.
+"""Detects damaged files by the checksums inside .npz and .pth files and our Arrow and JSON files.
 
-Files of before, which carry none, are taken as they are.
+Files of earlier versions, which have no checksum, are accepted.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-JSON_KEY = "checksum"  # of a record: hex SHA-256 of all else that it holds
-MARK = b"kutils-blocks:"  # a file's own checksum follows: in the head and in the footer of an Arrow file
-FORMER_MARK = b"kutils-sha256:"  # of files of before, which are hashed as one
-SPAN = f" {0:016d} {0:016d}".encode()  # first byte and end of what the digest leaves out
-BLANK = MARK + b"0" * 64 + SPAN  # digest and spans: one, or more in files of many batches
+JSON_KEY = "checksum"  # of a JSON object: hex SHA-256 of its other keys
+MARK = b"kutils-blocks:"  # precedes the checksum of an Arrow file, which stands in its first message and in its footer
+FORMER_MARK = b"kutils-sha256:"  # precedes the checksum in files of earlier versions: one hash of the whole file
+SPAN = f" {0:016d} {0:016d}".encode()  # first byte and end of a part that the checksum does not cover
+BLANK = MARK + b"0" * 64 + SPAN  # room for the digest and one span; files with many batches have more spans
 SEAL = re.compile(rb"kutils-(?:blocks|sha256):[0-9a-f]{64}(?: \d{16} \d{16})+")
 ARROW_MAGIC = b"ARROW1"
 BLOCK = 1 << 26  # bytes that a thread takes at a time: 64 MB
@@ -35,9 +35,9 @@ class Damaged(ValueError):
 
 
 def check_zip(path: Path) -> None:
-    """Compare every member of a zip file with its checksum, which NumPy and torch write, and torch does not look at.
+    """Compare every member of a zip file with its checksum, which NumPy and torch write but torch does not check.
 
-    A file of 13 GB takes 4 s of one core where it is in memory.
+    A file of 13 GB in the page cache takes 4 s on one core.
 
     Raises: Damaged naming the file.
     """
@@ -51,12 +51,12 @@ def check_zip(path: Path) -> None:
 
 
 def read_arrays(path: Path, names: Sequence[str] | None = None, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Read arrays of an .npz file, whose checksums NumPy compares as it reads.
+    """Read arrays of an .npz file; NumPy checks their checksums while reading.
 
     Args:
-        names: of the arrays; None: all.
-        optional: of more arrays, which are read where they are there.
-    Raises: OSError if it cannot be opened; Damaged if it is no whole .npz file with these arrays.
+        names: arrays to read; None: all.
+        optional: more arrays, read if the file has them.
+    Raises: OSError if it cannot be opened; Damaged if it is damaged, no .npz file, or lacks one of `names`.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -73,13 +73,13 @@ def read_arrays(path: Path, names: Sequence[str] | None = None, optional: Sequen
 
 
 def with_checksum(content: dict) -> dict:
-    """The same JSON object with a checksum of its own."""
+    """A copy of a JSON object with its checksum as one more key."""
     content = json.loads(json.dumps(content))  # as it will be read: keys as texts
     return content | {JSON_KEY: hash_json(content)}
 
 
 def without_checksum(content: object, path: Path) -> dict:
-    """A JSON object that was read, without its checksum; Damaged if that does not fit, or if it is no object."""
+    """Check and remove the checksum of a JSON object that was read; Damaged if it is wrong, or if this is no object."""
     if not isinstance(content, dict):
         raise Damaged(f"{path} is damaged: it holds no JSON object")
     if JSON_KEY in content and content.pop(JSON_KEY) != hash_json(content):
@@ -95,7 +95,8 @@ def hash_json(content: dict) -> str:
 
 
 def seal_arrow(path: Path, left_out: Sequence[tuple[int, int]] = ()) -> None:
-    """Write the checksum of an Arrow file into it, where its schema's metadata hold BLANK, with a SPAN for each span.
+    """Write an Arrow file's checksum into its schema's metadata, over the placeholder: BLANK, and a SPAN for each
+    further span.
 
     Args:
         left_out: first byte and end of each span that the checksum does not cover.
@@ -116,7 +117,8 @@ def seal_arrow(path: Path, left_out: Sequence[tuple[int, int]] = ()) -> None:
 def check_arrow(path: Path) -> None:
     """Compare an Arrow file with the checksum in it.
 
-    A file of 14 GB takes 7.5 s of CPU time in several threads; one of before, with one hash for all, 12.7 s in one.
+    A file of 14 GB takes 7.5 s of CPU time in several threads; a file of an earlier version, with one hash, takes 12.7
+    s in one thread.
 
     Raises: OSError if it cannot be opened; Damaged if the checksum does not fit, or if it is no Arrow file.
     """
@@ -133,7 +135,7 @@ def check_arrow(path: Path) -> None:
 
 
 def are_seals_of(content: mmap.mmap, seals: Sequence[re.Match]) -> bool:
-    """Whether the seals in a file's head and footer are alike, and those of the file."""
+    """Whether the checksums in a file's head and footer are equal, and match its content."""
     hash_rest = hash_blocks if seals[0][0].startswith(MARK) else hash_at_once
     digest, *ends = seals[0][0][len(MARK) :].decode().split(" ")
     spans = list(zip(map(int, ends[::2]), map(int, ends[1::2]), strict=True))
@@ -142,7 +144,7 @@ def are_seals_of(content: mmap.mmap, seals: Sequence[re.Match]) -> bool:
 
 
 def find_marks(content: mmap.mmap) -> list[int]:
-    """Where an Arrow file holds MARK: its first message and its footer are the only places that are looked at."""
+    """Positions of MARK in an Arrow file; only its first message and its footer are searched."""
     head_end = 16 + int.from_bytes(content[12:16], "little")
     footer_start = len(content) - 10 - int.from_bytes(content[-10:-6], "little")
     spans = ((0, min(head_end, len(content))), (max(footer_start, 0), len(content)))
@@ -151,7 +153,7 @@ def find_marks(content: mmap.mmap) -> list[int]:
 
 
 def rest_of(content: mmap.mmap, holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """First byte and end of each part of a file between holes: its seals, and what is left out."""
+    """First byte and end of each part of a file outside the holes, which are the checksums and the uncovered spans."""
     parts, start = [], 0
     for first, end in [*sorted(holes), (len(content), len(content))]:
         parts.append((start, min(max(start, first), len(content))))
@@ -160,7 +162,7 @@ def rest_of(content: mmap.mmap, holes: Sequence[tuple[int, int]]) -> list[tuple[
 
 
 def hash_blocks(content: mmap.mmap, holes: Sequence[tuple[int, int]]) -> str:
-    """Hex SHA-256 of the places and CRC-32 of the blocks of a file without the holes."""
+    """Hex SHA-256 of the positions and CRC-32 of the blocks of a file, without the holes."""
     blocks = [
         (start, min(start + BLOCK, end)) for first, end in rest_of(content, holes) for start in range(first, end, BLOCK)
     ]

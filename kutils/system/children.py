@@ -1,7 +1,7 @@
 """Runs commands as child processes, shows their output, stops them cleanly on Ctrl-C, and reports failures.
 
-`python -m kutils.system.children MODULE [ARGUMENT ...]` is how a child starts, and a rank: it ends when its parent
-does. This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
+Children and ranks are started as `python -m kutils.system.children MODULE [ARGUMENT ...]`, so that they end when their
+parent does. This module imports no torch: a notebook that launches ranks must not hold a GPU itself.
 """
 
 import collections
@@ -21,16 +21,16 @@ import time
 from collections.abc import Callable
 
 LAST_LINES = 40  # of the output, repeated in the exception
-KEPT_LINES = 400  # torchrun's summary holds tracebacks; who failed stands above the last of them
-STOPPED = "stopped by a signal"  # how the error begins that a rank ends with once it has saved its state
-SAVING_SECONDS = 600  # from SIGTERM on: the state of the largest network is 13 GB, and it may go to a network disk
+KEPT_LINES = 400  # torchrun's summary holds tracebacks; the failed rank is named above the last one
+STOPPED = "stopped by a signal"  # beginning of the error with which a rank ends after it has saved its state
+SAVING_SECONDS = 600  # allowed after SIGTERM: the state of the largest network is 13 GB, perhaps on a network disk
 
 
 class CommandFailed(RuntimeError):
-    """A started command ended with an error; the message ends with its last output.
+    """A child process ended with an error; the message ends with its last output.
 
     Attributes:
-        last_lines: the last lines of its output, whatever the message repeats of them.
+        last_lines: the last lines of its output.
     """
 
     def __init__(self, message: str, last_lines: tuple[str, ...] = ()):
@@ -45,17 +45,17 @@ def run_module(
     hide: str | None = None,
     seconds: float | None = None,
 ) -> bool:
-    """Run `python -m <module> <arguments>` as a child: output line by line as it comes, an exception when it fails.
+    """Run `python -m <module> <arguments>` as a child process, and print its output line by line.
 
-    The child ends when this process does, however that ends. After an interrupt it has SAVING_SECONDS to save and end;
-    its last lines are shown, then KeyboardInterrupt is raised again.
+    The child ends when this process ends, even by a kill. After an interrupt it has SAVING_SECONDS to save and end; its
+    last lines are shown, then KeyboardInterrupt is raised again.
 
     Args:
         module, arguments: what to run.
-        environment: variables to set for it; None takes one away.
+        environment: variables to set for the child; the value None removes one.
         hide: regular expression of whole lines that are not shown.
-        seconds: after which it is told to save and end, as by an interrupt.
-    Returns: True if it finished; False if the time was over first and it printed no error but STOPPED.
+        seconds: time limit, after which the child is asked to save and end, as by an interrupt.
+    Returns: True if it finished; False if it was stopped by the time limit and printed no error but STOPPED.
     Raises: CommandFailed with the command's last lines.
     """
     settings = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -103,15 +103,16 @@ def follow(output, last: collections.deque, error: list[str], hide: str | None) 
         last.append(line)
         if line.startswith("error: "):
             error[:], error_rank = [line], rank
-        elif error and rank == error_rank:  # its further lines, not torchrun's own traceback without a rank's prefix
+        elif error and rank == error_rank:  # of the same message; torchrun's own traceback has no rank's prefix
             error.append(line)
         if hide is None or not re.fullmatch(hide, line):
-            with contextlib.suppress(OSError, ValueError):  # nobody may be left to read it, or not in its encoding
+            with contextlib.suppress(OSError, ValueError):  # stdout may be closed, or lack a character
                 print(line, flush=True)
 
 
 def end(child: subprocess.Popen) -> None:
-    """SIGTERM to the child and its group, once; SIGKILL a minute after SAVING_SECONDS, when torchrun's own is due.
+    """Send SIGTERM once to the child's process group; send SIGKILL a minute after SAVING_SECONDS, later than torchrun
+    does.
 
     Further interrupts do not shorten the wait: they would cut a file that is being saved.
     """
@@ -138,7 +139,7 @@ def ended_within(child: subprocess.Popen, seconds: float) -> bool:
 
 
 class Interrupted(KeyboardInterrupt):
-    """What SIGINT or SIGTERM raises; `number` is the signal's."""
+    """Raised by the handler of SIGINT and SIGTERM; `number` is the signal's."""
 
     def __init__(self, number: int, message: str = ""):
         super().__init__(message)
@@ -146,11 +147,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt_once(message: str = "", again_seconds: float = math.inf) -> None:
-    """Let the first SIGINT or SIGTERM raise Interrupted; ignore more: they would cut what is being saved.
+    """Let the first SIGINT or SIGTERM raise Interrupted; ignore further ones, which would interrupt the saving.
 
     Args:
         message: printed to stderr when it happens.
-        again_seconds: after which another one raises, too.
+        again_seconds: after this time another signal raises again.
     """
     last = -math.inf
 
@@ -163,7 +164,7 @@ def interrupt_once(message: str = "", again_seconds: float = math.inf) -> None:
         raise Interrupted(number)
 
     def send_again(unraisable) -> None:
-        """An exception that comes while an object is deleted, or within a callback, is dropped by Python."""
+        """Send the signal again if Python has dropped its exception, as it does in `__del__` and callbacks."""
         nonlocal last
         if isinstance(unraisable.exc_value, Interrupted):
             last = -math.inf
@@ -176,20 +177,20 @@ def interrupt_once(message: str = "", again_seconds: float = math.inf) -> None:
 
 
 def exit_at_once(number: int, frame) -> None:
-    """What SIGINT and SIGTERM do before anything is begun: a library that is being imported may catch an exception."""
+    """Handle SIGINT and SIGTERM during imports, where a library could catch an exception: exit without one."""
     os.write(2, f"error: {STOPPED}\n".encode())
     os._exit(128 + number)
 
 
 def handle_signals(handler: Callable) -> None:
-    """Set the handler of SIGINT and SIGTERM; a script's background job ignores the script's Ctrl-C, and still does."""
+    """Set the handler of SIGINT and SIGTERM, unless the signal is ignored, as in background jobs of a shell script."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies, however it dies: ranks and a notebook's children need it."""
+    """Ask Linux to send SIGTERM to this process when its parent dies, even by a kill."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
@@ -197,8 +198,8 @@ def end_with_parent() -> None:
 def exit_without(parent: int) -> None:
     """Exit once the parent is gone and the main thread has ended.
 
-    Linux may send two signals then, of which the second cuts what torchrun does at the first: a thread of it may be
-    left that waits for ever.
+    Linux may then send two signals. The second interrupts torchrun's handling of the first, which can leave a thread of
+    torchrun waiting for ever.
     """
     while os.getppid() == parent or threading.main_thread().is_alive():
         time.sleep(0.2)
@@ -206,7 +207,7 @@ def exit_without(parent: int) -> None:
 
 
 def count_ranks_by_node() -> None:
-    """Give a rank of several nodes the number that NODE_RANK says; torchrun counts nodes in the order of their names.
+    """On several nodes, number this rank by NODE_RANK, since torchrun numbers nodes in the order of their names.
 
     Rank 0 prints the progress, so it has to be on the node with the notebook.
     """
@@ -221,7 +222,7 @@ def count_ranks_by_node() -> None:
 
 
 def torchrun_failure(error: Exception) -> str:
-    """One line for what ended torchrun: the rank that failed first, a signal, or nodes that did not meet."""
+    """One line that says why torchrun ended: the rank that failed first, a signal, or nodes that did not connect."""
     if not hasattr(error, "get_first_failure"):
         return f"{type(error).__name__}: {error}"
     rank, failure = error.get_first_failure()
@@ -234,7 +235,7 @@ if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank
         count_ranks_by_node()
     sys.argv = sys.argv[1:]
-    # torchrun would print a traceback of the second of two signals, which comes while it ends
+    # else torchrun prints a traceback if a second signal arrives while it ends
     logging.getLogger("torch.distributed.launcher.api").disabled = True
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -14,13 +14,13 @@ from kutils.system import checksums, paths
 class ChunkFiles:
     """One .npz file per finished chunk, in a hidden folder beside the result.
 
-    A file appears whole by its renaming, so that a look at the folder says what is done, also from another machine.
-    (In one memory map for all, two machines that share a network disk would write back each other's pages.) The
-    folder's name holds a hash of the work: other work never finds these chunks.
+    A file is renamed into place when it is complete, so the folder's files tell every machine which chunks are done.
+    (In one shared memory map, two machines on a network disk would overwrite each other's pages.) The folder's name
+    holds a hash of the work, so other work never uses these chunks.
 
     Args:
         path: the result that the chunks are for.
-        work: all that the chunks depend on, as JSON knows it.
+        work: everything that the chunks depend on, as a JSON object.
     """
 
     def __init__(self, path: Path, work: dict, count: int):
@@ -29,9 +29,9 @@ class ChunkFiles:
         self.folder = path.with_name(f".{path.name}.{digest[:16]}.partial")
 
     def open(self) -> None:
-        """Make the folder, or go on with the one that is there.
+        """Make the folder, or continue with an existing one.
 
-        Removes what was begun of other work, and damaged chunks, which are then made again.
+        Removes chunks of other work for this result, and damaged chunks, which are then made again.
         """
         for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
             if other != self.folder:
@@ -50,7 +50,7 @@ class ChunkFiles:
         return [number for number in range(self.count) if f"{number:06d}.npz" not in finished]
 
     def save(self, number: int, **arrays: np.ndarray | int) -> None:
-        """Finish a chunk; on the disk, not only in the system's memory, when this returns."""
+        """Write a finished chunk; it is on the disk (fsync) when this returns."""
         with paths.atomic_path(self.folder / f"{number:06d}.npz") as temporary:
             np.savez(temporary, **arrays)
 

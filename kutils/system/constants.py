@@ -1,3 +1,3 @@
-"""Holds the size of an embedding, for modules that must not load more than torch."""
+"""Holds the size of an embedding, for modules that must import nothing but torch."""
 
 EMBEDDING_DIM = 384  # all-MiniLM-L6-v2

@@ -6,7 +6,7 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda` or `cpu` to the device of this process (GPU number = local rank).
+    """The device of this process for `auto`, `cuda` or `cpu` (GPU number = local rank).
 
     Raises: ValueError if `cuda` is asked for and there are fewer GPUs than ranks on this machine.
     """
@@ -15,7 +15,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    if num_ranks > torch.cuda.device_count():  # on every rank alike, or the others would wait for the one without
+    if num_ranks > torch.cuda.device_count():  # on every rank, else the others wait for the one without
         raise ValueError(
             f"each of {num_ranks} ranks on this machine needs a GPU of its own, and {torch.cuda.device_count()} are "
             "visible; start fewer ranks, or compute on the CPU: device=cpu, or --device cpu"
@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_gpus() -> str:
-    """Names and memory of the visible GPUs, or that there is none."""
+    """Names and memory of the visible GPUs, or "no GPU is visible"."""
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     return ", ".join(f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus) or "no GPU is visible"
 
@@ -44,7 +44,7 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Also of cuBLAS and cuDNN, which say it as an error of their own."""
+    """Whether memory ran out, also by the errors of cuBLAS and cuDNN, which have other types."""
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error) or "out of memory" in str(error)
 
 
@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
 
 
 def machine_facts(device: torch.device) -> dict:
-    """What loading can be judged by: cores, ranks_per_machine, and gpu_gb (10**9 bytes) where there is a GPU."""
+    """Facts for advice on data loading: cores, ranks_per_machine and, on a GPU, gpu_gb (10**9 bytes)."""
     facts = {"cores": usable_cores(), "ranks_per_machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
     if device.type == "cuda":
         facts["gpu_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9

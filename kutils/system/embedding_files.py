@@ -15,8 +15,8 @@ from kutils.system.progress import progress_bar
 from kutils.system.tables import hash_prompts, read_table
 
 UNIT_TOLERANCE = 1e-3  # of an embedding's length; float16 storage would still pass
-DIGEST_KEY = "rows_sha256"  # of a record: the hash of all rows
-BLOCK = 16_384  # rows of embeddings that are looked at together: 25 MB
+DIGEST_KEY = "rows_sha256"  # key of the record `<name>.npy.json`: the hash of all rows
+BLOCK = 16_384  # rows read at a time: 25 MB
 
 
 def map_embeddings(path: Path, num_rows: int) -> np.ndarray:
@@ -72,21 +72,21 @@ def hash_rows(path: Path, num_rows: int) -> str:
 
 
 def check_digest(path: Path, digest: str) -> None:
-    """Raise ValueError if the record beside embeddings gives another hash of their rows; one of before gives none."""
+    """Raise ValueError if the record beside the embeddings has another hash of their rows; old records have none."""
     if (paths.read_record(path.with_suffix(".npy.json")) or {}).get(DIGEST_KEY, digest) != digest:
         raise checksums.Damaged(f"{path} is damaged: its checksum does not fit; {make_again(path)}")
 
 
 def record_embeddings(path: Path, record: dict) -> None:
-    """Write the record beside embeddings: what they are of, and the hash of their rows."""
+    """Write the record beside embeddings: their prompts, their encoder, and the hash of their rows."""
     digest = hash_rows(path, record["rows"])
     paths.save_record(path.with_suffix(".npy.json"), record | {DIGEST_KEY: digest})
 
 
 def are_whole(path: Path, record: dict) -> bool:
-    """Whether embeddings are there with this record, and undamaged. Reads them all.
+    """Whether embeddings exist with this record and are undamaged; reads all of them.
 
-    A record of before, without a hash, gets one.
+    An old record without a hash gets one.
     """
     previous = paths.read_record(path.with_suffix(".npy.json"))
     if not path.is_file() or previous is None or {**previous, DIGEST_KEY: ""} != {**record, DIGEST_KEY: ""}:
@@ -104,7 +104,8 @@ def are_whole(path: Path, record: dict) -> bool:
 def take_embeddings(source_path: Path | str, target_path: Path | str) -> bool:
     """Write `<name>.npy` beside a table by copying, for each row, the embedding that another table has of its prompt.
 
-    Embeddings without a record are of unknown prompts: none are taken from such a file, and none are replaced.
+    Without a record, nothing says which prompts a file's embeddings belong to: such a file is neither copied from nor
+    replaced.
 
     Args:
         source_path: the embedded table, in which the prompts of the target occur, in any order and number.
@@ -149,16 +150,13 @@ def reserve(path: Path) -> None:
 
 
 def is_embedded(tsv_path: Path) -> bool:
-    """Whether a table has an .npy beside it, and no record says that this is of other prompts."""
+    """Whether a table has an .npy file beside it whose record, if any, is of the table's prompts."""
     is_there = tsv_path.with_suffix(".npy").is_file()
     return is_there and not describe_mismatch(tsv_path, read_table(tsv_path, ["prompt"])["prompt"])
 
 
 def describe_mismatch(tsv_path: Path, prompts: pa.ChunkedArray) -> str:
-    """What to say where the record beside a table's .npy names other prompts than the table; empty if it fits.
-
-    Also empty where there is no record: then nobody knows.
-    """
+    """An error message if the record beside a table's .npy file is of other prompts; empty if it fits or is missing."""
     npy_path, record = tsv_path.with_suffix(".npy"), paths.read_record(tsv_path.with_suffix(".npy.json"))
     if record is None or record.get("prompts_sha256") == hash_prompts(prompts):
         return ""

@@ -1,6 +1,7 @@
-"""Finds the file content that ends the process which decodes it; from then on nothing decodes that content.
+"""Finds file content that crashes the process which decodes it, so that no process decodes it again.
 
-A process that is looked at alone notes what it is about to decode. What it has noted when it ends, twice, is fatal.
+A process that runs alone writes a hash of what it is about to decode to shared memory. Content is fatal if two
+processes end while they decode it.
 """
 
 import hashlib
@@ -9,18 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DIGEST_BYTES = 16
-known: set[bytes] = set()  # digests of fatal contents; a process that is started later gets them
-note = None  # shared memory of DIGEST_BYTES, in a process that is looked at; zeros: it decodes nothing
+known: set[bytes] = set()  # digests of fatal contents; passed to processes that start later
+note = None  # in a monitored process, shared memory of DIGEST_BYTES; zeros: it decodes nothing
 
 
 def make_note():
-    """Shared memory for a process to note what it decodes."""
+    """Shared memory in which a process notes the content that it decodes."""
     return multiprocessing.RawArray("B", DIGEST_BYTES)
 
 
 @contextmanager
 def decoding(content: bytes) -> Iterator[bool]:
-    """Note inside the block that a content is being decoded; gives False where it is fatal, and must not be."""
+    """Note that the block decodes this content; yields False if the content is fatal and must not be decoded."""
     if note is None and not known:
         yield True
         return
@@ -32,13 +33,13 @@ def decoding(content: bytes) -> Iterator[bool]:
         note[:] = digest
     try:
         yield True
-    finally:  # whatever ends the process from here on, it is not this content
+    finally:  # if the process ends after this, the content is not the reason
         if note is not None:
             note[:] = bytes(DIGEST_BYTES)
 
 
 def read_and_clear(memory) -> bytes:
-    """What a process had noted when it was ended; empty if it was decoding nothing."""
+    """The digest that a process was decoding when it ended; empty if it was decoding nothing."""
     digest = bytes(memory)
     memory[:] = bytes(DIGEST_BYTES)
     return digest if any(digest) else b""

@@ -1,4 +1,4 @@
-"""Guards torch's data loaders: room in shared memory before they start, and finds the file that ends a process."""
+"""Guards torch's data loaders: checks shared memory before they start, and finds files that crash a worker."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from kutils.system import children, fatal
 from kutils.system.errors import first_line
 
-WORKER_SECONDS = 300  # that a loader waits for a batch: what a process could not send is lost without an error
-SHARED_MEMORY = Path("/dev/shm")  # where processes leave their batches; a container has 64 MB of it by default
+WORKER_SECONDS = 300  # timeout of a batch: a batch that a worker could not send is lost without an error
+SHARED_MEMORY = Path("/dev/shm")  # workers put batches here; containers have 64 MB by default
 ADVICE = "give the container more (docker run --shm-size=8g), or load in the training process: num_workers=0"
 
 
@@ -24,9 +24,9 @@ def check_shared_memory(num_workers: int, batch_bytes: int, batches_ahead: int, 
     """Raise ValueError if the batches that loaders hold ready do not fit into /dev/shm.
 
     Args:
-        num_workers: processes of a loader.
-        batch_bytes: of a batch.
-        batches_ahead: that each of its processes prepares.
+        num_workers: of each loader.
+        batch_bytes: size of a batch.
+        batches_ahead: batches that each worker prefetches.
         processes: on this machine, each with such a loader.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
@@ -41,22 +41,22 @@ def check_shared_memory(num_workers: int, batch_bytes: int, batches_ahead: int, 
 
 
 def start_worker(number: int, known: Set[bytes] = frozenset()) -> None:
-    """Let a loader's process end with the main one, however that ends; it would notice after five seconds itself.
+    """Let a loader's worker end at once when the main process ends, even by a kill; by itself it takes five seconds.
 
     Args:
-        known: digests of fatal contents; a process that is not forked has to be told.
+        known: digests of fatal contents, for a worker that is not forked.
     """
     children.end_with_parent()
     fatal.known.update(known)
 
 
 def batches(loader: DataLoader | Iterable) -> Iterator:
-    """Start a loader's processes, if it has any; gives its batches.
+    """Start a loader's workers, if it has any, and yield its batches.
 
-    Where a process is lost, the examples that were under way are loaded one by one, to find the file that does it: the
-    data set then meets that file as one that cannot be decoded.
+    If a worker crashes, the examples in progress are loaded one by one to find the file that crashes it; the data set
+    then treats that file as one that cannot be decoded.
 
-    Raises: ValueError where processes are lost, and by no file.
+    Raises: ValueError if workers crash and no file is the reason.
     """
     started = iter(loader)
     if not getattr(loader, "num_workers", 0):
@@ -84,7 +84,7 @@ def recovered(loader: DataLoader, started: Iterator) -> Iterator:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not (message := describe_loss(error, loader.num_workers)):
                 raise
-            loader._iterator = started = None  # of a loader that keeps its processes: their next pass starts others
+            loader._iterator = started = None  # with persistent_workers: the next epoch starts new workers
             num_known = len(fatal.known)
             if was_ended(error):
                 print("warning: a process that loads images was ended; looking for an image that does it", flush=True)
@@ -110,27 +110,28 @@ class Rest:
 
 
 def copy_of(loader: DataLoader, sampler: Iterable) -> DataLoader:
-    """A loader as another one, of other batches."""
+    """A loader with the options of another one, and other batches."""
     names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator", "prefetch_factor")
     options = {name: getattr(loader, name) for name in (*names, "multiprocessing_context")}
     return DataLoader(loader.dataset, batch_sampler=sampler, **options)
 
 
 class Attempts(Dataset):
-    """Loads an example as another data set does, notes what it decodes, and gives nothing."""
+    """Loads the examples of another data set, notes the content that is being decoded, and returns no data."""
 
     def __init__(self, dataset: Dataset, note):
         self.dataset, self.note = dataset, note
 
     def __getitem__(self, position) -> int:
         fatal.note = self.note
-        with contextlib.suppress(Exception):  # it is raised when the example is loaded again
+        with contextlib.suppress(Exception):  # raised again when the example is loaded for training
             self.dataset[position]
         return 0
 
 
 def find_fatal(loader: DataLoader, rest: Rest) -> None:
-    """Load the examples that a loader had under way in one process, one by one; those that end it become known."""
+    """Load the examples that were in progress one by one in one worker; content that crashes it is added to
+    `fatal.known`."""
     ahead = loader.num_workers * loader.prefetch_factor
     positions = [position for batch in itertools.islice(rest, ahead) for position in batch]
     note, suspected, options = fatal.make_note(), b"", {"num_workers": 1, "prefetch_factor": 1}
@@ -149,30 +150,30 @@ def find_fatal(loader: DataLoader, rest: Rest) -> None:
             digest = fatal.read_and_clear(note)
             if not digest or not was_ended(error):
                 return
-            if digest == suspected:  # twice: the system has not ended it by chance, for lack of memory
+            if digest == suspected:  # twice: not a kill by chance, as for lack of memory
                 fatal.known.add(digest)
             suspected = digest
 
 
 # ---------------------------------------------------------------- when a process is lost
 
-waiting = False  # for a batch
+waiting = False  # whether this process waits for a batch
 
 
 def wait_for_next(started: Iterator):
-    """The next batch; the only place where a process that was lost raises."""
+    """The next batch; only here does a crashed worker raise an error."""
     global waiting
     handler, waiting = signal.getsignal(signal.SIGCHLD), True
     try:
         if hasattr(handler, "of_torch"):
-            handler.of_torch(signal.SIGCHLD, None)  # of one that was lost since the last batch
+            handler.of_torch(signal.SIGCHLD, None)  # for a worker that crashed since the last batch
         return next(started)
     finally:
         waiting = False
 
 
 def raise_only_while_waiting() -> None:
-    """Let torch's handler of SIGCHLD raise while a batch is waited for; else it would wherever the process then is."""
+    """Let torch's handler of SIGCHLD raise only while a batch is waited for, not at any point of the program."""
     of_torch = signal.getsignal(signal.SIGCHLD)
     if (
         not callable(of_torch)
@@ -190,12 +191,12 @@ def raise_only_while_waiting() -> None:
 
 
 def was_ended(error: Exception) -> bool:
-    """Whether an error is of a loader's process that was ended."""
+    """Whether an error says that a loader's worker has died."""
     return "DataLoader worker (pid" in str(error) or isinstance(error, (ConnectionError, EOFError))
 
 
 def describe_loss(error: Exception, num_workers: int | None = None) -> str:
-    """What to say where an error is of a loader's process; else empty."""
+    """A message for the user if an error is about a loader's worker; else empty."""
     if "DataLoader timed out" in str(error):
         reason = "sent nothing in time"
     elif "unable to allocate shared memory" in str(error):

@@ -1,4 +1,4 @@
-"""Keeps two processes from working on one run folder or table at once; the second one says who is there."""
+"""Keeps two processes from working on one run folder or table at once; the second one's error names the first."""
 
 import fcntl
 import os
@@ -21,9 +21,9 @@ PATIENCE_SECONDS = 2  # a process that was killed may take a moment to end
 
 @contextmanager
 def held(paths: Sequence[Path], ranks: "Ranks | None" = None) -> Iterator[None]:
-    """Hold the locks of some files or folders inside the block; they end with the process, however it ends.
+    """Hold the locks of some files or folders inside the block; the end of the process, even by a kill, releases them.
 
-    A lock is the hidden file `.NAME.lock` beside NAME, which is there as long as the lock is held.
+    A lock is the hidden file `.NAME.lock` beside NAME, which exists as long as the lock is held.
 
     Args:
         ranks: all call this, and the main one holds the locks; None: this process alone.
@@ -44,11 +44,11 @@ def held(paths: Sequence[Path], ranks: "Ranks | None" = None) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold one lock; where the folder cannot be written or its disk has no locks, go on without."""
+    """Hold one lock; continue without it if the folder cannot be written or its file system has no locks."""
     lock_path = path.with_name(f".{path.name}.lock")
     try:
         stream = open_lock(path, lock_path)
-    except OSError:  # whoever writes there says what is wrong
+    except OSError:  # the error is reported when a result is written
         yield
         return
     with stream:

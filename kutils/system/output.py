@@ -1,4 +1,4 @@
-"""Prints texts of others safely: control characters are escaped, long texts cut, and a lost stdout stops no work."""
+"""Prints foreign texts safely: escapes control characters, cuts long texts, and continues if stdout is lost."""
 
 import contextlib
 import errno
@@ -7,15 +7,15 @@ import os
 import re
 import sys
 
-SHOWN_CHARACTERS = 300  # of a prompt or a name that is printed
-LINE_CHARACTERS = 2000  # of a line of an error
-# what a terminal obeys or turns around, and halves of characters; tabs and line breaks stay
+SHOWN_CHARACTERS = 300  # printed of a prompt or a name
+LINE_CHARACTERS = 2000  # printed of a line of an error
+# control characters, marks of writing direction, and lone surrogates; not tabs and line breaks
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-BAR_MOVES = re.compile("(\r|\x1b\\[A)")  # of a progress bar
+BAR_MOVES = re.compile("(\r|\x1b\\[A)")  # cursor movements of a progress bar
 
 
 def escape_controls(text: str) -> str:
-    """A text with backslash escapes in place of what a terminal would obey; line breaks and tabs stay."""
+    """Replace control characters by backslash escapes; line breaks and tabs stay."""
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -30,15 +30,15 @@ def quoted(text: str) -> str:
 
 
 def as_cell(value: object) -> object:
-    """A value of a CSV made for people: a text that a spreadsheet would take for a formula begins with a quote.
+    """A value for a CSV that people open: a text that a spreadsheet would run as a formula gets a quote in front.
 
-    Tables that are read back here hold their texts as they are.
+    Tables that this package reads back hold their texts unchanged.
     """
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def shorten_lines(text: str) -> str:
-    """An error's message, escaped; of a line of more than LINE_CHARACTERS the middle is left out."""
+    """An error's message, escaped; lines of more than LINE_CHARACTERS lose their middle."""
     half = LINE_CHARACTERS // 2
     lines = (line if len(line) <= LINE_CHARACTERS else f"{line[:half]} ... {line[-half:]}" for line in text.split("\n"))
     return escape_controls("\n".join(lines))
@@ -47,7 +47,7 @@ def shorten_lines(text: str) -> str:
 class SafeStream(io.TextIOWrapper):
     """A text stream that escapes control characters and takes any character in any encoding.
 
-    Where its file takes no more (a closed pipe, a full disk), what is printed is dropped, and the work goes on.
+    If its file cannot be written (a closed pipe, a full disk), output is dropped and the program continues.
     """
 
     lost: OSError | None = None  # why something was dropped
@@ -70,7 +70,7 @@ class SafeStream(io.TextIOWrapper):
         except OSError as error:
             self.lost = self.lost or error
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # what is still in the buffer goes there, too
+            os.dup2(nowhere, self.fileno())  # the rest of the buffer goes there
             os.close(nowhere)
 
 
@@ -78,7 +78,7 @@ def make_safe() -> None:
     """Let this process print through SafeStream."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if type(stream) is io.TextIOWrapper:  # not one of a notebook or a test, and not None: it may be closed
+        if type(stream) is io.TextIOWrapper:  # not a notebook's or a test's stream, nor None (closed)
             stream.flush()
             raw = io.FileIO(stream.fileno(), "w", closefd=False)
             file = raw if stream.write_through else io.BufferedWriter(raw)
@@ -87,7 +87,7 @@ def make_safe() -> None:
 
 
 def lost_error() -> OSError | None:
-    """Why stdout was lost; None if it was not, or if its reader did not want more."""
+    """The error that made stdout drop output; None if there was none, or if the reader closed the pipe."""
     sys.stdout and sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", None)
     return None if lost is None or lost.errno == errno.EPIPE else lost

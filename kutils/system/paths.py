@@ -1,4 +1,4 @@
-"""Says where the repository, `input/` and `working/` are; writes files whole or not at all."""
+"""Says where the repository, `input/` and `working/` are; writes files atomically."""
 
 import contextlib
 import errno
@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 
 from kutils.system import checksums
 
-COMMIT_FILE = "COMMIT"  # of the code data set: what it was made from
-# in a temporary name: the machine and number of the process that writes it; of before, 8 hex digits that say neither
+COMMIT_FILE = "COMMIT"  # in the code data set on Kaggle: the commit that it was made from
+# temporary names: hash of the machine and id of the writing process; earlier versions used 8 random hex digits
 PARTIAL = re.compile(r"\.(?P<machine>[0-9a-f]{8})(-(?P<process>\d+)-[0-9a-f]{4})?\.partial")
-FOREIGN_SECONDS = 24 * 3600  # without a change, after which a file of another machine's process is taken for left over
+FOREIGN_SECONDS = 24 * 3600  # a temporary file of another machine, unchanged for so long, counts as left over
 
 
 def on_kaggle() -> bool:
@@ -41,7 +41,7 @@ def is_clone(folder: Path) -> bool:
 def repository_path(name: str) -> Path:
     """A file or folder of the repository, such as `notebooks/train.ipynb`.
 
-    Raises: ValueError where it is not there, as beside a package that was installed without a clone.
+    Raises: ValueError if it does not exist, as in a package that was installed without a clone.
     """
     path = code_root() / name
     if not is_clone(code_root()) or not path.exists():
@@ -78,7 +78,8 @@ def working_dir() -> Path:
 
 
 def data_folder(name: str) -> Path:
-    """The folder `input` or `working`; without a clone the current folder's, never one beside the package."""
+    """The folder `input` or `working`; without a clone it is the one in the current folder, never one in
+    site-packages."""
     if variable := os.environ.get(f"KUTILS_{name.upper()}"):
         return Path(variable).absolute()
     if on_kaggle():
@@ -94,7 +95,8 @@ def data_folder(name: str) -> Path:
 
 
 def missing_datasets(names: Iterable[str]) -> str:
-    """What data sets lack of their files in `input/`, and the commands that make it; empty if nothing is missing."""
+    """Lines naming the files that data sets lack in `input/`, and the commands that make them; empty if none is
+    missing."""
     root, names, lines, new_tables = input_dir(), list(names), [], False
     for name in names:
         tsv, npy = root / f"{name}.tsv", root / f"{name}.npy"
@@ -106,7 +108,7 @@ def missing_datasets(names: Iterable[str]) -> str:
             lines.append(f"  kutils generate PROMPTS.tsv --output input/{name}  (or a table of your own)")
         if not npy.is_file():
             lines.append(f"  python input/gen_prompt_embedding.py input/{name}.tsv")
-    if new_tables:  # all at once, or a prompt could be in two folds
+    if new_tables:  # all in one call, else a prompt could be in two folds
         lines.append(f"then  kutils folds {' '.join(f'input/{name}.tsv' for name in names)}")
     if lines:
         lines.append("or train on other data sets with datasets=NAME,NAME; datasets=shapes is made on the spot")
@@ -127,9 +129,9 @@ def sha256_of(path: Path) -> str:
 
 
 def check_room(folder: Path, needed_bytes: float, advice: str) -> int:
-    """The free bytes of a folder's disk; OSError, which says what to do, if there are less than needed.
+    """The free bytes of a folder's disk; OSError with `advice` if there are less than needed.
 
-    What killed processes were writing there is removed first.
+    Files that killed processes left unfinished there are removed first.
     """
     remove_leftovers(folder)
     free = shutil.disk_usage(folder).free
@@ -140,10 +142,10 @@ def check_room(folder: Path, needed_bytes: float, advice: str) -> int:
 
 
 def check_output(path: Path, needed_bytes: float, option: str) -> None:
-    """Raise OSError or ValueError if a file cannot be written, before the work whose result it is to hold.
+    """Raise OSError or ValueError if an output file cannot be written; called before the work starts.
 
     Args:
-        option: of the command, that names the file.
+        option: the command's option that names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
@@ -152,18 +154,18 @@ def check_output(path: Path, needed_bytes: float, option: str) -> None:
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Write a JSON file, atomically; replaced if it is there."""
+    """Write a JSON file, atomically; an existing file is replaced."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def save_record(path: str | os.PathLike, content: dict) -> None:
-    """Write a JSON file that is read back, with a checksum, atomically; replaced if it is there."""
+    """Write a JSON file with a checksum, atomically; an existing file is replaced."""
     write_json(path, checksums.with_checksum(content))
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object, without its checksum; ValueError naming the file if it is damaged."""
+    """Read a JSON object and check its checksum, which is removed; ValueError naming the file if it is damaged."""
     try:
         return checksums.without_checksum(json.loads(path.read_text(encoding="utf-8")), path)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -179,14 +181,14 @@ def read_record(path: Path) -> dict | None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that says which process writes there; its suffix stays."""
+    """A hidden name beside `path` with the same suffix and the id of this process."""
     writer = f"{machine_hash()}-{os.getpid()}-{secrets.token_hex(2)}"
     return path.with_name(f".{path.stem}.{writer}.partial{path.suffix}")
 
 
 @functools.cache
 def machine_hash() -> str:
-    """8 hex digits that two processes share where each sees the other's process number: of one boot and container."""
+    """8 hex digits, equal for processes that see each other's process ids: same boot, same container."""
     facts = [platform.node()]
     with contextlib.suppress(OSError):  # Linux alone has these
         facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
@@ -194,9 +196,9 @@ def machine_hash() -> str:
 
 
 def is_left_over(path: Path) -> bool:
-    """Whether a file or folder of a temporary name belongs to a process that is gone.
+    """Whether a file or folder with a temporary name was left by a process that has ended.
 
-    A process of another machine cannot be seen; it is taken for gone once its file has not changed for a day.
+    A process of another machine cannot be seen; it counts as ended once its file has not changed for a day.
     """
     if not (match := PARTIAL.search(path.name)):
         return False
@@ -209,7 +211,7 @@ def is_left_over(path: Path) -> bool:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process exists and has not ended; one that nobody has waited for yet has ended."""
+    """Whether a process is running; a zombie is not."""
     with contextlib.suppress(OSError):  # no /proc
         return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
     try:
@@ -222,7 +224,7 @@ def is_running(process: int) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are gone were writing in a folder, by `atomic_path` or `atomic_folder`."""
+    """Remove temporary files and folders that ended processes left in a folder, by `atomic_path` or `atomic_folder`."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         partial = [Path(entry.path) for entry in entries if ".partial" in entry.name]
         for path in filter(is_left_over, partial):
@@ -242,7 +244,7 @@ def remove_leftovers_once(folder: Path, process: int) -> None:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Give an empty folder beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
-    A folder with content that is at `path` already is for the block to take away. Parent folders are made.
+    If `path` already exists with content, the block has to remove it. Parent folders are made.
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -259,9 +261,9 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
-    A reader sees the previous file or the whole new one, whatever happens then (a kill or a full disk). The temporary
-    name keeps the suffix, since NumPy and PyTorch look at it. Parent folders are made. An OSError names the file. Of a
-    symbolic link, the file that it leads to is replaced.
+    A reader sees the previous file or the complete new one, even after a kill or on a full disk. The temporary name
+    keeps the suffix, which NumPy and PyTorch look at. Parent folders are made. An OSError names the file. If `path` is
+    a symbolic link, its target is replaced.
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
@@ -274,7 +276,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(written.fileno())  # the rename must not reach the disk before the content
         temporary.replace(path)
     except OSError as error:
-        if error.errno and error.filename is None:  # a full disk: `write` does not know its file
+        if error.errno and error.filename is None:  # as on a full disk: `write` names no file
             error.filename = str(path)
         raise
     finally:

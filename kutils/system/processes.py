@@ -1,4 +1,4 @@
-"""Runs jobs in processes that end with this one, and counts what they have done so far."""
+"""Runs jobs in a pool of processes that end with this one, and counts their progress."""
 
 import multiprocessing
 import os
@@ -11,18 +11,18 @@ from itertools import islice
 
 from kutils.system import children, fatal
 
-LOOK_SECONDS = 0.5  # between two looks at what the processes have done
-counter = None  # in a process of `run_jobs`: what all of them have done together
-report: Callable[[int], object] | None = None  # where jobs run in this process: takes what one has just done
+LOOK_SECONDS = 0.5  # between two readings of the processes' progress
+counter = None  # in a process of `run_jobs`: the shared count of all processes
+report: Callable[[int], object] | None = None  # if jobs run in this process: called with each new count
 
 
 def start_job_process(shared, prepare: Callable[[], object] | None, known: set[bytes], note) -> None:
     global counter
     counter = shared
     fatal.known, fatal.note = known, note
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here, too; the parent ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends its processes
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # temporary files are removed then
-    children.end_with_parent()  # else it would wait for work for ever
+    children.end_with_parent()  # else it would wait for jobs for ever
     if not multiprocessing.parent_process().is_alive():  # it was killed before that
         os._exit(1)
     if prepare:
@@ -30,7 +30,7 @@ def start_job_process(shared, prepare: Callable[[], object] | None, known: set[b
 
 
 def run_job(function: Callable, *job):
-    """Call the function; SIGTERM ends this process, where the pool would give it the next job."""
+    """Call the function; SIGTERM ends this process, else the pool would give it the next job."""
     try:
         return function(*job)
     except SystemExit as ended:
@@ -38,7 +38,7 @@ def run_job(function: Callable, *job):
 
 
 def count(number: int) -> None:
-    """Add what a job has just done to what all have done; nothing happens outside of `run_jobs`."""
+    """Add a job's progress to the shared count; without effect outside of `run_jobs`."""
     if report is not None:
         report(number)
     if counter is not None:
@@ -54,17 +54,17 @@ def run_jobs(
     advance: Callable[[int], object] = lambda number: None,
     prepare: Callable[[], object] | None = None,
 ) -> Iterator:
-    """Call a function with each job's arguments, in processes; yields its results as they come.
+    """Call a function with each job's arguments, in processes; yields the results in order of completion.
 
-    Where a process is ended, its jobs run again, one by one, to find the file that does it: the function then meets
-    that file as one that cannot be decoded. Interrupted, it ends the processes.
+    If a process crashes, its jobs run again one by one to find the file that crashes it; the function then treats that
+    file as one that cannot be decoded. An interrupt ends the processes.
 
     Args:
-        function: can be called again with a job that was cut.
+        function: it may be called again with a job that was interrupted.
         num_workers: processes; 0: this one.
-        advance: is called with the numbers that the function has given to `count` since the last call.
+        advance: called with the sum of what the function has passed to `count` since the last call.
         prepare: is called first in each process.
-    Raises: what the function raises; ValueError where processes are ended, and by no file.
+    Raises: what the function raises; ValueError if processes crash and no file is the reason.
     """
     global report
     if not num_workers:
@@ -89,7 +89,7 @@ def run_jobs(
 
 
 def run_alone(function: Callable, number: int, left: dict[int, tuple], advance, prepare) -> Iterator:
-    """Run one job in a process of its own, as often as it meets fatal files; yields its result."""
+    """Run one job in a process of its own, again after each fatal file that it meets; yields its result."""
     note, suspected = fatal.make_note(), b""
     while number in left:
         try:
@@ -110,7 +110,7 @@ def lost_process(error: BrokenProcessPool) -> ValueError:
 def run_in_pool(
     function: Callable, left: dict[int, tuple], num_workers: int, advance, prepare, note=None, numbers=None
 ) -> Iterator:
-    """Run the jobs that are left, or those of some numbers, and take away those that have ended; yields results."""
+    """Run the remaining jobs, or those with given numbers, and remove finished ones; yields results."""
     # not fork: a notebook's process may hold threads of PyTorch
     context = multiprocessing.get_context("spawn")
     shared, seen, others = context.Value("q", 0), 0, set(multiprocessing.active_children())

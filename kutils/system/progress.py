@@ -1,4 +1,4 @@
-"""Shows the progress of long work: a bar in a terminal, few lines in a log."""
+"""Shows the progress of long work: a bar in a terminal, a line per 30 seconds in a log."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ LINE_SECONDS = 30  # between progress lines where there is no terminal: an hour'
 
 
 def progress_bar(total: int, unit: str, description: str | None = None, **options) -> tqdm:
-    """A bar of tqdm; without a terminal, where every state of it stays as a line, one state per LINE_SECONDS."""
+    """A tqdm bar; without a terminal, where each update stays as a line, it updates once per LINE_SECONDS."""
     seconds = 0.1 if sys.stderr.isatty() else LINE_SECONDS
     return tqdm(total=total, unit=unit, desc=description, mininterval=seconds, **options)
 
@@ -18,7 +18,7 @@ class Progress:
     """A bar on a terminal; elsewhere (a notebook, a log file) a line per 30 seconds. Shows the time left."""
 
     def __init__(self, total: int, done: int = 0, gpu_gb: float | None = None):
-        """Begin to show `total` updates, of which `done` are done, on a GPU with so many gigabytes of memory."""
+        """Start at `done` of `total` updates; `gpu_gb` is the memory of the GPU."""
         self.gpu_gb = gpu_gb
         self.began, self.done_before, self.total = time.monotonic(), done, total
         self.bar = tqdm(total=total, initial=done, unit="update", file=sys.stderr) if sys.stderr.isatty() else None

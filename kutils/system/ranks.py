@@ -12,12 +12,12 @@ import torch.distributed as dist
 from kutils.system.children import SAVING_SECONDS, end_with_parent
 from kutils.system.devices import pick_device
 
-WORK_SECONDS = 7 * 24 * 3600  # that workers wait for the one that has most left to do
+WORK_SECONDS = 7 * 24 * 3600  # that ranks wait for the slowest one
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run. A run without torchrun is one rank, and none of the methods communicates."""
+    """This process as one of a run's ranks. Without torchrun there is one rank, and no method communicates."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ class Ranks:
             dist.barrier()
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag, set on every rank if it is on one: a synchronisation with the device where there are several."""
+        """For each flag, whether it is set on any rank; with several ranks this synchronises with the device."""
         return self.gather_vectors(torch.tensor(flags, dtype=torch.float32, device=self.device)).any(dim=0).tolist()
 
     def gather_objects(self, value) -> list:
@@ -44,7 +44,8 @@ class Ranks:
         return values
 
     def gather_vectors(self, vector: torch.Tensor) -> torch.Tensor:
-        """[D] of every rank -> [world_size, D] on the CPU, on every rank: one synchronisation with the device."""
+        """Gather a vector [D] of every rank as [world_size, D] on the CPU, on every rank; synchronises with the device
+        once."""
         if self.world_size == 1:
             return vector[None].cpu()
         gathered = vector.new_empty(self.world_size * len(vector))
@@ -52,17 +53,17 @@ class Ranks:
         return gathered.view(self.world_size, -1).cpu()
 
     def add_up(self, tensor: torch.Tensor) -> None:
-        """Replace the tensor, on the rank's device, by the sum of every rank's."""
+        """Replace the tensor, on the rank's device, by its sum over all ranks (all-reduce)."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
     def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace tensors, on the rank's device, by those of the main rank."""
+        """Replace tensors, on the rank's device, by those of the main rank (broadcast)."""
         for tensor in tensors if self.world_size > 1 else ():
             dist.broadcast(tensor, 0)
 
     def gather_interleaved(self, local: torch.Tensor, total: int) -> np.ndarray:
-        """Rows dealt as rank, rank + world_size, ... put back in order.
+        """Gather rows of which each rank has every world_size-th, starting at its number, and put them in order.
 
         Args:
             local: [n, D] on the rank's device; n may differ by one between ranks.
@@ -81,12 +82,12 @@ class Ranks:
 
 
 def join_ranks(device_name: str, *, backend: str | None = None, wait_seconds: float = 2 * SAVING_SECONDS) -> Ranks:
-    """Join the process group that torchrun's variables describe; alone without them.
+    """Join the process group that torchrun's environment variables describe; without them, be the only rank.
 
     Args:
         device_name: auto, cuda or cpu.
-        backend: what the ranks talk through; None: NCCL on GPUs, else gloo.
-        wait_seconds: how long one waits for the others, as all do for rank 0 while it saves.
+        backend: of torch.distributed; None: NCCL on GPUs, else gloo.
+        wait_seconds: timeout of collective operations; others wait for rank 0 while it saves.
     """
     device = pick_device(device_name)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -100,15 +101,15 @@ def join_ranks(device_name: str, *, backend: str | None = None, wait_seconds: fl
 
 
 def join_workers(device_name: str) -> Ranks:
-    """Join as ranks that share long work and exchange little: they wait for the slowest, and there is no TF32.
+    """Join as ranks that share long work and exchange little: with a long timeout and without TF32.
 
-    They talk through gloo, so that a GPU that fails does not keep them from it, and end when their torchrun is killed.
+    They communicate by gloo, which works even if a GPU fails, and end when their torchrun is killed.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # else one would go on holding its GPU
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else it would keep holding its GPU
         end_with_parent()
     ranks = join_ranks(device_name, backend="gloo", wait_seconds=WORK_SECONDS)
-    torch.set_float32_matmul_precision("highest")  # TF32 is off by 1e-3
-    torch.backends.cudnn.allow_tf32 = False  # convolutions, which are allowed it by default
+    torch.set_float32_matmul_precision("highest")  # TF32 has errors of 1e-3
+    torch.backends.cudnn.allow_tf32 = False  # allowed for convolutions by default
     return ranks
 
 

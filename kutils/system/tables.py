@@ -1,4 +1,4 @@
-"""Reads and writes tab-separated tables: UTF-8, one header line, and a quote is a character like any other."""
+"""Reads and writes tab-separated tables: UTF-8, one header line, no quoting (a quote is a plain character)."""
 
 import hashlib
 import re
@@ -18,12 +18,13 @@ MAX_FOLDS = 10  # a fold is one digit: in tables, in recipes, in the names of ch
 
 
 def read_table(path: Path | str, columns: Sequence[str]) -> pa.Table:
-    """Read a TSV whole. `fold` becomes int8, every other column string; columns that were not asked for come along.
+    """Read all columns of a TSV: `fold` as int8, the others as strings.
 
-    Reads 5 M rows in seconds; pandas' default quoting would glue rows together wherever a prompt holds a `"`.
+    Reads 5 M rows in seconds; pandas' default quoting would join rows wherever a prompt holds a `"`.
 
     Args:
-        path: the file. The line number of row i is i + 2.
+        path: the file; row i is on line i + 2.
+        columns: names that the table must have.
     Raises: ValueError for a missing file or column, a row of another length, bytes that are not UTF-8, a fold that is
         no integer of -1 to 9, or an empty line.
     """
@@ -97,7 +98,7 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence] | pa.Table) ->
     """Write a TSV in the format that `read_table` reads, atomically.
 
     Args:
-        path: the file; replaced if it is there.
+        path: the file; an existing one is replaced.
         columns: an Arrow table, or name -> values (strings or integers; Arrow or NumPy arrays or lists).
     Raises: ValueError for a value with a tab or line break in it.
     """
@@ -125,7 +126,7 @@ def encode_rows(batch: pa.RecordBatch) -> bytes:
 
 
 def holds(path: Path | str, table: pa.Table) -> bool:
-    """Whether a TSV has the rows of `table`, in its order, whatever other columns it has."""
+    """Whether a TSV has exactly the rows of `table`, in its order; further columns are ignored."""
     there, names = read_table(path, []), table.column_names
     return set(names) <= set(there.column_names) and there.select(names).equals(table.combine_chunks())
 
@@ -139,12 +140,12 @@ def hash_prompts(prompts: pa.Array | pa.ChunkedArray) -> str:
 
 
 def add_lines(digest, texts: pa.Array | pa.ChunkedArray) -> None:
-    """Go on with the digest of `hash_prompts`, block by block."""
+    """Update the digest of `hash_prompts` with more texts."""
     digest.update("".join(line + "\n" for line in texts.to_pylist()).encode())
 
 
 def folds_hash(prompts: pa.Array | Sequence[str], folds: np.ndarray) -> str:
-    """Hex SHA-256 of the assignment of prompts to folds: the same for any order of rows and number of images."""
+    """Hex SHA-256 of the assignment of prompts to folds, which does not depend on row order or images per prompt."""
     pairs = pa.table(
         {"prompt": pa.array(prompts) if isinstance(prompts, Sequence) else prompts, "fold": np.asarray(folds, np.int8)}
     )
@@ -169,9 +170,9 @@ def check_rows(path: Path, table: pa.Table) -> None:
 
 
 def unusable(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray, str]]:
-    """What training cannot use in a table: column, which rows (bool), and what to do about them."""
+    """Yields what training cannot use in a table: a column, its bad rows (bool), and what to do about them."""
     unsafe = r"^[/~]|^[A-Za-z]:|\\|\x00|(^|/)\.\.(/|$)|^\s*$"
     yield "prompt", pc.equal(pc.utf8_trim_whitespace(table["prompt"]), ""), "remove the row or give it a prompt"
-    if "image" in table.column_names:  # a list of prompts has none yet
+    if "image" in table.column_names:  # a list of prompts has no such column
         advice = "image paths are relative to input/, without .."
         yield "image", pc.match_substring_regex(table["image"], unsafe), advice

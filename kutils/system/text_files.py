@@ -1,4 +1,4 @@
-"""Opens texts by their content, compressed or not, in any Unicode encoding; says what else a file is."""
+"""Opens text files, compressed or not, in any Unicode encoding; names the format of files that are no text."""
 
 import bz2
 import codecs
@@ -13,11 +13,11 @@ from typing import BinaryIO, TextIO
 
 from kutils.system.output import quoted
 
-SAMPLE_BYTES = 1 << 16  # of the beginning, that a file is recognised by
-MOST_CHARACTERS = 1 << 26  # of a cell: an unclosed quote must not fill the memory
+SAMPLE_BYTES = 1 << 16  # of a file's beginning, by which its format is recognised
+MOST_CHARACTERS = 1 << 26  # limit of a CSV cell: an unclosed quote must not fill the memory
 # what reading a damaged compressed file raises
 CUT_OFF = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile)
-UNREADABLE = {  # begin -> what it is
+UNREADABLE = {  # first bytes -> what the file is
     b"PK": "a zip file",
     b"\x1f\x8b": "a gzip file",
     b"BZh": "a bzip2 file",
@@ -49,7 +49,7 @@ ENCODINGS = {  # byte-order mark -> encoding; the longer ones first
 
 
 def describe_binary(head: bytes) -> str:
-    """What a file is that begins so and holds no text, such as `a zip file`; empty for one that may hold a text."""
+    """The kind of a file with this beginning, such as `a zip file`; empty if it may hold text."""
     for begin, what in UNREADABLE.items():
         if head.startswith(begin) or (begin.startswith(b"<") and head[:256].strip().lower().startswith(begin)):
             return what
@@ -59,7 +59,8 @@ def describe_binary(head: bytes) -> str:
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that the beginning of a text tells: by its mark, or by where it has zeros; else UTF-8."""
+    """The encoding of a text with this beginning: by its byte-order mark, or by the positions of zero bytes; else
+    UTF-8."""
     for mark, encoding in ENCODINGS.items():
         if head.startswith(mark):
             return encoding
@@ -71,7 +72,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def describe_file(path: Path) -> str:
-    """What a file is where it is no plain UTF-8 text with line feeds, such as `a zip file`; else empty."""
+    """The kind of a file that is no UTF-8 text with line feeds, such as `a zip file`; empty if it is one."""
     with path.open("rb") as stream:
         head = stream.read(SAMPLE_BYTES)
     if what := describe_binary(head):
@@ -86,7 +87,7 @@ def is_old_mac(head: bytes) -> bool:
 
 
 def open_unpacked(path: Path) -> BinaryIO:
-    """Open a file that may be packed by gzip, bzip2, xz, or alone in a zip file.
+    """Open a file, decompressing gzip, bzip2, xz, or a zip file with one file.
 
     Raises: ValueError for a zip file with several files; one of CUT_OFF for a damaged one.
     """
@@ -106,9 +107,9 @@ def open_unpacked(path: Path) -> BinaryIO:
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text, packed or not, in UTF-8, UTF-16 or UTF-32, with or without byte-order mark.
+    """Open a text, compressed or not, in UTF-8, UTF-16 or UTF-32, with or without byte-order mark.
 
-    A line ends with a line feed, a carriage return, or both, and keeps what ends it. Bytes that are not UTF-8 become
+    Lines end with a line feed, a carriage return, or both, and keep their line ends. Bytes that are not UTF-8 become
     lone surrogates.
 
     Raises: ValueError for a file that holds no text, saying what it is.
@@ -124,7 +125,7 @@ def open_text(path: Path) -> TextIO:
 
 
 def csv_rows(stream: TextIO, separator: str = ",", *, quoted: bool = True):
-    """Python's CSV reader, for cells of up to MOST_CHARACTERS: its own limit is 131,072."""
+    """Python's CSV reader with cells of up to MOST_CHARACTERS (its default limit is 131,072)."""
     csv.field_size_limit(MOST_CHARACTERS)
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     return csv.reader(stream, strict=True, delimiter=separator, quoting=quoting)
