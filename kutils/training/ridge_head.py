@@ -26,7 +26,7 @@ MOST_HELD_OUT = 20_000  # rows whose features are kept, over all ranks, to choos
 class RidgeFit:
     """A head in closed form, and what it was chosen by."""
 
-    weight: Tensor  # float32 [384, C], on the device
+    weight: Tensor  # float32 [384, C], on the device, scaled to the size of random weights
     penalty: float  # what was added to the diagonal of X'X
     cosine: float  # mean over held-out training images of a head that was fitted without them
     images: int
@@ -88,6 +88,18 @@ def regress(features: np.ndarray, targets: np.ndarray, held: np.ndarray) -> np.n
     penalties, scores = cosine_sums(sums, x[chosen], y[chosen])
     sums.add(x[chosen], y[chosen])
     return solve(sums, float(penalties[int(scores.argmax())])).numpy()
+
+
+def scaled_as_random(weight: Tensor) -> Tensor:
+    """Scale a head to the root mean square of Xavier's random weights; its unit predictions stay what they are.
+
+    An optimiser's first steps are of the size of the rate, whatever the weights' size. The solution's weights can be
+    500 times smaller than random ones (EfficientNet-Lite0), and one step of AdamW at 1e-4 would replace them.
+
+    Args:
+        weight: float [D, C], not all 0.
+    """
+    return weight * ((2 / sum(weight.shape)) ** 0.5 / weight.square().mean().sqrt())
 
 
 def held_out(data: PromptImages, rows: np.ndarray, fold: int) -> np.ndarray:
@@ -163,7 +175,7 @@ def fit_head(
     fitted.squares += chosen.squares
     fitted.products += chosen.products
     return RidgeFit(
-        weight=solve(fitted, float(penalties[best])).float(),
+        weight=scaled_as_random(solve(fitted, float(penalties[best]))).float(),
         penalty=float(penalties[best]),
         cosine=float(scores[best] / scores[-1]),
         images=len(rows),
