@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from kutils.data import transforms
 
-GREY = 127  # of what is erased or moved in: about 0 after the normalisation
+GREY = 127  # fills erased and empty areas: about 0 after the normalisation
 
 
 def augment(image: Tensor, recipe, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def augment(image: Tensor, recipe, key: tuple[int, ...]) -> tuple[Tensor, Tensor
 
     Args:
         image: uint8 [3, H, W].
-        recipe: its `augment` and `input_size` count.
+        recipe: its `augment` and `input_size` are used.
         key: seed, epoch and row.
     Returns: uint8 [3, S, S]; float32 [8] for `network_input.color_jitter`, zeros unless augmented as published.
     """
@@ -27,7 +27,7 @@ def augment(image: Tensor, recipe, key: tuple[int, ...]) -> tuple[Tensor, Tensor
 
 
 def augment_weakly(image: Tensor, size: int, key: tuple[int, ...]) -> Tensor:
-    """Augment an image as `augment: weak` does; `key`, of seed, epoch and row, alone decides how.
+    """Augment an image as `augment: weak` says; the random numbers depend only on `key` (seed, epoch, row).
 
     Args:
         image: uint8 [3, H, W].

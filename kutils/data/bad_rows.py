@@ -20,11 +20,11 @@ from kutils.system import embedding_files, paths
 from kutils.system.embedding_files import map_embeddings
 from kutils.system.tables import folds_hash, hash_prompts, holds, read_table, unusable, write_table
 
-ADDED_COLUMNS = ("line", "reason")  # of the quarantine
+ADDED_COLUMNS = ("line", "reason")  # in the quarantine table
 
 
 class PooledRows:
-    """The rows of several data sets, one after the other, each with the reason why it is bad.
+    """The rows of several data sets, concatenated, each with the reason why it is bad, if it is.
 
     Args:
         tsv_paths: the data sets, all in one folder; image paths are relative to it.
@@ -69,7 +69,8 @@ class PooledRows:
         return self.paths[number], int(row - self.starts[number]) + 2
 
     def read_image(self, row: int) -> bytes:
-        """The content of a row's image, of a shard where there are no files; OSError if it cannot be read."""
+        """The content of a row's image file, or of its image in a shard if there are no files; OSError if
+        unreadable."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         if shards := self.shards[number]:
             return shards.read(row - int(self.starts[number]))
@@ -91,7 +92,7 @@ def codes_of(texts: pa.ChunkedArray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ImageFindings:
-    """What decoding the images has shown, over all data sets."""
+    """Results of decoding the images of all data sets."""
 
     examined: np.ndarray  # int64, ascending: rows whose images were read
     decoded: np.ndarray  # int64, ascending: rows whose images decode
@@ -101,7 +102,7 @@ class ImageFindings:
 
 
 def find_bad_rows(rows: PooledRows, images: int, num_workers: int, progress: bool) -> ImageFindings:
-    """Mark in `rows` all that cannot be trained on, each with its first reason.
+    """Mark all rows that cannot be trained on, each with the first reason found.
 
     Args:
         images: number of images to decode, drawn at random; 0: all.
@@ -127,12 +128,12 @@ def find_bad_rows(rows: PooledRows, images: int, num_workers: int, progress: boo
 
 
 def mark_shared_images(rows: PooledRows, chosen: np.ndarray, image_codes: np.ndarray, what: str) -> np.ndarray:
-    """Mark rows whose image also belongs to another prompt: nothing says which prompt is right.
+    """Mark rows whose image also belongs to another prompt, since either prompt may be wrong.
 
     Args:
         chosen: int64 [n], the rows to compare.
         image_codes: int [n], the same number for the same image.
-        what: they share; the reason begins with it.
+        what: what such rows share; the reason begins with it.
     Returns: bool [n], rows that share their image with rows of the same prompt only.
     """
     codes = rows.prompt_codes[chosen]
@@ -149,7 +150,7 @@ def mark_shared_images(rows: PooledRows, chosen: np.ndarray, image_codes: np.nda
 
 
 def in_two_folds(rows: PooledRows) -> np.ndarray:
-    """bool [rows]: the row's prompt is in two folds, maybe in two data sets; rows without a fold do not count."""
+    """bool [rows]: the row's prompt is in two folds, perhaps of two data sets; rows without a fold are ignored."""
     assigned = np.flatnonzero(rows.folds >= 0)
     codes = rows.prompt_codes[assigned]
     differs = last_values(codes, rows.folds[assigned]) != rows.folds[assigned]
@@ -195,7 +196,7 @@ def set_apart(path: Path, table: pa.Table, bad: np.ndarray, reasons: list[str], 
     if not len(good):
         return f"{path}: all rows are bad, and in {quarantine}"
     good_rows = table.take(pa.array(good))
-    if checked.is_file() and holds(checked, good_rows.select(["image", "prompt"])):  # its folds may be others by now
+    if checked.is_file() and holds(checked, good_rows.select(["image", "prompt"])):  # its folds may have changed since
         return f"{path}: {len(rows):,} bad rows in {quarantine}; {checked} has the others already, and stays as it is"
     for suffix in (".tsv", ".npy", ".npy.json", ".clean.npz", ".folds.json", ".pairs.parquet"):
         checked.with_suffix(suffix).unlink(missing_ok=True)
@@ -219,7 +220,7 @@ def hash_of(table: pa.Table) -> str:
 
 
 def copy_embeddings(path: Path, checked: Path, good: np.ndarray, prompts: pa.ChunkedArray, num_rows: int) -> None:
-    """Write the embeddings of the good rows beside their table, with a record where the originals have one.
+    """Write the embeddings of the good rows beside their table, with a record if the originals have one.
 
     Args:
         good: int64, rows of the table at `path`, which has `num_rows`.

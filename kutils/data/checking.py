@@ -1,7 +1,7 @@
 """Checks whether data sets are fit for training: images, duplicates, embeddings, prompts and folds.
 
-`kutils check input/<name>.tsv ...` looks at every image. Training itself asks for the validation images alone
-before its first step, since every validation row must be scored.
+`kutils check input/<name>.tsv ...` decodes every image. Training checks only the validation images before its first
+step, since every validation row must be scored.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from kutils.system import embedding_files, locks, paths
 from kutils.system.embedding_files import make_again, open_embeddings
 from kutils.system.output import quoted
 
-SAME_COSINE = 0.999  # of a prompt that is embedded again; another device or precision stays above it
+SAME_COSINE = 0.999  # smallest cosine of a prompt embedded again; other devices and precisions stay above it
 ODD_IMAGES = {"blank": "blank", "animated": "animated", "sixteen_bit": "with 16 bits", "alpha": "with transparency"}
 
 
@@ -60,13 +60,13 @@ def check_datasets(
     Args:
         tsv_paths: the data sets that are to be trained on together.
         images: number of images to decode, drawn at random from all sets; 0: all.
-        input_size: of a network, px; images with a shorter side are counted.
+        input_size: px, of the network; images with a shorter side are counted.
         verify_embeddings: number of prompts of each set to embed again and compare; 0: none.
         num_workers: processes that decode; None: one per core.
     Raises: ValueError for a table that cannot be read, or that changes meanwhile.
     """
     tsv_paths = [Path(path) for path in tsv_paths]
-    status = [path.stat() for path in tsv_paths if path.is_file()]  # a missing one is an error of PooledRows
+    status = [path.stat() for path in tsv_paths if path.is_file()]  # PooledRows raises the error for a missing one
     rows = PooledRows(tsv_paths)
     findings = find_bad_rows(rows, images, num_workers or os.cpu_count() or 1, progress)
     torn, checked = in_two_folds(rows), []
@@ -88,7 +88,7 @@ def check_datasets(
 
 
 def summarize_prompts(table: pa.Table) -> dict:
-    """Count what a table's prompts and folds are.
+    """Count a table's prompts, images per prompt, and rows per fold.
 
     Returns: `prompts`, distinct ones; `images_per_prompt`, number of images -> prompts that have so many; `folds`,
         fold -> rows; `control_characters`, rows with some in their prompt.
@@ -175,7 +175,7 @@ def embed_again(
 
 
 def find_warnings(report: dict) -> list[str]:
-    """Messages about what does not keep a data set from training and may still be unwanted."""
+    """Messages about properties that do not prevent training but may be unwanted."""
     images = report["images"]
     counts = {
         "blank images": images["blank"],
@@ -215,7 +215,7 @@ def format_checks(checked: Sequence[CheckedDataset]) -> str:
 
 
 def format_counts(counts: dict[str, int]) -> str:
-    """Names with their counts, as one line."""
+    """Names with their counts in one line."""
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "none"
 
 
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`kutils check`; returns 0 if all data sets are in order, else 1."""
     parser = argparse.ArgumentParser(
         prog="kutils check",
-        description="Look at data sets that are to be trained on together: does every image decode, is one under two "
+        description="Check data sets that will be trained on together: does every image decode, does an image have two "
         "prompts, do embeddings and folds fit?",
         epilog="Writes NAME.check.json beside each NAME.tsv. Bad rows go to NAME.quarantine.tsv with their line and a "
         "reason, all others to the data set NAME.checked (datasets=NAME.checked trains on it); NAME itself is never "
@@ -232,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets")
-    parser.add_argument("--images", type=int, default=0, help="images to decode, drawn at random; 0 is all")
-    parser.add_argument("--input-size", type=int, default=384, help="smaller images than this (px) are counted")
-    verify = "prompts of each set to embed again and compare; 0 is none"
+    parser.add_argument("--images", type=int, default=0, help="number of images to decode, drawn at random; 0: all")
+    parser.add_argument("--input-size", type=int, default=384, help="px; smaller images are counted")
+    verify = "number of prompts of each set to embed again and compare; 0: none"
     parser.add_argument("--verify-embeddings", type=int, default=0, metavar="N", help=verify)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
     args = parser.parse_args(argv)

@@ -25,8 +25,8 @@ from kutils.system import paths
 from kutils.system.embedding_files import EMBEDDING_DIM, map_embeddings
 from kutils.system.output import quoted
 
-COPIED_ROWS = 65_536  # embeddings that are in memory at a time while they are hashed: 100 MB
-SUBSTITUTES = 20  # images of other prompts that are tried in place of an unreadable one
+COPIED_ROWS = 65_536  # embeddings in memory at a time while they are hashed: 100 MB
+SUBSTITUTES = 20  # images of other prompts to try in place of an unreadable one
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PromptImages:
 
     @property
     def content_hashes(self) -> dict[str, dict[str, str]]:
-        """Of every data set, in order: hashes of its folds, of its rows in order, and of its embeddings."""
+        """For every data set, in order: hashes of its folds, of its rows in order, and of its embeddings."""
         index = self.index
         kinds = {"folds": index.folds_hashes, "rows": index.rows_hashes, "embeddings": index.targets_hashes}
         return {name: {kind: hashes[name] for kind, hashes in kinds.items()} for name in self.names}
@@ -97,13 +97,13 @@ class PromptImages:
         return transforms.decode_rgb(self.image_path(row), self.packed_image(row))
 
     def picture(self, row: int) -> Path | Image.Image:
-        """A row's image as a figure takes it: its file, or the image itself if it is packed and has no file."""
+        """A row's image for a figure: the path of its file, or the decoded image if it is packed and has no file."""
         path = self.image_path(row)
         return path if path.is_file() or not self.packed_image(row) else to_pil_image(self.decode_image(row))
 
     @property
     def block_rows(self) -> int:
-        """Number of rows that lie together on the disk; 0 if images are files, which can be read in any order."""
+        """Number of rows per shard; 0 if images are files, which can be read in any order."""
         return ROWS_PER_SHARD if any(self.shards) else 0
 
     def origin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +139,7 @@ class PromptImages:
         return float(self.index.fold_sums[fold] @ self.training_mean(fold) / self.index.fold_counts[fold])
 
     def hash_targets(self, rows: np.ndarray) -> str:
-        """Hex SHA-256 of the rows' prompt embeddings, in order: identifies what predictions were compared with."""
+        """Hex SHA-256 of the rows' prompt embeddings, in order: identifies the targets of predictions."""
         digest = hashlib.sha256()
         for start in range(0, len(rows), COPIED_ROWS):
             digest.update(self.targets(rows[start : start + COPIED_ROWS]))
@@ -167,7 +167,7 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
     if missing := paths.missing_datasets(names):
         raise ValueError(missing)
     index = open_index(root, names)
-    pa.default_memory_pool().release_unused()  # 2 GB in the process that has built the index of five million rows
+    pa.default_memory_pool().release_unused()  # 2 GB after building the index of five million rows
     starts = np.cumsum([0, *index.num_rows])
     if need_folds:
         check_assigned_folds(root, names, index, starts)
@@ -189,7 +189,8 @@ def load_datasets(names: Sequence[str], need_folds: bool = True) -> PromptImages
 
 
 def check_assigned_folds(root: Path, names: Sequence[str], index: DatasetIndex, starts: np.ndarray) -> None:
-    """Raise ValueError for a row without a fold, or a prompt in two folds, as if each set had been folded alone."""
+    """Raise ValueError for a row without a fold, or a prompt in two folds, as if folds were assigned to each set
+    alone."""
     without = np.flatnonzero(index.folds < 0)
     if len(without):
         number = np.searchsorted(starts, without[0], side="right") - 1
@@ -210,7 +211,7 @@ def check_assigned_folds(root: Path, names: Sequence[str], index: DatasetIndex, 
 
 
 def last_values(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For each of n rows the value of its group's last row, [n]: where that differs, the group has several values.
+    """For each of n rows the value of its group's last row, [n]: if a row's value differs, its group has several.
 
     Args:
         groups: int [n], each row's group.
@@ -222,14 +223,14 @@ def last_values(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 class TrainingImages(torch.utils.data.Dataset):
-    """(epoch, row) -> one training example; an unreadable image is replaced and named, and does not end the run.
+    """(epoch, row) -> one training example; an unreadable image is replaced by another one and reported.
 
-    The substitute is another image of the same prompt or, if there is none, of another prompt. It depends on seed,
-    epoch and row alone.
+    The substitute is another image of the same prompt or, if there is none, of another prompt. It depends only on seed,
+    epoch and row.
 
     Args:
         rows: int32, the training rows.
-        recipe: its `seed`, `augment` and `input_size` count.
+        recipe: its `seed`, `augment` and `input_size` are used.
     """
 
     def __init__(self, data: PromptImages, rows: np.ndarray, recipe):
@@ -239,7 +240,7 @@ class TrainingImages(torch.utils.data.Dataset):
         """One example as a dictionary.
 
         Returns: image uint8 [3, S, S]; jitter float32 [8] (0 unless augmented as published); target float32 [384];
-            row, of the image that was read; bad, a list of (row, message) for the images that could not be read.
+            row of the image that was read; bad, a list of (row, message) of images that could not be read.
         Raises: ValueError if none of the substitutes can be read either.
         """
         epoch, row = index
@@ -261,7 +262,7 @@ class TrainingImages(torch.utils.data.Dataset):
         """The row itself, the other images of its prompt, then SUBSTITUTES rows at random."""
         yield row
         codes = self.data.prompt_codes
-        same = self.rows[codes[self.rows] == codes[row]]  # a scan of all rows, for a broken image alone
+        same = self.rows[codes[self.rows] == codes[row]]  # a scan of all rows, only needed for a broken image
         yield from (int(other) for other in same if other != row)
         random = np.random.default_rng([self.recipe.seed, epoch, row])
         yield from (int(other) for other in random.choice(self.rows, SUBSTITUTES))

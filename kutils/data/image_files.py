@@ -17,9 +17,9 @@ from kutils.data import transforms
 from kutils.system import loaders
 from kutils.system.progress import progress_bar
 
-CHUNK_IMAGES = 64  # that a worker decodes before it reports
+CHUNK_IMAGES = 64  # decoded by a worker before it reports
 BLANK_DEVIATION = 2.0  # of 255: an image is blank if each channel has a smaller standard deviation
-MOST_KINDS = 20  # sizes, formats or modes that a summary names; the rest is counted together
+MOST_KINDS = 20  # sizes, formats or modes listed in a summary; the rest is counted together
 FACTS = np.dtype(  # 56 bytes per image: 280 MB for five million
     [
         ("digest", "V16"),  # BLAKE2b of the file
@@ -32,7 +32,7 @@ FACTS = np.dtype(  # 56 bytes per image: 280 MB for five million
         ("animated", np.bool_),
         ("alpha", np.bool_),
         ("blank", np.bool_),
-        ("reason", np.int32),  # number of the text that says what is wrong; 0: the image decodes
+        ("reason", np.int32),  # number of the reason why the image does not decode; 0: it decodes
     ]
 )
 
@@ -119,7 +119,7 @@ def scan(read: Callable[[int], bytes], rows: np.ndarray, num_workers: int = 0, p
         timeout=loaders.WORKER_SECONDS if num_processes else 0,
         collate_fn=collate_facts,
         worker_init_fn=loaders.start_worker,
-        generator=torch.Generator(),  # the loader's own seed must not come from the generator of drop path
+        generator=torch.Generator(),  # else the loader would draw its seed from the generator of drop path
     )
     facts, codes, start = np.zeros(len(rows), FACTS), {"": 0}, 0
     with progress_bar(len(rows), "image", "decoding images", disable=not progress) as bar:

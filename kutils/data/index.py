@@ -1,7 +1,7 @@
 """Parses and checks a combination of data sets once, and keeps the result in a memory-mapped file.
 
-The first open parses, checks and hashes five million rows. Later ones, and all ranks and workers, map the file, which
-lies below `working/cache/`, and share its pages.
+The first call parses, checks and hashes all rows (five million in the published data). Later calls, ranks and workers
+map the file below `working/cache/`, and share its pages.
 """
 
 import functools
@@ -39,11 +39,11 @@ class DatasetIndex:
 def open_index(root: Path, names: Sequence[str]) -> DatasetIndex:
     """Map the index of the named data sets; build it first if it is missing, or if one of their files has changed.
 
-    Processes that start together build it once. Without a writable `working/cache/`, it is kept in memory.
+    Processes that start together build it once. If `working/cache/` cannot be written, each process keeps it in memory.
 
     Args:
         names: of the data sets, in the order of their rows.
-    Raises: ValueError for a set that could not be trained on, apart from its folds.
+    Raises: ValueError for a set that cannot be trained on for another reason than its folds.
     """
     current = fingerprint(root, names)
     built = functools.cache(lambda: build_index(root, names, current))  # called twice if the file cannot be written

@@ -1,4 +1,4 @@
-"""Gives imported pairs their embeddings: those of the source where they are this encoder's, else encoded ones."""
+"""Gives imported pairs their embeddings: those of the source if they agree with the encoder, else encoded ones."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -19,11 +19,11 @@ from kutils.system.output import quoted
 from kutils.system.ranks import Ranks
 from kutils.system.tables import write_table
 
-COMPARED_PROMPTS = 1024  # distinct ones with an embedding in the source that are encoded, too
+COMPARED_PROMPTS = 1024  # distinct prompts to encode, whose embeddings are compared with the source's
 
 
 def part_batches(chunks: ChunkFiles, number: int) -> Iterator[pa.RecordBatch]:
-    """The rows of a finished part, a shard's at a time."""
+    """The rows of a finished part, one shard at a time."""
     yield from arrow.map_table(part_folder(chunks, number) / "rows.arrow").to_batches()
 
 
@@ -37,9 +37,9 @@ def write_embeddings(chunks: ChunkFiles, numbers: list[int], from_source: bool, 
     """Write `all.npy` among the chunks: float32 [rows, 384] of all rows of finished parts.
 
     Args:
-        from_source: embeddings are there, at least of some rows.
+        from_source: whether the source has embeddings, at least for some rows.
         ranks: all call this, and encode together.
-    Returns: on the main rank what was done: prompts compared, their smallest cosine, prompts encoded, and why.
+    Returns: on the main rank a report: prompts compared, their smallest cosine, prompts encoded, and why.
     Raises: EncoderError; OSError on a full disk.
     """
     report, codes, table = None, None, chunks.folder / "encode.tsv"
@@ -63,9 +63,10 @@ def write_embeddings(chunks: ChunkFiles, numbers: list[int], from_source: bool, 
 
 
 def compare(chunks: ChunkFiles, numbers: list[int], encoder: TextEncoder) -> dict:
-    """Encode a sample of prompts that have an embedding in the source; `why` says why those are not used, or is empty.
+    """Encode a sample of prompts that have an embedding in the source, and compare.
 
-    The sample are the prompts with the smallest hashes: any number of parts in any order gives the same.
+    The sample is the prompts with the smallest hashes, so it does not depend on the number and order of parts. `why` in
+    the result says why the source's embeddings are not used; it is empty if they are.
     """
     sample: dict[bytes, tuple[str, np.ndarray]] = {}
     for batch in row_batches(chunks, numbers):
@@ -91,10 +92,10 @@ def compare(chunks: ChunkFiles, numbers: list[int], encoder: TextEncoder) -> dic
 
 
 def find_missing(chunks: ChunkFiles, numbers: list[int], every: bool) -> tuple[pa.Array, np.ndarray]:
-    """The distinct prompts to encode, and for each row which of them is its own, int32 [rows]; -1 for none.
+    """The distinct prompts to encode, and the index of each row's prompt among them, int32 [rows]; -1 for none.
 
     Args:
-        every: encode all, whatever the source has.
+        every: encode all prompts, also those with an embedding in the source.
     """
     places: dict[str, int] = {}
     codes = [np.empty(0, np.int32)]
@@ -129,11 +130,11 @@ def write_rows(path: Path, num_rows: int, blocks: Iterable[np.ndarray]) -> None:
 
 
 def keep_leaders(chunks: ChunkFiles, numbers: list[int], threshold: float, ranks: Ranks) -> np.ndarray:
-    """bool [rows]: the row's prompt is the first one of its kind; all its images are kept, or none.
+    """bool [rows]: whether the row's prompt is no near-duplicate of an earlier one; equal for all images of a prompt.
 
     Args:
         threshold: cosine from which prompts are near-duplicates.
-        ranks: all call this; the result is right on the main one.
+        ranks: all call this; the result is valid on the main rank.
     """
     prompts = pa.chunked_array([batch.column("prompt") for batch in row_batches(chunks, numbers)], pa.string())
     _, codes = embedding.distinct_prompts(prompts)

@@ -23,10 +23,10 @@ from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open
 from kutils.system.progress import progress_bar
 from kutils.system.tables import check_rows, read_table
 
-VERSION = 1  # of the files
+VERSION = 1  # of the files' layout
 PAIRS_PER_FILE = {"webdataset": 10_000, "parquet": 5_000}
-GROUP_BYTES = 1 << 26  # of images in a row group: 64 MB, so that a reader needs no more memory
-KNOWN = ("generator", "seed", "source")  # of an import
+GROUP_BYTES = 1 << 26  # images per row group of Parquet: 64 MB, which a reader holds in memory
+KNOWN = ("generator", "seed", "source")  # columns that an import has recorded
 COLUMNS = {
     "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     "prompt": pa.string(),
@@ -37,11 +37,11 @@ COLUMNS = {
 
 
 class ExportedRows:
-    """The rows of a data set as an export has them.
+    """The rows of a data set in the form of an export.
 
     Args:
-        tsv_path: of the data set; images are read from its shards where there are no files.
-        with_embeddings: those of the .npy file beside it.
+        tsv_path: of the data set; images are read from its shards if there are no files.
+        with_embeddings: include those of the .npy file beside it.
     Raises: ValueError for a table, embeddings or shards that do not fit together.
     """
 
@@ -97,7 +97,7 @@ def write_tar(path: Path, rows: Iterator[dict]) -> None:
 
 
 def write_parquet(path: Path, rows: Iterator[dict], with_embeddings: bool) -> None:
-    """Write rows as the hub's data sets have them: a column of images, their content inside."""
+    """Write rows in the layout of the hub's image data sets: a column of images with their content."""
     columns = {name: kind for name, kind in COLUMNS.items() if with_embeddings or name != "embedding"}
     features = {"info": {"features": {"image": {"_type": "Image"}}}}
     schema = pa.schema(columns).with_metadata({"huggingface": json.dumps(features)})
@@ -122,9 +122,10 @@ def export_pairs(
     with_embeddings: bool = True,
     progress: bool = True,
 ) -> Path:
-    """Write a data set as files of a form that `kutils import` and others read. Images stay as they are, bit for bit.
+    """Write a data set as files that `kutils import` and other tools read; images are copied unchanged.
 
-    A call that was cut goes on; the folder is there as soon as it is whole. The same data set gives the same bytes.
+    The same call continues an interrupted one. The folder appears when it is complete. The same data set gives the same
+    bytes.
 
     Args:
         tsv_path: of the data set.
@@ -172,7 +173,7 @@ def export_pairs(
 
 
 def check_export_room(rows: ExportedRows, folder: Path, share: float) -> None:
-    """Raise OSError where the disk has less room than a share of the export needs, by the first images."""
+    """Raise OSError if the disk has too little room for a share of the export, estimated from the first images."""
     some = [len(row["image"]["bytes"]) for row in islice(rows.read(range(len(rows))), 64)]
     pair_bytes = sum(some) / len(some) + 4 * EMBEDDING_DIM + 4096
     paths.check_room(folder, share * len(rows) * pair_bytes, "choose another --output")
@@ -181,15 +182,15 @@ def check_export_room(rows: ExportedRows, folder: Path, share: float) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kutils export",
-        description="Write a data set as tars or Parquet files, to share it: images as they are, prompts, embeddings, "
-        "folds, and what is known of each pair. Run again after a kill, it goes on.",
+        description="Write a data set as tars or Parquet files, to share it: unchanged images, prompts, embeddings, "
+        "folds, and metadata of each pair. The same command continues after a kill.",
         epilog="`kutils import FOLDER --output input/NAME --pack keep --raw-prompts --fold-key fold` gives the same "
         "rows, pixels, embeddings and folds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", help="a data set of input/, or the path of its table")
     parser.add_argument("--format", choices=tuple(PAIRS_PER_FILE), required=True, help="webdataset: tars of samples")
-    folder = "to write (default: working/exports/NAME-FORMAT)"
+    folder = "folder to write (default: working/exports/NAME-FORMAT)"
     parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=folder)
     counts = ", ".join(f"{form}: {count:,}" for form, count in PAIRS_PER_FILE.items())
     parser.add_argument("--pairs-per-file", type=int, default=0, metavar="N", help=f"0: {counts}")

@@ -1,4 +1,4 @@
-"""Reads what an import has written about each pair: generator, seed, source, file and key."""
+"""Reads the metadata that an import has written for each pair: generator, seed, source, file and key."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from pyarrow import parquet
 
 
 def facts_path(tsv_path: Path) -> Path:
-    """The Parquet file beside an imported table; there is none beside others."""
+    """The path of the Parquet file beside an imported table; other tables have none."""
     return tsv_path.with_suffix(".pairs.parquet")
 
 
 def read_facts(tsv_path: Path, images: pa.Array | pa.ChunkedArray, columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """What is known of images, by their paths in the table, whatever rows it has by now.
+    """Metadata of images, looked up by their paths, since the table's rows may have changed.
 
-    Returns: object [images] of texts per column, empty where nothing is known.
+    Returns: column -> object [images] of texts, empty if unknown.
     """
     if not facts_path(tsv_path).is_file():
         return {name: np.full(len(images), "", object) for name in columns}

@@ -1,4 +1,4 @@
-"""Reads pairs from folders and zip files: DiffusionDB's parts, texts beside images, prompts inside of images."""
+"""Reads pairs from folders and zip files: DiffusionDB's parts, images with text files or with prompts inside."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL import UnidentifiedImageError
 from kutils.data.pair_tars import suffix_of
 from kutils.data.pairs import IMAGE_SUFFIXES, MOST_BYTES, PROMPT_KEYS, Fault, Keys, Pair, find_key
 
-DIFFUSIONDB = {"p": "prompt", "se": "seed", "c": "cfg", "st": "step", "sa": "sampler"}  # its short names, and its long
+DIFFUSIONDB = {"p": "prompt", "se": "seed", "c": "cfg", "st": "step", "sa": "sampler"}  # short key -> full name
 TEXT_SUFFIXES = ("txt", "caption", "prompt")
 
 
@@ -40,7 +40,7 @@ class Files:
         return self.archive.getinfo(name).file_size if self.archive else (self.path / name).stat().st_size
 
     def read(self, name: str) -> bytes | Fault:
-        """Content of a file, or why there is none."""
+        """Content of a file, or the fault that prevents reading it."""
         try:
             if self.size(name) > MOST_BYTES:
                 return Fault(name, f"it has more than {MOST_BYTES:,} bytes")
@@ -51,7 +51,7 @@ class Files:
             return Fault(name, f"it cannot be read ({error})")
 
     def image(self, name: str) -> bytes | Path | Fault:
-        """An image to be read: of a folder its path."""
+        """The path of an image in a folder, or the content of one in a zip file."""
         return self.read(name) if self.archive else self.path / name
 
 
@@ -64,7 +64,7 @@ def stem_of(name: str) -> str:
 
 
 def recognise(path: Path) -> str | None:
-    """Of a folder or zip file: diffusiondb, texts or embedded; None without any image."""
+    """The form of a folder or zip file: diffusiondb, texts or embedded; None if it has no image."""
     files = Files(path)
     names = files.names()
     images = [name for name in names if is_image(name)]
@@ -80,9 +80,9 @@ def recognise(path: Path) -> str | None:
 
 
 def find_records(files: Files, names: list[str]) -> dict[str, dict] | None:
-    """What the JSON file of a part says: name of an image -> its fields; None if there is no such file."""
+    """The JSON file of a part: name of an image -> its fields; None if there is no such file."""
     name = next((name for name in names if name.endswith(".json") and suffix_of(name) == "json"), None)
-    # a part's file is named as the part
+    # a part's JSON file has the part's name
     if name is None or stem_of(PurePosixPath(name).name) != files.path.name.removesuffix(".zip"):
         return None
     content = files.read(name)
@@ -95,7 +95,7 @@ def find_records(files: Files, names: list[str]) -> dict[str, dict] | None:
 
 
 def read_diffusiondb(path: Path, keys: Keys) -> Iterator[Pair | Fault]:
-    """The pairs of one part: 1,000 images and a JSON file that says of each how it was made."""
+    """The pairs of one part: 1,000 images and a JSON file with the prompt and settings of each."""
     files = Files(path)
     names = files.names()
     records = find_records(files, names)
@@ -147,7 +147,7 @@ def read_texts(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair 
 
 
 def read_embedded(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
-    """Images that carry their prompt, as A1111, ComfyUI, InvokeAI, NovelAI and Fooocus write it."""
+    """Images with the prompt in their metadata, as A1111, ComfyUI, InvokeAI, NovelAI and Fooocus write it."""
     parser = metadata_parser()
     files = Files(path)
     for name in [name for name in files.names() if is_image(name)][first : first + count]:
@@ -156,7 +156,7 @@ def read_embedded(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pa
 
 
 def metadata_parser():
-    """The reader of generators' metadata; ValueError where its package is missing."""
+    """The parser of generators' metadata; ValueError if its package is missing."""
     try:
         from sd_parsers import ParserManager
     except ImportError as error:
@@ -171,11 +171,11 @@ def read_prompt(name: str, content: bytes, parser) -> Pair | Fault:
     from sd_parsers import Eagerness
 
     try:
-        # the slow search is for prompts that are hidden in pixels
+        # the slow search looks for prompts hidden in pixels
         parsed = parser.parse(io.BytesIO(content)) or parser.parse(io.BytesIO(content), Eagerness.EAGER)
-    except UnidentifiedImageError:  # whose message holds an address in memory, another one in every run
+    except UnidentifiedImageError:  # its message holds a memory address, which differs between runs
         return Fault(name, "it is no image of a known format")
-    except Exception as error:  # of anything that a damaged text may lead to
+    except Exception as error:  # damaged metadata can raise any error
         return Fault(name, f"it cannot be read ({type(error).__name__}: {error})")
     prompts = list(dict.fromkeys(prompt.value for prompt in parsed.prompts if prompt.value)) if parsed else []
     if len(prompts) != 1:

@@ -21,14 +21,14 @@ FORMS = {
     "embedded": "images that carry their prompt: A1111, ComfyUI, InvokeAI, NovelAI, Fooocus",
 }
 LISTS = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "tsv", "json"))
-PART_PAIRS = 8192  # of long lists and folders that are read as one part; a tar is a part, whatever it holds
-SAMPLED_TARS, TAR_SAMPLES = 8, 64  # from whose size the number of pairs in all tars is estimated
-SAMPLED_IMAGES = 64  # from whose size that of all images in a folder is estimated
+PART_PAIRS = 8192  # into which long lists and folders are split; a tar is always one part
+SAMPLED_TARS, TAR_SAMPLES = 8, 64  # tars and samples in each from which the number of all pairs is estimated
+SAMPLED_IMAGES = 64  # images from which the size of all images in a folder is estimated
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")
 
 
 class Part(NamedTuple):
-    """What is read as one piece of work: a source file, or some of its row groups, items or images."""
+    """One piece of work: a source file, or some of its row groups, items or images."""
 
     form: str  # a key of FORMS
     path: Path
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 def read_part(part: Part, keys: Keys) -> Iterator[Pair | Fault]:
-    """The pairs of a part, in its order, and what is wrong with all else in it."""
+    """The pairs of a part in order, and a Fault for everything in it that is no pair."""
     if part.form == "webdataset":
         return pair_tars.read_tar(part.path, keys)
     if part.form == "diffusiondb":
@@ -110,7 +110,7 @@ def find_parts(sources: Sequence[str], form: str, keys: Keys) -> list[Part]:
 
 
 def files_of(path: Path, form: str) -> Iterator[tuple[str, Path]]:
-    """Form and path of each file or folder of pairs in a source; of a folder's forms the first one in FORMS."""
+    """Form and path of each file or folder of pairs in a source; if a folder has several forms, the first in FORMS."""
     if not path.is_dir():
         if kind := form or recognise_file(path):
             yield kind, path
@@ -125,7 +125,7 @@ def files_of(path: Path, form: str) -> Iterator[tuple[str, Path]]:
                 by_form.setdefault(kind, []).append(file)
         if any(map(pair_folders.is_image, names)):
             by_form.setdefault(pair_folders.recognise(Path(folder)), []).append(Path(folder))
-    if form in ("texts", "embedded") or "texts" in by_form:  # a folder without any text lacks them all
+    if form in ("texts", "embedded") or "texts" in by_form:  # with no text at all, every image is a fault
         by_form[form or "texts"] = sorted(by_form.pop("texts", []) + by_form.pop("embedded", []))
     for kind in (form,) if form else FORMS:
         if by_form.get(kind):
@@ -134,11 +134,11 @@ def files_of(path: Path, form: str) -> Iterator[tuple[str, Path]]:
 
 
 def kind_by_name(name: str) -> str | None:
-    """The form that the suffix of a file in a folder stands for."""
+    """The form of a file in a folder by its suffix."""
     name = name.lower()
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         return "webdataset"
-    if name.endswith(".parquet") and not name.startswith("metadata"):  # what lies beside tars describes them
+    if name.endswith(".parquet") and not name.startswith("metadata"):  # metadata files beside tars describe them
         return "parquet"
     return "list" if name.endswith((".jsonl", ".ndjson", ".json", ".csv", ".tsv")) else None
 
@@ -188,7 +188,7 @@ def split(form: str, path: Path, name: str, keys: Keys) -> list[Part]:
 
 
 def split_row_groups(path: Path, name: str, keys: Keys) -> list[Part]:
-    """Parts of row groups that have PART_PAIRS rows together; one that has more is a part alone."""
+    """Parts of consecutive row groups, each with at least PART_PAIRS rows, except the last part."""
     groups, schema = pair_tables.row_groups(path)
     layout = pair_tables.find_layout(path, schema, keys)
     parts, first, rows, size = [], 0, 0, 0
@@ -202,7 +202,7 @@ def split_row_groups(path: Path, name: str, keys: Keys) -> list[Part]:
 
 
 def estimate_tars(parts: Sequence[Part]) -> list[Part]:
-    """The same parts, those of tars with about how many pairs they hold, by the first samples of some of them."""
+    """The parts with the number of pairs in tars estimated from the first samples of some tars."""
     tars = [part for part in parts if part.form == "webdataset"]
     counted = [count_first_samples(part.path) for part in tars[:: max(1, len(tars) // SAMPLED_TARS)]]
     samples, size = (sum(numbers) for numbers in zip(*counted, strict=True)) if counted else (0, 0)
@@ -213,7 +213,7 @@ def estimate_tars(parts: Sequence[Part]) -> list[Part]:
 
 
 def count_first_samples(path: Path) -> tuple[int, int]:
-    """Number of the first images in a tar, and how many bytes they and all else take."""
+    """Number of images among a tar's first samples, and the bytes that these samples take."""
     images = size = 0
     with contextlib.suppress(*pair_tars.DAMAGES), pair_tars.open_tar(path) as stream:
         for name, _ in pair_tars.read_members(stream, lambda name: False):

@@ -1,4 +1,4 @@
-"""Checks the image files of pairs, and encodes them: size from the header, whole or cut, too many pixels."""
+"""Checks the image files of pairs (size, truncation, number of pixels), and encodes those that are to be packed."""
 
 from kutils.data import transforms
 from kutils.data.shards import Encoding
@@ -14,8 +14,8 @@ def prepare(content: bytes, encoding: Encoding | None, verify: bool) -> tuple[by
     """The bytes to keep of an image file, their suffix, and the width and height of the file in pixels.
 
     Args:
-        encoding: None: the bytes are kept as they are.
-        verify: decode what is kept as it is; else its head, its end and a PNG file's checksums are all that is checked.
+        encoding: None: the bytes are kept unchanged.
+        verify: decode images that are kept unchanged; else only header, end and a PNG file's checksums are checked.
     Raises: ImageError that says what is wrong.
     """
     name, width, height = transforms.read_header(content, "image", tuple(SUFFIXES))
@@ -33,11 +33,11 @@ def prepare(content: bytes, encoding: Encoding | None, verify: bool) -> tuple[by
 
 
 def check_whole(content: bytes, name: str) -> None:
-    """Raise ImageError if a file's end is missing, or a checksum within is wrong; its pixels are not looked at."""
+    """Raise ImageError if a file's end is missing or a checksum in it is wrong; pixels are not decoded."""
     if name == "WEBP":
         whole = len(content) >= 8 + int.from_bytes(content[4:8], "little")
     elif name in ENDS:
-        whole = ENDS[name] in content[-4096:]  # some programs write something behind
+        whole = ENDS[name] in content[-4096:]  # some programs append data
     else:
         return
     if not whole:

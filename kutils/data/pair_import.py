@@ -31,10 +31,10 @@ def preview(sources: Sequence[str], options: Sequence[str] = (), count: int = 8)
     """The first pairs of sources as an import with these options would take them; nothing is written.
 
     Args:
-        options: of the command.
-        count: of pairs.
+        options: command-line options of `kutils import`.
+        count: number of pairs.
     Returns: Pillow images as they will be kept, and cleaned prompts.
-    Raises: ValueError where there is no such pair.
+    Raises: ValueError if there is no such pair.
     """
     args = make_parser().parse_args([*sources, "--output", "input/preview", *options])
     job, images, prompts = make_job(args), [], []
@@ -64,22 +64,22 @@ def import_pairs(
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> dict | None:
-    """Make a data set of the pairs in sources: table, images or shards, embeddings, and what is known of each pair.
+    """Make a data set of the pairs in sources: table, images or shards, embeddings, and metadata of each pair.
 
-    A call that was cut goes on with the next one of the same sources and settings, to the same bytes; until then its
-    finished parts lie in a hidden folder beside the table. The folds are -1: `kutils folds` assigns them.
+    The next call with the same sources and settings continues an interrupted one, and gives the same bytes; finished
+    parts are kept in a hidden folder beside the table. The folds are -1: `kutils folds` assigns them.
 
     Args:
         sources: as `find_parts` takes them.
         output: path without a suffix, as in `input/sd44m`.
         job: how pairs become rows.
         form: a key of FORMS; empty: recognised.
-        embeddings: auto: those of the source, where a sample has cosines of 0.999 with the encoder's; encode: all are
-            encoded; later: there are none yet.
-        dedup: cosine from which a prompt is left out for resembling an earlier one; 0: none is.
+        embeddings: auto: those of the source, if a sample has cosines of 0.999 with the encoder's; encode: encode all
+            prompts; later: write none.
+        dedup: leave out prompts with at least this cosine to an earlier one; 0: none.
         overwrite: replace another import of this name.
         num_workers: processes; None: one per core.
-        ranks: among which the parts are dealt, all of which call this; None: this process alone.
+        ranks: share the parts, and all call this; None: this process alone.
     Returns: the record; None on ranks that are not the main one.
     Raises: ValueError, DataError, EncoderError; OSError on a full disk, mostly before the work.
     """
@@ -109,9 +109,9 @@ def import_pairs(
 
 
 def work_parts(result: Result, num_workers: int | None, ranks: Ranks, progress: bool) -> None:
-    """Import the parts that are missing, dealt over ranks and processes; returns on all ranks when all are there."""
+    """Import the missing parts, shared among ranks and processes; returns on every rank once all parts exist."""
     chunks, job = result.chunks, result.job
-    # as rank 0 sees it: nobody deals from what another has just saved
+    # rank 0's list on all ranks, since parts are being saved meanwhile
     missing = ranks.gather_objects(chunks.missing() if ranks.is_main else None)[0]
     jobs = [(number, result.parts[number], job, chunks) for number in missing[ranks.rank :: ranks.world_size]]
     cores = max(1, devices.usable_cores() // ranks.world_size) if num_workers is None else num_workers
@@ -124,7 +124,7 @@ def work_parts(result: Result, num_workers: int | None, ranks: Ranks, progress: 
             import_part, jobs, workers if workers > 1 else 0, advance=bar.update, prepare=one_thread
         ):
             pass
-    while leading_parts(chunks, job.limit) is None:  # not the barrier, whose patience ends
+    while leading_parts(chunks, job.limit) is None:  # not a barrier, which would time out
         time.sleep(0.2)
         if not chunks.folder.is_dir():
             raise FileNotFoundError(f"{chunks.folder} was removed, maybe by another run; start again")
@@ -165,7 +165,7 @@ def no_pairs(result: Result, counts: Counts) -> str:
 
 
 def format_record(record: dict, output: Path) -> str:
-    """What was imported, for a person."""
+    """The report of an import as lines to print."""
     faults = sum(record["faults"].values())
     lines = [f"{output}.tsv: {record['pairs']:,} pairs of {record['read']:,} read"]
     lines += [f"  {record['unwanted']:,} not wanted by --where"] if record["unwanted"] else []

@@ -1,4 +1,4 @@
-"""Says what an import is asked to do: the options of `kutils import`, and the job and the counts of its parts."""
+"""Defines the options of `kutils import`, the settings of an import (`Job`) and the counts of its result."""
 
 import argparse
 import re
@@ -27,11 +27,11 @@ class Job:
     verify: bool  # decode images that are kept as they are
     settings: CleaningSettings | None  # None: prompts are taken as they are
     tokenizer: str  # folder of CLIP's; empty: no limit in tokens
-    limit: int  # pairs; 0: no limit
+    limit: int  # most pairs; 0: no limit
     with_embeddings: bool  # take those of the source
-    generator: str  # of all pairs; empty: as each says
+    generator: str  # of all pairs; empty: from each pair's fields
     source: str
-    fold_key: str  # field with folds; empty: none are assigned yet
+    fold_key: str  # field with folds; empty: all folds are -1
 
     def image_name(self, number: int, row: int, suffix: str) -> str:
         """Path of an image below `input/`: row `row` of part `number`."""
@@ -43,10 +43,10 @@ class Job:
 
 @dataclass
 class Counts:
-    """What came of the pairs of a part, or of several."""
+    """Counts of imported and rejected pairs, of one part or of several."""
 
     read: int = 0
-    unwanted: int = 0  # by --where
+    unwanted: int = 0  # excluded by --where
     pairs: int = 0
     faults: dict[str, int] = field(default_factory=dict)  # kind -> number
     dropped: dict[str, dict] = field(default_factory=dict)  # as in the report of `cleaning`
@@ -79,8 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kutils import",
         description="Make a data set of downloaded pairs of image and prompt: NAME.tsv, images or shards, NAME.npy. "
-        "What is no pair is set apart in NAME.faults.tsv; NAME.pairs.parquet has what is known of each pair. Run again "
-        "after a kill, it goes on. torchrun starts it on several nodes.",
+        "Rejected pairs are listed in NAME.faults.tsv; NAME.pairs.parquet has the metadata of each pair. The same "
+        "command continues after a kill. torchrun starts it on several nodes.",
         epilog=f"forms:\n{forms}\n\nFolds are assigned next: kutils folds input/NAME.tsv",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -94,28 +94,33 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt-key", default="", metavar="KEY", help=f"field, column or ending of the prompt ({known})")
     add("--image-key", default="", metavar="KEY", help="field, column or ending of the image; of Parquet also 'A,B'")
     add("--embedding-key", default="", metavar="KEY", help="field or column of the prompt's embedding")
-    add("--image-root", default="", metavar="FOLDER", help="that image paths are relative to (default: the list's own)")
-    condition = "take pairs of this kind alone: model=X, nsfw!=true, image_nsfw<0.3; several must all hold"
+    add("--image-root", default="", metavar="FOLDER", help="base of relative image paths (default: the list's folder)")
+    condition = "take only pairs that meet this: model=X, nsfw!=true, image_nsfw<0.3; several must all hold"
     add("--where", nargs="+", default=[], metavar="KEY=VALUE", help=condition)
-    add("--limit", type=int, default=0, metavar="N", help="end after so many pairs (default: 0, no end)")
-    add("--generator", default="", metavar="NAME", help="of all pairs (default: what each says, as its `model`)")
-    add("--source", default="", metavar="NAME", help="of all pairs (default: what each says, or its file's name)")
+    add("--limit", type=int, default=0, metavar="N", help="stop after so many pairs (default: 0, no limit)")
+    add("--generator", default="", metavar="NAME", help="generator of all pairs (default: each pair's field `model`)")
+    add("--source", default="", metavar="NAME", help="source of all pairs (default: each pair's field, or its file)")
     add("--fold-key", default="", metavar="KEY", help="field with folds 0 to 9, as of an export (default: -1)")
     group = parser.add_argument_group("how images are kept")
     add = group.add_argument
-    pack = "into shards: SIZE px of the shorter side (448), or `keep` the bytes; without, each image is a file as it is"
+    pack = "pack into shards: SIZE px of the shorter side (448), or `keep` images as they are; default: a file each"
     add("--pack", type=parse_pack, metavar="SIZE|keep", help=pack)
-    add("--image-format", choices=IMAGE_FORMATS, default="webp", help="of packed images (default: webp)")
+    add("--image-format", choices=IMAGE_FORMATS, default="webp", help="format of packed images (default: webp)")
     add("--quality", type=int, default=None, help=f"of packed images, 1 to 100 (default: {QUALITY}; png has none)")
-    add("--verify", action="store_true", help="decode images that --pack keep takes as they are, too")
+    add("--verify", action="store_true", help="also decode images that are kept unchanged")
     group = parser.add_argument_group("prompts")
     add = group.add_argument
-    add("--raw-prompts", action="store_true", help="take prompts as they are; line breaks and tabs become spaces")
-    add("--min-words", type=int, default=limits.min_words, help=f"shorter ones go (default: {limits.min_words})")
-    add("--max-words", type=int, default=limits.max_words, help=f"longer ones go (default: {limits.max_words})")
-    add("--min-latin", type=float, default=limits.min_latin, help=f"share among letters (default: {limits.min_latin})")
-    add("--any-language", action="store_true", help="keep what looks like another language")
-    add("--tokenizer", default="", metavar="FOLDER", help="of CLIP's tokenizer: set more than 77 tokens apart")
+    add("--raw-prompts", action="store_true", help="do not clean prompts; only line breaks and tabs become spaces")
+    add("--min-words", type=int, default=limits.min_words, help=f"reject shorter prompts (default: {limits.min_words})")
+    add("--max-words", type=int, default=limits.max_words, help=f"reject longer prompts (default: {limits.max_words})")
+    add(
+        "--min-latin",
+        type=float,
+        default=limits.min_latin,
+        help=f"share of Latin letters (default: {limits.min_latin})",
+    )
+    add("--any-language", action="store_true", help="also keep prompts that seem not to be English")
+    add("--tokenizer", default="", metavar="FOLDER", help="of CLIP's tokenizer: reject prompts above 77 tokens")
     dedup = "cosine such as 0.9: leave out near-duplicates of earlier prompts (default: 0.0, none)"
     add("--dedup", type=float, default=0.0, metavar="COSINE", help=dedup)
     auto = "auto: the source's if a sample agrees with the encoder, else encoded; default: auto"
@@ -131,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
 def make_job(args: argparse.Namespace) -> Job:
     """How pairs become rows, by the command's arguments.
 
-    Raises: ValueError for arguments that cannot be, or do not go together.
+    Raises: ValueError for arguments that are invalid or contradict each other.
     """
     size = args.pack if isinstance(args.pack, int) else None
     if size is None and (args.quality is not None or args.image_format != "webp"):

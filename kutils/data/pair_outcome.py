@@ -1,4 +1,4 @@
-"""Decides of each pair whether it becomes a row: wanted, whole, its prompt cleaned, its image as it will be kept."""
+"""Turns each pair into a row or a fault: applies --where, cleans its prompt, checks and encodes its image."""
 
 import functools
 import re
@@ -35,10 +35,10 @@ from kutils.system import processes
 from kutils.system.constants import EMBEDDING_DIM
 from kutils.system.output import quoted
 
-SURROGATES = re.compile("[\ud800-\udfff]")  # of bytes that were not UTF-8
+SURROGATES = re.compile("[\ud800-\udfff]")  # stand for bytes that were not UTF-8
 FILE_SUFFIXES = ("tar", "gz", "tgz", "parquet", "zip", "jsonl", "ndjson", "json", "csv", "tsv")
-UNIT_ROUNDING = 1e-6  # by which float32 rows of length 1 differ from it
-COUNTED_PAIRS = 64  # between two reports of progress
+UNIT_ROUNDING = 1e-6  # rounding error in the length of float32 unit rows
+COUNTED_PAIRS = 64  # pairs between two reports of progress
 
 
 def one_line(text: str) -> str:
@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
 
 
 class Outcome:
-    """Decides of each pair of a part whether it becomes a row."""
+    """Turns each pair of a part into a row or a fault."""
 
     def __init__(self, part: Part, job: Job):
         self.part, self.job, self.seen = part, job, set()
@@ -55,7 +55,7 @@ class Outcome:
         self.count_tokens = load_tokenizer(job.tokenizer) if job.tokenizer else None
 
     def examine_all(self, counts: Counts) -> Iterator[Fault | tuple[dict, bytes, str]]:
-        """Rows with their images and suffixes, and faults; ends with the job's limit."""
+        """Rows with their images and suffixes, and faults; stops at the job's limit."""
         for counts.read, item in enumerate(read_part(self.part, self.job.keys), start=1):
             if isinstance(item, Pair):
                 item = self.examine(item, counts)
@@ -99,8 +99,8 @@ class Outcome:
             length = np.sqrt(embedding @ embedding)
             if not 0 < length < np.inf:  # NaN compares false
                 return Fault(pair.key, "embedding is not finite, or all zero")
-            if " ".join(pair.prompt.split()) == prompt:  # else it is of another text
-                is_unit = abs(length - 1) < UNIT_ROUNDING  # as of an export: it stays what it is to the last bit
+            if " ".join(pair.prompt.split()) == prompt:  # else the embedding is of another text
+                is_unit = abs(length - 1) < UNIT_ROUNDING  # as in an export: kept bit for bit
                 row["embedding"] = embedding if is_unit else embedding / length
         try:
             content = pair.image if isinstance(pair.image, bytes) else read_image(pair.image)
@@ -112,7 +112,7 @@ class Outcome:
         return row | dict(zip(("width", "height"), sides, strict=True)), image, suffix
 
     def clean(self, pair: Pair, counts: Counts) -> tuple[str, str]:
-        """A pair's prompt as it is kept, and why it is not."""
+        """A pair's cleaned prompt, and the reason to reject it, or an empty text."""
         if self.cleaner is None:
             text = " ".join(CONTROL.sub(" ", SURROGATES.sub("", pair.prompt)).split())
             flaw, kinds = ("" if text else "empty"), []

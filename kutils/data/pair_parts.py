@@ -1,4 +1,4 @@
-"""Imports one part of a source: its pairs checked, their prompts cleaned, their images packed or written."""
+"""Imports one part of a source: checks its pairs, cleans their prompts, packs or writes their images."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from kutils.system import paths
 from kutils.system.chunks import ChunkFiles
 from kutils.system.constants import EMBEDDING_DIM
 
-MOST_SHARD_BYTES = 1 << 27  # 128 MB: rows of a shard are in memory together while it is written
+MOST_SHARD_BYTES = 1 << 27  # 128 MB: a shard is held in memory until it is written
 ROWS = pa.schema(
     {
         "image": pa.string(),
@@ -55,7 +55,7 @@ def read_counts(chunks: ChunkFiles, number: int) -> Counts:
 
 
 def leading_parts(chunks: ChunkFiles, limit: int) -> list[int] | None:
-    """Numbers of the first parts that hold `limit` pairs together (0: all); None as long as one of them is missing."""
+    """Numbers of the first parts that together hold `limit` pairs (0: all parts); None while one of them is missing."""
     missing, pairs = set(chunks.missing()), 0
     for number in range(chunks.count):
         if number in missing:
@@ -67,11 +67,11 @@ def leading_parts(chunks: ChunkFiles, limit: int) -> list[int] | None:
 
 
 def import_part(number: int, part: Part, job: Job, chunks: ChunkFiles) -> None:
-    """Import a part into a folder of its own among the chunks; nothing to do where those before it are enough."""
+    """Import a part into a folder of its own among the chunks; does nothing if earlier parts hold enough pairs."""
     if job.limit and leading_parts(chunks, job.limit) is not None:
         return
     target = part_folder(chunks, number)
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it said that it is finished
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before the part was complete
     with paths.atomic_folder(target) as folder:
         counts = write_part(number, part, job, folder)
     chunks.save(number, counts=np.frombuffer(json.dumps(asdict(counts)).encode(), np.uint8), pairs=counts.pairs)
@@ -95,7 +95,7 @@ def write_part(number: int, part: Part, job: Job, folder: Path) -> Counts:
 
 
 class Rows:
-    """Writes the rows of a part, as many at a time as a shard has."""
+    """Writes the rows of a part, one shard at a time."""
 
     def __init__(self, number: int, job: Job, folder: Path, counts: Counts):
         self.number, self.job, self.folder, self.counts = number, job, folder, counts
@@ -144,6 +144,6 @@ class Rows:
 
 
 def sync(path: Path) -> None:
-    """See that a file's content is on the disk before it is said to be finished."""
+    """Flush a file's content to the disk (fsync) before it is recorded as finished."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())

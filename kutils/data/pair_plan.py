@@ -1,4 +1,4 @@
-"""Plans an import of pairs: what the sources are, how much room is needed, and whether it has been done already."""
+"""Plans an import of pairs: forms of the sources, disk space needed, and what an earlier call has done already."""
 
 import dataclasses
 import shutil
@@ -20,11 +20,11 @@ from kutils.system import paths
 from kutils.system.chunks import ChunkFiles
 from kutils.system.constants import EMBEDDING_DIM
 
-VERSION = 1  # of the work: what another version has begun is begun anew
-PROBED_PARTS, PROBED_PAIRS = 4, 16  # whose first pairs tell sizes and fields
-ROW_BYTES = 3 * 4 * EMBEDDING_DIM + 600  # embeddings, up to three times for a while, and texts
-FILE_BYTES = 2048  # that a file takes beyond its content, on average
-LATER_TEXTS = ("caption", "description", "recaption")  # fields that are often written by a model that sees the image
+VERSION = 1  # of the unfinished work: that of another version is discarded
+PROBED_PARTS, PROBED_PAIRS = 4, 16  # parts, and first pairs of each, that are read to estimate sizes and find fields
+ROW_BYTES = 3 * 4 * EMBEDDING_DIM + 600  # at most three copies of the embedding at a time, and texts
+FILE_BYTES = 2048  # disk overhead of a file, on average
+LATER_TEXTS = ("caption", "description", "recaption")  # fields that often hold captions by a model that sees the image
 
 
 def format_bytes(size: float) -> str:
@@ -33,18 +33,18 @@ def format_bytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the first pairs of some parts tell about all."""
+    """Estimates from the first pairs of some parts."""
 
     pair_bytes: float  # of an image as it will be kept
-    wanted: float  # share of pairs that --where leaves
-    embedding_lengths: Counter  # of the source's embeddings; 0 where a pair has none
+    wanted: float  # share of pairs that --where keeps
+    embedding_lengths: Counter  # dimensions of the source's embeddings; 0 if a pair has none
     fields: list[str]
-    prompt_keys: list[str]  # the fields or files that prompts came from
+    prompt_keys: list[str]  # fields or files from which prompts are read
     faults: list[str]
 
 
 def probe(parts: Sequence[Part], job: Job) -> Probe:
-    """Look at the first pairs of some parts; nothing is written."""
+    """Read the first pairs of some parts; nothing is written."""
     sizes, lengths, fields, prompt_keys, faults, seen = [], Counter(), {}, {}, [], 0
     for part in parts[:: max(1, len(parts) // PROBED_PARTS)]:
         outcome = Outcome(part, job)
@@ -64,7 +64,7 @@ def probe(parts: Sequence[Part], job: Job) -> Probe:
 
 
 def check_disk(result: Result, sample: Probe) -> str:
-    """What will be written, and how much room there is; OSError where that is not enough."""
+    """A line with the space needed and free; OSError if it is not enough."""
     chunks, job, total = result.chunks, result.job, range(len(result.parts))
     missing = chunks.missing() if chunks.folder.is_dir() else total
     pairs = sample.wanted * sum(result.parts[number].pairs for number in missing)
@@ -76,7 +76,7 @@ def check_disk(result: Result, sample: Probe) -> str:
 
 
 def describe_import(parts: Sequence[Part], sample: Probe, job: Job) -> str:
-    """What was recognised, for a person."""
+    """What was recognised, as lines to print."""
     forms = ", ".join(dict.fromkeys(part.form for part in parts))
     pairs, size = (sum(getattr(part, name) for part in parts) for name in ("pairs", "size"))
     files = len({part.path for part in parts})
@@ -97,7 +97,7 @@ def describe_import(parts: Sequence[Part], sample: Probe, job: Job) -> str:
 def make_plan(
     sources: Sequence[str], output: Path, job: Job, form: str, embeddings: str, dedup: float, overwrite: bool
 ) -> tuple[Result, str]:
-    """What is to be done, and from where on: `work`, `publish` what is built already, or nothing: it is `done`."""
+    """The next step of the import: `work`, `publish` (files are built and only need renaming), or `done`."""
     parts = find_parts(sources, form, job.keys)
     sample = probe(parts, job)
     common = sample.embedding_lengths.most_common(1)
@@ -114,16 +114,16 @@ def make_plan(
         return result, "publish"
     print(check_disk(result, sample), flush=True)
     result.chunks.open()
-    for leftover in result.chunks.folder.glob(".*.partial"):  # of a run that was killed
+    for leftover in result.chunks.folder.glob(".*.partial"):  # left by a killed run
         shutil.rmtree(leftover)
     return result, "work"
 
 
 def check_import_output(result: Result, overwrite: bool) -> bool:
-    """Whether the data set is there as asked for; ValueError where something else is."""
+    """Whether the data set exists as asked for; ValueError if another one of this name does."""
     existing = [path for suffix in pair_results.SUFFIXES if (path := result.path(suffix)).exists()]
     record = paths.read_record(result.path(".import.json"))
-    if pair_results.is_built(result) or not existing:  # or a call was cut that had begun to put files in place
+    if pair_results.is_built(result) or not existing:  # or an interrupted call had begun to rename files
         return False
     if record is None:
         raise ValueError(f"{existing[0]} exists and was not imported; choose another name")

@@ -1,4 +1,4 @@
-"""Builds the files of an imported data set from its finished parts, and puts them in place together."""
+"""Builds the files of an imported data set from its finished parts, and renames all of them into place."""
 
 import contextlib
 import hashlib
@@ -29,23 +29,23 @@ PAIRS = pa.schema(
     [(name, pa.string()) for name in ("image", "generator", "seed", "source", "file", "key")]
     + [(name, pa.int32()) for name in ("width", "height")]
 )  # of <name>.pairs.parquet
-# in the order in which they are put in place; the record comes last
+# in the order in which they are renamed into place; the record comes last
 SUFFIXES = (".shards", "_images", ".npy", ".npy.json", ".pairs.parquet", ".faults.tsv", ".tsv", ".import.json")
-OUTDATED = (".clean.npz", ".folds.json")  # of a data set that is replaced
-GROUP_ROWS = 65_536  # of a row group
+OUTDATED = (".clean.npz", ".folds.json")  # removed if a data set is replaced
+GROUP_ROWS = 65_536  # rows of a Parquet row group
 
 
 @dataclass(frozen=True)
 class Result:
-    """Parts that become a data set."""
+    """The parts of an import, and the data set made from them."""
 
     output: Path  # without a suffix, as in `input/sd44m`
     parts: list[Part]
     job: Job
     chunks: ChunkFiles
-    work: dict  # all that decides the result
+    work: dict  # everything that determines the result
     numbers: list[int] = field(default_factory=list)  # of the finished parts, in order
-    keep: np.ndarray | None = None  # bool [their rows]; None: all are kept
+    keep: np.ndarray | None = None  # bool [rows of these parts]; None: all are kept
 
     @property
     def work_digest(self) -> str:
@@ -75,11 +75,11 @@ def sum_counts(chunks: ChunkFiles, numbers: Iterable[int]) -> Counts:
 
 
 def build(result: Result, with_embeddings: bool, facts: dict) -> None:
-    """Build all files of the data set among the chunks; a call that was cut goes on.
+    """Build all files of the data set among the chunks; continues an interrupted call.
 
     Args:
-        with_embeddings: `all.npy` is there.
-        facts: what the record says besides.
+        with_embeddings: whether `all.npy` exists.
+        facts: further entries of the record.
     """
     result.built("").parent.mkdir(exist_ok=True)
     num_rows, prompts_hash, images_hash = write_tables(result)
@@ -108,7 +108,7 @@ def build(result: Result, with_embeddings: bool, facts: dict) -> None:
 
 
 def write_tables(result: Result) -> tuple[int, str, str]:
-    """Write the TSV, and the Parquet file of what is known of each pair; rows, and the hashes of prompts and images."""
+    """Write the TSV and the Parquet file of metadata; returns the number of rows, and hashes of prompts and images."""
     num_rows, prompts, images = 0, hashlib.sha256(), hashlib.sha256()
     with contextlib.ExitStack() as stack:
         tsv = stack.enter_context(paths.atomic_path(result.built(".tsv"))).open("wb")
@@ -133,7 +133,7 @@ def write_tables(result: Result) -> tuple[int, str, str]:
 
 
 def keep_embeddings(result: Result, num_rows: int) -> None:
-    """The embeddings of the kept rows, from those of all."""
+    """Write the embeddings of the kept rows, from those of all rows."""
     source, target = result.chunks.folder / "all.npy", result.built(".npy")
     if target.is_file():
         return
@@ -174,13 +174,13 @@ def is_built(result: Result) -> bool:
 
 
 def publish(result: Result) -> None:
-    """Put what was built in place of what is there, the record last; a call that was cut goes on."""
+    """Rename the built files over existing ones, the record last; continues an interrupted call."""
     own = paths.read_record(result.built(".import.json"))["files"]
     for suffix in OUTDATED:
         result.path(suffix).unlink(missing_ok=True)
     for suffix in SUFFIXES:
         built = result.built(suffix)
-        if built.exists() or suffix not in own:  # else it is in place already
+        if built.exists() or suffix not in own:  # else it has been renamed already
             remove(result.path(suffix))
         if built.exists():
             built.replace(result.path(suffix))

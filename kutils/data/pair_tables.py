@@ -27,9 +27,9 @@ from kutils.system.output import quoted
 from kutils.system.paths import is_safe_relative
 from kutils.system.text_files import CUT_OFF, csv_rows, open_text
 
-BATCH_BYTES = 1 << 25  # of a table that are decoded at a time: 32 MB
+BATCH_BYTES = 1 << 25  # of a table, decoded at a time: 32 MB
 MOST_BATCH_ROWS = 1024
-READ_CHARACTERS = 1 << 20  # of a JSON list at a time
+READ_CHARACTERS = 1 << 20  # of a JSON list, read at a time
 SEPARATORS = re.compile(r"[\s,]*")
 
 
@@ -37,12 +37,12 @@ SEPARATORS = re.compile(r"[\s,]*")
 
 
 class Layout(NamedTuple):
-    """What the columns of a Parquet file are."""
+    """The roles of a Parquet file's columns."""
 
     prompt: str
-    images: list[str]  # several: as many pairs per row
+    images: list[str]  # one pair per row for each of these columns
     embedding: str | None
-    fields: list[str]  # all others that hold texts or numbers
+    fields: list[str]  # all other columns of texts or numbers
 
 
 def find_layout(path: Path, schema: pa.Schema, keys: Keys) -> Layout:
@@ -88,7 +88,7 @@ def is_plain(kind: pa.DataType) -> bool:
 
 
 def row_groups(path: Path) -> tuple[list[tuple[int, int]], pa.Schema]:
-    """Rows and bytes of every row group, and the columns; ValueError for no Parquet file."""
+    """Rows and bytes of every row group, and the schema; ValueError if this is no Parquet file."""
     try:
         with parquet.ParquetFile(path) as table:
             groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
@@ -98,8 +98,9 @@ def row_groups(path: Path) -> tuple[list[tuple[int, int]], pa.Schema]:
 
 
 def read_parquet(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair | Fault]:
-    """The pairs of some row groups, a few rows in memory at a time; what is damaged costs the rest of its row group."""
-    # a buffered stream, not whole columns of a row group: those can have gigabytes
+    """The pairs of some row groups, a few rows in memory at a time; after damage, the rest of the row group is
+    skipped."""
+    # a buffered stream: a whole column of a row group can take gigabytes
     with parquet.ParquetFile(path, buffer_size=READ_CHARACTERS, pre_buffer=False) as table:
         layout = find_layout(path, table.schema_arrow, keys)
         columns = [layout.prompt, *layout.images, *layout.fields, *filter(None, [layout.embedding])]
@@ -138,7 +139,8 @@ def read_rows(path: Path, batch: pa.RecordBatch, layout: Layout, keys: Keys, fir
 
 
 def fields_of_image(fields: Mapping[str, object], image: str, num_images: int) -> Mapping[str, object]:
-    """The fields of a row; of several images, as `jpg_0` and `jpg_1`, each also has `model_0` as `model`, ..."""
+    """The fields of a row. If it has images `jpg_0` and `jpg_1`, the first also gets `model_0` as `model`, and so
+    on."""
     stem, mark, number = image.rpartition("_")
     if num_images == 1 or not (stem and number.isdigit()):
         return fields
@@ -147,7 +149,7 @@ def fields_of_image(fields: Mapping[str, object], image: str, num_images: int) -
 
 
 def find_image(path: Path, value: object, keys: Keys) -> bytes | Path | Fault:
-    """What a table says about an image: its content, or where it lies."""
+    """An image of a table: its content, or the path of its file."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not value or not isinstance(value, (bytes, str)):
@@ -186,7 +188,7 @@ def read_list(path: Path, keys: Keys, first: int, count: int) -> Iterator[Pair |
 
 
 def list_form(path: Path) -> str | TableForm | None:
-    """`json`, `jsonl`, or how a table is divided, by the beginning and the suffix; None for none of them."""
+    """`json`, `jsonl` or the form of a table, by a file's beginning and suffix; None for other files."""
     suffix = next((end.lower() for end in reversed(path.suffixes) if end.lower() != ".gz"), "")
     with open_text(path) as stream:
         lines = first_lines(stream)
@@ -204,7 +206,7 @@ def list_form(path: Path) -> str | TableForm | None:
 
 
 def list_items(path: Path) -> Iterator[object]:
-    """The items of a list one by one: dicts, as a rule; a Fault for a line that cannot be read."""
+    """The items of a list one by one, usually dicts; a Fault for a line that cannot be read."""
     form, number = list_form(path), 0
     try:
         with open_text(path) as stream:
@@ -229,7 +231,7 @@ def json_lines(stream: TextIO) -> Iterator[object]:
 
 
 def table_rows(path: Path, stream: TextIO, form: TableForm) -> Iterator[dict | Fault]:
-    """The rows of a CSV or TSV; a quote that is never closed costs one Fault, and the rows behind it."""
+    """The rows of a CSV or TSV; an unclosed quote gives one Fault and ends the table."""
     rows = csv_rows(stream, form.separator, quoted=form.is_quoted)
     header = [name.strip() for name in next(rows, [])]
     if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -251,9 +253,9 @@ def table_rows(path: Path, stream: TextIO, form: TableForm) -> Iterator[dict | F
 
 
 def json_items(stream: TextIO) -> Iterator[object]:
-    """The items of a JSON list, without the list in memory."""
+    """The items of a JSON list, without loading the whole list."""
     decoder, text = json.JSONDecoder(), stream.read(READ_CHARACTERS).lstrip()
-    position, number, size = 1, 0, READ_CHARACTERS  # behind the bracket
+    position, number, size = 1, 0, READ_CHARACTERS  # after the bracket
     while True:
         position = SEPARATORS.match(text, position).end()
         if text.startswith("]", position):
@@ -266,7 +268,7 @@ def json_items(stream: TextIO) -> Iterator[object]:
                 yield Fault(f"item {number}", f"the list is broken or cut off here ({error})")
                 return
             text, position = text[position:] + more, 0
-            size *= 2  # a long item is not begun anew for every megabyte of it
+            size *= 2  # so that a long item is not parsed again for every megabyte
             continue
         yield item
         position, number, size = end, number + 1, READ_CHARACTERS

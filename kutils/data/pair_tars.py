@@ -1,7 +1,7 @@
 """Reads pairs from webdataset's tars: files of one key follow each other, as `0001.jpg`, `0001.txt`, `0001.json`.
 
-`tarfile` and `webdataset` take 0.2 ms for the four files of a small pair, as long as all else that is done with it;
-reading the headers here takes 0.01 ms.
+`tarfile` and `webdataset` take 0.2 ms for the four files of a small pair, as long as all other work on it; reading the
+headers here takes 0.01 ms.
 """
 
 import functools
@@ -17,31 +17,31 @@ import numpy as np
 
 from kutils.data.pairs import EMBEDDING_KEYS, IMAGE_SUFFIXES, MOST_BYTES, PROMPT_KEYS, Fault, Keys, Pair, find_key
 
-BLOCK = 512  # of a tar
+BLOCK = 512  # bytes of a tar's block
 READ_BYTES = 1 << 20
 REGULAR, PAX, LONG_NAME = b"0\x007", b"x", b"L"  # types of members
-WITHOUT_CONTENT = b"123456Kg"  # links, devices and folders; K and g have content that says nothing about a file
+WITHOUT_CONTENT = b"123456Kg"  # links, devices and folders; the content of K and g is not about a file
 TEXTS = ("txt", "prompt", "prompt.txt", "text", "caption", "caption.txt")
 READ_SUFFIXES = IMAGE_SUFFIXES | {"txt", "prompt", "text", "caption", "json", "npy"}
 
 
 class TarError(ValueError):
-    """A tar that is cut off or damaged."""
+    """A truncated or damaged tar."""
 
 
 DAMAGES = (TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def open_tar(path: Path) -> BinaryIO:
-    """A tar, gzipped or not, to be read from its beginning."""
+    """Open a tar, gzipped or not, for sequential reading."""
     with path.open("rb") as stream:
         zipped = stream.read(2) == b"\x1f\x8b"
-    # no further buffer around gzip's: it would lose what comes before a cut
+    # no buffer around gzip's: it would lose the data before a truncation
     return gzip.open(path, "rb") if zipped else path.open("rb", READ_BYTES)
 
 
 def is_tar(header: bytes) -> bool:
-    """Whether a file begins as a tar: its first block names a file and carries its own sum."""
+    """Whether a file begins like a tar: its first block names a file and has a correct checksum."""
     return len(header) == BLOCK and header[0] > 0 and has_right_sum(header)
 
 
@@ -54,9 +54,9 @@ def has_right_sum(header: bytes) -> bool:
 
 
 def read_members(stream: BinaryIO, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
-    """Name and content of every file in a tar, in order; the content is None where it is not wanted, or too large.
+    """Name and content of every file in a tar, in order; the content is None if it is not wanted or too large.
 
-    Raises: TarError where the tar is cut off or damaged.
+    Raises: TarError if the tar is truncated or damaged.
     """
     long_name = long_size = None
     while True:
@@ -141,7 +141,7 @@ def skip(stream: BinaryIO, size: int) -> None:
 
 
 def read_tar(path: Path, keys: Keys) -> Iterator[Pair | Fault]:
-    """The pairs of one tar, in its order; the sample at which it is cut off is a fault."""
+    """The pairs of one tar, in order; if it is truncated, the incomplete sample is a fault."""
     asked = tuple(f".{name}" for name in (keys.prompt, keys.image, keys.embedding) if name)
 
     def is_wanted(name: str) -> bool:
@@ -171,7 +171,7 @@ def suffix_of(name: str) -> str:
 
 
 def split_sample(key: str, files: list[tuple[str, bytes | None]], keys: Keys) -> Iterator[Pair | Fault]:
-    """The pair of one key. Where names go on with dots, as `a.1.jpg`, `a.1.txt`, `a.2.jpg`, there are several."""
+    """The pair of one key, or several if names continue with dots, as in `a.1.jpg`, `a.1.txt`, `a.2.jpg`."""
     names = [name for name, _ in files]
     images = [name for name in names if suffix_of(name) in IMAGE_SUFFIXES]
     if keys.image:
@@ -194,7 +194,7 @@ def split_sample(key: str, files: list[tuple[str, bytes | None]], keys: Keys) ->
 
 
 def read_sample(key: str, files: dict[str, bytes | None], image: str, keys: Keys) -> Pair | Fault:
-    """The pair of files with one image, or what is wrong with them."""
+    """The pair in files with one image, or a fault."""
     if files[image] is None:
         return Fault(key, f"{image} has more than {MOST_BYTES:,} bytes")
     fields, embedding = {}, None
@@ -226,7 +226,7 @@ def read_sample(key: str, files: dict[str, bytes | None], image: str, keys: Keys
 
 
 def read_npy(content: bytes | None) -> np.ndarray:
-    """The numbers of an .npy file, flat; ValueError if it is none."""
+    """The numbers of an .npy file as a flat array; ValueError for other content."""
     if content is None or content[:6] != b"\x93NUMPY":
         raise ValueError("no NumPy file")
     length = 10 + int.from_bytes(content[8:10], "little") if content[6] == 1 else -1
@@ -241,7 +241,7 @@ def read_npy(content: bytes | None) -> np.ndarray:
 
 @functools.lru_cache(64)
 def read_npy_header(header: bytes) -> np.dtype:
-    """The type of an .npy file's numbers; all files of a source begin alike."""
+    """The dtype in an .npy file's header; cached, since all files of a source have the same header."""
     stream = io.BytesIO(header)
     try:
         np.lib.format.read_magic(stream)

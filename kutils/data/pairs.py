@@ -1,4 +1,4 @@
-"""Says what a pair of image and prompt from a source is, what its fields are called, and which pairs are wanted."""
+"""Defines a pair of image and prompt from a source, the names of its fields, and conditions to select pairs."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +11,8 @@ import numpy as np
 from kutils.prompts.table_forms import PROMPT_COLUMNS
 
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"))
-MOST_BYTES = 1 << 28  # of an image file, and of any file that is read whole: 256 MB
-# names of fields, looked for in this order, in any case
+MOST_BYTES = 1 << 28  # of an image file, and of any file that is read at once: 256 MB
+# names of fields, searched for in this order, ignoring case
 PROMPT_KEYS = (*PROMPT_COLUMNS, "txt", "p")
 IMAGE_KEYS = ("image", "image_path", "file_name", "filename", "image_file", "img", "img_path", "path", "file")
 EMBEDDING_KEYS = ("embs", "embedding", "embeddings", "emb", "prompt_embedding", "text_embedding")
@@ -33,15 +33,15 @@ class Pair(NamedTuple):
     """What a source holds under one key."""
 
     key: str
-    image: bytes | Path  # content of an image file, or where that lies
+    image: bytes | Path  # content of an image file, or its path
     prompt: object  # a text; None where there is none
-    fields: Mapping[str, object]  # what the source says besides: model, seed, nsfw, ...
-    embedding: np.ndarray | None  # of the prompt, as the source has it
-    prompt_key: str  # the field or file that the prompt is from
+    fields: Mapping[str, object]  # other fields of the source: model, seed, nsfw, ...
+    embedding: np.ndarray | None  # of the prompt, from the source
+    prompt_key: str  # the field or file of the prompt
 
 
 class Fault(NamedTuple):
-    """Why something in a source is no pair; without a key it is about the file."""
+    """Why something in a source is no pair; an empty key stands for the whole file."""
 
     key: str
     reason: str
@@ -49,16 +49,16 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Keys:
-    """Which of a source's fields are read; empty: the first known name that is there."""
+    """Which fields of a source to read; empty: the first known name that exists."""
 
     prompt: str = ""
     image: str = ""
     embedding: str = ""
-    image_root: str = ""  # folder that image paths are relative to; empty: that of the file that names them
+    image_root: str = ""  # base folder of relative image paths; empty: the folder of the file that names them
 
 
 def find_key(names: Iterable[str], known: Sequence[str], asked: str = "") -> str | None:
-    """The name that was asked for, or the first known one that is there, in any case; None where there is none."""
+    """The name that was asked for, or the first known one that exists, ignoring case; None if there is none."""
     if asked:
         return asked if asked in names else None
     lower = {name.lower(): name for name in names}
@@ -66,7 +66,7 @@ def find_key(names: Iterable[str], known: Sequence[str], asked: str = "") -> str
 
 
 def text_of(fields: Mapping[str, object], known: Sequence[str]) -> str:
-    """The value under the first known name, as a text; empty where there is none."""
+    """The value under the first known name, as a text; empty if there is none."""
     value = fields.get(find_key(fields, known))
     return "" if value is None or isinstance(value, (Mapping, list)) else str(value)
 
@@ -80,14 +80,14 @@ def list_keys(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Condition:
-    """A field and what it has to be."""
+    """A condition on a field."""
 
     key: str
     operator: str
     value: str
 
     def holds(self, fields: Mapping[str, object]) -> bool:
-        """Whether a pair is wanted; one without the field is not. Numbers are compared as numbers."""
+        """Whether a pair meets the condition; False without the field. Numbers are compared as numbers."""
         value = fields.get(self.key)
         if value is None:
             return False

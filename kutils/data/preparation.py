@@ -1,4 +1,4 @@
-"""Makes data sets ready for training (embeddings, folds), and summarises what they hold."""
+"""Makes data sets ready for training (embeddings, folds), and summarises their content."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ from kutils.runs.recipes import nearest
 from kutils.system import paths
 from kutils.system.tables import read_table
 
-GRAMMAR = "templates"  # the source that prompts of the grammar carry
-MOST_QUERIES = 2_000  # prompts whose nearest neighbours are looked up
+GRAMMAR = "templates"  # value of `source` for prompts of the grammar
+MOST_QUERIES = 2_000  # prompts whose nearest neighbours are searched for
 
 
 class PromptLists(NamedTuple):
@@ -43,7 +43,7 @@ def collect_prompts(
 
     Args:
         files: what `kutils sources` reads, separated by commas; empty: prompts of the grammar.
-        column: that holds the prompts; empty: the first of the usual names.
+        column: with the prompts; empty: the first of the usual names.
     Returns: the report of `collection.make_prompts_file`.
     Raises: ValueError, before anything is written.
     """
@@ -70,14 +70,14 @@ def prepare_datasets(
     *,
     refold: bool = False,
 ) -> dict:
-    """Embed the prompts of data sets and assign folds, where this has not been done.
+    """Embed the prompts of data sets and assign folds, if this has not been done.
 
-    Existing embeddings and folds are kept, also those from elsewhere. Embeddings of other prompts than the table's are
-    made again, if the record beside them says so.
+    Existing embeddings and folds are kept, also those from elsewhere. Embeddings are made again if their record says
+    that they are of other prompts.
 
     Args:
-        method: of `folds.assign_folds`; empty: its default for new folds, and any for those that are there.
-        refold: replace existing folds. Checkpoints of those can then no longer be refined.
+        method: of `folds.assign_folds`; empty: its default for new folds; existing folds of any method are accepted.
+        refold: replace existing folds. Checkpoints of the old folds can then no longer be refined.
     Returns: the report of the folds.
     Raises: ValueError naming file and row, or if the existing folds differ from those asked for.
     """
@@ -130,7 +130,7 @@ def matching_report(tsv_paths: Sequence[Path], settings: dict) -> dict:
 
 
 def report_on_folds(tsv_paths: Sequence[Path], threshold: float) -> dict:
-    """Measure what leaks between existing folds, whoever assigned them; nothing is written.
+    """Measure the leakage between existing folds, also those from elsewhere; nothing is written.
 
     Returns: a report as of `folds.assign_folds`.
     Raises: ValueError if a prompt is in two folds.

@@ -1,21 +1,21 @@
-"""Deals the rows of each epoch to the ranks: one image per prompt, drawn anew from seed and epoch."""
+"""Samples the rows of each epoch for all ranks: one random image per prompt, determined by seed and epoch."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-DRAWN_PROMPTS = 65_536  # prompts whose images are drawn at a time: all at once would take 24 MB
+DRAWN_PROMPTS = 65_536  # prompts whose images are drawn at a time: all together would take 24 MB
 WINDOW_BLOCKS = 32  # shards that an epoch mixes: 65,536 rows, 3 GB of images in the system's memory at 448 px
 
 
 class EpochSampler:
-    """One image per prompt and epoch, drawn from (seed, epoch): the same on every rank and for any number of them.
+    """One image per prompt and epoch, drawn from (seed, epoch): the same for any number of ranks.
 
     A prompt counts once over all data sets. The last, incomplete global batch of an epoch is left out. This is the
-    batch sampler of a data loader that lasts for all epochs: `set_epoch` chooses what the loader's next pass deals.
+    batch sampler of a data loader that is used for all epochs: `set_epoch` selects the epoch of its next pass.
 
     Args:
-        data: the data sets; its `prompt_codes` count.
+        data: the data sets, whose `prompt_codes` are used.
         rows: int, the training rows.
         global_batch_size: rows of one optimiser update.
         local_batch_size: rows of one forward pass on one rank.
@@ -50,7 +50,7 @@ class EpochSampler:
         """int32 [number of prompts]: the epoch's rows in the order in which they are trained on."""
         random = np.random.default_rng([self.seed, epoch])
         chosen = np.empty(self.num_prompts, np.int32)
-        for start in range(0, self.num_prompts, DRAWN_PROMPTS):  # the same numbers as of one call for all
+        for start in range(0, self.num_prompts, DRAWN_PROMPTS):  # the same random numbers as one call for all
             bounds = self.group_starts[start : start + DRAWN_PROMPTS + 1]
             offsets = random.integers(0, np.diff(bounds))
             chosen[start : start + DRAWN_PROMPTS] = self.grouped_rows[bounds[:-1] + offsets]
@@ -62,7 +62,7 @@ class EpochSampler:
         return chosen
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch that the next pass deals, and its first optimiser update."""
+        """Select the epoch of the next pass, and the optimiser update at which it starts."""
         self.epoch, self.first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""Makes shards of some rows of others: whole shards are linked, only those that lose rows are written anew."""
+"""Makes shards with a subset of other shards' rows: hard links of unchanged shards, new files for the others."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from kutils.system.tables import hash_prompts
 def link_rows(files: Sequence[tuple[Path, int]], keep: np.ndarray | None, folder: Path) -> list[int]:
     """Fill a folder with the kept rows of shards; returns the rows of each shard there.
 
-    Files that are there already stay: a call that was cut goes on.
+    Existing files are kept, which continues an interrupted call.
 
     Args:
         files: shards and their numbers of rows.
@@ -44,7 +44,7 @@ def link_rows(files: Sequence[tuple[Path, int]], keep: np.ndarray | None, folder
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name of a file; a copy where the disk knows no such thing."""
+    """Make a hard link of a file; a copy if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -53,10 +53,10 @@ def link(source: Path, target: Path) -> None:
 
 
 def write_record(folder: Path, rows: Sequence[int], images_sha256: str, encoding: dict) -> None:
-    """Say that a folder of linked or imported shards is whole.
+    """Write the record that marks a folder of linked or imported shards as complete.
 
     Args:
-        encoding: of their images: size, format and quality; empty where they are as they came.
+        encoding: size, format and quality of the images; empty if they were kept unchanged.
     """
     sizes = [shards.shard_path(folder, number).stat().st_size for number in range(len(rows))]
     record = {"version": shards.VERSION, "rows": sum(rows), "images_sha256": images_sha256, **encoding}
@@ -64,11 +64,11 @@ def write_record(folder: Path, rows: Sequence[int], images_sha256: str, encoding
 
 
 def take_shards(tsv_path: Path, keep: np.ndarray, target_path: Path, images: pa.ChunkedArray) -> None:
-    """Give a table of some rows of another one shards of its own, beside it; replaced if they are there.
+    """Make shards for a table that has a subset of another table's rows; existing ones are replaced.
 
     Args:
-        tsv_path: of the other one, whose shards are whole.
-        keep: bool [rows], which of its rows.
+        tsv_path: the other table, whose shards are complete.
+        keep: bool [rows of the other table], the subset.
     """
     source, target = shards.shards_folder(tsv_path), shards.shards_folder(target_path)
     record = paths.read_record(shards.record_path(source))

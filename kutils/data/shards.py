@@ -1,4 +1,4 @@
-"""Packs the images of a data set at the size of training into few large files, `input/<name>.shards/`.
+"""Packs the images of a data set at training size into few large files, `input/<name>.shards/`.
 
 `kutils shards input/<name>.tsv --size 448` writes them, and so does `kutils import --pack 448`. Training on `<name>`
 then reads them in place of the image files. Table, embeddings and folds stay as they are. A shard is a memory-mapped
@@ -88,14 +88,14 @@ class Shards:
         self.folder, self.starts = folder, list(starts)
         self.mapped = functools.lru_cache(MOST_OPEN)(self.map_shard)
 
-    def __reduce__(self):  # a process that is not forked maps the files itself
+    def __reduce__(self):  # a process that is not forked maps the files again
         return Shards, (self.folder, self.starts)
 
     def map_shard(self, number: int) -> tuple[pa.Array, np.ndarray | None]:
-        """The images of one shard, memory-mapped, and their checksums, which shards of before do not have."""
+        """The images of one shard, memory-mapped, and their checksums, which shards of earlier versions lack."""
         table = arrow.map_table(shard_path(self.folder, number))
         images = table["image"].chunk(0)
-        images.validate(full=True)  # an offset beyond the end would end the process
+        images.validate(full=True)  # an offset beyond the end would crash the process
         return images, table["crc32"].to_numpy() if "crc32" in table.column_names else None
 
     def read(self, row: int) -> bytes:
@@ -118,7 +118,7 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
     Args:
         images: string [rows], its image paths.
     Returns: None if the data set is not packed.
-    Raises: ValueError for shards that are not finished, of other rows, or not whole.
+    Raises: ValueError for shards that are unfinished, incomplete, or of other rows.
     """
     folder = shards_folder(tsv_path)
     if not folder.is_dir():
@@ -133,20 +133,20 @@ def open_shards(tsv_path: Path, images: pa.ChunkedArray) -> Shards | None:
         raise ValueError(f"{folder} holds other images than {tsv_path} names, or in another order: {advice}")
     for number, size in enumerate(record["shard_bytes"]):
         path = shard_path(folder, number)
-        if not path.is_file() or path.stat().st_size != size:  # reading beyond the end of a map ends the process
+        if not path.is_file() or path.stat().st_size != size:  # reading beyond the end of a map crashes the process
             raise ValueError(f"{path} is not there or not whole: {advice}")
     return Shards(folder, shard_starts(record))
 
 
 def shard_starts(record: dict) -> list[int]:
-    """First row of each shard. Imported shards differ in size: each holds the rows that one source file gave."""
+    """First row of each shard. Imported shards differ in size, since no shard spans two parts of the source."""
     if "shard_rows" in record:
         return np.cumsum([0, *record["shard_rows"]])[:-1].tolist()
     return list(range(0, record["rows"], ROWS_PER_SHARD))
 
 
 def have_no_files(tsv_path: Path) -> bool:
-    """Whether a table's images are in shards alone: an import wrote them there."""
+    """Whether a table's images exist only in shards, as after an import."""
     return "shard_rows" in (paths.read_record(record_path(shards_folder(tsv_path))) or {})
 
 
@@ -169,13 +169,13 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = None, progress: bool = True) -> Path:
-    """Write `<name>.shards/`, each shard whole or not at all, and its record last.
+    """Write `<name>.shards/`, each shard atomically, and the record last.
 
     A second call, after a kill or after images have changed, writes the shards that are missing or out of date. Until
     all are written, training refuses the data set.
 
     Args:
-        tsv_path: of the data set; embeddings and folds do not matter.
+        tsv_path: of the data set; it needs no embeddings or folds.
         num_workers: processes that encode; None: one per core.
     Returns: the folder.
     Raises: ValueError for a table or image that cannot be used, or existing shards of another encoding; OSError on a
@@ -201,7 +201,7 @@ def pack(tsv_path: Path | str, encoding: Encoding, *, num_workers: int | None = 
         one_thread = functools.partial(torch.set_num_threads, 1)
         for done in processes.run_jobs(write_shard, jobs, workers, prepare=one_thread):
             bar.update(done)
-    for path in set(folder.glob("*.arrow")) - set(written):  # of a longer table
+    for path in set(folder.glob("*.arrow")) - set(written):  # left from a longer table
         path.unlink()
     record = {"version": VERSION, "rows": len(images), "images_sha256": hash_prompts(images), **asdict(encoding)}
     paths.save_record(record_path(folder), record | {"shard_bytes": [path.stat().st_size for path in written]})
@@ -240,12 +240,12 @@ def write_images(
         checksums = np.array([zlib.crc32(image.as_buffer()) for image in images], np.uint32)
     columns = {"image": images, "crc32": pa.array(checksums, pa.uint32())}
     schema = arrow.with_facts(pa.schema({name: column.type for name, column in columns.items()}), facts)
-    # a shard is 90 MB, of which a process may want few images: each has its own checksum
+    # each image has its own checksum, since a process may read few images of a shard of 90 MB
     arrow.write_batches(path, schema, [pa.record_batch(list(columns.values()), schema=schema)], left_out=["image"])
 
 
 def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
-    """What identifies the content of a shard: the encoding, and the names, sizes and times of the image files.
+    """The facts that identify a shard's content: its encoding, and the names, sizes and times of the image files.
 
     Raises: FileNotFoundError for a missing image.
     """
@@ -255,11 +255,11 @@ def shard_facts(root: Path, names: Sequence[str], encoding: Encoding) -> dict:
 
 
 def is_packed(path: Path, names: Sequence[str], encoding: Encoding) -> bool:
-    """Whether a shard exists and is of these image files, unchanged; ValueError if it is of another encoding."""
+    """Whether a shard exists and is up to date with its image files; ValueError if it has another encoding."""
     try:
         facts = arrow.facts_of(arrow.map_table(path))
         expected = shard_facts(path.parent.parent, names, encoding)
-    except (OSError, ValueError):  # no such shard, or a missing image, which packing will name
+    except (OSError, ValueError):  # no shard, or a missing image, for which packing raises the error
         return False
     if not facts:  # written by something else
         return False
@@ -275,9 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`kutils shards`."""
     parser = argparse.ArgumentParser(
         prog="kutils shards",
-        description="Encode the images of data sets anew at the size of training, into few large files. Training on "
-        "NAME reads them in place of the image files as soon as NAME.shards is whole; delete that folder to undo it.",
-        epilog="A run that was stopped continues where it was. Validation reads the same images.",
+        description="Encode the images of data sets again at training size, into few large files. Training on NAME "
+        "reads them in place of the image files as soon as NAME.shards is complete; delete that folder to undo it.",
+        epilog="The same command continues after a stop. Validation reads the same images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="NAME.tsv", help="data sets")

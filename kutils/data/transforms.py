@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from kutils.system import fatal
 
-# the 5th-place solution's: half to all of the area, ratios near 1, jitter 0.05; no flip, as prompts say left and right
+# as in the 5th-place solution: half to all of the area, ratios near 1, jitter 0.05; no flip: prompts say left, right
 CROP = v2.RandomResizedCrop(size=1, scale=(0.5, 1.0), ratio=(0.9, 1.1))
 JITTER = v2.ColorJitter(brightness=0.05, contrast=0.05, saturation=0.05, hue=0.05)
 PNG_END = b"IEND\xaeB`\x82"  # a chunk without content, and its checksum
@@ -45,12 +45,13 @@ def decode_rgb(path: Path | str, read: Callable[[], bytes] | None = None) -> Ten
 def read_header(content: bytes, name: Path | str, formats: Sequence[str] | None = None) -> tuple[str, int, int]:
     """Format (a name of Pillow), width and height in pixels of an image file; nothing is decoded.
 
-    Pillow opens a WebP file by allocating all its pixels: 1.2 ms for 512 px, and 1 GB for a picture bomb.
+    WebP headers are parsed here, since Pillow allocates all pixels: 1.2 ms for 512 px, and 1 GB for a decompression
+    bomb.
 
     Args:
         name: of the image in messages.
-        formats: names of Pillow; None: all that it knows.
-    Raises: ImageError for no image of such a format.
+        formats: accepted formats (names of Pillow); None: all.
+    Raises: ImageError if it is no image of such a format.
     """
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP" and len(content) >= 30:
         kind = content[12:16]
@@ -85,13 +86,13 @@ def decode_bytes(data: bytes, name: Path | str) -> Tensor:
     """Decode the content of an image file.
 
     torchvision decodes JPEG (grey and CMYK too) and WebP, bit for bit as Pillow's `convert("RGB")`. Pillow decodes PNG,
-    the first frame of animated files, BMP and all else that it knows. EXIF orientation is ignored.
+    the first frame of animated files, BMP and other formats. EXIF orientation is ignored.
 
     Args:
         data: the content.
         name: of the image in messages.
     Returns: uint8 [3, H, W].
-    Raises: ImageError if it is empty, truncated, of no known format or of more than MOST_PIXELS, or if it has ended a
+    Raises: ImageError if it is empty, truncated, of no known format or of more than MOST_PIXELS, or if it has crashed a
         process before.
     """
     kind, width, height = read_header(data, name)
@@ -103,7 +104,7 @@ def decode_bytes(data: bytes, name: Path | str) -> Tensor:
 
 
 def has_right_sums(content: bytes) -> bool:
-    """Whether the chunks of a PNG file have the checksums that are written behind them."""
+    """Whether all chunks of a PNG file match their checksums."""
     start = 8
     while start + 12 <= len(content):
         length = int.from_bytes(content[start : start + 4], "big")
@@ -119,7 +120,7 @@ def has_right_sums(content: bytes) -> bool:
 
 def decode_content(data: bytes, name: Path | str, kind: str) -> Tensor:
     """Decode a file of a format (a name of Pillow) as `decode_bytes` does, whatever its size."""
-    # torchvision ends the process where the pixels of a PNG file are damaged (Pillow takes 1.3 times as long), and
+    # torchvision crashes on damaged pixels of a PNG file (Pillow takes 1.3 times as long), and
     # decodes all frames of a GIF file; what it refuses, Pillow may know, and its messages are better
     if kind in ("JPEG", "MPO", "WEBP"):
         with suppress(RuntimeError):
@@ -151,7 +152,7 @@ def resize_square(image: Tensor, size: int) -> Tensor:
 
 
 def random_crop_and_jitter(image: Tensor, size: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Crop an image at random, and draw its colour jitter; `key` alone decides, for any number of workers and ranks.
+    """Crop an image at random, and draw its colour jitter; the random numbers depend only on `key`.
 
     Args:
         image: uint8 [3, H, W].
@@ -181,7 +182,7 @@ def draw_augmentation(image: Tensor, key: tuple[int, ...]) -> tuple[dict, list[f
 
 @contextmanager
 def drawing_by(key: tuple[int, ...]) -> Iterator[None]:
-    """Let `key` alone decide what torchvision draws in the block; torch's generator is put back after it."""
+    """Seed torchvision's random numbers by `key` inside the block; torch's generator is restored afterwards."""
     generator = torch.default_generator  # the only one that torchvision draws from; torch.manual_seed would take 0.1 ms
     state = generator.get_state()
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -14,14 +14,14 @@ from kutils.system import paths
 from kutils.system.ranks import Ranks
 
 MOST_LISTED = 10  # bad rows, or unreadable images, in a message
-SAMPLE = 256  # of the images that an earlier run could decode; takes a second
+SAMPLE = 256  # images to decode if an earlier run could decode all; takes a second
 
 
 def check_validation_images(data: PromptImages, rows: np.ndarray, num_workers: int, ranks: Ranks) -> None:
-    """Decode the images of all rows, shared among ranks and workers; if an earlier run could decode them, a sample.
+    """Decode the images of all rows, shared among ranks and workers; only a sample if an earlier run decoded all.
 
-    A file below `working/cache/` records that all could be decoded. It no longer counts once a table, embeddings or
-    shards of the data have changed. (505,015 rows of 768 px take two processes 16 minutes.)
+    A file below `working/cache/` records that all could be decoded. It becomes invalid when a table, embeddings or
+    shards of the data change. (505,015 rows of 768 px take two processes 16 minutes.)
 
     Args:
         rows: int, the validation rows.
@@ -51,7 +51,7 @@ def check_validation_images(data: PromptImages, rows: np.ndarray, num_workers: i
 
 
 def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
-    """The file that records that all images of some rows could be decoded, and the facts for which that holds."""
+    """The file that records that the images of these rows could be decoded, and the facts that make it valid."""
     digest = hashlib.sha256(np.ascontiguousarray(rows, np.int64)).hexdigest()
     packed = [record_path(shards_folder(data.root / f"{name}.tsv")) for name in data.names]
     status = [[item.st_size, item.st_mtime_ns] for path in packed if path.is_file() for item in [path.stat()]]
@@ -60,6 +60,6 @@ def checked_record(data: PromptImages, rows: np.ndarray) -> tuple[Path, dict]:
 
 
 def forget_checked(data: PromptImages, rows: np.ndarray) -> None:
-    """Let the next run decode the images of all rows again."""
+    """Delete the record, so that the next run decodes all images again."""
     with contextlib.suppress(OSError):
         checked_record(data, rows)[0].unlink(missing_ok=True)

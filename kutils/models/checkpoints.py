@@ -17,8 +17,8 @@ from kutils.models.networks import PromptEmbedder, build_model
 from kutils.runs.recipes import HINTS, ConfigError, Recipe, from_values
 from kutils.system import checksums, paths
 
-HEADER_KEY = "kutils"  # of a safetensors file's metadata, which holds texts
-CHECKSUM_KEY = "sha256"  # likewise
+HEADER_KEY = "kutils"  # in a safetensors file's metadata, whose values are texts
+CHECKSUM_KEY = "sha256"  # in the same metadata
 # what the readers of damaged files raise
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError)
 UNREADABLE += (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -28,7 +28,7 @@ def save_checkpoint(path: Path, model: PromptEmbedder, recipe: Recipe, **facts) 
     """Write `{"model": weights, "recipe": ..., **facts}`, atomically, the weights in the published layout.
 
     Args:
-        path: replaced if it is there; the caller decides whether it may be.
+        path: an existing file is replaced; the caller checks whether it may be.
         model: on any device; weights are saved in float32 on the CPU.
         recipe: as resolved for the run.
         facts: fold, folds_hashes, epoch, cosine_similarity: plain values, so that `weights_only` loading takes them.
@@ -48,7 +48,8 @@ def save(path: Path, content: dict) -> None:
 
 
 def save_half(path: Path, content: dict) -> None:
-    """Write what `read` gave as float16 safetensors, half the size, with all beside the weights as JSON in its header.
+    """Write a checkpoint as `read` returns it to float16 safetensors, half the size; all but the weights is JSON in the
+    header.
 
     Raises: ValueError for a weight beyond float16's 65,504, naming it, or a full disk.
     """
@@ -79,7 +80,7 @@ def read_half(path: Path) -> dict:
 
 
 def hash_weights(weights: dict[str, torch.Tensor], facts: dict) -> str:
-    """Hex SHA-256 of all that a safetensors file holds."""
+    """Hex SHA-256 of the content of a safetensors file."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -88,7 +89,7 @@ def hash_weights(weights: dict[str, torch.Tensor], facts: dict) -> str:
 
 
 def read(path: Path) -> dict:
-    """Load a .pth or .safetensors checkpoint to the CPU, running no code in it; ValueError if it is not one."""
+    """Load a .pth or .safetensors checkpoint to the CPU without unpickling code; ValueError for another file."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
@@ -111,7 +112,7 @@ def read(path: Path) -> dict:
 
 
 def load_weights(model: PromptEmbedder, weights: dict, path: Path) -> None:
-    """Load weights of the published layout strictly; ValueError naming what is missing, left over or misshapen."""
+    """Load weights of the published layout strictly; ValueError naming missing, unexpected or misshapen tensors."""
     wide = "fc.weight" not in weights and "fc.0.weight" in weights
     if wide != isinstance(model.fc, nn.Sequential):
         kinds = {False: "one Linear, as published (head_width=0)", True: "two and a BatchNorm (head_width above 0)"}
@@ -141,7 +142,7 @@ def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder
 
     Args:
         path: a checkpoint written by `save_checkpoint`, or a published one, which carries no recipe.
-        recipe: None takes the checkpoint's own.
+        recipe: None: the checkpoint's own.
     Returns: the model in evaluation mode, its recipe, and the facts beside the weights (fold, folds_hashes, epoch,
         cosine_similarity).
     Raises: ValueError for a file that is not a checkpoint, has no recipe, or is of another network.
@@ -154,7 +155,7 @@ def load_model(path: Path, recipe: Recipe | None = None) -> tuple[PromptEmbedder
 
 
 def check_folds(facts: dict, fold: int, folds_hashes: dict[str, str], path: Path) -> bool:
-    """Refuse a checkpoint that has seen other folds than the data's: its training rows would be validation rows now.
+    """Refuse a checkpoint of other folds than the data's: rows that it has trained on could be validation rows now.
 
     Returns: False for a checkpoint that names no fold, such as a published one: its training rows are not known.
     Raises: ValueError naming the data set whose folds differ, or the fold.

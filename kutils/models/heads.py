@@ -1,4 +1,4 @@
-"""Selects the features of a backbone that the linear head sees, and builds that head."""
+"""Selects the features of a backbone that the head gets, and builds that head."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def num_features(backbone: nn.Module, head: str) -> int:
 
 
 def keeps_projection(backbone_name: str, head: str) -> bool:
-    """True if the head sees CLIP's projection, the backbone's own last layer, and not what lies before it.
+    """True if the head gets the output of CLIP's projection, the backbone's own last layer, and not its input.
 
     Raises: ValueError if the backbone has no such layer.
     """
@@ -42,7 +42,7 @@ def features(backbone: nn.Module, images: Tensor, head: str) -> Tensor:
 
 
 def strip_unused(backbone: nn.Module, head: str) -> None:
-    """Take out of the backbone what the head does not see: DDP would wait for it, checkpoints would hold it."""
+    """Remove layers of the backbone that the head does not use: DDP would wait for their gradients."""
     if head == "clip_projection":  # timm gives the projection a bias of zeros; CLIP has none
         backbone.get_classifier().register_parameter("bias", None)
     elif head in ("cls_only", "cls_avg"):  # tokens are taken before any final norm

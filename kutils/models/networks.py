@@ -1,4 +1,4 @@
-"""Builds the network of a recipe: timm backbone, head, and a unit vector, the prompt's embedding."""
+"""Builds the network of a recipe: timm backbone and head, whose output of unit length is the prompt's embedding."""
 
 from contextlib import nullcontext
 
@@ -18,9 +18,9 @@ class PromptEmbedder(nn.Module):
     Attributes:
         backbone: the timm model.
         fc: Linear to 384 without bias, or a wide head. (Both names are those of the published checkpoints.)
-        head: what of the backbone `fc` sees, `num_features` values.
+        head: key of the recipe that selects the features for `fc`, `num_features` values.
         held: BatchNorm layers that stay in evaluation mode.
-        lowest: parameters that are never trained, of the blocks that `freeze_blocks` counts.
+        lowest: parameters of the `freeze_blocks` lowest blocks, which are never trained.
     """
 
     def __init__(
@@ -48,13 +48,14 @@ class PromptEmbedder(nn.Module):
         self.unfreeze()
 
     def forward(self, images: Tensor, unit_rows: bool = True) -> Tensor:
-        """float32 [B, 3, S, S], normalised -> float32 [B, 384] (also under autocast), scaled to unit rows or not."""
+        """float32 [B, 3, S, S], normalised -> float32 [B, 384] (also under autocast), scaled to length 1 if
+        `unit_rows`."""
         with torch.no_grad() if self.frozen else nullcontext():
             features = self.features(images)
         return self.embed(features) if unit_rows else self.project(features)
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, S, S], normalised -> [B, C]: what the head sees."""
+        """float32 [B, 3, S, S], normalised -> [B, C]: the features that the head gets."""
         return heads.features(self.backbone, images, self.head)
 
     def project(self, features: Tensor) -> Tensor:
@@ -66,12 +67,12 @@ class PromptEmbedder(nn.Module):
         return F.normalize(self.project(features), dim=-1)
 
     def freeze_backbone(self) -> None:
-        """Train the head alone: no gradients in the backbone, and evaluation mode there even after `train()`."""
+        """Train only the head: the backbone has no gradients, and stays in evaluation mode even after `train()`."""
         self.frozen = True
         self.backbone.requires_grad_(False).eval()
 
     def unfreeze(self) -> None:
-        """Train the backbone too, but for its lowest blocks where `freeze_blocks` says so."""
+        """Train the backbone too, except its `freeze_blocks` lowest blocks."""
         self.frozen = False
         self.backbone.requires_grad_(True)
         for parameter in self.lowest:
@@ -90,8 +91,9 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
     """The network of a recipe, in float32 on the CPU.
 
     Args:
-        recipe: backbone, head and its width, input size, drop path, patch mode, pretrained, blocks that are frozen.
-        pretrained: False leaves the recipe's pretrained weights out, for a checkpoint that is loaded next.
+        recipe: its keys for backbone, head, input size, drop path, patch mode, pretrained weights and frozen blocks are
+        used.
+        pretrained: False skips the pretrained weights, if a checkpoint is loaded next.
     Raises: ValueError for a backbone that timm does not have, or pretrained weights that cannot be loaded.
     """
     check_backbone(recipe.backbone)
@@ -117,8 +119,8 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
 def stride_patches(vit: nn.Module, input_size: int) -> None:
     """Keep a ViT's token grid at a larger input by moving its patch window in larger steps, as published.
 
-    At 336 px a 14 px window moves by 21 px, so that 16 x 16 tokens see 44 % of the pixels. Needed to use weights
-    trained that way; `interpolated` sees all of them.
+    At 336 px a 14 px window moves by 21 px, so that 16 x 16 tokens cover 44 % of the pixels. Needed for weights that
+    were trained so; `interpolated` covers all pixels.
 
     Raises: ValueError if the input is no multiple of the grid, or smaller than the ViT's own.
     """

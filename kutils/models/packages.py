@@ -46,9 +46,9 @@ def load_packaged(name: str) -> dict[str, Tensor]:
     if model not in PACKAGES:
         raise ValueError(f"pretrained=package: no package holds weights of {name}, only of {', '.join(PACKAGES)}")
     content = torch.load(checked_file(PACKAGES[model]), map_location="cpu", weights_only=True)
-    with torch.device("meta"):  # for its names alone
+    with torch.device("meta"):  # only for the names
         names = timm.create_model(model).state_dict()
-    # the tensors stand in the same order; the file's hash is known, so that none can be missing
+    # both have the same order of tensors, and the file's hash proves that none is missing
     return dict(zip(names, content.values(), strict=True))
 
 

@@ -12,8 +12,8 @@ from kutils.models.networks import PromptEmbedder
 def resample_positions(model: PromptEmbedder, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Fit weights of the published layout to the model's token grid: bicubic, with antialiasing, by timm.
 
-    Returns: the weights, and what was done ("16 x 16 to 24 x 24 tokens"); as they were, and an empty text, for a grid
-        of the same size or a network without position embeddings.
+    Returns: the weights, and what was done ("16 x 16 to 24 x 24 tokens"). If the grid has the same size, or the
+        network has no position embeddings: the same weights, and an empty text.
     """
     name = published.published_names(model).get("backbone.pos_embed")
     own, value = getattr(model.backbone, "pos_embed", None), weights.get(name)
@@ -23,7 +23,7 @@ def resample_positions(model: PromptEmbedder, weights: dict[str, Tensor]) -> tup
     others = own.shape[1] - rows * columns  # class and register tokens, which stand first
     side = math.isqrt(max(value.shape[-2] - others, 0))
     if value.shape[-1] != own.shape[-1] or side < 1 or side * side + others != value.shape[-2]:
-        return weights, ""  # of another network, as loading will say
+        return weights, ""  # of another network: loading raises the error
     tokens = value.reshape(1, *value.shape[-2:])
     tokens = resample_abs_pos_embed(tokens, (rows, columns), (side, side), num_prefix_tokens=others)
     done = f"{side} x {side} to {rows} x {columns} tokens"

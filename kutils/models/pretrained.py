@@ -28,7 +28,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def check_backbone(name: str) -> None:
-    """Raise ValueError, naming what is near, for a backbone or weights tag that timm does not have."""
+    """Raise ValueError, naming similar ones, for a backbone or weights tag that timm does not have."""
     model, tag = split_model_name_tag(name)
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
     if not timm.is_model(model):
@@ -48,8 +48,8 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
         weights: True from the hub, False random, `package` from an installed package, else the path of a file or of a
             folder that holds `<name>.safetensors` (.pth, .pt, .bin). A file may hold timm's names or a whole open_clip
             model; position embeddings of another resolution are resampled, both by timm.
-        keep_projection: keep the weights' own last layer (CLIP's projection); else it is taken off.
-    Raises: ValueError for weights that cannot be had or are not wholly this network's.
+        keep_projection: keep the weights' own last layer (CLIP's projection); else it is removed.
+    Raises: ValueError for weights that cannot be loaded or do not fit this network exactly.
     """
     source = get_pretrained_cfg(name)
     if weights is False:
@@ -63,7 +63,7 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
         overlay = {}
         if state is not None:
             overlay = {"state_dict": state, "num_classes": count_classes(state, source)}
-        # with the weights' own number of classes: with another, timm would not mind weights of a wholly other network
+        # with the weights' own number of classes: with another, timm would accept weights of another network
         classes = overlay.get("num_classes", source.num_classes)
         backbone = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
@@ -85,7 +85,7 @@ def create_backbone(name: str, weights: bool | str, keep_projection: bool, **opt
 
 
 def count_classes(weights: dict[str, Tensor], source: PretrainedCfg) -> int:
-    """Rows of the last layer in a weights file; 0 where it has none. open_clip's last layer is CLIP's projection."""
+    """Rows of the last layer in a weights file; 0 if it has none. open_clip's last layer is CLIP's projection."""
     last = weights.get(f"{source.classifier}.weight")
     if last is not None:
         return len(last)
@@ -109,7 +109,7 @@ def find_weights(path: Path, name: str) -> Path:
 
 
 def download(folder: Path, name: str) -> Path:
-    """Fetch one backbone's weights from the hub as `<folder>/<name>.safetensors`; a file that is there is kept.
+    """Download one backbone's weights from the hub as `<folder>/<name>.safetensors`; an existing file is kept.
 
     Raises: ValueError if the backbone has no weights on the hub, or the hub cannot be reached.
     """
@@ -130,7 +130,8 @@ def download(folder: Path, name: str) -> Path:
 
 
 def wanted_backbones(models: list[str]) -> dict[str, list[str]]:
-    """Backbone -> models: of the stage-1 recipes that start from the hub's weights, or of the named ones.
+    """Backbone -> models that use it: those with a stage-1 recipe that starts from the hub's weights, or the named
+    ones.
 
     Raises: ConfigError for a model without a recipe.
     """
@@ -149,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kutils pretrained",
         description="Download the pretrained weights of the recipes into a folder, for training without network: "
-        "there, pretrained=FOLDER takes each recipe's own file from it. Files that are there are kept.",
+        "there, pretrained=FOLDER takes each recipe's own file from it. Existing files are kept.",
     )
-    parser.add_argument("folder", type=Path, help="made if it is not there")
+    parser.add_argument("folder", type=Path, help="folder for the weights; made if missing")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="models of conf/ (default: all that need weights)")
     arguments = parser.parse_args(argv)
     for backbone, models in wanted_backbones(arguments.models).items():

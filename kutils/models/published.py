@@ -1,8 +1,8 @@
 """Converts weights to and from the published layout, which uses open_clip's names for the backbone.
 
 The 5th-place solution trained open_clip's networks and saved them under open_clip's names; timm builds the same
-networks under other names. Checkpoints here carry the published names, so that either side reads the other's files.
-EVA02, which was timm's there too, and networks that were not published keep timm's names.
+networks under other names. Checkpoints here use the published names, so that both codes read each other's files. EVA02,
+which the published code took from timm, and unpublished networks keep timm's names.
 """
 
 import re
@@ -53,7 +53,7 @@ def translate(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def to_published_shape(name: str, value: Tensor) -> Tensor:
-    """A tensor as it stands under its published name: a view of `value`."""
+    """A tensor in the shape that it has under its published name: a view of `value`."""
     match name.removeprefix("backbone."):
         case "class_embedding":
             return value[0, 0]  # timm [1, 1, C]
@@ -65,7 +65,7 @@ def to_published_shape(name: str, value: Tensor) -> Tensor:
 
 
 def to_published(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights in the published layout, float32 on the CPU: what the published code loads strictly.
+    """The model's weights in the published layout, float32 on the CPU, which the published code loads strictly.
 
     BatchNorm's counts stay whole numbers: as float16 of a packed file they could not be above 65,504.
 
@@ -83,7 +83,7 @@ def to_published(model: nn.Module) -> dict[str, Tensor]:
 
 
 def differences(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """How published weights differ from the model's: missing, left over or of another shape; empty if they fit."""
+    """How published weights differ from the model's: missing, unexpected or of another shape; empty if they fit."""
     names = published_names(model)
     shapes = {names[name]: to_published_shape(names[name], value).shape for name, value in model.state_dict().items()}
     mismatches = [f"lacks {name}" for name in shapes if name not in weights]

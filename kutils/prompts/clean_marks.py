@@ -17,14 +17,14 @@ def write_clean_mark(tsv_path: Path, clean: np.ndarray, folds_hash: str) -> None
 
     Args:
         clean: bool [rows].
-        folds_hash: of the assignment of folds that the mark belongs to.
+        folds_hash: hash of the fold assignment that the mark belongs to.
     """
     with paths.atomic_path(clean_mark_path(tsv_path)) as temporary:
         np.savez(temporary, clean=clean, folds_hash=np.array(folds_hash))
 
 
 def read_clean_mark(tsv_path: Path, num_rows: int, folds_hash: str) -> np.ndarray | None:
-    """bool [num_rows], the mark beside a table.
+    """Read the mark beside a table: bool [num_rows].
 
     Returns: None if there is no mark, if it is damaged, or if it belongs to another assignment of folds.
     """

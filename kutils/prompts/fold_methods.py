@@ -17,8 +17,8 @@ from kutils.prompts.similarity import SimilarPairs
 from kutils.prompts.stratified import folds_by_strata, topics_of
 
 FOLD_METHODS = ("stratified", "partition", "components", "leader", "kmeans")
-CUTTING = FOLD_METHODS[:2]  # methods that cut the graph where they must
-MOST_UNEVEN = 0.2  # by which sizes of stratified folds may differ from their mean
+CUTTING = FOLD_METHODS[:2]  # methods that may cut groups of similar prompts
+MOST_UNEVEN = 0.2  # largest relative deviation of a stratified fold's size from the mean
 
 
 def assign(
@@ -67,9 +67,9 @@ def cut_evenly(
     seed: int,
     strata: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """Assign folds by one of CUTTING, or by the other one where the first fails; arguments as for `folds_by_strata`.
+    """Assign folds by one of CUTTING, or by the other one if it fails; arguments as for `folds_by_strata`.
 
-    Stratified folds are uneven where groups nearly as large as a fold stay whole; a partition cuts these. A partition
+    Stratified folds can be uneven if groups nearly as large as a fold stay whole; a partition cuts these. A partition
     of few prompts can leave a fold empty.
     """
     by_partition = partial(folds_by_partition, num_rows, pairs, num_folds, seed)
@@ -83,7 +83,7 @@ def cut_evenly(
 
 
 def heavy_prompts(num_rows: np.ndarray, num_folds: int) -> list[int]:
-    """The prompts, heaviest first, that have more rows than an even share of the folds that heavier ones leave."""
+    """The prompts, heaviest first, with more rows than a fold's even share of what heavier prompts leave over."""
     heavy, rows_left = [], int(num_rows.sum())
     for prompt in np.argsort(-num_rows, kind="stable")[: num_folds - 1].tolist():
         if num_rows[prompt] * (num_folds - len(heavy)) <= rows_left:
@@ -94,7 +94,7 @@ def heavy_prompts(num_rows: np.ndarray, num_folds: int) -> list[int]:
 
 
 def among(some: np.ndarray, pairs: SimilarPairs, num_prompts: int) -> SimilarPairs:
-    """The pairs between some of the prompts (int, ascending), which are numbered in their order."""
+    """The pairs between some of the prompts (int, ascending), renumbered by their position in `some`."""
     number = np.full(num_prompts, -1)
     number[some] = np.arange(len(some))
     inside = (number[pairs.first] >= 0) & (number[pairs.second] >= 0)

@@ -37,11 +37,11 @@ def assign_folds(
     """Assign folds to the prompts of all files together, and write the fold columns in place.
 
     For each file, the previous table becomes `<name>.tsv.bak`, `<name>.clean.npz` marks the rows without a similar
-    prompt in another fold, and `<name>.folds.json` holds the report. The reports are removed first and written last:
-    after a kill there are none, `read_fold_report` says so, and the same call completes the work.
+    prompt in another fold, and `<name>.folds.json` holds the report. Old reports are removed first and new ones written
+    last. So after a kill there are none; `read_fold_report` says so, and the same call completes the work.
 
     Args:
-        tsv_paths: data sets, or prompts files (which get a column `fold`), with their .npy beside them.
+        tsv_paths: data sets, or prompts files (which get a column `fold`), each with its .npy file.
         threshold: cosine from which prompts are similar, in (0, 1].
         num_folds: 2 to 10; None: 10, or the existing number with `keep`.
         method: one of FOLD_METHODS. stratified cuts groups of similar prompts into parts, so that every fold has its
@@ -49,7 +49,7 @@ def assign_folds(
         seed: of stratified, partition and kmeans.
         keep: assign folds only to prompts without one (-1); the others stay where they are.
         device: auto, cpu or cuda; without effect if ranks are given.
-        ranks: search for similar pairs together; the main one does all else.
+        ranks: share the search for similar pairs; the main rank does everything else.
     Returns: the report, with the folds hash of every file; None on ranks other than the main one.
     Raises: ValueError, before anything is written.
     """
@@ -86,14 +86,14 @@ def assign_folds(
 
 
 def describe_folds(distinct: DistinctPrompts, folds: np.ndarray, pairs: SimilarPairs, num_folds: int) -> dict:
-    """What leaks between folds (int8 [distinct]) and how far each is from all rows, with warnings, ready for JSON."""
+    """The leakage between folds (int8 [distinct]), each fold's distance from all rows, and warnings, ready for JSON."""
     strata = dict(zip(STRATA, (distinct.sources, topics_of(distinct.embeddings)), strict=True))
     report = leakage_report(folds, distinct.num_rows, pairs, num_folds, strata)
     return report | {"warnings": report_warnings(report)}
 
 
 def heavy_warnings(distinct: DistinctPrompts, folds: np.ndarray, num_folds: int) -> list[str]:
-    """A line for each prompt that has a fold of its own because its rows are more than an even share."""
+    """A warning for each prompt with more rows than a fold's even share, which therefore has a fold of its own."""
     share = distinct.num_rows / distinct.num_rows.sum()
     return [
         f"fold {folds[prompt]} holds one prompt alone, {quoted(distinct.prompts[prompt].as_py())}: it has "
@@ -120,7 +120,7 @@ def extend_once(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Give folds to new prompts, and save the result before the first table is written.
 
-    After a kill between two tables some new prompts already have folds. The next call then finds here which prompts
+    If a kill comes between two tables, some new prompts already have folds. The next call then reads here which prompts
     were new, and continues with the same result.
 
     Args:
@@ -132,7 +132,7 @@ def extend_once(
         try:
             saved = checksums.read_arrays(path, ("former", "folds"))
             first, folds = saved["former"], saved["folds"]
-        except ValueError as error:  # the folds that were written already are kept
+        except ValueError as error:  # folds in the tables are kept
             print(f"warning: {error}; prompts that have no fold yet are assigned anew", flush=True)
             first = folds = previous[:0]
         if (
@@ -163,7 +163,7 @@ def write_folds(distinct: DistinctPrompts, folds: np.ndarray, clean: np.ndarray,
         clean_mark_path(path).unlink(missing_ok=True)
     for path, table in distinct.tables.items():
         codes = distinct.codes[path]
-        if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # otherwise the older .bak stays
+        if not np.array_equal(table["fold"].to_numpy(), folds[codes]):  # unchanged folds keep the older .bak
             with paths.atomic_path(path.with_name(path.name + ".bak")) as temporary:
                 shutil.copy2(path, temporary)
             column = pa.array(folds[codes])
@@ -199,7 +199,7 @@ def read_fold_report(tsv_path: Path | str) -> dict:
 
 
 def kept_method(tsv_paths: Sequence[Path], otherwise: str) -> str:
-    """The method by which the folds that are there were assigned, if a report says so."""
+    """The method of the existing folds according to their report, else `otherwise`."""
     for path in tsv_paths:
         try:
             return read_fold_report(path)["method"]
@@ -229,11 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--method",
         choices=FOLD_METHODS,
         default=FOLD_METHODS[0],
-        help="stratified: every fold has its share of each source and topic; partition: least leaks; the others never "
-        "cut a group of similar prompts",
+        help="stratified: every fold has its share of each source and topic; partition: least leakage; the others "
+        "never cut a group of similar prompts",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of stratified, partition and kmeans")
-    parser.add_argument("--keep", action="store_true", help="leave folds as they are, and add the prompts without one")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of stratified, partition and kmeans")
+    parser.add_argument("--keep", action="store_true", help="keep existing folds, and assign only prompts without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)
     ranks = join_workers(args.device)

@@ -21,8 +21,8 @@ from kutils.prompts.table_forms import (
 from kutils.system.text_files import CUT_OFF, csv_rows, open_text
 
 PARQUET_ROWS = 10_000  # in memory at a time
-EXPECTED = ("rejected caption", "precanned caption")  # marks of VizWiz: such captions are dropped without an error
-COUNTED_ENTRIES = 100_000  # behind a flaw, to say how many have one
+EXPECTED = ("rejected caption", "precanned caption")  # flags of VizWiz: captions with them are dropped without an error
+COUNTED_ENTRIES = 100_000  # examined after the first flaw, to count the flawed ones
 
 
 def source_entry(number: int, value: object) -> SourceEntry:
@@ -99,13 +99,13 @@ def tab_separated(stream: TextIO, first_number: int, num_columns: int, index: in
 def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
     """Separated by commas, semicolons, bars or tabs, with a header and standard quoting.
 
-    The number of an entry with line breaks is its last line.
+    An entry with line breaks has the number of its last line.
 
-    Python's reader names the line of an error. Those of Arrow and pandas cannot, after a value with a line break or a
-    bad byte.
+    This is Python's reader, since it names the line of an error. Arrow and pandas cannot, after a value with a line
+    break or a bad byte.
 
-    Raises: ValueError for a quote that is never closed correctly, even if bad lines are skipped: it cannot be known
-        which of the lines inside it are good.
+    Raises: ValueError for an unclosed quote, even if bad lines are skipped: nothing says which lines inside it are
+        good.
     """
     with open_text(path) as stream:
         names = [column.strip().lower()] if column else PROMPT_COLUMNS
@@ -138,13 +138,13 @@ def read_csv(path: Path, column: str | None) -> Iterator[SourceEntry]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column's type is one of Arrow's for texts, or a dictionary of such."""
+    """Whether a column's type is one of Arrow's string types, or a dictionary of strings."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def parquet_entries(path: Path, column: str | None) -> Iterator[SourceEntry]:
-    """Parquet: a column of texts in any of Arrow's types, or of bytes that are UTF-8."""
+    """Parquet: a column of any of Arrow's string types, or of UTF-8 bytes."""
     try:
         table = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -185,7 +185,7 @@ def read_jsonl(path: Path, column: str | None) -> Iterator[SourceEntry]:
 
 
 def read_json_list(path: Path, column: str | None) -> Iterator[SourceEntry]:
-    """A JSON list of objects with the key, or of texts; or an object with such a list, `annotations`, as of COCO.
+    """A JSON list of objects with the key, or of texts; or an object with such a list under `annotations`, as in COCO.
 
     The file is read whole.
     """
@@ -263,7 +263,7 @@ def read_source(
 
 
 def describe_source(path: Path, *, column: str | None = None, source_format: str = "auto", **_) -> str:
-    """How `read_source` reads a file, where its name does not say that; empty otherwise, and for what it refuses."""
+    """How `read_source` reads a file, if its name does not tell; empty if it does, or if the file is refused."""
     try:
         source_format = recognise_format(path, column) if source_format == "auto" else source_format
         return describe_form(path, source_format, column)
@@ -276,12 +276,12 @@ def is_bad(entry: SourceEntry) -> bool:
 
 
 def advise(first: SourceEntry, others: Iterator[SourceEntry], num_entries: int, source_format: str) -> str:
-    """What to do about an entry with a flaw, by how many others have one: most of a file is hardly flawed."""
+    """Advice about an entry with a flaw: if most entries have one, the file is probably read in the wrong format."""
     num_bad = 1
     try:
         for entry in islice(others, COUNTED_ENTRIES):
             num_entries, num_bad = num_entries + 1, num_bad + is_bad(entry)
-    except (ValueError, *CUT_OFF):  # another fault further on
+    except (ValueError, *CUT_OFF):  # a fault of the file further on
         pass
     correct = "convert the file: iconv -f CP1252 -t UTF-8" if first.flaw == "not UTF-8" else "correct it"
     if num_bad > 1 and num_bad > num_entries // 2:

@@ -1,6 +1,6 @@
 """Makes prompts from a grammar like the competition's, or joins two prompts of different topics.
 
-Not for the built-in renderer, whose prompts have to be drawable: those are of `kutils.generation.shapes`.
+The built-in renderer cannot draw these prompts; `kutils.generation.shapes` makes those that it can draw.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SKEW = 2.2  # word floor(n * u**SKEW) of n is drawn, u uniform: the first tenth 
 SLOT = re.compile(r"\{(\w+)(:s)?\}")
 ARTICLE = re.compile(r"@ (\w+)")
 JOINS = ("{} and {}", "{}, next to {}", "{} beside {}", "{} with {}", "{}, {}", "{}, near {}")
-JOINED_WORDS = 20  # of each of two prompts that are joined, at most: CLIP could not read two long ones
+JOINED_WORDS = 20  # most words of a prompt to join: CLIP would truncate two long ones
 ENDS = " .,;:!-"
 
 
@@ -95,8 +95,8 @@ def join_prompts(
 ) -> list[str]:
     """Join pairs of prompts of different topics to new prompts: "X and Y", "X, next to Y", ...
 
-    Topics are clusters of the embeddings (mini-batch k-means). Not used are prompts of more than JOINED_WORDS, and
-    prompts that differ from an earlier one in case or punctuation alone (`prompt_key`). The same input and seed give
+    Topics are clusters of the embeddings (mini-batch k-means). Prompts of more than JOINED_WORDS words are not used,
+    nor those that differ from an earlier one only in case or punctuation (`prompt_key`). The same input and seed give
     the same prompts, and a longer list begins with the shorter one.
 
     Args:
@@ -104,7 +104,7 @@ def join_prompts(
         embeddings: float32 [n, D], their unit rows.
         num_clusters: number of topics, at least 2.
     Returns: distinct prompts.
-    Raises: ValueError for sizes that do not fit, or where so many prompts cannot be made of the pairs there are.
+    Raises: ValueError for sizes that do not fit, or if there are too few pairs for `count` prompts.
     """
     first_row = {}
     for row, prompt in enumerate(prompts):
@@ -172,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     unset = {"default": argparse.SUPPRESS}
     parser.add_argument("--count", type=positive, required=True, **unset, help="number of prompts")
-    parser.add_argument("--seed", type=int, default=0, help="other prompts with another seed")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--output", type=Path, required=True, metavar="PROMPTS.tsv", **unset, help="to write")
     parser.add_argument("--name", **unset, help="for the column `source` (default: templates, or joined)")
     parser.add_argument("--join", type=Path, metavar="PROMPTS.tsv", **unset, help="join prompts of this file instead")
     parser.add_argument("--clusters", type=int, **unset, help="topics among the prompts to join (default: 100)")
-    parser.add_argument("--overwrite", action="store_true", help="write over other content of the output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output with other content")
     args = parser.parse_args(argv)
     given = vars(args)
     if "clusters" in given and "join" not in given:

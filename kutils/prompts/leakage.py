@@ -1,4 +1,4 @@
-"""Reports how far similar prompts are in different folds, and how much the folds look like each other."""
+"""Reports how many similar prompts are in different folds, and how much folds differ in sources and topics."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import numpy as np
 from kutils.prompts.partition import groups_by_components, leaked_prompts
 from kutils.prompts.similarity import SimilarPairs
 
-STRATA = ("source", "topic")  # of prompts: of which every fold should have its share
+STRATA = ("source", "topic")  # properties of prompts that should be balanced over folds
 LARGE_LEAK = 0.25  # share of leaked prompts from which the report warns
 
 
@@ -24,7 +24,7 @@ def leakage_report(
         folds: int8 [prompts].
         num_rows: int [prompts], rows of the data sets that hold the prompt.
         strata: name -> int [prompts], such as the `source` of each; folds get a `source_distance`, see `distances`.
-    Returns: numbers ready for JSON; every `_share` is of prompts, except `rows_share` and `edges_cut_share`.
+    Returns: numbers ready for JSON; every `_share` is a share of prompts, except `rows_share` and `edges_cut_share`.
     """
     num_prompts, num_edges = len(folds), len(pairs.first)
     leaked = leaked_prompts(folds, pairs)

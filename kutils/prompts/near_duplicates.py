@@ -1,4 +1,4 @@
-"""Leaves near-duplicates out of a list of prompts: those close to a prompt that was kept before."""
+"""Leaves near-duplicates out of a list of prompts: prompts that are similar to an earlier one that is kept."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from kutils.system.output import quoted
 from kutils.system.ranks import Ranks, join_workers
 from kutils.system.tables import holds, read_table, write_table
 
-MOST_EXAMPLES = 3  # of near-duplicates in a report
+MOST_EXAMPLES = 3  # near-duplicates shown in a report
 
 
 def greedy_leaders(num_prompts: int, pairs: SimilarPairs) -> np.ndarray:
@@ -59,27 +59,28 @@ def deduplicate(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """Choose prompts of which no two have cosine >= threshold; every other prompt is that close to a chosen one.
+    """Choose prompts such that no two of them have cosine >= threshold, and every other prompt has it with a chosen
+    one.
 
-    Prompts that are added later change nothing: choosing from A, and then from B with the choice of A as `kept`, gives
+    Adding prompts later gives the same result: choosing from A, and then from B with the choice of A as `kept`, chooses
     the same prompts as choosing from A and B together.
 
     Args:
         embeddings: float32 [n, D], unit rows.
         threshold: in (0, 1].
         kept: float32 [m, D], prompts chosen earlier, which stay; prompts close to one of them are left out.
-        priority: int [n]: prompts with smaller numbers are considered first, equal numbers in row order. None: all in
-            row order.
-        device: as in `similar_pairs`, like ranks and progress.
-    Returns: int64 [n]. A chosen prompt has m + its own row. Another one has the prompt that it resembles: a row of
-        `kept`, or m + a row of `embeddings`. Valid on the main rank; on the others all prompts count as chosen.
+        priority: int [n]: prompts are considered in ascending order of these numbers, then of rows. None: in row order.
+        device, ranks, progress: as in `similar_pairs`.
+    Returns: int64 [n], for each prompt the chosen prompt that it resembles: a row of `kept`, or m + a row of
+        `embeddings`; for a chosen prompt m + its own row. Valid on the main rank; on the others all prompts count as
+        chosen.
     Raises: ValueError for a threshold out of range, or a row that is not finite or not of unit length.
     """
     ranks = ranks or Ranks(0, 1, pick_device(device))
     num_kept = 0 if kept is None else len(kept)
     order = np.arange(len(embeddings)) if priority is None else np.argsort(priority, kind="stable")
     options = {"ranks": ranks, "progress": progress}
-    with ExitStack() as stack:  # keeps the strips of both searches until both are done
+    with ExitStack() as stack:  # keeps the files of both searches until both are done
         folder = stack.enter_context(strips_folder(embeddings, threshold, ranks=ranks))
         within = renumber(similar_pairs(embeddings, threshold, folder=folder, **options), order)
         first, second, cosine = within.first + num_kept, within.second + num_kept, within.cosine
@@ -120,14 +121,14 @@ def deduplicate_table(
         kept_path: for the prompts without near-duplicates.
         rest_path: for all others.
         threshold: cosine from which prompts are near-duplicates, in (0, 1].
-        against: prompts files of earlier calls. They stay as they are, and what resembles their prompts is left out.
+        against: prompts files of earlier calls. They are not changed, and prompts that resemble theirs are left out.
         priority: sources (values of the column `source`) whose prompts are considered first, in this order; the other
             sources follow. Empty: the order of the rows.
         dtype: of the embedding, as in `embed_table`.
         device: auto, cpu or cuda; without effect if ranks are given.
-        ranks: search for similar pairs together.
-    Returns: kept and rest, numbers of prompts; examples, pairs of a prompt that is left out and the one that it
-        resembles; sources, name -> [kept, rest], if there is that column. None on ranks other than the main one.
+        ranks: share the search for similar pairs.
+    Returns: numbers `kept` and `rest` of prompts; `examples`, pairs of a prompt that is left out and the one that it
+        resembles; `sources`, name -> [kept, rest], if the table has this column. None on ranks other than the main one.
     Raises: ValueError, before anything but embeddings is written.
     """
     check_threshold(threshold)
@@ -174,7 +175,7 @@ def write_parts(
         if Path(path).exists() and path not in finished and not overwrite:
             raise ValueError(f"{path} is there already, with other prompts; delete it, or give --overwrite")
     for path, part in parts.items():
-        if path not in finished:  # a finished one may have folds by now
+        if path not in finished:  # a finished file may have got folds since
             write_table(path, part)
 
 
@@ -199,7 +200,7 @@ def dedup_report(table: pa.Table, keep: np.ndarray, leaders: np.ndarray, earlier
 
 
 def rank_sources(table: pa.Table, priority: Sequence[str], tsv_path: Path | str) -> np.ndarray:
-    """int32 [rows]: the place of each row's source in `priority`, the number of these for other sources.
+    """int32 [rows]: the position of each row's source in `priority`; len(priority) for other sources.
 
     Raises: ValueError for a source that no row has.
     """
@@ -227,17 +228,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     unset = {"default": argparse.SUPPRESS}
-    parser.add_argument("file", type=Path, metavar="PROMPTS.tsv", help="prompts file, the most wanted first")
+    parser.add_argument("file", type=Path, metavar="PROMPTS.tsv", help="prompts file, in order of preference")
     parser.add_argument("--threshold", type=float, default=0.9, help="cosine from which prompts are near-duplicates")
-    for name, text in (("--kept", "one of each neighbourhood"), ("--rest", "all others")):
+    for name, text in (("--kept", "without near-duplicates"), ("--rest", "the near-duplicates")):
         parser.add_argument(name, type=Path, required=True, **unset, help=f"prompts file to write: {text}")
-    against = "prompts files kept earlier: leave out what resembles one of theirs"
+    against = "prompts files of earlier calls: leave out prompts that resemble one of theirs"
     parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="KEPT.tsv", help=against)
-    priority = "sources whose prompts come before those of others"
+    priority = "sources whose prompts are considered first"
     parser.add_argument("--priority", nargs="+", default=[], metavar="SOURCE", help=priority)
-    dtype = "of the embedding, where it is still to be made"
+    dtype = "precision of the encoder, if the prompts are not embedded yet"
     parser.add_argument("--dtype", default="float32", choices=ENCODER_DTYPES, help=dtype)
-    parser.add_argument("--overwrite", action="store_true", help="write over other prompts in these two")
+    parser.add_argument("--overwrite", action="store_true", help="replace --kept and --rest files with other prompts")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     args = parser.parse_args(argv)
     ranks = join_workers(args.device)

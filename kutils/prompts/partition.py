@@ -1,8 +1,8 @@
-"""Splits prompts into folds that keep similar prompts together, and measures what still leaks.
+"""Splits prompts into folds that keep similar prompts together, and finds prompts that still leak.
 
 Folds that keep similar prompts together (cosine >= 0.7 in the published recipe) make validation honest. But chains of
-similar captions connect up to half of all real prompts to one component, which would not fit one fold. A balanced
-partition of the graph of similar prompts cuts a few edges; the report counts their prompts.
+similar captions connect up to half of all real prompts into one component, which does not fit into a fold. A balanced
+partition of the graph of similar prompts cuts a few edges; the report counts the prompts at these.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ from sklearn.model_selection import GroupKFold
 
 from kutils.prompts.similarity import SimilarPairs
 
-KMEANS_CLUSTERS = 200  # as many topics as were published for this competition; fewer for small data sets
+KMEANS_CLUSTERS = 200  # number of topics of a published solution; fewer for small data sets
 PARTITION_ATTEMPTS = 5  # runs of METIS: on real prompts the best one leaks 3 to 15 % less than their mean
 MOST_PARTS = 2000  # into which new prompts are cut before they join folds; placing them takes seconds
-SWEEPS = 10  # over the new prompts, to move single ones to better folds
-EVEN = 0.1  # folds whose sizes differ from the mean by up to this share count as even
+SWEEPS = 10  # passes over the new prompts that move single ones to better folds
+EVEN = 0.1  # fold sizes within this relative deviation from the mean count as even
 
 
 def similarity_graph(num_prompts: int, pairs: SimilarPairs, weights: np.ndarray | None = None) -> csr_array:
@@ -43,7 +43,7 @@ def groups_by_kmeans(embeddings: np.ndarray, least: int, seed: int = 0, most: in
 
     Args:
         embeddings: float32 [num_prompts, D].
-        least, most: clusters; between them, a twentieth of the prompts.
+        least, most: bounds on the number of clusters, which is a twentieth of the number of prompts.
     Returns: int [num_prompts], cluster of each prompt.
     """
     clusters = int(np.clip(len(embeddings) // 20, least, most))
@@ -77,17 +77,17 @@ def folds_by_partition(num_rows: np.ndarray, pairs: SimilarPairs, num_folds: int
     """Cut the similarity graph into even parts so that few prompts have a neighbour in another part.
 
     METIS (Karypis and Kumar 1998) minimises the weight of cut edges; the goal here is few prompts at cut edges. An edge
-    therefore weighs more, the fewer neighbours its ends have: one cut makes a prompt with one neighbour leak, and a
-    second cut adds nothing to a prompt with a hundred. (At 0.7, means over seeds: of 60,000 real prompts 0.90 % leak
-    instead of 1.17 % with equal weights, of 4,012 about cats 21.7 % instead of 23.2 %.)
+    therefore weighs more, the fewer neighbours its ends have: to a prompt that leaks already, further cuts add nothing.
+    (At 0.7, means over seeds: of 60,000 real prompts 0.90 % leak instead of 1.17 % with equal weights, of 4,012 about
+    cats 21.7 % instead of 23.2 %.)
 
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
-        seed: METIS uses the random numbers of the C library, so that folds repeat on one machine, not on all.
-    Returns: int8 [prompts]; of few prompts a fold can stay empty.
+        seed: METIS uses the C library's random numbers, so folds are reproducible on one machine, not across machines.
+    Returns: int8 [prompts]; with few prompts a fold can be empty.
     """
     graph = similarity_graph(len(num_rows), pairs, edge_weights(len(num_rows), pairs))
-    attempts = range(PARTITION_ATTEMPTS)  # one is recursive: k-way leaks less, but can leave small parts empty
+    attempts = range(PARTITION_ATTEMPTS)  # one is recursive: k-way leaks less, but can leave parts empty
     candidates = [
         cut_graph(graph, num_rows, num_folds, seed * PARTITION_ATTEMPTS + attempt, attempt == 0).astype(np.int8)
         for attempt in attempts
@@ -113,10 +113,10 @@ def cut_graph(graph: csr_array, weights: np.ndarray, num_parts: int, seed: int, 
     """
     if num_parts >= len(weights):
         return np.arange(len(weights))
-    import pymetis  # absent where folds are only read, as on Kaggle
+    import pymetis  # not installed on Kaggle, where folds are only read
 
     dtype = pymetis.zero_copy_dtype()
-    with silent_libraries():  # METIS prints a page where a part stays empty
+    with silent_libraries():  # METIS prints a page of text if a part is empty
         part = pymetis.part_graph(
             num_parts,
             pymetis.CSRAdjacency(graph.indptr.astype(dtype), graph.indices.astype(dtype)),
@@ -157,9 +157,9 @@ def extend_folds(
     """Assign folds to new prompts; the others keep theirs.
 
     The new prompts are cut into at most MOST_PARTS parts, as in `folds_by_partition`. Parts join folds one by one: next
-    is the part and fold with the heaviest pairs between them, if the fold has room. Smaller folds have more room. Last,
-    single prompts move to folds that attract them more. (Of 60,000 real prompts 0.9 % leak if all are assigned at once,
-    3.0 % if a tenth has joined later, 10.5 % if half has.)
+    is the part and fold with the largest weight of pairs between them, if the fold has room (small folds have more).
+    Last, single prompts move to folds with more of their similar prompts. (Of 60,000 real prompts 0.9 % leak if all are
+    assigned at once, 3.0 % if a tenth has joined later, 10.5 % if half has.)
 
     Args:
         folds: int8 [prompts], -1 for the new ones.
@@ -189,7 +189,7 @@ def extend_folds(
 
 
 def place_parts(rows: np.ndarray, pull: np.ndarray, between: csr_array, room: np.ndarray) -> np.ndarray:
-    """Assign parts to folds one by one, the most attracted part first.
+    """Assign parts to folds one by one: always the part and fold with the largest weight of pairs between them.
 
     Args:
         pull: int [parts, folds], weight of the pairs between them; changed.
@@ -201,7 +201,7 @@ def place_parts(rows: np.ndarray, pull: np.ndarray, between: csr_array, room: np
     while is_open.any():
         possible = np.where(is_open[:, None] & (rows[:, None] <= room), pull, 0)
         part, fold = np.unravel_index(np.argmax(possible), possible.shape)
-        if possible[part, fold] == 0:  # no part is attracted, or none fits: the largest one goes where most room is
+        if possible[part, fold] == 0:  # no pairs, or no room: the largest part goes to the fold with most room
             part, fold = np.argmax(np.where(is_open, rows, -1)), np.argmax(room)
         fold_of[part], is_open[part] = fold, False
         room[fold] -= rows[part]
@@ -212,7 +212,7 @@ def place_parts(rows: np.ndarray, pull: np.ndarray, between: csr_array, room: np
 def move_prompts(
     folds: np.ndarray, new: np.ndarray, graph: csr_array, num_rows: np.ndarray, room: np.ndarray, seed: int
 ) -> None:
-    """Move new prompts, one by one, to folds that attract them more and have room; changes `folds` and `room`.
+    """Move new prompts, one by one, to folds with more of their similar prompts and room; changes `folds` and `room`.
 
     Args:
         folds: int8 [prompts].
@@ -224,7 +224,7 @@ def move_prompts(
     random = np.random.default_rng(seed)
     for _ in range(SWEEPS):
         in_fold = csr_array((np.ones(len(folds), np.int64), (np.arange(len(folds)), folds)), (len(folds), len(room)))
-        some = random.permutation(new)[: -(-len(new) // 2)]  # half of them, lest two similar prompts swap folds
+        some = random.permutation(new)[: -(-len(new) // 2)]  # half: else similar prompts could swap folds
         pull = (graph[some] @ in_fold).toarray()
         gain = pull.max(axis=1) - pull[np.arange(len(some)), folds[some]]
         best = pull.argmax(axis=1)

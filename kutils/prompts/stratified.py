@@ -1,7 +1,7 @@
-"""Deals small parts of the graph of similar prompts to folds so that sources and topics come out even in all folds.
+"""Assigns small groups of similar prompts to folds so that every fold has its share of each source and topic.
 
-A balanced partition keeps whole neighbourhoods together, and so puts most of one source, or of one topic, into one
-fold. Here large neighbourhoods are cut into small parts first: more leaks, and the folds look like each other.
+A balanced partition keeps large groups of similar prompts together, and so puts most of one source, or of one topic,
+into one fold. Here large groups are first cut into small parts: more prompts leak, but the folds resemble each other.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from kutils.prompts.similarity import SimilarPairs
 # no part is larger than a fifth of a fold. Of 40,000 real prompts 2.0 % leak, with 10 and 20 parts 3.1 % and 6.0 %, and
 # the sources of folds are off by 5 %, 2 % and 1 %; in a balanced partition 0.3 % leak, and sources are off by 31 %
 PARTS_PER_FOLD = 5
-MOST_LEAKED = 0.25  # of a neighbourhood's rows, for it to be cut so; a denser one is cut less, or not at all
+MOST_LEAKED = 0.25  # largest share of a component's rows that may leak by a cut; denser ones are cut less, or not
 NUM_TOPICS = 50
-SIZE_WEIGHT = 10.0  # how much more than the rows of a source or topic those of the whole fold count
+SIZE_WEIGHT = 10.0  # weight of a fold's total size in the balance; each source and topic has weight 1
 
 
 def topics_of(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -33,7 +33,7 @@ def folds_by_strata(
 
     Args:
         num_rows: int [prompts], rows of the data sets that hold the prompt; fold sizes count these.
-        strata: int [prompts] each, of what every fold shall have its share: the prompts' sources, their topics.
+        strata: int [prompts] each, to be balanced over folds: the prompts' sources, their topics.
         seed: of METIS.
     Returns: int8 [prompts].
     """
@@ -50,15 +50,15 @@ def folds_by_strata(
 def small_parts(graph: csr_array, num_rows: np.ndarray, fold_rows: float, seed: int) -> np.ndarray:
     """Number the connected components of the graph of similar prompts, and cut large ones into parts.
 
-    A part has at most a fifth of a fold's rows; half a fold, or a whole one, where more than MOST_LEAKED of the
-    component's rows would have a similar prompt in another part.
+    A part has at most a fifth of a fold's rows. If more than MOST_LEAKED of a component's rows would then have a
+    similar prompt in another part, its parts may have half a fold's rows, or a whole fold's.
 
     Args:
         graph: as of `similarity_graph`.
         num_rows: int [prompts].
-        fold_rows: of an even fold.
+        fold_rows: rows of an even fold.
         seed: of METIS.
-    Returns: int [prompts], from 0, without gaps. METIS keeps sizes nearly; one prompt may have more rows.
+    Returns: int [prompts], from 0, without gaps. Sizes are approximate (METIS), and one prompt may have more rows.
     """
     parts = connected_components(graph, directed=False)[1].astype(np.int64)
     rows, next_part = np.bincount(parts, num_rows), int(parts.max()) + 1
@@ -81,11 +81,11 @@ def small_parts(graph: csr_array, num_rows: np.ndarray, fold_rows: float, seed: 
 def deal_parts(rows: csr_array, num_folds: int) -> np.ndarray:
     """Deal parts to folds, the largest first, each to the fold where that makes the folds most even.
 
-    What is kept small is the sum over columns of (rows in the fold - rows in an even fold)^2 / rows in all folds, much
-    as scikit-learn's StratifiedGroupKFold does for classes. An empty fold is preferred to any other.
+    This minimises the sum over columns of (rows in the fold - rows in an even fold)^2 / rows in all folds, much as
+    scikit-learn's StratifiedGroupKFold does for classes. Empty folds are filled first.
 
     Args:
-        rows: [parts, 1 + classes]: of each part in all, then those of each source and each topic.
+        rows: [parts, 1 + classes]: all rows of each part, then its rows of each source and each topic.
     Returns: int8 [parts].
     """
     totals = np.asarray(rows.sum(axis=0)).ravel()

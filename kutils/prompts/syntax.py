@@ -10,7 +10,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 INVISIBLE = re.compile(
     "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-# with its semicolon alone: Python also reads "&not" in "&nothing"
+# only with a semicolon: Python also decodes "&not" in "&nothing"
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 TAG = re.compile(r"</?(?:a|b|br|div|em|font|i|img|p|span|strong|u)\b[^<>]{0,300}>", re.IGNORECASE)
 URL = re.compile(r"\bhttps?://\S+", re.IGNORECASE)
@@ -47,7 +47,7 @@ SQUARE = re.compile(r"(?<!\\)\[([^\[\]]*)(?<!\\)\]")
 EDIT_STEP = re.compile(r":\s*\d*\.?\d+\s*$")
 MULTI_PROMPT = re.compile(r"\s*:{2,}(?:\s?-?\d+(?:\.\d+)?(?![\w.]))?\s*")
 ESCAPED = re.compile(r"\\{1,4}(['\"()\[\]{}])")
-# a prompt without any of these is plain; most are
+# a prompt without any of these needs no tidying; most have none
 SUSPECT = re.compile(r"[\\(\[{<&_\u2013\u2014]|--|::|\w ?:|\s-[A-Za-z]")
 
 
@@ -67,15 +67,15 @@ def strip_negative_prompt(text: str) -> str:
 
 
 def strip_parameters(text: str) -> str:
-    """Remove the settings that image generators write behind or read from a prompt."""
+    """Remove the settings that image generators append to a prompt or read from it."""
     return close_gaps(text, DREAM_TAIL.sub("", PARAMETER.sub(" ", SETTINGS_TAIL.sub("", text))))
 
 
 def strip_weights(text: str) -> str:
     """Remove the notation of attention weights, and leave the words.
 
-    Parentheses are also English. They are removed only from a prompt that doubles some or writes a weight, and then all
-    of them, since a generator reads all as weights.
+    Parentheses also occur in plain English. So they are removed only from a prompt with double parentheses or a weight,
+    and then all of them, since a generator reads all as weights.
     """
     plain = MULTI_PROMPT.sub(", ", EXTRA_NETWORK.sub(" ", text))
     emphasised = EMPHASIS.search(plain) is not None
@@ -92,7 +92,7 @@ def open_square(match: re.Match) -> str:
 
 
 def close_gaps(before: str, after: str) -> str:
-    """Remove from `after` the commas, gaps and empty parentheses that a removal from `before` has left."""
+    """Remove from `after` the commas, gaps and empty parentheses that are left over from a removal."""
     if after == before:
         return after
     after = re.sub(r"\(\s*\)", "", after)
@@ -118,7 +118,7 @@ CHARACTERS: dict[str, Callable[[str], str]] = {
 def tidy(text: str) -> tuple[str, list[str]]:
     """Make a prompt one line of plain words: NFC, single spaces, no control characters, no notation of generators.
 
-    A tidied prompt stays as it is when tidied again.
+    Tidying a tidied prompt changes nothing.
 
     Returns: the text, possibly empty, and the kinds of change (keys of CHARACTERS and SYNTAX, "white space").
     """
@@ -127,7 +127,7 @@ def tidy(text: str) -> tuple[str, list[str]]:
     if single != text:
         kinds["white space"] = None
     previous = None
-    while single != previous:  # an entity or a bracket can hold further ones
+    while single != previous:  # entities and brackets can be nested
         previous = single
         steps = {} if single.isascii() and single.isprintable() else CHARACTERS
         steps = steps | SYNTAX if SUSPECT.search(single) else steps

@@ -1,4 +1,4 @@
-"""Recognises by its content how a file holds prompts: as lines, as a table with which separator, or as JSON."""
+"""Recognises by its content whether a file holds prompts as lines, as a table (and its separator), or as JSON."""
 
 import csv
 import itertools
@@ -10,11 +10,11 @@ from typing import NamedTuple, TextIO
 
 from kutils.system.text_files import MOST_CHARACTERS, csv_rows, open_text
 
-PROMPT_COLUMNS = ("prompt", "caption", "text", "description", "sentence")  # looked for in this order, in any case
+PROMPT_COLUMNS = ("prompt", "caption", "text", "description", "sentence")  # searched for in this order, ignoring case
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
-SAMPLE_LINES = 50  # that a file is recognised by
+SAMPLE_LINES = 50  # by which a file is recognised
 IMAGE_NAME = r"[^\t]*\.(jpe?g|png|webp|gif|bmp|tiff?)(#\w+)?"
-FORMS = {  # names of formats, for a person
+FORMS = {  # names of formats in messages
     "text": "a prompt on each line",
     "tsv": "a table separated by tabs",
     "conceptual": "captions with their URL",
@@ -28,15 +28,16 @@ class TableForm(NamedTuple):
     """How the lines of a table are divided."""
 
     separator: str
-    is_quoted: bool  # a cell may stand in quotes
+    is_quoted: bool  # cells may be quoted
 
 
 def recognise_table(lines: Sequence[str], names: Collection[str], expected: str = "") -> TableForm | None:
-    """How a table is divided, by its first lines.
+    """The separator and quoting of a table, recognised by its first lines; None if it is no table.
 
     Args:
-        names: of columns, in lower case; a header with one of them decides.
-        expected: the separator that the file's name stands for; empty: none, then no known column is no table.
+        names: known column names in lower case; a header with one of them decides.
+        expected: the separator by the file's suffix; empty: unknown, then only a header with a known column makes a
+        table.
     """
     candidates = sorted(SEPARATORS, key=lambda separator: separator != expected)
     for separator in candidates:
@@ -51,7 +52,7 @@ def recognise_table(lines: Sequence[str], names: Collection[str], expected: str 
 
 
 def split_lines(lines: Sequence[str], separator: str, is_quoted: bool) -> list[list[str]]:
-    """The rows of some lines; of lines that are no such table, those before the fault, and one that is empty."""
+    """The rows of some lines; if they are no such table, the rows before the fault, and an empty one."""
     rows = []
     try:
         rows.extend(csv_rows(iter(lines), separator, quoted=is_quoted))
@@ -67,9 +68,9 @@ def is_even(lines: Sequence[str], separator: str) -> bool:
 
 
 def looks_quoted(lines: Sequence[str]) -> bool:
-    """Whether tab-separated cells stand in quotes as a spreadsheet writes them: else a quote is a character like any.
+    """Whether tab-separated cells are quoted as a spreadsheet does it; else a quote is a plain character.
 
-    The header stands in quotes, or a cell that does has doubled quotes inside, and no cell just begins with one.
+    They are if the header is quoted, or a quoted cell has doubled quotes inside, and no cell only begins with a quote.
     """
     cells = [line.rstrip("\r\n").split("\t") for line in lines]
     if cells and all(re.fullmatch(r'"[^"]+"', cell) for cell in cells[0]):
@@ -86,7 +87,7 @@ def first_lines(stream: TextIO) -> list[str]:
 
 
 def recognise_json(lines: Sequence[str]) -> str:
-    """`json` for a list or an object over the whole text, `jsonl` for objects on lines; empty for none of them."""
+    """`json` for one list or object, `jsonl` for an object on each line; empty for neither."""
     first = "".join(lines[:1]).lstrip()
     if not re.match(r'\{\s*("|$)|\[\s*([{"\[\]]|$)', first):
         return ""
@@ -100,7 +101,7 @@ def recognise_json(lines: Sequence[str]) -> str:
 def recognise_format(path: Path, column: str | None = None) -> str:
     """The format of a file, a key of `formats.READERS`, from its beginning and its suffix.
 
-    Raises: ValueError if these are of no known format, or of a table without a header that is named a text.
+    Raises: ValueError for an unknown format, or for a .txt file that looks like a table without a header.
     """
     with path.open("rb") as stream:
         if stream.read(4) == b"PAR1":
@@ -134,7 +135,7 @@ def recognise_format(path: Path, column: str | None = None) -> str:
 
 
 def describe_form(path: Path, source_format: str, column: str | None) -> str:
-    """How a text is read where that is not what its name and UTF-8 stand for; else empty."""
+    """How a text is read, if that differs from its suffix and UTF-8; else empty."""
     if source_format == "parquet":
         return ""
     with open_text(path) as stream:
@@ -149,7 +150,7 @@ def describe_form(path: Path, source_format: str, column: str | None) -> str:
 
 
 def table_without_prompts(lines: Sequence[str]) -> str:
-    """What the lines of a text are if they are hardly prompts; else empty."""
+    """What the lines of a text seem to be if not prompts; else empty."""
     if lines and all(re.fullmatch(IMAGE_NAME, line, re.IGNORECASE) and " " not in line for line in lines):
         return "a list of image names"
     for separator, what in SEPARATORS.items():

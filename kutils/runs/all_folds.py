@@ -24,26 +24,26 @@ from kutils.runs.published_names import RecipeParser
 from kutils.system import paths
 from kutils.system.children import SAVING_SECONDS, CommandFailed, interrupt_once
 
-OPEN_FILES = 128  # a notebook's kernel needs some 90
+OPEN_FILES = 128  # file descriptors; a notebook's kernel needs some 90
 HELP = """\
 several nodes: start the same command on each, with NNODES, NODE_RANK (0 on the first, which keeps the notebook),
   MASTER_ADDR (of the first) and MASTER_PORT (29500) set, or torchrun's own PET_NNODES, PET_NODE_RANK,
   PET_MASTER_ADDR, PET_MASTER_PORT or PET_RDZV_ENDPOINT; all see the same input/ and working/
-stop: Ctrl-C or SIGTERM; the ranks save where they are, which may take minutes: leave them 10 before SIGKILL
-resume: the same command again; folds that are finished are passed over, one that was cut goes on"""
+stop: Ctrl-C or SIGTERM; the ranks save their state, which may take minutes: allow 10 before SIGKILL
+resume: the same command again; finished folds are skipped, an interrupted fold continues"""
 
 
 def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) -> None:
     """Train every fold of a recipe, one after the other; each leaves an executed notebook in its run folder.
 
-    Folds that are finished are passed over, one that was cut goes on. On further nodes of a job the ranks start without
-    a notebook.
+    Finished folds are skipped, and an interrupted one continues. On all nodes but the first, ranks run without a
+    notebook.
     """
     if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < OPEN_FILES:
         raise ValueError(f"{limit} open files are allowed and {OPEN_FILES} are needed; before it: ulimit -n 1024")
     first = plan(config_name, 0, overrides)
     recipe, node = with_absolute_paths(first.recipe), this_node()
-    num_processes = count_processes(num_processes, recipe.device)  # says now, not after a minute, that GPUs are missing
+    num_processes = count_processes(num_processes, recipe.device)  # raises now, not after a minute, if GPUs are missing
     for number, fold in enumerate(recipe.train_folds, start=1):
         run = replace(first, recipe=recipe, fold=fold)
         print(f"fold {fold} ({number} of {len(recipe.train_folds)}): {run.folder}", flush=True)
@@ -59,8 +59,8 @@ def run_folds(num_processes: int, config_name: str, overrides: Sequence[str]) ->
 def is_finished(run: Run, notebook: Path, node: Node) -> bool:
     """True if there is nothing left to do for a fold; ValueError if the folder holds a run of another configuration.
 
-    On one node the notebook must have finished too, else figures are missing. Several nodes must decide alike, so that
-    only the result counts there.
+    On one node the notebook must have finished too, else figures are missing. With several nodes only the run's result
+    counts, so that all nodes decide in the same way.
     """
     if run.recipe.resume == "never" or not finished.read_result(run.folder):
         return False
@@ -75,7 +75,7 @@ def is_finished(run: Run, notebook: Path, node: Node) -> bool:
 
 
 def with_absolute_paths(recipe: recipes.Recipe) -> recipes.Recipe:
-    """The recipe with every path made absolute: notebook and ranks have other current folders."""
+    """The recipe with absolute paths, since notebook and ranks run in other folders."""
     values = {key: getattr(recipe, key) for key in ("run_dir", "model_dir", "pretrained")}
     given = {key: value for key, value in values.items() if value not in (True, False, "", recipes.FROM_PACKAGE)}
     absolute = {key: str(Path(value).absolute()) for key, value in given.items()}
@@ -93,7 +93,7 @@ def execute(notebook: Path, parameters: dict) -> None:
     import zmq
 
     manager, died = jupyter_client.AsyncKernelManager(kernel_name="python3"), False
-    # in the main thread a signal would make papermill kill the kernel after 5 s; in another it leaves signals alone
+    # in the main thread papermill would kill the kernel 5 s after a signal; in another thread it ignores signals
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         done = thread.submit(
             papermill.execute_notebook,
@@ -120,12 +120,13 @@ def execute(notebook: Path, parameters: dict) -> None:
             ) from None
         finally:
             if manager.has_kernel:
-                asyncio.run(manager.shutdown_kernel(now=died))  # one that has died answers no request
+                asyncio.run(manager.shutdown_kernel(now=died))  # a dead kernel answers no request
 
 
 def interrupt(manager, done: concurrent.futures.Future) -> None:
-    """Interrupt a notebook's kernel until the notebook has stopped: between two cells an interrupt is lost."""
-    deadline = time.monotonic() + SAVING_SECONDS + 120  # longer than the cell itself waits for its ranks
+    """Interrupt a notebook's kernel again and again until the notebook stops: an interrupt between two cells is
+    lost."""
+    deadline = time.monotonic() + SAVING_SECONDS + 120  # longer than a cell waits for its ranks
     while not done.done() and time.monotonic() < deadline:
         if manager.has_kernel:
             with contextlib.suppress(ProcessLookupError):

@@ -20,20 +20,20 @@ class RunResult:
     prefix: str
     fold: int
     cosine_similarity: float  # of the best epoch
-    cosine_similarity_clean: float | None  # over rows without a similar training prompt; None: which, is not known
+    cosine_similarity_clean: float | None  # over rows without a similar training prompt; None: rows are not marked
     best_epoch: int  # from 1
     epochs: int
-    mean_prompt_baseline: float  # of one answer for all rows: the mean training prompt
+    mean_prompt_baseline: float  # cosine if the mean training embedding is predicted for all rows
     validation_rows: int
     clean_rows: int | None
     unreadable_images: int  # of the training images
     updates: int
-    seconds: float  # over all starts
+    seconds: float  # of training, over all starts of the run
     checkpoint: str  # the best epoch's file, relative to model_dir
 
     @property
     def gain(self) -> float:
-        """Cosine above the mean prompt's."""
+        """Cosine minus the mean-prompt baseline."""
         return self.cosine_similarity - self.mean_prompt_baseline
 
     def summary(self) -> str:
@@ -82,7 +82,7 @@ class FinishedRun:
     def pace(self) -> tuple[float, float]:
         """Images per second, and the share of time spent waiting for data, over all updates; NaN if none was logged.
 
-        A log interval counts by the time that its images took.
+        Log intervals are weighted by their time.
         """
         logged = [line for line in self.metrics if "images_per_second" in line]
         images = np.diff([line["step"] for line in logged], prepend=0) * self.recipe.global_batch_size
@@ -94,7 +94,7 @@ class FinishedRun:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a run folder; ValueError for one without a result, ConfigError for a configuration of another kind."""
+    """Read a run folder; ValueError if it has no result, ConfigError if its configuration is not a recipe."""
     result = read_result(folder)
     if result is None:
         raise ValueError(f"{folder} holds no finished run (no result.json)")
@@ -108,11 +108,12 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def recipe_file_of(run: FinishedRun) -> tuple[Path, Recipe] | None:
-    """The recipe file that the run was started with, or the one of its model and stage; None if there is none now."""
+    """The recipe file that started the run, or the one for its model and stage if the run did not record it, and its
+    recipe; None if it is gone."""
     try:
         if "config" in run.environment:
             path = recipes.find_config(run.environment["config"])
-        else:  # an old run, which did not record it
+        else:  # a run of an earlier version, which did not record its file
             path = recipes.find_recipe(run.recipe.model, run.recipe.stage)
         return path, recipes.load_recipe(path)
     except recipes.ConfigError:
@@ -134,13 +135,13 @@ def as_text(value) -> str:
 
 
 def relative_to_repository(path: Path) -> Path:
-    """Relative to the repository where it lies in there."""
+    """A path relative to the repository if it is inside."""
     root = paths.code_root()
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def command(run: FinishedRun, processes: int) -> str:
-    """The command that trains the run again, from the repository root; its recipe file is as it is now."""
+    """The command that trains the run again, from the repository root, with the recipe file's current content."""
     start = "python -m" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes} -m"
     path, changes = run.folder / "config.yaml", []
     if source := recipe_file_of(run):

@@ -21,13 +21,13 @@ from kutils.system import paths
 # keys that may differ between two starts of one run: they do not change what is computed
 OPERATIONAL = ("num_workers", "resume", "checkpoint_every_steps", "checkpoint_every_minutes", "profile_steps")
 OPERATIONAL += ("model_dir", "run_dir")
-# numbers of a line of metrics.jsonl that stand together
+# numbers that occur together in a line of metrics.jsonl
 PAIRED = {"loss": ("lr",), "images_per_second": ("data_wait",), "cosine_similarity": ()}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "sentence-transformers")
 
 
 def read_run_json(path: Path) -> dict:
-    """What a file of a run folder holds; ValueError naming one that is damaged."""
+    """The content of a run folder's JSON file; ValueError naming the file if it is damaged."""
     try:
         return paths.read_json(path)
     except ValueError as error:
@@ -35,7 +35,7 @@ def read_run_json(path: Path) -> dict:
 
 
 def find_finished(names: Sequence[str] = ()) -> list[Path]:
-    """Folders of finished runs, in the order of their results: all in `working/runs/`, or the named ones.
+    """Folders of finished runs, in the order in which they finished: all in `working/runs/`, or the named ones.
 
     Args:
         names: of folders in `working/runs/` (which may hold `*`), or paths of run folders.
@@ -61,11 +61,11 @@ def find_finished(names: Sequence[str] = ()) -> list[Path]:
 
 
 def check_same_configuration(folder: Path, recipe: Recipe) -> None:
-    """Raise ValueError if the folder holds a run of another configuration, or one that is damaged; none is fine."""
+    """Raise ValueError if the folder holds a run with another or a damaged configuration; a missing one is fine."""
     path = folder / "config.yaml"
     if not path.is_file():
         return
-    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of keys that came later
+    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of newer keys
     advice = "put it back, or start over with resume=never"
     try:
         saved = defaults | spelled_now(recipes.read_yaml(path))
@@ -84,7 +84,7 @@ def check_same_configuration(folder: Path, recipe: Recipe) -> None:
 
 
 def decisive(recipe: Recipe) -> dict:
-    """The keys of a recipe that decide what is computed, with values as YAML holds them."""
+    """The keys of a recipe that change the computation, with values in YAML's types."""
     return {key: value for key, value in yaml.safe_load(recipe.to_yaml()).items() if key not in OPERATIONAL}
 
 
@@ -126,7 +126,7 @@ def check_writable(folder: Path, needed_bytes: int) -> None:
 def start(folder: Path, recipe: Recipe, **facts) -> None:
     """Save the resolved configuration and the environment, before the first step.
 
-    A run that goes on keeps the time when it was `started`, beside that of the last start, `resumed`.
+    A resumed run keeps its first start time, `started`, beside its last one, `resumed`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with paths.atomic_path(folder / "config.yaml") as temporary:
@@ -155,9 +155,9 @@ def version_of(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The repository's commit, with `+changes` where the tree differs from it; None if nothing tells it.
+    """The repository's commit, with `+changes` if there are uncommitted changes; None if it is unknown.
 
-    The code data set on Kaggle is no repository: a file beside the package tells its commit.
+    The code data set on Kaggle has no repository; there a file beside the package holds the commit.
     """
     root = paths.code_root()
     if (root / paths.COMMIT_FILE).is_file():
@@ -172,7 +172,7 @@ def git_commit() -> str | None:
 
 
 class Metrics:
-    """`metrics.jsonl`: a line per log interval and per epoch, appended and flushed; cut back to a step on resume."""
+    """Writes `metrics.jsonl`: a line per log interval and per epoch; on resume, later lines are removed."""
 
     def __init__(self, path: Path, last_step: int, epochs_done: int):
         self.path = path
@@ -187,9 +187,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines; an unfinished last line (a run that was cut) is left out.
+    """All complete lines; an unfinished last line (of a killed run) is left out.
 
-    Raises: ValueError naming file and line for one that is no JSON, or lacks a number that it must have.
+    Raises: ValueError naming file and line if a line is no JSON or lacks a required number.
     """
     if not path.is_file():
         return []

@@ -17,17 +17,17 @@ from kutils.runs.nodes import this_node
 from kutils.system import paths
 from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_parent, run_module
 
-# imported from here by notebooks and ranks too
+# also imported from here by notebooks and ranks
 __all__ = ["CommandFailed", "end_with_parent", "run_module"]
-MEETINGS = 3  # tries to meet the first node, which may still be ending its last run
+MEETINGS = 3  # attempts to connect to the first node, which may still be ending its last run
 
 
 def check_parameters(cells: Sequence[str]) -> None:
     """Stop a notebook that was given a parameter it does not have; papermill itself only warns.
 
     Args:
-        cells: IPython's `In`: the source of every cell that has run. Papermill's cell starts with `# Parameters`; names
-            assigned before it are those that the notebook has. Without such a cell nothing is checked.
+        cells: IPython's `In`: the source of every cell that has run. Papermill's cell starts with `# Parameters`; the
+            names assigned before it are the notebook's parameters. Without such a cell nothing is checked.
     Raises: ValueError naming the parameter and the nearest that exists.
     """
     injected = [number for number, source in enumerate(cells) if source.startswith("# Parameters")]
@@ -41,7 +41,7 @@ def check_parameters(cells: Sequence[str]) -> None:
 
 
 def assigned_names(source: str) -> list[str]:
-    """Names assigned at the top level of a cell; none for a cell that is no plain Python (magics)."""
+    """Names assigned at the top level of a cell; none if the cell is not plain Python (magics)."""
     try:
         statements = ast.parse(source).body
     except SyntaxError:
@@ -81,7 +81,7 @@ class Run:
 
 
 def read_plan(path: Path) -> Run:
-    """Read a plan that `Run.write` wrote; ValueError naming the file if it is none."""
+    """Read a plan that `Run.write` wrote; ValueError naming the file if it is not a plan."""
     content = folders.read_run_json(path)
     if missing := {"config", "recipe", "fold", "overrides"} - set(content):
         raise ValueError(f"{path} is no planned run: it lacks {', '.join(sorted(missing))}")
@@ -98,12 +98,12 @@ def plan(config: str | Path, fold: int, overrides: Sequence[str]) -> Run:
 
 
 def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str = "", planned: str = "") -> Run:
-    """Plan what a notebook's parameters say.
+    """Plan a run from a notebook's parameters.
 
     Args:
-        model, stage: whose recipe in `conf/` is taken.
-        overrides: as one text.
-        recipe: a recipe file instead of a model's own.
+        model, stage: select the recipe in `conf/`.
+        overrides: `key=value` texts, separated by spaces.
+        recipe: a recipe file, instead of the one for model and stage.
         planned: file of a plan, instead of all other parameters.
     Raises: ConfigError for an unknown model (naming the nearest), key or value.
     """
@@ -113,7 +113,7 @@ def plan_run(model: str, stage: int, fold: int, overrides: str = "", recipe: str
 
 
 def ensure_datasets(recipe: recipes.Recipe) -> None:
-    """Stop if data sets of the recipe are missing; the built-in `shapes` is made on the spot instead.
+    """Raise ValueError if data sets of the recipe are missing; the built-in `shapes` is made instead.
 
     Raises: ValueError naming what is missing, and the commands that make it.
     """
@@ -124,7 +124,7 @@ def ensure_datasets(recipe: recipes.Recipe) -> None:
 
 
 def visible_gpus() -> int:
-    """Number of GPUs that a rank could use, found without touching one."""
+    """Number of GPUs that ranks could use, counted without initialising CUDA."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return len(
             [number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number.strip() not in ("", "-1")]
@@ -137,9 +137,9 @@ def visible_gpus() -> int:
 
 
 def count_processes(wanted: int, device: str) -> int:
-    """Ranks on this machine: as many as wanted; 0 means one per visible GPU, or one on the CPU.
+    """Number of ranks on this machine: as wanted, or for 0 one per visible GPU, or one on the CPU.
 
-    Raises: ValueError if a recipe that trains on GPUs wants more ranks than there are, or none is there.
+    Raises: ValueError if a recipe for GPUs wants more ranks than GPUs are visible.
     """
     gpus = 0 if device == "cpu" else visible_gpus()
     if device == "cpu" or (device == "auto" and gpus == 0):
@@ -169,21 +169,21 @@ def train_on_ranks(run: Run, num_processes: int = 0, hours: float = 0) -> None:
 def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours: float = 0) -> None:
     """Run `python -m <command>` as ranks of torchrun and show rank 0; every rank's log stays in `log_dir`.
 
-    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes, which meet under the name of the folder
-    that holds `log_dir`: a node that comes late for one run must not join the next.
+    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make it one of several nodes. The rendezvous id is the name of the
+    folder that holds `log_dir`, so that a late node of one run cannot join the next.
 
-    After so many hours (0: no limit) the ranks save where they are and end: a Kaggle session ends after 12, and keeps
-    nothing if it does not end by itself.
+    After `hours` (0: no limit) the ranks save their state and end: Kaggle stops a session after 12 hours and then
+    discards its output.
 
     Raises: CommandFailed with the last lines and the log of the rank that failed first. An interrupt reaches the ranks
         as SIGTERM and leaves them SAVING_SECONDS.
     """
     node = this_node()
-    # torchrun would take PET_ variables for arguments that it is not given here, and follow others than these
+    # torchrun would use PET_ variables as defaults of the arguments that are not given here
     environment = dict.fromkeys(name for name in os.environ if name.startswith("PET_"))
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
-    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)  # of torch 2.12 and later; 30 s before
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)  # since torch 2.12; before, it is always 30 s
     torchrun_options = ["--standalone"]
     if node.count > 1:
         log_dir = node.log_dir(log_dir)
@@ -218,7 +218,8 @@ def torchrun(command: Sequence[str], *, num_processes: int, log_dir: Path, hours
 
 
 def failed_rank(last_lines: Sequence[str], log_dir: Path) -> str:
-    """The rank that failed first, its last message and its log file, by torchrun's last lines; empty if none failed."""
+    """The rank that failed first, its last message and its log file, from torchrun's last lines; empty if none
+    failed."""
     ranks = re.findall(
         r"^rank \d+ failed first: local rank (\d+), exit code (.*)$", "\n".join(last_lines), re.MULTILINE
     )

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-MEETING_SECONDS = 1800  # one node draws the figures of a fold while another waits for it with the next
+MEETING_SECONDS = 1800  # for all nodes to connect: one may still draw the figures of the last fold
 PORTS = range(1, 2**16)
 
 
@@ -18,13 +18,13 @@ class Node:
     endpoint: str  # host:port, on the first node
 
     def log_dir(self, folder: Path) -> Path:
-        """Where this node keeps the logs of its ranks; a folder of its own where there are several nodes."""
+        """The folder for the logs of this node's ranks; with several nodes, each has its own."""
         return folder / f"node{self.rank}" if self.count > 1 else folder
 
     @property
     def rendezvous(self) -> list[str]:
         """torchrun's arguments for several nodes, without the id."""
-        # torchrun would guess it from the address, and a service's name is not the machine's own
+        # torchrun would guess it from the address, which may be a service's name and not the machine's
         hosts = int(self.rank == 0)
         limits = f"join_timeout={MEETING_SECONDS},read_timeout={MEETING_SECONDS},is_host={hosts}"
         return [
@@ -36,11 +36,11 @@ class Node:
 
 
 def this_node() -> Node:
-    """Read NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; where one is not set, torchrun's own PET_NNODES etc.
+    """Read NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, or torchrun's PET_NNODES etc. for those that are not set.
 
-    PET_RDZV_ENDPOINT (host:port) goes before PET_MASTER_ADDR and PET_MASTER_PORT, as for torchrun.
+    PET_RDZV_ENDPOINT (host:port) has precedence over PET_MASTER_ADDR and PET_MASTER_PORT, as in torchrun.
 
-    Raises: ValueError for values that do not go together or do not say where the nodes meet.
+    Raises: ValueError for values that contradict each other or lack the first node's address.
     """
     ours, torchruns = os.environ.get, lambda name: os.environ.get(f"PET_{name}")
     count = whole_number("NNODES", ours("NNODES") or torchruns("NNODES") or "1", range(1, 10_000))

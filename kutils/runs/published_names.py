@@ -1,4 +1,4 @@
-"""Says what the options and keys of the published training code are called here, or what is done in their place."""
+"""Maps options and keys of the published training code to their names here, for error messages."""
 
 import argparse
 import dataclasses
@@ -53,7 +53,7 @@ NAMES = {
 
 
 def hint(name: str) -> str:
-    """'; the published code's X is Y' for an option or key that it has, with or without dashes, else ''."""
+    """'; the published code's X is Y' for an option or key of the published code, with or without dashes, else ''."""
     key = key_of_option(name)
     return f"; the published code's {key} {NAMES[key]}" if key in NAMES else ""
 
@@ -64,7 +64,8 @@ def key_of_option(name: str) -> str:
 
 
 class RecipeParser(argparse.ArgumentParser):
-    """A parser whose errors say how a recipe's key is given, and what options of the published code are called here."""
+    """A parser whose errors explain how to give a recipe's key, and how options of the published code are called
+    here."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         self.given = sys.argv[1:] if args is None else list(args)

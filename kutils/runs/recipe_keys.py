@@ -10,23 +10,23 @@ import yaml
 
 from kutils.system import paths
 
-AUGMENT_BEFORE = {True: "published", False: "none"}  # how earlier files spell `augment`
-# in no name; surrogates stand for bytes that are not UTF-8, and pass
+AUGMENT_BEFORE = {True: "published", False: "none"}  # values of `augment` in recipes of earlier versions
+# not allowed in names; surrogates, which stand for bytes that are not UTF-8, are
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class ConfigError(ValueError):
-    """A recipe or an override that cannot be used as it is; the message names the key and says what to do."""
+    """An invalid recipe or override; the message names the key and says what to do."""
 
 
 def setting(text: str, default=dataclasses.MISSING, choices: tuple = ()):
-    """A recipe key: its help text, its default (none: every recipe must say it) and, where they are few, its values."""
+    """A recipe key: its help text, its default (none: required in every recipe) and, if they are few, its values."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides a training run, apart from the fold. The YAML files in `conf/` hold one each."""
+    """All settings of a training run except the fold. Each recipe file in `conf/` holds one."""
 
     prefix: str = setting("stem of the names of the run folder and checkpoints")
     save_dir: str = setting("folder of the checkpoints below model_dir")
@@ -43,7 +43,7 @@ class Recipe:
     )
     initialize_from: str | None = setting("checkpoint to start from; {fold}: the fold; relative to model_dir", None)
     head: str = setting(
-        "what of the backbone the linear head sees",
+        "features of the backbone that the linear head gets",
         "pooled",
         choices=("pooled", "clip_projection", "cls_avg", "cls_only"),
     )
@@ -54,8 +54,7 @@ class Recipe:
         choices=("xavier", "ridge"),
     )
     head_width: int = setting(
-        "hidden units of a head Linear - BatchNorm - ReLU - Linear, which the published code cannot read; 0: Linear",
-        0,
+        "hidden units of a head Linear - BatchNorm - ReLU - Linear (unknown to the published code); 0: one Linear", 0
     )
     drop_path_rate: float = setting("stochastic depth, rising linearly over the blocks", 0.0)
     patch_mode: str = setting(
@@ -73,8 +72,8 @@ class Recipe:
     )
     epochs: int = setting("epochs; in each, one image per prompt")
     warmup_epochs: int = setting("epochs in which the rate goes from warmup_lr to lr", 0)
-    freeze_epochs: int = setting("first epochs in which the head alone is trained", 0)
-    freeze_blocks: int = setting("lowest blocks of the backbone that stay as they are, with all before them", 0)
+    freeze_epochs: int = setting("epochs at the start in which only the head is trained", 0)
+    freeze_blocks: int = setting("number of lowest blocks of the backbone to freeze, with everything before them", 0)
     loss: str = setting(
         "1 - cosine similarity, as published, or the angle in radians", "cosine", choices=("cosine", "angular")
     )
@@ -82,30 +81,30 @@ class Recipe:
     warmup_lr: float = setting("learning rate of the first update of the warm-up", 0.0)
     min_lr: float = setting("learning rate at the end of the cosine")
     optimizer: str = setting("MADGRAD, as published, or AdamW", "madgrad", choices=("madgrad", "adamw"))
-    layer_decay: float = setting("factor on the learning rate from one layer of the backbone to the one below", 1.0)
+    layer_decay: float = setting("layer-wise decay of the learning rate: factor from a layer to the one below", 1.0)
     hold_batch_statistics: bool = setting(
-        "BatchNorm normalises by the statistics that the pretrained weights came with, in training too", False
+        "BatchNorm uses the running statistics of the pretrained weights, also in training", False
     )
     ema_decay: float = setting(
-        "exponential moving average of the weights, which is validated and saved too: the share of it that an update "
-        "keeps, less in the first updates; 0: none",
+        "decay of an exponential moving average of the weights, which is validated and saved too; smaller in the first "
+        "updates; 0: none",
         0.0,
     )
     weight_decay: float = setting("decoupled weight decay; none on 1-D parameters, position and class embeddings", 0.0)
-    clip_grad: float = setting("most that the norm of an update's gradient may be; 0: any", 0.0)
+    clip_grad: float = setting("largest norm of an update's gradient (gradient clipping); 0: no clipping", 0.0)
     sam_rho: float = setting("radius of the SAM perturbation; 0: no SAM", 0.0)
     sam_gradient: str = setting(
-        "SAM perturbs by the gradient of each local batch, so that its size and the number of ranks count, or by the "
-        "average over the global batch, as the published code did (less memory, and any split is the same recipe)",
+        "SAM perturbs by the gradient of each local batch (results depend on its size and the number of ranks), or by "
+        "that of the global batch, as the published code did (less memory, and results do not depend on the split)",
         "local",
         choices=("local", "averaged"),
     )
     global_batch_size: int = setting("images per optimiser update over all ranks")
-    max_local_batch_size: int = setting("most images per rank and forward pass; the rest is gradient accumulation")
+    max_local_batch_size: int = setting("most images per rank and forward pass; larger batches are accumulated")
     gradient_checkpointing: bool = setting("less memory for about a third more time", False)
     compile: bool = setting(
-        "torch.compile the network: minutes at the start, then faster steps on a GPU; falls back with a warning where "
-        "it cannot",
+        "torch.compile the network: minutes at the start, then faster steps on a GPU; if it fails, training goes on "
+        "without it, with a warning",
         False,
     )
     amp_dtype: str = setting(
@@ -117,12 +116,12 @@ class Recipe:
     device: str = setting("auto: GPU if there is one, else CPU", "auto", choices=("auto", "cuda", "cpu"))
     num_workers: int = setting("data loader processes per rank; 0: in the training process", 8)
     resume: str = setting(
-        "auto: go on where this run was cut; never: start over, and move a previous run of this name aside",
+        "auto: continue an interrupted run; never: start over, and move a previous run of this name aside",
         "auto",
         choices=("auto", "never"),
     )
-    checkpoint_every_steps: int = setting("save the resume state every so many updates; 0: by time and epoch alone", 0)
-    checkpoint_every_minutes: float = setting("save the resume state every so many minutes; 0: by epoch alone", 15.0)
+    checkpoint_every_steps: int = setting("save the resume state every so many updates; 0: only by time and epoch", 0)
+    checkpoint_every_minutes: float = setting("save the resume state every so many minutes; 0: only by epoch", 15.0)
     profile_steps: int = setting("updates to profile with torch.profiler; 0: none", 0)
     model_dir: str = setting("folder of published checkpoints; empty: working/models", "")
     run_dir: str = setting("folder of run folders; empty: working/runs", "")
@@ -219,13 +218,13 @@ class Recipe:
         return root / f"{self.prefix}_fold{fold}"
 
     def initial_checkpoint(self, fold: int) -> Path | None:
-        """The checkpoint that this run starts from, the fold filled in; None where there is none."""
+        """The checkpoint that this fold starts from; None without `initialize_from`."""
         if self.initialize_from is None:
             return None
         return self.models_folder() / self.initialize_from.replace("{fold}", str(fold))
 
     def values(self) -> dict:
-        """Every key with its value, in types that YAML and JSON have."""
+        """Every key with its value, in YAML's and JSON's types."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -234,7 +233,7 @@ class Recipe:
 
 
 def spelled_now(values: dict) -> dict:
-    """Values of a recipe in an earlier file, spelled as `Recipe` spells them."""
+    """Convert values in a recipe of an earlier version to those of `Recipe`."""
     return values | (
         {"augment": AUGMENT_BEFORE.get(values["augment"], values["augment"])} if "augment" in values else {}
     )

@@ -18,7 +18,7 @@ HINTS = typing.get_type_hints(Recipe)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
+    """SafeLoader that refuses a key given twice; YAML would silently use the last value."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -29,13 +29,13 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' where a known name is close, else ''."""
+    """'; did you mean X?' if a known name is close, else ''."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def split_names(text: str) -> list[str]:
-    """Split a notebook's parameter such as `a, b` at its commas; an empty text holds no name."""
+    """Split a notebook's parameter such as `a, b` at its commas; an empty text gives an empty list."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -51,7 +51,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def unknown_key(name: str) -> str:
-    """What an error says after a key that a recipe doesn't have: the published code's name for it, or the nearest."""
+    """The end of an error about an unknown key: its name here if it is the published code's, else the nearest key."""
     return hint(name) or nearest(name, HINTS)
 
 
@@ -126,7 +126,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def from_values(values: dict, source: Path) -> Recipe:
-    """Make a recipe of values as YAML, JSON and overrides hold them.
+    """Make a recipe from values in the types of YAML, JSON and overrides.
 
     Raises: ConfigError naming source, key and value: unknown key (with the nearest known one), wrong type, missing key,
         or a combination that makes no sense.

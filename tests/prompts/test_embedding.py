@@ -341,7 +341,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40_000))  # three chunks take 46,080
         encoder = FakeEncoder()
-        with pytest.raises(OSError, match=r"about 0\.0 GB are needed, .* so much more is for the distinct prompts"):
+        with pytest.raises(OSError, match=r"about 0\.0 GB are needed, .* this includes prompts that are not embedded"):
             embedding.embed_table(tsv, encoder, progress=False)
     assert not encoder.asked and [path.name for path in tmp_path.iterdir()] == ["set.tsv"]
 
