@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 METHODS = ("equal", "family", "dimension")
-# of the pull of `dimension` towards the weights of `family`, in cosine per squared weight; infinite: no change
+# strengths of the penalty that pulls `dimension` weights towards `family` weights; infinite: no change
 PULLS = (np.inf, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
-MOST_ROWS = 20_000  # that weights per dimension are fitted on: 1,536 numbers need no more
+MOST_ROWS = 20_000  # rows on which weights per dimension are fitted: enough for 1,536 numbers
 PROMPTS_PER_TOPIC, MOST_TOPICS = 8, 50
-LEAST_GROUPS = 5  # from which a standard error is estimated
+LEAST_GROUPS = 5  # needed to estimate a standard error
 
 
 # ---------------------------------------------------------------- combining
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """[n, D] scaled to length 1, float32; a row that is zero or not finite becomes zero: no prediction."""
+    """[n, D] scaled to length 1, float32; a row that is zero or not finite becomes zero, which means no prediction."""
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0).astype(np.float32, copy=False)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, lengths, out=rows, where=lengths > 0)
@@ -25,10 +25,10 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def combine(
     predictions: Mapping[str, np.ndarray], weights: Mapping[str, float | Sequence[float]], fallback=np.nan
 ) -> np.ndarray:
-    """Weighted sum of unit rows, scaled to unit length; a family without a prediction of a row is left out there.
+    """Weighted sum of unit rows, scaled to unit length; for each row, families without a prediction are left out.
 
     Args:
-        predictions: family -> float [n, D], at least one family; NaN in a row: no prediction of it.
+        predictions: family -> float [n, D], at least one family; a row with NaN is no prediction.
         weights: family -> a number, or one per dimension.
         fallback: [D] or a number, for rows that no family predicts.
     Returns: float32 [n, D], unit rows.
@@ -47,9 +47,9 @@ def weighted_total(predictions: Mapping[str, np.ndarray], weights: Mapping[str, 
 
 
 def average(members: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean of the predictions of a family's members, as one of unit length: float32 [n, D]; NaN where none has one.
+    """Mean of the predictions of a family's members, scaled to unit length: float32 [n, D]; NaN if none has one.
 
-    Scaled to length 1, several members count as much as the single one that the family's weight was fitted with.
+    The family's weight was fitted with a single member of unit length, so the mean must have it too.
     """
     return combine(dict(enumerate(members)), dict.fromkeys(range(len(members)), 1.0))
 
@@ -64,7 +64,7 @@ def agreement(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def mean_cosine(predicted: np.ndarray, targets: np.ndarray) -> float:
-    """Of the rows of two arrays [n, D] of any length."""
+    """Mean cosine between corresponding rows, of any norm, of two arrays [n, D]."""
     return float(np.einsum("nd,nd->n", unit(predicted), unit(targets)).mean(dtype=np.float64))
 
 
@@ -74,7 +74,7 @@ def mean_cosine(predicted: np.ndarray, targets: np.ndarray) -> float:
 def fit_family_weights(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Nonnegative weights, summing to 1, that maximise the mean cosine of the weighted sum with the targets.
 
-    Equal weights and every family alone are among the candidates: on these rows nothing simpler is better.
+    Equal weights and every single family are candidates too, so neither is better on these rows.
 
     Args:
         predictions: [F, n, D], unit rows.
@@ -106,13 +106,13 @@ def fit_dimension_weights(
 ) -> np.ndarray:
     """One weight per family and dimension that maximise the mean cosine, pulled towards the family weights.
 
-    In every dimension the weights sum to 1. Without that they would also fit how large each dimension is in these rows,
-    which differs in new images (measured on the rendered shapes, 390 rows: 0.654 on rows like these and 0.596 on fresh
-    prompts, family weights 0.615 and 0.611; with a sum of 1, 0.615 and 0.611). The strength of the pull is chosen by
-    cross-validation on two halves of these rows; if no pull helps, the family weights stay.
+    In every dimension the weights sum to 1. Without this constraint they also fit the scale of each dimension in these
+    rows, which differs in new images (measured on the rendered shapes, 390 rows: 0.654 on rows like these and 0.596 on
+    fresh prompts, family weights 0.615 and 0.611; with a sum of 1, 0.615 and 0.611). The strength of the pull is chosen
+    by cross-validation on two halves of these rows; if none helps, the result is the family weights.
 
     Args:
-        predictions, targets: as in `fit_family_weights`; of more than MOST_ROWS rows that many are drawn.
+        predictions, targets: as in `fit_family_weights`; at most MOST_ROWS random rows are used.
         family_weights: [F].
         groups: int [n]; rows of one group are never in both halves.
     Returns: float64 [F, D].
@@ -163,12 +163,12 @@ def weighted_sum(weights: np.ndarray, predictions: np.ndarray) -> np.ndarray:
 
 
 def topics(targets: np.ndarray, prompts: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The rows' groups for an honest split: k-means clusters of their prompts, so that halves differ in what they show.
+    """Groups of rows for a split by topic: k-means clusters of their prompts.
 
     Args:
         targets: float32 [n, D], unit rows.
-        prompts: int [n]: which prompt a row is of.
-    Returns: int [n]; of fewer than 2 * PROMPTS_PER_TOPIC prompts each is a group of its own.
+        prompts: int [n], index of each row's prompt.
+        Returns: int [n]; with fewer than 2 * PROMPTS_PER_TOPIC prompts, each is a group.
     """
     from sklearn.cluster import MiniBatchKMeans
 
@@ -187,7 +187,8 @@ def split_groups(groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def gain(better: np.ndarray, than: np.ndarray, groups: np.ndarray) -> dict[str, float | None]:
-    """Mean difference of two scores of the same rows, and its standard error, rows of a group not being independent.
+    """Mean difference of two scores of the same rows, and its standard error, since rows of a group are not
+    independent.
 
     Args:
         better, than: float [n], cosines.
@@ -206,12 +207,12 @@ def gain(better: np.ndarray, than: np.ndarray, groups: np.ndarray) -> dict[str, 
 def fit_and_score(
     predictions: Mapping[str, np.ndarray], targets: np.ndarray, groups: np.ndarray, seed: int = 0
 ) -> tuple[dict[str, dict], dict]:
-    """Fit every method on half of the groups; score them, and the families alone, on the other half.
+    """Fit every method on half of the groups; score the methods, and each family alone, on the other half.
 
     Args:
         predictions: family -> float32 [n, D], unit rows: out-of-fold predictions of one member each.
         targets: float32 [n, D], unit rows.
-        groups: int [n]: the rows' topics or prompts; none is in both halves.
+        groups: int [n]: the rows' topics or prompts; no group is in both halves.
     Returns: method -> family -> weight (a number, or a list per dimension); and a report with scores (members by
         family, and one number per method), over_equal (method -> `gain` over equal weights), leave_one_out (score of
         `family` refitted without one), error_correlations (of predictions minus targets), rows (fit, unseen).

@@ -1,4 +1,4 @@
-"""Estimates how sure a mean over images is: 95 % intervals by bootstrap over prompts, not over images."""
+"""Computes 95 % confidence intervals of means over images, by bootstrap over prompts, not over images."""
 
 import numpy as np
 
@@ -9,8 +9,8 @@ LEVELS = (0.025, 0.975)
 def resampled_means(values: np.ndarray, prompts: np.ndarray, seed: int = 0) -> np.ndarray:
     """Means of a column in DRAWS resampled sets of prompts, each prompt with all its images (Efron 1979).
 
-    Images of one prompt have one target and are not independent, so that prompts are what is drawn, with replacement.
-    The same seed draws the same prompts: differences of two results are paired.
+    Images of one prompt have one target and are not independent, so prompts are resampled, with replacement. The same
+    seed draws the same prompts, so that differences of two results are paired.
 
     Args:
         values: float [n], one per image.

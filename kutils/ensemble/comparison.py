@@ -1,6 +1,6 @@
 """Compares runs: scores, differences between their configurations, and the same validation rows row by row.
 
-Scores compare where two runs were validated on the same rows: the same fold of the same data.
+Scores are comparable if two runs were validated on the same rows: the same fold of the same data.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ STANDARD_ERRORS = 1.96  # to either side of a mean: 95 % of a normal distributio
 
 
 def select_runs(names: str = "") -> list[FinishedRun]:
-    """Read finished runs; those that compare stand together, the best first.
+    """Read finished runs; comparable runs are adjacent, the best first.
 
     Args:
         names: separated by commas, each of a run in `working/runs/` (also with `*`) or a run folder; empty: all.
-    Raises: ValueError for a name that no finished run has, two folders of one name, or where none is finished.
+    Raises: ValueError for a name that no finished run has, two folders of one name, or if no run is finished.
     """
     run_folders = folders.find_finished(recipes.split_names(names))
     if not run_folders:
@@ -44,7 +44,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     Returns: letter -> runs; A is the group of the first run.
     """
     groups: dict[tuple, list[FinishedRun]] = {}
-    for run in runs:  # data sets of the same prompts may have other images
+    for run in runs:  # data sets with the same prompts may have different images
         groups.setdefault((run.fold, run.recipe.datasets, validation_hash(run)), []).append(run)
     return {
         letter(number): sorted(group, key=lambda run: -run.result.cosine_similarity)
@@ -53,7 +53,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 
 def pick_group(runs: Sequence[FinishedRun], name: str = "") -> list[FinishedRun]:
-    """The runs of one letter; by default the largest group, the first of several.
+    """The runs of one letter; by default the largest group, or the first of equally large ones.
 
     Raises: ValueError for a letter that no group has.
     """
@@ -64,7 +64,7 @@ def pick_group(runs: Sequence[FinishedRun], name: str = "") -> list[FinishedRun]
 
 
 def validation_hash(run: FinishedRun) -> str:
-    """The hash of the embeddings that the predictions were compared with; without predictions, the run's folder."""
+    """The hash of the predictions' targets; without predictions, the run's folder."""
     try:
         return read_predictions(run.folder, run.fold, names=["targets_hash"])["targets_hash"]
     except PredictionsError:
@@ -77,7 +77,7 @@ def letter(number: int) -> str:
 
 
 def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """One row per run: `rows` (runs of the same letter were validated on the same rows), scores, cost, origin."""
+    """One row per run: `rows` (the same letter for the same validation rows), scores, cost, origin."""
     letters = {run.folder: name for name, group in group_runs(runs).items() for run in group}
     rows = {
         run.name: {
@@ -115,7 +115,7 @@ def groups_text(runs: Sequence[FinishedRun]) -> str:
 
 
 def configurations(runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """Keys for which the runs have several values: a row per key, a column per run; without those of NAMES."""
+    """Keys that differ between the runs, except NAMES: a row per key, a column per run."""
     values = pd.DataFrame({run.name: pd.Series(dataclasses.asdict(run.recipe)).map(as_text) for run in runs})
     values = values.drop(index=[*NAMES]).rename_axis("key")
     return values[values.nunique(axis=1) > 1]
@@ -127,7 +127,7 @@ class SameRows:
 
     cosines: pd.DataFrame  # index: row of the data set list; a column per run, float32
     labels: pd.DataFrame  # of `slices.label_rows`, in the order of the rows
-    prompts: np.ndarray  # int [rows]: the number of each row's prompt
+    prompts: np.ndarray  # int [rows]: index of each row's prompt
 
     def by_slice(self) -> dict[str, pd.DataFrame]:
         """Slicing -> mean cosine of every slice and run."""
@@ -138,8 +138,8 @@ class SameRows:
 
         Images of a prompt are not independent: the standard error is cluster-robust over prompts (`blending.gain`).
 
-        Returns: index: runs, best first; cosine, difference, low, high (NaN for the best, or where there are too few
-            prompts), wins (share of the rows where it is better than the best run).
+        Returns: index: runs, best first; cosine, difference, low, high (NaN for the best run, or with too few prompts),
+            wins (share of the rows on which the run is better than the best one).
         """
         means = self.cosines.astype(np.float64).mean().sort_values(ascending=False, kind="stable")
         best = means.index[0]
@@ -171,7 +171,7 @@ def join_slices(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def same_rows(group: Sequence[FinishedRun]) -> SameRows:
     """Compare the predictions of runs of one group with the data in `input/`; slices are those of the first run's data.
 
-    Raises: ValueError where the data has changed since, or is gone; ValueError where two runs' rows differ.
+    Raises: ValueError if the data has changed since or is missing, or if two runs' rows differ.
     """
     columns = {}
     for run in group:

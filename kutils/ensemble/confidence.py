@@ -1,6 +1,6 @@
-"""Says how sure a prediction is: by its length before scaling, and how validation images of such a length score.
+"""Estimates confidence from the norm of a prediction before scaling, and from validation scores at such norms.
 
-A network that recognises little predicts a short vector, and so do families of an ensemble that disagree.
+A network that recognises little predicts a short vector, and so does an ensemble whose families disagree.
 """
 
 import json
@@ -17,7 +17,7 @@ from kutils.ensemble.weights import Ensemble
 from kutils.runs import finished
 from kutils.training.out_of_fold import read_predictions
 
-SHARE = 0.1  # of the validation images: those of the nearest lengths, whose mean cosine is expected
+SHARE = 0.1  # of the validation images, those with the nearest norms, give the expected cosine
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Confidence:
 
 
 def of_run(folder: Path) -> Confidence | None:
-    """That of a finished run; None where its predictions have no lengths or do not fit the data sets any more."""
+    """The confidence of a finished run; None if its predictions have no lengths or no longer fit the data sets."""
     fold = finished.read_result(folder).fold
     try:
         saved = read_predictions(folder, fold, names=["folds_hash"])
@@ -68,7 +68,7 @@ def of_run(folder: Path) -> Confidence | None:
 
 
 def of_ensemble(path: Path, fitted: Ensemble) -> Confidence | None:
-    """That of a fitted ensemble, from its file and content; None where its members' predictions cannot be used."""
+    """The confidence of a fitted ensemble, from its file and content; None if its members' predictions are unusable."""
     try:
         together, common = validated.blend_families(path, fitted)
         targets, *_ = load_targets(common)

@@ -17,9 +17,9 @@ from kutils.ensemble.members import Member
 from kutils.ensemble.weights import Ensemble
 from kutils.models import checkpoints
 
-SLACK = 1.1  # of an estimate; the budget is for more than the models
-PROBE_SECONDS = 0.5  # of forward passes that are timed
-PROBE_IMAGES = 32  # that are decoded to time the decoder
+SLACK = 1.1  # safety factor on estimates
+PROBE_SECONDS = 0.5  # least duration of a timed forward pass
+PROBE_IMAGES = 32  # decoded to time the decoder
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Cost:
 
     load: float  # seconds
     image: float  # seconds per image, on all devices together
-    decode: dict[int, float]  # side of the square in px -> seconds per image, which is decoded once per side
-    lookup: float = 0.0  # seconds per image for a member's neighbours, which no network shares
+    decode: dict[int, float]  # side of the square in px -> seconds to decode an image, once for all models of this side
+    lookup: float = 0.0  # seconds per image to look up a member's neighbours
 
     def __str__(self) -> str:
         rate = f"{1 / self.image:,.1f} images/s" if self.image else "no image"
@@ -42,12 +42,12 @@ class Cost:
 def measure_cost(
     path: Path, images: Sequence[Path], device_list: Sequence[torch.device], batch_size: int, tta: str
 ) -> Cost:
-    """Load a model, decode a few images, time forward passes over growing batches: a second or two and the loading.
+    """Load a model, decode a few images, and time forward passes over growing batches: one or two seconds plus loading.
 
     Args:
-        images: files to predict, of which some are decoded.
+        images: the files to predict; some are decoded.
         device_list, batch_size: as `predict.predict` has them.
-        tta: with `two_resolutions`, both are measured, if the network takes both.
+        tta: with `two_resolutions`, both sizes are measured, if the network takes both.
     """
     began = time.monotonic()
     model, recipe, _ = checkpoints.load_model(path)
@@ -67,7 +67,7 @@ def measure_cost(
 
 
 def seconds_per_image(predictor: predict.Predictor, size: int, batch_size: int) -> float:
-    """Seconds of a forward pass per image of so many px, in the first batch that takes PROBE_SECONDS or is full."""
+    """Seconds per image of `size` px in a forward pass, by the first batch that takes PROBE_SECONDS or is full."""
     pixels = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8)
     predictor(pixels[:1])  # the first pass is slower: libraries and memory are prepared in it
     count = 1
@@ -81,7 +81,8 @@ def seconds_per_image(predictor: predict.Predictor, size: int, batch_size: int) 
 
 
 def measure_lookup(members: Sequence[Member], bank: PromptBank | None, device: str) -> float:
-    """Seconds per image that a member's neighbours take: those of the most of them, for a block of images."""
+    """Seconds per image to look up a member's neighbours, measured with the largest number of them on a block of
+    images."""
     member = max(members, key=lambda member: member.neighbours)
     if bank is None or not member.neighbours:
         return 0.0
@@ -93,7 +94,7 @@ def measure_lookup(members: Sequence[Member], bank: PromptBank | None, device: s
 
 
 def after_decoding(costs: Mapping[Member, Cost], caches: Sequence[PixelCache]) -> dict[Member, Cost]:
-    """The costs once images were decoded at some sizes: each model decodes only those that are not in the caches."""
+    """The costs after images were decoded at some sizes: models then decode only images that are not cached."""
     again = {pixels.input_size: 1 - float(pixels.stored.mean()) if len(pixels.stored) else 0.0 for pixels in caches}
     updated = {}
     for member, cost in costs.items():
@@ -104,7 +105,7 @@ def after_decoding(costs: Mapping[Member, Cost], caches: Sequence[PixelCache]) -
 
 
 def estimate(members: Sequence[Member], costs: Mapping[Member, Cost], num_images: int) -> float:
-    """Seconds for every network's loading and running, the decoding per image size and the look-ups per member."""
+    """Seconds to load and run every network, decode images once per size, and look up neighbours for every member."""
     decoding: dict[int, float] = {}
     for member in members:
         decoding |= costs[member].decode
@@ -121,8 +122,8 @@ def losses(fitted: Ensemble, members: Sequence[Member]) -> dict[Member, float]:
     """An estimate, for each member, of the mean cosine that is lost by leaving it out.
 
     The loss of a whole family was measured when the weights were fitted (leave_one_out). That of one of its k members
-    could not be, since each has trained on the rows that the others are validated on. The variance that averaging takes
-    away goes with 1 / k, so that 1 / (k - 1) - 1 / k of the family's loss is taken as the member's.
+    cannot be measured, since each has trained on the rows that the others are validated on. The variance of a mean is
+    proportional to 1 / k, so a member's loss is estimated as 1 / (k - 1) - 1 / k of the family's.
     """
     result = {}
     families = {name: [member for member in members if member in of] for name, of in fitted.families.items()}
@@ -144,12 +145,13 @@ def choose_members(
     num_images: int,
     done: Sequence[Member] = (),
 ) -> tuple[list[Member], dict[Member, float]]:
-    """The members that fit into the time. The one whose absence costs least is left out first; of equals, the slower.
+    """Choose the members that fit into the time. The one with the least loss is left out first; of equals, the slower.
 
     Args:
-        seconds: left for them.
+        seconds: time left.
         done: members that have run.
-    Returns: members in their order; and those left out, in that order, with the loss of each.
+        Returns: the chosen members in their order; and those left out, in the order of leaving out, with the loss of
+            each.
     """
     chosen, left_out = list(members), {}
     while chosen and estimate(chosen, costs, num_images) > seconds:
@@ -157,7 +159,7 @@ def choose_members(
         worst = min(chosen, key=lambda member: (loss[member], -estimate([member], costs, num_images)))
         chosen.remove(worst)
         left_out[worst] = loss[worst]
-    for member in reversed(list(left_out)):  # what was left out before a slow one may still fit beside the rest
+    for member in reversed(list(left_out)):  # a member left out before a slow one may fit after all
         if estimate([*chosen, member], costs, num_images) <= seconds:
             chosen.append(member)
             del left_out[member]

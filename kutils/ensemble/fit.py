@@ -1,11 +1,11 @@
 """Fits the weights of an ensemble on predictions of rows that its members have not trained on.
 
-Members of a family (one recipe, trained on several folds) are averaged; families are added by weights. These are fitted
-on fold 0 with exactly one member per family, the one validated on that fold. The others have trained on its rows and
-would look better than they are; they inherit the weight of their family.
+Members of a family (one recipe, trained on several folds) are averaged; the ensemble is a weighted sum of families. The
+weights are fitted on fold 0 with exactly one member per family, the one validated on that fold. The other members have
+trained on its rows and would seem too good; they only inherit the weight of their family.
 
-A member may stand for the known prompts near what its network predicts (`neighbours: 20`): its prediction is then the
-weighted mean of the nearest prompts outside of fold 0.
+A member with `neighbours: 20` predicts the weighted mean of the 20 known prompts outside of fold 0 that are nearest to
+its network's prediction.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from kutils.ensemble.members import FIT_FOLD, add_checkpoint, load_predictions, 
 from kutils.ensemble.weights import Ensemble, bank_path, neighbours_path, to_json, write_ensemble
 from kutils.system import paths
 
-BANK_PROMPTS = 4096  # that travel with the weights: they say in words what a prediction means
+BANK_PROMPTS = 4096  # saved beside the weights, to show predictions as prompts
 
 
 def fit(config_name: str | Path, output: Path | str = "", seed: int = 0) -> tuple[Ensemble, Path]:
     """Fit the ensemble of a configuration and write its JSON file, and a small bank of prompts beside it.
 
-    Where members have neighbours, the prompts outside of fold 0 are written there too, in 0.8 GB per million.
-    Neighbours are looked for only among them, here and in prediction: no prompt of fold 0 may find itself.
+    If members have neighbours, the prompts outside of fold 0 are written there too, 0.8 GB per million. Neighbours are
+    searched for only among these, here and in prediction, so that no prompt of fold 0 finds itself.
 
     The weights are fitted on one half of fold 0 and scored on the other half.
 
     Args:
-        output: the file; empty: `working/models/ensemble_<name>.json`, beside the checkpoints that it goes with. A
-            previous file that differs becomes `<output>.bak`, and its neighbours' prompts stay; those of older ones go.
+        output: the file; empty: `working/models/ensemble_<name>.json`, beside the checkpoints. A previous file that
+            differs becomes `<output>.bak` and keeps its neighbours' prompts; those of older files are deleted.
     Raises: ValueError that says what is missing or does not fit, before anything is written.
     """
     method, families = read_config(config_name)
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = commands.add_parser("fit", help="fit the weights on fold 0 and write them to a JSON file")
     options.add_argument("--config", required=True, help="ensemble file, as given or below the repository's conf/")
     options.add_argument("--output", default="", help="JSON file (default: working/models/<config>.json)")
-    options.add_argument("--seed", type=int, default=0, help="of the halves of fold 0 (default: 0)")
+    options.add_argument("--seed", type=int, default=0, help="random seed of the halves of fold 0 (default: 0)")
     arguments = parser.parse_args(argv)
     fitted, path = fit(arguments.config, arguments.output, arguments.seed)
     print(f"{fitted.summary()}\nwrote {path}")

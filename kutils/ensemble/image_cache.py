@@ -25,9 +25,9 @@ def find_images(folder: Path | str, *, same_name_is_error: bool = True) -> list[
     """Files in a folder (not below) with an extension that Pillow reads, sorted by name without extension.
 
     Args:
-        same_name_is_error: of two files that differ in their extension alone; otherwise the first one is taken, and a
-            warning given.
-    Raises: ValueError if the folder is not there, or for two files of one name.
+        same_name_is_error: raise an error for two files that differ only in their extension; else take the first one
+            with a warning.
+    Raises: ValueError if the folder is missing, or for two files of one name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -45,7 +45,7 @@ def find_images(folder: Path | str, *, same_name_is_error: bool = True) -> list[
 
 
 class SquareImages(torch.utils.data.Dataset):
-    """position -> one image resized to the square; one that cannot be read is black, and named in `bad`."""
+    """position -> one image resized to the square; an unreadable image is black and listed in `bad`."""
 
     def __init__(self, images: Sequence[Path], input_size: int):
         self.images, self.input_size = images, input_size
@@ -63,12 +63,12 @@ class SquareImages(torch.utils.data.Dataset):
 class PixelCache:
     """All images at one input size. Decoded images are cached in an unnamed temporary file, up to a budget.
 
-    The system keeps the file in memory as far as there is room (its page cache), and frees it when the process ends.
-    Images beyond the budget are decoded again whenever they are asked for.
+    The system keeps the file in memory while there is room (page cache), and frees it when the process ends. Images
+    beyond the budget are decoded again on each use.
 
     Args:
         input_size: side of the square, px.
-        budget_bytes: of the file; 0: nothing is kept.
+        budget_bytes: most bytes of the file; 0: no cache.
         folder: for the file (default: the system's folder of temporary files); half of its free space is left.
     """
 
@@ -95,8 +95,8 @@ class PixelCache:
     def open_file(self, folder: Path | str | None) -> np.ndarray:
         """uint8 [capacity, 3, S, S] in a file without a name; OSError if the disk does not hold it."""
         shape = (self.capacity, 3, self.input_size, self.input_size)
-        with tempfile.TemporaryFile(dir=folder) as file:  # the map keeps it when its name and this handle are gone
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # else a full disk is a SIGBUS later
+        with tempfile.TemporaryFile(dir=folder) as file:  # the memory map keeps it after the handle is closed
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # else a full disk would cause a SIGBUS later
             return np.memmap(file, np.uint8, "r+", shape=shape)
 
     @property
@@ -104,9 +104,9 @@ class PixelCache:
         return self.capacity * 3 * self.input_size**2
 
     def batches(self, positions: Sequence[int], batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """The images at some positions, those that are cached first.
+        """The images at some positions, cached ones first.
 
-        Yields: positions int [B], pixels uint8 [B, 3, S, S]; black for an unreadable image, which then stands in `bad`.
+        Yields: positions int [B], pixels uint8 [B, 3, S, S]; black for an unreadable image, which is added to `bad`.
         """
         positions = np.asarray(positions, np.int64)
         known, unknown = positions[self.stored[positions]], positions[~self.stored[positions]]
@@ -124,7 +124,7 @@ class PixelCache:
             timeout=loaders.WORKER_SECONDS if num_workers else 0,
             collate_fn=datasets.collate,
             worker_init_fn=loaders.start_worker,
-            generator=torch.Generator(),  # a starting loader draws a seed; the global generator must not advance
+            generator=torch.Generator(),  # else the loader would draw its seed from the global generator
         )
         decoded = loaders.batches(loader)  # its processes are forked here, before threads of the models run
         for start in range(0, len(known), batch_size):

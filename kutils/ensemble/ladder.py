@@ -1,4 +1,4 @@
-"""Scores what a model is worth beside simpler and ideal predictions of the same rows: the rungs of a ladder."""
+"""Compares models with simpler and ideal predictions of the same rows: the rungs of a ladder of scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from kutils.system import devices, loaders
 from kutils.system.ranks import Ranks
 from kutils.training import engine, loading, ridge_head
 
-PIXELS = 8  # side of the images that show how far colours alone lead
-MOST_ROWS = 20_000  # training images, scored images, and prompts of the bank; more are drawn by prompt
+PIXELS = 8  # side of tiny images, whose score shows how much colours alone tell
+MOST_ROWS = 20_000  # of training images, scored images, and prompts to rank; larger sets are sampled by prompt
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the training prompts, for the learning curve
-AHEAD = 10  # times as many prompts: how far the curve is continued
+AHEAD = 10  # the curve is extrapolated to so many times the prompts
 COVERAGES = np.linspace(0.1, 1, 10)
-DIFFERENCE = ("mean", "low", "high")  # of two rungs, with its 95 % interval
+DIFFERENCE = ("mean", "low", "high")  # difference of two rungs with its 95 % interval
 BLOCK = 1000  # predictions that are compared with the bank at a time
 SHUFFLED, MEAN_PROMPT = "frozen backbone, shuffled pairs", "mean prompt"
 SIMILAR, SMALL = "prompt of the most similar training image", f"ridge on {PIXELS} x {PIXELS} pixels"
@@ -33,7 +33,7 @@ FROZEN, CEILING = "frozen backbone, ridge", "prompt of the most similar image of
 
 @dataclass(frozen=True)
 class Ladder:
-    """Scores of one fold: of what needs no image, of models, and of what other images of the same prompt give."""
+    """Scores of one fold: of predictions without images, of models, and of other images' prompts."""
 
     datasets: tuple[str, ...]
     fold: int
@@ -41,12 +41,12 @@ class Ladder:
     differences: pd.DataFrame  # a row per pair of rungs, see `compare_rungs`
     bank: int  # prompts among which the true one is ranked
     curve: pd.DataFrame  # prompts, cosine: of the frozen backbone and ridge
-    limit: tuple[float, float, float] | None  # a, b, c of cosine = a - b / prompts ** c; None where it does not fit
+    limit: tuple[float, float, float] | None  # a, b, c of cosine = a - b / prompts ** c; None if the fit failed
     coverage: pd.DataFrame  # [COVERAGES, models]: mean cosine of that share of the images, longest predictions first
     notes: list[str]
 
     def extrapolated(self, prompts: float) -> float | None:
-        """The cosine that the fitted curve gives for a number of training prompts: a guess, not a measurement."""
+        """The cosine on the fitted curve for a number of training prompts: an extrapolation, not a measurement."""
         if self.limit is None:
             return None
         a, b, c = self.limit
@@ -60,9 +60,9 @@ def climb(
 
     Args:
         names: data sets.
-        runs: finished runs, as `folders.find_finished` takes them; none given: all of this fold.
+        runs: finished runs, as `folders.find_finished` takes them; empty: all of this fold.
         recipe: its pretrained backbone, input size and precision give the features of the frozen rungs.
-        most: images of each kind, drawn by prompt where there are more.
+        most: images of each kind; larger sets are sampled by prompt.
     Raises: ValueError for a fold without rows, or a recipe that starts from a checkpoint.
     """
     if recipe.initialize_from is not None:
@@ -117,7 +117,7 @@ def climb(
 
 
 def draw_prompts(codes: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Positions of at most so many rows, ascending: whole prompts at random, but one prompt at least."""
+    """Positions of at most `most` rows, ascending: all rows of random prompts, at least one prompt."""
     _, numbers, sizes = np.unique(codes, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sizes))
     count = max(1, int(np.searchsorted(sizes[order].cumsum(), most, side="right")))
@@ -158,14 +158,14 @@ def most_similar(queries: np.ndarray, keys: np.ndarray, first: int | None = None
 
 
 def shuffle(data: PromptImages, rows: np.ndarray, seed: int) -> np.ndarray:
-    """Targets of the rows after each prompt got that of another one: float32 [n, 384]."""
+    """Targets of the rows after a permutation of the prompts' embeddings: float32 [n, 384]."""
     codes, first = np.unique(data.prompt_codes[rows], return_index=True)
     other = np.random.default_rng(seed).permutation(len(codes))
     return data.targets(rows[first[other]])[np.searchsorted(codes, data.prompt_codes[rows])]
 
 
 def bank_of(data: PromptImages, scored: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """A row of each prompt of a bank: those of the scored rows, then others at random up to `most`: int64 [prompts]."""
+    """One row for each prompt to rank: prompts of the scored rows, then random others up to `most`: int64 [prompts]."""
     codes, first = np.unique(data.prompt_codes, return_index=True)
     mine = np.isin(codes, data.prompt_codes[scored])
     others = np.random.default_rng(seed).permutation(first[~mine])[: max(0, most - int(mine.sum()))]
@@ -214,13 +214,13 @@ def score_rungs(
 
 
 def difference(cosines: dict[str, np.ndarray], means: dict[str, np.ndarray], name: str, other: str) -> dict[str, float]:
-    """By how much a rung is above another on the same images, with its 95 % interval: DIFFERENCE -> number."""
+    """The gain of a rung over another on the same images, with its 95 % interval: DIFFERENCE -> number."""
     low, high = np.quantile(means[name] - means[other], bootstrap.LEVELS)  # the same prompts were drawn for both
     return dict(zip(DIFFERENCE, ((cosines[name] - cosines[other]).mean(), low, high), strict=True))
 
 
 def compare_rungs(cosines: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Every pair of rungs: the columns rung, other (one before it), and those of DIFFERENCE; arguments as above."""
+    """Every pair of rungs: columns rung, other (an earlier rung), and those of DIFFERENCE; arguments as above."""
     pairs = [(name, other) for number, name in enumerate(cosines) for other in list(cosines)[:number]]
     rows = [{"rung": name, "other": other, **difference(cosines, means, name, other)} for name, other in pairs]
     return pd.DataFrame(rows, columns=["rung", "other", *DIFFERENCE])
@@ -235,7 +235,7 @@ def score_by_prompts(
     true: np.ndarray,
     seed: int,
 ) -> pd.DataFrame:
-    """Cosine of the frozen backbone and ridge by the number of training prompts, each set within the next larger one.
+    """Cosine of ridge on the frozen backbone by the number of training prompts, in nested sets.
 
     Args:
         features: of the training rows and of the scored rows.
@@ -273,7 +273,7 @@ def fit_curve(curve: pd.DataFrame) -> tuple[float, float, float] | None:
 
 
 def by_length(lengths: np.ndarray, cosines: np.ndarray) -> list[float]:
-    """Mean cosine of the longest predictions, for each share of COVERAGES: what a prediction's length says of it.
+    """Mean cosine of the predictions with the largest norms, for each share of COVERAGES.
 
     Args:
         lengths: float [n], of the predictions before they are scaled to unit length.

@@ -16,7 +16,7 @@ from kutils.runs import recipes
 from kutils.system import paths
 from kutils.training.out_of_fold import predictions_path, read_predictions
 
-FIT_FOLD = 0  # on which weights are fitted, with the one member of each family that was validated there
+FIT_FOLD = 0  # weights are fitted on this fold, with the member of each family that was validated on it
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Member:
     fold: int  # validation fold
     checkpoint: str = ""  # relative to the folder of models
     sha256: str = ""  # of the checkpoint
-    score: float | None = None  # mean cosine on its own validation fold, as its training saw it
-    neighbours: int = 0  # nearest prompts that its prediction is replaced by; 0: none
-    temperature: float = KNN_TEMPERATURE  # of their weights
+    score: float | None = None  # mean cosine on its own validation fold, from its training
+    neighbours: int = 0  # its prediction is replaced by the mean of so many nearest prompts; 0: not replaced
+    temperature: float = KNN_TEMPERATURE  # of the softmax weights of these prompts
 
     @property
     def name(self) -> str:
@@ -38,8 +38,8 @@ class Member:
 
     @property
     def network(self) -> str:
-        """The same text for members that differ in their neighbours alone, and so share one forward pass."""
-        return self.sha256 or f"{self.recipe} {self.fold}"  # a recipe may be spelt in several ways
+        """A key that is equal for members which differ only in their neighbours, and so share one forward pass."""
+        return self.sha256 or f"{self.recipe} {self.fold}"  # the path of a recipe can be written in several ways
 
     def apply_neighbours(
         self, rows: np.ndarray, bank: PromptBank | None, device: str = "cpu", exclude: np.ndarray | None = None
@@ -47,7 +47,7 @@ class Member:
         """Turn the network's predictions, float32 [n, 384], into the member's; NaN rows stay.
 
         Args:
-            rows: returned as they are by a member without neighbours, which needs none of the following.
+            rows: returned unchanged if the member has no neighbours; then the other arguments are not needed.
             bank, device, exclude: as `PromptBank.knn` has them.
         """
         if not self.neighbours:
@@ -146,7 +146,7 @@ def how_to_train(member: Member) -> str:
 
 
 def load_predictions(families: Mapping[str, Sequence[Member]]) -> tuple[dict[str, np.ndarray], dict]:
-    """Out-of-fold predictions of every family's member of fold 0, and what they have in common.
+    """Out-of-fold predictions of every family's member of fold 0, and the facts that they share.
 
     Returns: family -> float32 [n, 384]; and dataset [n], row [n], folds_hash, targets_hash.
     Raises: ValueError for a missing or unreadable file, one of another fold, or members validated on different rows,
@@ -179,9 +179,9 @@ def load_targets(common: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Args:
         common: as `load_predictions` returns it.
-    Returns: targets float32 [n, 384]; the number of each row's prompt, int [n]; the mean training embedding, float32
+    Returns: targets float32 [n, 384]; the index of each row's prompt, int [n]; the mean training embedding, float32
         [384] of unit length.
-    Raises: ValueError if the data sets are not what they were when the members were validated.
+    Raises: ValueError if the data sets have changed since the members were validated.
     """
     hashes = json.loads(common["folds_hash"])
     names = sorted(hashes)

@@ -1,4 +1,4 @@
-"""Scores the training prompts nearest to a prediction as a prediction of their own: `kutils neighbours RUN`."""
+"""Scores the mean of the training prompts nearest to a prediction as a prediction: `kutils neighbours RUN`."""
 
 import argparse
 import itertools
@@ -17,21 +17,21 @@ from kutils.runs import finished, folders
 from kutils.training.out_of_fold import predictions_path, read_predictions
 
 NEIGHBOURS, TEMPERATURES = (5, 20, 50), (0.02, 0.05, 0.1)
-MOST_ROWS = 20_000  # of a fold that are looked at
+MOST_ROWS = 20_000  # of a fold that are scored
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Mean cosines on rows of a validation fold on which nothing was chosen."""
+    """Mean cosines on rows of a validation fold that were not used to choose the settings."""
 
     run: str
     fold: int
     own: float  # of the run's predictions
     nearest: float  # of the weighted mean of the nearest training prompts to each
-    gain: dict[str, float | None]  # of nearest over own: mean and standard error, as blending.gain has them
+    gain: dict[str, float | None]  # of nearest over own: mean and standard error, as from blending.gain
     neighbours: int
     temperature: float
-    chosen: float  # of the same on the rows on which the two were chosen
+    chosen: float  # of nearest, on the rows on which neighbours and temperature were chosen
     rows: int
     bank: int  # training prompts
 
@@ -60,8 +60,8 @@ def measure_neighbours(
 
     Args:
         neighbours, temperatures: to choose from.
-        seed: of the halves, and of the rows where the fold has more than MOST_ROWS.
-    Raises: ValueError for predictions that are not there, of data that has changed since, or too few for two halves.
+        seed: of the halves, and of the sample if the fold has more than MOST_ROWS.
+        Raises: ValueError for predictions that are missing, of changed data, or too few for two halves.
     """
     fold = finished.read_result(folder).fold
     saved = read_predictions(folder, fold)
@@ -72,7 +72,7 @@ def measure_neighbours(
     own, targets, prompts = saved["embeddings"][rows], targets[rows], prompts[rows]
     groups = blending.topics(targets, prompts, seed)
     seen = blending.split_groups(groups, seed)
-    if seen.all():  # also of none
+    if seen.all():  # also if there are no rows
         raise ValueError(
             f"{predictions_path(folder, fold)} holds predictions of {len(np.unique(prompts))} prompts; choosing and "
             "scoring take two or more"
@@ -107,7 +107,7 @@ def measure_neighbours(
 
 
 def prompt_counts(text: str) -> list[int]:
-    """Whole numbers of 1 or more, with commas between, for argparse."""
+    """Argument type: integers of at least 1, separated by commas."""
     values = [int(value) for value in text.split(",")]
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{min(values)} is no number of prompts; each is 1 or more")
@@ -115,7 +115,7 @@ def prompt_counts(text: str) -> list[int]:
 
 
 def temperatures(text: str) -> list[float]:
-    """Numbers above 0, with commas between, for argparse."""
+    """Argument type: numbers above 0, separated by commas."""
     values = [float(value) for value in text.split(",")]
     if wrong := [value for value in values if not 0 < value < math.inf]:
         raise argparse.ArgumentTypeError(f"{wrong[0]} is no temperature; each is above 0 and finite")

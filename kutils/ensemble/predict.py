@@ -34,7 +34,7 @@ from kutils.training import network_input
 BATCH_SIZE = 64
 TTA = ("none", "two_resolutions")
 LARGER = 1.15  # the second resolution, as a multiple of the recipe's
-SIDE_STEP = 32  # px of which both are multiples: a ConvNeXt halves its input five times
+SIDE_STEP = 32  # px; both resolutions are multiples of it, since a ConvNeXt halves its input five times
 
 
 class OutOfTime(Exception):
@@ -50,12 +50,12 @@ def check_tta(tta: str) -> None:
 
 
 def input_sizes(model: PromptEmbedder, recipe: Recipe, tta: str) -> list[int]:
-    """Sides, in px, of the squares at which a network sees each image: the recipe's, and with some a larger one.
+    """Sizes in px at which a network predicts each image: the recipe's, and with `two_resolutions` a larger one.
 
-    With `two_resolutions` the predictions at both are averaged. Others report a gain of 0.001 to 0.002 from that in
+    With `two_resolutions` the predictions at both sizes are averaged. Other teams report a gain of 0.001 to 0.002 in
     this competition; it is not measured here.
 
-    Raises: ValueError for another `tta`, or if the network takes one size alone.
+    Raises: ValueError for another `tta`, or if the network takes only one size.
     """
     check_tta(tta)
     if tta == "none":
@@ -68,7 +68,7 @@ def input_sizes(model: PromptEmbedder, recipe: Recipe, tta: str) -> list[int]:
 
 
 def sizes_of_member(model: PromptEmbedder, recipe: Recipe, tta: str) -> list[int]:
-    """As `input_sizes`, but the recipe's size alone for a network that takes no other: an ensemble may hold both."""
+    """As `input_sizes`, but without an error: a network that takes only one size gets the recipe's."""
     return input_sizes(model, recipe, tta if takes_other_sizes(model) else "none")
 
 
@@ -96,7 +96,7 @@ def predict_at_sizes(
 
 
 def local_devices(device: torch.device, world_size: int) -> list[torch.device]:
-    """Where this process computes: on every visible GPU if it is alone, else on its own."""
+    """The devices of this process: every visible GPU if it is the only rank, else its own GPU."""
     if device.type == "cuda" and world_size == 1:
         return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     return [device]
@@ -119,12 +119,12 @@ def predict(
     Args:
         model: in evaluation mode; moved to the first device, copied to the others.
         recipe: mean, std and amp_dtype.
-        pixels: of all images, at a size that the model takes; they may be unreadable.
-        device_list: one batch at a time on each.
+        pixels: of all images, at a size that the model takes; some may be unreadable.
+        device_list: devices, each with one batch at a time.
         positions: of the images to predict (default: all).
         batch_size: per device; halved as often as a GPU's memory asks for.
         deadline: by time.monotonic().
-        unit_rows: False: as the network's head gives them, of any length.
+        unit_rows: False: return the head's outputs, of any norm.
     Returns: float32 [len(positions), 384], unit rows, NaN for an unreadable image (`pixels.bad` says why).
     Raises: OutOfTime after the deadline; torch.OutOfMemoryError if one image alone does not fit; ValueError if
         the model gives readable images no finite prediction.
@@ -160,7 +160,7 @@ def predict(
             while running:
                 bar.update(running.popleft().result())
     finally:
-        running.clear()  # a failed one holds its traceback, that this frame, and this frame the models
+        running.clear()  # a failed task's traceback would keep this frame, and with it the models, in memory
     embeddings[list(pixels.bad)] = np.nan
     missing = np.setdiff1d(positions[np.isnan(embeddings[positions]).any(axis=1)], list(pixels.bad))
     if len(missing):
@@ -180,7 +180,7 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> np.ndarray:
-        """uint8 [B, 3, S, S] to float32 [B, 384]; each thread has an inference mode, GPU and autocast of its own."""
+        """uint8 [B, 3, S, S] to float32 [B, 384]; inference mode, GPU and autocast are set per thread."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             while True:
                 try:
@@ -188,7 +188,7 @@ class Predictor:
                 except RuntimeError as error:
                     if self.size == 1 or not devices.is_out_of_memory(error):
                         raise
-                self.size = (min(self.size, len(pixels)) + 1) // 2  # out of `except`, whose traceback holds memory
+                self.size = (min(self.size, len(pixels)) + 1) // 2  # outside of `except`, whose traceback holds memory
                 torch.cuda.empty_cache()
                 print(f"{self.device}: the memory is full, going on with {self.size} images at a time", flush=True)
 
@@ -199,10 +199,10 @@ class Predictor:
         return (nn.functional.normalize(rows, dim=1) if self.unit_rows else rows).cpu().numpy()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[B, 3, S, S] to float32 [B, 384]; what overflows in half precision is computed in full."""
+        """[B, 3, S, S] to float32 [B, 384]; rows that overflow in half precision are computed again in float32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             rows = self.model(inputs, **self.options).float()
-        overflown = ~rows.isfinite().all(dim=1)  # float16 ends at 65,504, and some activations do not
+        overflown = ~rows.isfinite().all(dim=1)  # some activations exceed float16's 65,504
         if self.dtype != torch.float32 and overflown.any():
             inputs = inputs[overflown].contiguous(memory_format=torch.channels_last)
             rows[overflown] = self.model(inputs, **self.options).float()
@@ -213,7 +213,7 @@ class Predictor:
 
 
 def predict_folder(arguments: argparse.Namespace) -> None:
-    """Predict and write; ValueError for what is in the way, before the model is loaded where possible."""
+    """Predict and write; ValueError for unusable arguments, before the model is loaded if possible."""
     if arguments.output.suffix != ".npz":
         raise ValueError(f"--output is {arguments.output}; it is an .npz file")
     if arguments.output.exists():

@@ -1,4 +1,4 @@
-"""Finds trained models, and prints the prompts nearest to what they predict: `kutils ask IMAGE [IMAGE ...]`."""
+"""Finds trained models, and prints the prompts nearest to their predictions: `kutils ask IMAGE [IMAGE ...]`."""
 
 import argparse
 import json
@@ -40,10 +40,10 @@ class TrainedModel:
 
 
 def find_models(names: Sequence[str] = ()) -> list[TrainedModel]:
-    """Trained models: of all finished runs in the order of their results, or the named ones in the order given.
+    """Trained models: of all finished runs in the order in which they finished, or the named ones in the order given.
 
     Args:
-        names: runs as `runs.find_finished` takes them, or checkpoint files; none: all runs whose checkpoint is there.
+        names: runs as `folders.find_finished` takes them, or checkpoint files; empty: all runs whose checkpoint exists.
     Raises: ValueError for a name that no finished run has, a named run without its checkpoint, or a file that is none.
     """
     if not names:
@@ -70,7 +70,7 @@ def model_of_run(folder: Path) -> TrainedModel:
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """Where the checkpoint of a finished run is, or should be; that of a run moved aside is in its folder."""
+    """The path of a finished run's checkpoint; a run that was moved aside has it in its folder."""
     name = finished.read_result(folder).checkpoint
     beside = folder / Path(name).name
     return beside if beside.is_file() else recipes.load_recipe(folder / "config.yaml").models_folder() / name
@@ -92,10 +92,10 @@ def embed_images(
         ensemble: predicts too: families averaged and weighted as in a submission. Its members' checkpoints lie below
             `working/models/`.
         ensemble_path: its file, beside which its checkpoints and prompts may be instead.
-        unit_rows: False: of any length, as the networks' heads and the sum of the ensemble's families give them.
+        unit_rows: False: return the outputs of heads, and the ensemble's weighted sum, of any norm.
     Returns: name of a model -> float32 [n, 384], unit rows; and `ensemble` where there is one.
-    Raises: ValueError naming every image that cannot be read, the members that failed, a name that two have, or a
-        checkpoint that cannot be used.
+    Raises: ValueError naming every unreadable image, the members that failed, a name that two models have, or an
+        unusable checkpoint.
     """
     taken = Counter([ENSEMBLE, *(model.name for model in models)])
     if twice := [name for name, count in taken.items() if count > 1]:
@@ -125,7 +125,7 @@ def blend_by_ensemble(ensemble: Ensemble, images: Sequence[Path], device: str, p
 
 
 def check_readable(reasons: Sequence[str]) -> None:
-    """Raise ValueError for the images that could not be read, by reason."""
+    """Raise ValueError if there are reasons why images could not be read."""
     if reasons:
         raise ValueError("; ".join(reasons))
 

@@ -1,4 +1,4 @@
-"""Aligns several models' predictions of the same validation rows, and adds those of their ensemble."""
+"""Aligns several models' predictions of the same validation rows, and adds their ensemble's predictions."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from kutils.ensemble.members import FIT_FOLD, load_predictions
 from kutils.runs import finished
 from kutils.training.out_of_fold import LENGTHS, read_predictions
 
-MEAN = "ensemble of equal weights"  # where none was fitted
+MEAN = "ensemble of equal weights"  # if no ensemble was fitted
 
 
 class NoPredictions(ValueError):
@@ -30,11 +30,11 @@ class Validated:
     fold: int
     rows: np.ndarray  # int64 [n] of the data sets
     predictions: dict[str, np.ndarray]  # model -> float32 [n, 384], unit rows
-    cosines: pd.DataFrame  # [n, models]: of prediction and prompt
+    cosines: pd.DataFrame  # [n, models]: between prediction and prompt
     baseline: float  # mean cosine of the mean training prompt with these rows' prompts
     folders: dict[str, Path]  # model -> its run; without ensembles
     notes: list[str]  # what a reader of the scores should know
-    lengths: dict[str, np.ndarray]  # model -> float32 [n], before scaling to unit length; former runs have none
+    lengths: dict[str, np.ndarray]  # model -> float32 [n], norms before scaling; runs of earlier versions have none
 
     @property
     def best(self) -> str:
@@ -45,7 +45,7 @@ class Validated:
         return list(self.folders)
 
     def agreement(self) -> np.ndarray:
-        """Mean cosine between the single models' predictions of each row, [n]; NaN where there is one model."""
+        """Mean cosine between the single models' predictions of each row, [n]; NaN if there is only one model."""
         return blending.agreement({name: self.predictions[name] for name in self.folders})
 
     def scores(self) -> dict[str, float]:
@@ -56,7 +56,7 @@ class Validated:
 def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Validated:
     """Read what finished runs predicted for a fold of these data sets, and add the predictions of their ensemble.
 
-    Raises: NoPredictions where no run has predicted the fold's rows, or no row is predicted by all of them.
+    Raises: NoPredictions if no run has predicted the fold's rows, or if no row is predicted by all runs.
     """
     runs, notes = read_runs(data, fold, folders)
     names = ", ".join(runs)
@@ -87,7 +87,7 @@ def read_validated(data: PromptImages, fold: int, folders: Sequence[Path]) -> Va
 def read_runs(
     data: PromptImages, fold: int, folders: Sequence[Path]
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]], list[str]]:
-    """Run -> what `predictions_of` reads, of the runs of a fold; and a note for each run that is left out."""
+    """Run -> result of `predictions_of`, for the runs of a fold; and a note for each run that is left out."""
     runs, notes = {}, []
     for folder in folders:
         if finished.read_result(folder).fold != fold:
@@ -102,10 +102,10 @@ def read_runs(
 def predict_together(
     data: PromptImages, fold: int, rows: np.ndarray, predictions: Sequence[np.ndarray]
 ) -> tuple[str, np.ndarray, str]:
-    """Name, blended predictions and a note: of the ensemble fitted last, or of equal weights where there is none."""
+    """Name, predictions and a note of the ensemble fitted last, or of equal weights if there is none."""
     try:
         together, score = read_ensemble(data, fold, rows)
-    except ValueError as error:  # none was fitted, a member is gone, other folds now, ...
+    except ValueError as error:  # none was fitted, a member is missing, folds have changed, ...
         note = f"instead of a fitted ensemble, predictions are averaged: {error}"
         equal = dict.fromkeys(range(len(predictions)), 1 / len(predictions))
         return MEAN, blending.weighted_total(dict(enumerate(predictions)), equal), note
@@ -131,16 +131,16 @@ def predictions_of(data: PromptImages, folder: Path, fold: int) -> tuple[np.ndar
 
 
 def take_rows(wanted: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Those of the values [n, ...], one for each of `rows`, that belong to the wanted rows, in the wanted order."""
+    """The values [n, ...] of the wanted rows, in their order, from one value for each of `rows`."""
     order = np.argsort(rows)
     return values[order[np.searchsorted(rows[order], wanted)]]
 
 
 def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """What the ensemble fitted last predicts for rows, before it is scaled to unit length: float32 [n, 384].
+    """Read the predictions for rows of the ensemble fitted last.
 
-    Returns: with it, its score on the rows not used in its fit.
-    Raises: ValueError where none was fitted on these rows, or a member is gone.
+    Returns: float32 [n, 384], before scaling to unit length; the ensemble's score on rows not used in its fit.
+    Raises: ValueError if none was fitted on these rows, or a member is missing.
     """
     files = weights.ensemble_files(weights.weight_folders())
     if not files or fold != FIT_FOLD:
@@ -156,11 +156,11 @@ def read_ensemble(data: PromptImages, fold: int, rows: np.ndarray) -> tuple[np.n
 
 
 def blend_families(path: Path, fitted: weights.Ensemble) -> tuple[np.ndarray, dict]:
-    """What an ensemble predicts for the rows that it was fitted on, before it is scaled to unit length.
+    """An ensemble's predictions for the rows that it was fitted on, before scaling to unit length.
 
     Args:
-        path: of the ensemble's file, beside which its neighbours' prompts lie.
-    Returns: float32 [n, 384], and what `load_predictions` says of the rows.
+        path: of the ensemble's file; its neighbours' prompts are beside it.
+    Returns: float32 [n, 384], and the facts about the rows from `load_predictions`.
     Raises: ValueError for a member without predictions.
     """
     families, common = load_predictions(fitted.families)

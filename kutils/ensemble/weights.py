@@ -1,4 +1,4 @@
-"""Finds, reads and writes a fitted ensemble: its JSON file, the members' checkpoints, the prompts beside it."""
+"""Finds, reads and writes a fitted ensemble: its JSON file, its members' checkpoints, and its prompts."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from kutils.system import checksums, paths
 from kutils.system.constants import EMBEDDING_DIM
 
 ENSEMBLE_KIND = "kutils ensemble"  # in the first lines of the JSON file
-LEVELS = 5  # below Kaggle's inputs: owner, data set, framework, version, folder
+LEVELS = 5  # depth of the search below Kaggle's inputs: owner, data set, framework, version, folder
 CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
 
 
@@ -28,13 +28,13 @@ class Ensemble:
     weights: dict[str, float | list[float]]  # by family: a number, or 384 of them
     mean_embedding: list[float]  # [384], unit: the mean training embedding, for images without a prediction
     scores: dict  # mean cosine on the half of fold 0 that the fit has not seen: members, methods, chosen, baseline
-    over_equal: dict[str, dict[str, float]]  # method -> mean and standard error of its gain over equal weights, there
+    over_equal: dict[str, dict[str, float]]  # method -> mean and standard error of its gain over equal weights
     leave_one_out: dict[str, float]
     error_correlations: dict[str, dict[str, float]]
     rows: dict[str, int]  # of fold 0: fit, unseen
     folds_hash: str
     targets_hash: str
-    neighbours_bank: str = ""  # file beside the weights with the prompts that members' neighbours are among
+    neighbours_bank: str = ""  # file beside the weights with the prompts for members' neighbours
     neighbours_sha256: str = ""
 
     def files(self) -> dict[str, str]:
@@ -46,7 +46,7 @@ class Ensemble:
         return bool(np.any(self.weights[family]))
 
     def with_weight(self) -> "Ensemble":
-        """The same without families of weight 0, and without neighbours' prompts that no other family needs."""
+        """A copy without families of weight 0, and without neighbours' prompts if no other family needs them."""
         families = {name: members for name, members in self.families.items() if self.has_weight(name)}
         used = any(member.neighbours for members in families.values() for member in members)
         return replace(
@@ -57,14 +57,14 @@ class Ensemble:
         )
 
     def mean_weights(self) -> dict[str, float]:
-        """One number per family, also where every dimension has its own."""
+        """One number per family: the mean if every dimension has its own weight."""
         return {family: float(np.mean(weight)) for family, weight in self.weights.items()}
 
     def members(self) -> list[Member]:
         return [member for members in self.families.values() for member in members]
 
     def summary(self) -> str:
-        """The scores as lines for a person."""
+        """The scores as lines to print."""
         rows, scores, weights = self.rows, self.scores, self.mean_weights()
         lines = [
             f"fitted on {rows['fit']:,} rows of fold {FIT_FOLD}; mean cosine on its {rows['unseen']:,} other rows:"
@@ -81,7 +81,7 @@ class Ensemble:
 
 
 def verdict(gain: Mapping[str, float]) -> str:
-    """Whether weights beat equal ones, in words: a gain counts from twice its standard error on."""
+    """A sentence on whether weights beat equal ones: a gain counts if it exceeds twice its standard error."""
     mean, error = gain["mean"], gain["error"]
     if error is None:
         return f"cannot be told from equal ones: {mean:+.5f} on rows that the fit has not seen, of too few topics"
@@ -98,13 +98,13 @@ def to_json(fitted: Ensemble) -> str:
 
 
 def write_ensemble(fitted: Ensemble, path: Path) -> None:
-    """Write the JSON file, atomically; replaced if it is there."""
+    """Write the JSON file, atomically; an existing file is replaced."""
     with paths.atomic_path(path) as temporary:
         temporary.write_text(to_json(fitted), encoding="utf-8")
 
 
 def load_ensemble(path: Path | str) -> Ensemble:
-    """Read a file that `write_ensemble` wrote; ValueError for anything else."""
+    """Read a file that `write_ensemble` wrote; ValueError for other files."""
     try:
         content = paths.read_json(Path(path))
         values = {
@@ -139,7 +139,7 @@ def bank_path(weights: Path | str) -> Path:
 
 
 def neighbours_path(weights: Path | str, sha256: str = "") -> Path:
-    """The prompts outside of fold 0 beside a file of weights whose members have neighbours, by their hash."""
+    """The file, named by its hash, with the prompts for members' neighbours beside a file of weights."""
     return Path(weights).with_suffix(f"{f'.{sha256[:12]}' if sha256 else ''}.neighbours.arrow")
 
 
@@ -147,14 +147,14 @@ def neighbours_path(weights: Path | str, sha256: str = "") -> Path:
 
 
 def weight_folders(given: str = "") -> list[Path]:
-    """Where weights are looked for: the folder given, else working/models and, on Kaggle, all inputs."""
+    """Folders to search for weights: the given one, else working/models and, on Kaggle, all inputs."""
     if given:
         return [Path(given)]
     return [paths.working_dir() / "models"] + ([paths.input_dir()] if paths.on_kaggle() else [])
 
 
 def ensemble_files(folders: Sequence[Path]) -> list[Path]:
-    """Files of fitted weights in folders and below, known by their first lines; the one written last comes first."""
+    """Files of fitted weights in folders and below, recognised by their first lines; the newest comes first."""
     files = []
     for path in (path for folder in folders for path in sorted(folder.rglob("*.json")) if path.is_file()):
         with path.open("rb") as stream:
@@ -166,7 +166,8 @@ def ensemble_files(folders: Sequence[Path]) -> list[Path]:
 def find_ensemble(folders: Sequence[Path]) -> Path:
     """The file of the ensemble that was fitted last, in folders or below.
 
-    Raises: ValueError if there is none; on Kaggle also for several that differ, since the times of inputs mean nothing.
+    Raises: ValueError if there is none; on Kaggle also for several that differ, since file times of inputs are not
+    reliable.
     """
     files = ensemble_files(folders)
     if not files:
@@ -179,10 +180,10 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
 def find_members(
     fitted: Ensemble, folders: Sequence[Path], beside: Path | None = None
 ) -> tuple[dict[Member, Path], PromptBank | None]:
-    """The checkpoint of every member, and the prompts that members' neighbours are among (None without neighbours).
+    """The checkpoint of every member, and the prompts for members' neighbours (None without neighbours).
 
     Args:
-        folders, beside: as `find_files` has them.
+        folders, beside: as for `find_files`.
     Raises: ValueError naming all files that are missing, or that are not those of the fit.
     """
     files = find_files(fitted.files(), folders, beside)
@@ -191,14 +192,14 @@ def find_members(
 
 
 def find_files(hashes: Mapping[str, str], folders: Sequence[Path], beside: Path | None = None) -> dict[str, Path]:
-    """An ensemble's files below folders, whatever the folders in between are called: by file name and SHA-256.
+    """Find an ensemble's files by name and SHA-256, at any place below folders.
 
     Args:
         hashes: path as the ensemble names it -> SHA-256.
-        folders: that are searched with all that is below.
-        beside: the ensemble's own file, from whose folder the paths may lead too.
-    Returns: the same path -> where the file is.
-    Raises: ValueError naming all files that are missing, or that are not those of the fit.
+        folders: searched with their subfolders.
+        beside: the ensemble's own file; paths may also be relative to its folder.
+    Returns: the same path -> the file found.
+    Raises: ValueError naming all files that are missing or differ from those of the fit.
     """
     by_name: dict[str, list[Path]] = {}
     suffixes = sorted({Path(name).suffix for name in hashes})

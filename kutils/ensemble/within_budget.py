@@ -1,7 +1,7 @@
 """Predicts with all models of an ensemble, one after the other, within a time budget.
 
-There is a complete result at every moment. The cost of each model is measured before the first one runs, on this
-machine. If the time is too short for all, models are left out; those come first by which the ensemble loses least.
+A complete result exists at any time. Before the first model runs, the cost of each is measured on this machine. If
+there is not enough time for all, the models with the least effect on the ensemble are left out.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ class EnsemblePrediction:
 
     embeddings: np.ndarray  # float32 [n, 384], unit rows: the best so far
     families: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [n, 384], NaN for an unreadable image
-    weights: dict[str, float] = field(default_factory=dict)  # of those families, summing to 1
+    weights: dict[str, float] = field(default_factory=dict)  # of these families; they sum to 1
     seconds: dict[str, float] = field(default_factory=dict)  # by member
     dropped: dict[str, str] = field(default_factory=dict)  # member -> reason
     unreadable: dict[Path, str] = field(default_factory=dict)  # image -> reason
 
 
 class Runner:
-    """What all models of an ensemble share: images, devices, decoded pixels, the end of the time.
+    """Resources that all models of an ensemble share: images, devices, decoded pixels, the deadline.
 
     Args:
-        deadline: by time.monotonic(); the others as `predict_ensemble` has them.
+        deadline: by time.monotonic(); the others as for `predict_ensemble`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Runner:
         self.caches: dict[int, PixelCache] = {}
 
     def run(self, member: Member) -> tuple[np.ndarray, list[PixelCache]]:
-        """One model's predictions, as `predict.predict` returns them, and the images at the sizes that it looked at."""
+        """One model's predictions, as `predict.predict` returns them, and the caches of images that it used."""
         if time.monotonic() > self.deadline:
             raise predict.OutOfTime("not started")
         model, recipe, _ = checkpoints.load_model(self.checkpoint_files[member])
@@ -72,17 +72,18 @@ class Runner:
         return predict.predict_at_sizes(model, recipe, caches, self.device_list, **options), caches
 
     def open_cache(self, size: int, num_workers: int) -> PixelCache:
-        """A cache of images of a size, in what the others leave of the budget."""
+        """A cache of images of a size, within what other caches leave of the budget."""
         left = 1e9 * self.cache_gb - sum(cache.num_bytes for cache in self.caches.values())
         self.caches[size] = PixelCache(self.images, size, budget_bytes=max(0.0, left), num_workers=num_workers)
         return self.caches[size]
 
     def drop_caches(self, needed: Collection[int]) -> None:
-        """Free the space of caches of other sizes than those that are needed."""
+        """Free the caches of sizes that are no longer needed."""
         self.caches = {size: cache for size, cache in self.caches.items() if size in needed}
 
     def measure(self, members: Sequence[Member], bank: PromptBank | None) -> dict[Member, Cost]:
-        """Every member's cost, measured once per recipe; one that cannot be measured is free: it fails when it runs."""
+        """Every member's cost, measured once per recipe; 0 for one that cannot be measured, since it fails when it
+        runs."""
         by_recipe: dict[str, Cost] = {}
         for member in members:
             if member.recipe in by_recipe:
@@ -96,7 +97,7 @@ class Runner:
                 by_recipe[member.recipe] = Cost(0, 0, {})
         try:
             lookup = costs.measure_lookup(members, bank, self.device_list[0].type)
-        except Exception:  # prompts that cannot be read: members that need them are left out when their turn comes
+        except Exception:  # prompts cannot be read: members that need them are left out later
             lookup = 0.0
         return {
             member: dataclasses.replace(by_recipe[member.recipe], lookup=lookup if member.neighbours else 0.0)
@@ -118,17 +119,17 @@ def predict_ensemble(
 ) -> Iterator[EnsemblePrediction]:
     """Predict with one model in memory at a time; gives a complete result at the start and after every model.
 
-    The first result is the mean training embedding for every image, which an unreadable image keeps. Families of the
-    largest weights come first. A model that fails, or for which there is no time, is left out: a line says so, and the
-    weights of the others count for more.
+    The first result is the mean training embedding for every image; unreadable images keep it. Families with large
+    weights run first. A model that fails, or for which there is no time, is left out; a line says so, and the weights
+    of the others are scaled to sum to 1.
 
     Args:
         fitted: weights, members and the mean training embedding.
         hours: time for all models, from the first call on; infinite: nothing is measured first.
-        tta: one of predict.TTA; with `two_resolutions`, networks that take one size are predicted at that alone.
-        cache_gb: of decoded images, in files of the temporary folder.
+        tta: one of predict.TTA; with `two_resolutions`, networks that take only one size use that.
+        cache_gb: size of the cache of decoded images, in temporary files.
         device: auto (all GPUs, else the CPU), cuda or cpu.
-        bank: in which members' neighbours are looked up, as `weights.find_members` returns it.
+        bank: prompts for members' neighbours, as `weights.find_members` returns it.
     """
     options = {"batch_size": batch_size, "tta": tta, "cache_gb": cache_gb, "device": device}
     runner = Runner(checkpoint_files, images, deadline=time.monotonic() + 3600 * hours, **options)
@@ -149,7 +150,7 @@ def predict_ensemble(
     while members:
         left_out: dict[Member, float] = {}
         if measured:
-            slower = took / estimated if estimated else 1.0  # than measured, now that models have run
+            slower = took / estimated if estimated else 1.0  # than estimated, by the models that have run
             left = (runner.deadline - time.monotonic()) / slower
             done = [member for member in family_of if member.name in state.seconds]
             previous = planned
@@ -197,12 +198,12 @@ def predict_ensemble(
 
 
 def mean_embeddings(fitted: Ensemble, count: int) -> np.ndarray:
-    """The mean training embedding for so many images, float32 [count, 384]: what is predicted without a model."""
+    """The mean training embedding for `count` images, float32 [count, 384]: the prediction without a model."""
     return np.tile(np.asarray(fitted.mean_embedding, np.float32), (count, 1))
 
 
 def no_time(seconds: float, loss: float) -> str:
-    """Why a model is left out: its seconds, and what is lost by it."""
+    """Why a model is left out: its seconds, and the estimated loss of cosine."""
     lost = f"a loss of about {loss:.4f}" if loss < math.inf else "the last of all"
     return f"no time left: it takes {seconds / 60:,.1f} minutes ({lost})"
 

@@ -1,6 +1,6 @@
-"""Loads a Stable Diffusion pipeline, samples images in batches, and repeats those that came out bad.
+"""Loads a Stable Diffusion pipeline, samples images in batches, and samples bad images again.
 
-An image's noise is drawn on the CPU by a generator of its own, so that batch, rank and order do not matter to it.
+Each image's noise is drawn on the CPU by its own generator, so it does not depend on batch, rank and order.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def import_diffusers():
     """Import the optional package diffusers, and let it and transformers print errors only."""
     try:
-        import diffusers  # seconds to import, and needed by nothing else
+        import diffusers  # takes seconds to import
     except ImportError as error:
         raise ValueError(
             f"images by a diffusion model need the package diffusers ({error}): pip install -e '.[generate]'"
@@ -110,7 +110,7 @@ def load_pipeline(settings: DiffusionSettings, device: torch.device):
 
 
 def upcast_attention(unet: torch.nn.Module) -> None:
-    """Compute attention scores in float32; the fused attention of torch does not look at the flag for it."""
+    """Compute attention scores in float32; torch's fused attention ignores diffusers' flag for this."""
     from diffusers.models.attention_processor import Attention, AttnProcessor
 
     for module in unet.modules():
@@ -120,13 +120,13 @@ def upcast_attention(unet: torch.nn.Module) -> None:
 
 
 def weights_sha256(pipeline) -> str:
-    """Hex SHA-256 of all in a pipeline that decides pixels: weights, vocabulary, scheduler. Its name does not count."""
+    """Hex SHA-256 of everything in a pipeline that determines pixels: weights, vocabulary, scheduler; not its name."""
     digest = hashlib.sha256()
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     other = [scheduler, pipeline.tokenizer.get_vocab(), pipeline.vae.config.scaling_factor]
     digest.update(json.dumps(other, sort_keys=True).encode())
     for name in ("text_encoder", "unet", "vae"):
-        # not all versions of transformers have the prefix
+        # only some versions of transformers have the prefix
         tensors = {
             key.removeprefix("text_model."): value for key, value in getattr(pipeline, name).state_dict().items()
         }
@@ -166,7 +166,7 @@ class Sampler:
         self.dtype, self.batch_size = pipeline.unet.dtype, settings.batch_size
 
     def __call__(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Sample]:
-        """One Sample per prompt and image number, in their order.
+        """One Sample per prompt and image number, in the same order.
 
         Raises: ValueError if one image alone does not fit into the memory.
         """
@@ -178,7 +178,7 @@ class Sampler:
         ]
 
     def sample_batches(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[np.ndarray, str]]:
-        """`sample` in batches; if the memory is full, all is made again in batches of half the size."""
+        """`sample` in batches; if the memory is full, starts again with batches of half the size."""
         while True:
             size = self.batch_size
             try:
@@ -195,7 +195,7 @@ class Sampler:
                         f"one image of {self.settings.size} px does not fit into the memory: --attention-slicing, "
                         f"--dtype float16 or a smaller --size take less ({first_line(error)})"
                     ) from error
-            self.batch_size = (min(size, len(prompts)) + 1) // 2  # out of `except`, whose traceback holds memory
+            self.batch_size = (min(size, len(prompts)) + 1) // 2  # outside of `except`, whose traceback holds memory
             torch.cuda.empty_cache()
             message = f"the memory is full, going on with {self.batch_size} images at a time"
             print(f"{self.pipeline.device}: {message}", flush=True)
@@ -217,7 +217,7 @@ class Sampler:
         return list(zip(pixels.cpu().numpy(), problems, strict=True))
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """[B, C, size / 8, size / 8] standard normal, drawn in float32: the same for every dtype but for rounding."""
+        """[B, C, size / 8, size / 8] standard normal, drawn in float32: equal for every dtype except for rounding."""
         side = self.settings.size // self.pipeline.vae_scale_factor
         shape = (self.pipeline.unet.config.in_channels, side, side)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -226,7 +226,7 @@ class Sampler:
     def retry(self, prompt: str, number: int, problem: str) -> Sample:
         """Make an image again whose first attempt had a problem: in float32, and with another seed."""
         reasons = [problem]
-        if self.dtype != torch.float32:  # else it would be the same once more
+        if self.dtype != torch.float32:  # else it would be the same image again
             pixels, problem = self.sample_in_float32(prompt, image_seed(prompt, number))
             if not problem:
                 return Sample(pixels, "float32", reasons[0])
@@ -237,7 +237,7 @@ class Sampler:
         return Sample(None, "failed", "; ".join([*reasons, f"another seed: {problem}"]))
 
     def sample_in_float32(self, prompt: str, seed: int) -> tuple[np.ndarray | None, str]:
-        """`sample` one image with the whole pipeline in float32, and put it back; half precision loses no bit by it."""
+        """`sample` one image with the pipeline in float32, then convert it back, which restores the weights exactly."""
         try:
             self.pipeline.to(torch.float32)
             return self.sample([prompt], [seed])[0]

@@ -1,4 +1,4 @@
-"""Makes a data set of images from prompts, as a command: by the built-in renderer or a diffusion model, resumable."""
+"""Makes a data set of images from prompts by the built-in renderer or a diffusion model: `kutils generate`."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ def generate_by_diffusion(image_set: ImageSet, settings: DiffusionSettings, over
 
 
 def write_table_only(image_set: ImageSet, backend: str, overwrite: bool) -> None:
-    """Write the table of the images that are there so far."""
+    """Write the table of the images made so far."""
     image_set.check_record(image_set.record(backend=backend))
     missing = image_set.missing()
     is_new = image_set.update_table(missing, overwrite=overwrite)
@@ -34,7 +34,7 @@ def generate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kutils generate",
         description="Make a data set of images from prompts: OUTPUT.tsv and OUTPUT_images/, and OUTPUT.npy where "
-        "the prompts are embedded in float32. Run again, it makes what is missing.",
+        "the prompts are embedded in float32. The same command again makes missing images.",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -47,9 +47,9 @@ def generate_parser() -> argparse.ArgumentParser:
     size_help = f"side of the images, px; default: 128, or {DiffusionSettings.size} by diffusion"
     parser.add_argument("--size", type=int, help=size_help)
     parser.add_argument("--workers", type=int, help="processes of the built-in renderer; default: one per core")
-    table_help = "write the table of the images that are there so far, and make none"
+    table_help = "only write the table of the images made so far"
     parser.add_argument("--table-only", action="store_true", default=False, help=table_help)
-    overwrite_help = "replace a table with folds too, and keep it as .bak"
+    overwrite_help = "also replace a table with folds; it is kept as .bak"
     parser.add_argument("--overwrite", action="store_true", default=False, help=overwrite_help)
     group = parser.add_argument_group(
         "a diffusion model, on one GPU, or as ranks: torchrun --nproc-per-node 8 -m kutils generate ..."
@@ -66,12 +66,12 @@ def generate_parser() -> argparse.ArgumentParser:
         "--shapes-dataset", default=None, metavar="NAME", help="make input/NAME from the renderer's own prompts"
     )
     group.add_argument("--num-prompts", type=int, help="prompts of --shapes-dataset; default: 4000")
-    group.add_argument("--seed", type=int, help="of the prompts of --shapes-dataset; default: 0")
+    group.add_argument("--seed", type=int, help="random seed of the prompts of --shapes-dataset; default: 0")
     return parser
 
 
 def chosen_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
-    """The options for making images that were given; an error of the parser for one that would not count."""
+    """The given options for making images; a parser error for one that would have no effect."""
     of_diffusion = {item.name for item in dataclasses.fields(DiffusionSettings)}
     of_dataset = {"size", "num_prompts", "seed"}
     options = {name: value for name, value in vars(args).items() if name in of_diffusion | of_dataset | {"workers"}}

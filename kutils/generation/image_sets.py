@@ -1,4 +1,4 @@
-"""Describes a data set of images in the making: names, seeds, missing images, and its table."""
+"""Describes a data set of images to make: names, seeds, missing images, and its table."""
 
 import hashlib
 import os
@@ -17,14 +17,14 @@ from kutils.system.embedding_files import is_embedded, take_embeddings
 from kutils.system.tables import hash_prompts, read_table, write_table
 
 PROMPTS_PER_FOLDER = 1000  # a folder with millions of files is slow to list
-RECORD = "generation.json"  # in the folder of images: what they were made from
+RECORD = "generation.json"  # in the folder of images: settings and hash of the prompts
 
 
 def image_seed(prompt: str, number: int, attempt: int = 0) -> int:
     """Seed of a prompt's image `number`, 0 to 2**63 - 1: the same on every machine and in any order of work.
 
     Args:
-        attempt: another number is another seed, for an image that did not turn out.
+        attempt: gives another seed, if the image of the first one was bad.
     """
     text = f"{number}\t{prompt}" + (f"\t{attempt}" if attempt else "")  # no prompt holds a tab
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -33,7 +33,7 @@ def image_seed(prompt: str, number: int, attempt: int = 0) -> int:
 def read_prompts(path: Path) -> tuple[list[str], dict[str, pa.Array]]:
     """Read a prompts file: its distinct prompts in order, and the columns `source` and `fold` of these, if it has them.
 
-    Raises: ValueError for a table that cannot be read, no prompt, or naming the line of an empty one.
+    Raises: ValueError for a table that cannot be read or has no prompts, or naming the line of an empty prompt.
     """
     table = read_table(path, ["prompt"])
     prompts = table["prompt"].to_pylist()
@@ -118,12 +118,12 @@ class ImageSet:
     # ---------------------------------------------------------------- how the images are made
 
     def record(self, **settings) -> dict:
-        """All that decides the images: settings and prompts, as `generation.json` keeps it."""
+        """Everything that determines the images, settings and prompts, as stored in `generation.json`."""
         counts = {"images_per_prompt": self.images_per_prompt, "num_prompts": len(self.prompts)}
         return settings | counts | {"prompts_sha256": hash_prompts(pa.array(self.prompts))}
 
     def previous_record(self) -> dict:
-        """Read the record of the images that are there; empty if there are none.
+        """Read the record of the existing images; empty if there are none.
 
         Raises: ValueError for files of this name without a record, or with a damaged one.
         """
@@ -139,7 +139,7 @@ class ImageSet:
         return {}
 
     def check_record(self, record: dict) -> None:
-        """Raise ValueError if images of this name are there and have another record."""
+        """Raise ValueError if images of this name exist with another record."""
         previous = self.previous_record()
         differing = [key for key in record if previous and previous.get(key) != record[key]]
         if differing:
@@ -151,10 +151,10 @@ class ImageSet:
     # ---------------------------------------------------------------- the table
 
     def update_table(self, missing: np.ndarray, *, overwrite: bool = False) -> bool:
-        """Write the table of the images that are there, with the folds of their prompts, or -1, and its embeddings.
+        """Write the table of the existing images, with the folds of their prompts or -1, and its embeddings.
 
-        A previous table is replaced if all that it holds can be made again, such as a table of half of the images, or
-        from before the prompts had folds. If someone has edited it, it stays as long as it lists the same images.
+        A previous table is replaced if everything in it can be made again, such as a table of half of the images, or
+        one made before the prompts had folds. An edited table is kept if it lists the same images.
 
         Returns: whether the table was written.
         Raises: ValueError for an edited table of other images; nothing is changed then.
@@ -191,7 +191,8 @@ class ImageSet:
         return pa.table(columns | {name: values.take(rows) for name, values in self.columns.items()})
 
     def is_edited(self, table: pa.Table) -> bool:
-        """Whether a table has an image, prompt, column or value that is not of this set. Folds of -1 are no edit."""
+        """Whether a table has an image, prompt, column or value that this set does not have; folds of -1 are
+        ignored."""
         names = pa.array([self.name(image) for image in range(len(self))])
         images = pc.index_in(table["image"], names)
         expected = self.make_table(np.arange(len(self)))
@@ -214,9 +215,9 @@ class ImageSet:
             shutil.copy2(self.tsv_path, temporary)
 
     def copy_embeddings(self) -> None:
-        """Copy the embeddings of the prompts file, where it has some in float32 and the table has none of its prompts.
+        """Copy the embeddings of the prompts file, if it has some in float32 and the table has none of its prompts.
 
-        Those in bfloat16 are close enough to find near-duplicates, and not exact enough to train on.
+        Embeddings in bfloat16 are exact enough to find near-duplicates, but not to train on.
         """
         if self.prompts_path is None or is_embedded(self.tsv_path):
             return

@@ -1,4 +1,4 @@
-"""Makes data sets by the built-in renderer: images in processes, and the set `shapes` ready for training."""
+"""Makes data sets by the built-in renderer, in several processes; makes the set `shapes` ready for training."""
 
 import os
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from kutils.generation.image_sets import RECORD, ImageSet, image_seed
 from kutils.system import locks, paths, processes
 from kutils.system.progress import progress_bar
 
-CHUNK_PROMPTS = 32  # whose images are one job of a process
+CHUNK_PROMPTS = 32  # prompts per job of a process
 JPEG_QUALITY = 92
 SUFFIX = ".jpg"
 
 
 def render_images(jobs: Sequence[tuple[str, int, Path]], size: int) -> None:
-    """Render and save the images (prompt, number, path) that are not there yet."""
+    """Render and save the missing images of (prompt, number, path)."""
     for prompt, number, path in jobs:
         if not path.is_file():
             with paths.atomic_path(path) as temporary:
@@ -26,12 +26,12 @@ def render_images(jobs: Sequence[tuple[str, int, Path]], size: int) -> None:
 
 
 def render_dataset(image_set: ImageSet, *, size: int = 128, num_workers: int = 0, overwrite: bool = False) -> Path:
-    """Make the images of a set that are missing by the built-in renderer, and write its table.
+    """Make the missing images of a set by the built-in renderer, and write its table.
 
-    Run again after a kill, it makes what is missing; a data set that is complete stays as it is, folds included.
+    The same call continues after a kill; a complete data set is not changed, folds included.
 
     Args:
-        image_set: of prompts that name at least one object each that `kutils.generation.shapes` knows.
+        image_set: its prompts must each name at least one object that `kutils.generation.shapes` knows.
         num_workers: processes; 0: one per core.
     Returns: path of the table, its rows in the order of the prompts.
     Raises: ValueError for a data set that was made from something else, or naming the first prompt that cannot be
@@ -46,7 +46,7 @@ def render_dataset(image_set: ImageSet, *, size: int = 128, num_workers: int = 0
 
 
 def render_missing(image_set: ImageSet, size: int, num_workers: int, overwrite: bool) -> Path:
-    """Make the missing images and the table, as `render_dataset` says, while no other process does."""
+    """The work of `render_dataset`, called while its lock is held."""
     record = image_set.record(backend="shapes", size=size)
     image_set.check_record(record)
     paths.save_record(image_set.folder / RECORD, record)
@@ -74,13 +74,13 @@ def make_shapes_dataset(
 ) -> Path:
     """Make the built-in data set, ready for training: prompts, images, embeddings and folds below `input/`.
 
-    What is there already is kept, so that a call that was cut goes on.
+    Existing files are kept, so that the same call continues an interrupted one.
 
     Returns: path of the table.
-    Raises: ValueError where a data set of this name was made otherwise.
+    Raises: ValueError if a data set of this name was made with other settings.
     """
     from kutils.data import preparation
-    from kutils.prompts import folds  # these load PyTorch; rendering alone does without
+    from kutils.prompts import folds  # these import PyTorch, which rendering does not need
 
     if not paths.is_safe_relative(name) or "/" in name:
         raise ValueError(f"{name!r} cannot name a data set below {paths.input_dir()}")

@@ -1,4 +1,4 @@
-"""Samples the missing images of a data set on all ranks, and saves them meanwhile."""
+"""Samples the missing images of a data set on all ranks, and saves them in the background."""
 
 import collections
 import importlib.metadata
@@ -23,15 +23,15 @@ from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks
 from kutils.system.tables import write_table
 
-WAITING_BATCHES = 4  # not yet saved, at most: a slow disk must not fill the memory
-MOST_FAILED = 50  # images of a rank, if none of them turned out: this pipeline makes none
-FAILED = "failed.tsv"  # in the folder of images: those that could not be made
+WAITING_BATCHES = 4  # most batches waiting to be saved: a slow disk must not fill the memory
+MOST_FAILED = 50  # if so many first images of a rank all fail, the pipeline does not work
+FAILED = "failed.tsv"  # in the folder of images: list of images that could not be made
 PACKAGES = ("diffusers", "transformers", "torch", "pillow")
 
 
 @dataclass
 class RankResult:
-    """What one rank has made."""
+    """Counts and failures of one rank."""
 
     outcomes: collections.Counter = field(default_factory=collections.Counter)  # of `diffusion.Sample`
     failed: list[tuple[int, str]] = field(default_factory=list)  # image, reason
@@ -40,18 +40,18 @@ class RankResult:
 def sample_dataset(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, *, overwrite: bool = False) -> Path:
     """Make the missing images of a set by a diffusion model, on all ranks, and write its table; every rank calls it.
 
-    Run again after a kill, or after a rank that failed, it makes what is missing, and tries again what failed. An image
-    depends on its prompt, its number, the model and the settings; another batch size or device changes rounding.
+    The same call again, after a kill or the failure of a rank, makes missing images and retries failed ones. An image
+    depends on its prompt, its number, the model and the settings; batch size and device change only its rounding.
 
     Returns: path of the table, its rows in the order of the prompts.
-    Raises: ValueError for a data set that was made otherwise, or a pipeline that cannot be used; OSError on a full
+    Raises: ValueError for a data set that was made with other settings, or an unusable pipeline; OSError on a full
         disk.
     """
     dtype = str(diffusion.pick_dtype(settings.dtype, ranks.device)).removeprefix("torch.")
     record = image_set.record(backend="diffusers", **settings.record(dtype))
 
     def find_missing() -> np.ndarray | None:
-        if not ranks.is_main:  # a moment later it would find fewer, for faster ranks already make some
+        if not ranks.is_main:  # only the main rank looks: faster ranks may already make some
             return None
         image_set.check_record(record)
         missing = image_set.missing()
@@ -74,8 +74,8 @@ def sample_dataset(image_set: ImageSet, settings: DiffusionSettings, ranks: Rank
 def on_every_rank(ranks: Ranks, work: Callable) -> list:
     """Call `work()` on every rank; returns the results of all, in the order of the ranks.
 
-    A rank that fails waits until the others have finished their part, then all end. The rank ends with its error, rank
-    0 with an error that names the ranks that failed, the others silently.
+    If a rank fails, it waits until the others have finished their part; then all end: this rank with its error, rank 0
+    with an error that names the failed ranks, the others silently.
     """
     result = error = None
     try:
@@ -95,7 +95,8 @@ def on_every_rank(ranks: Ranks, work: Callable) -> list:
 
 
 def load_sampler(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks, record: dict) -> Sampler:
-    """Load the pipeline on every rank; write the record, once all ranks have the same weights as the set before."""
+    """Load the pipeline on every rank, check that weights are equal on all ranks and in the record, and write the
+    record."""
     pipelines = []
 
     def load() -> str:
@@ -128,10 +129,10 @@ def load_sampler(image_set: ImageSet, settings: DiffusionSettings, ranks: Ranks,
 
 
 def sample_images(image_set: ImageSet, images: np.ndarray, sampler: Sampler, ranks: Ranks, total: int) -> RankResult:
-    """Make and save this rank's images, each batch while the next is made.
+    """Make this rank's images, and save each batch while the next one is made.
 
     Args:
-        total: images of all ranks; progress is shown as if the others were as fast as rank 0.
+        total: images of all ranks; the progress bar assumes that all are as fast as rank 0.
     Raises: ValueError if the first MOST_FAILED images all fail; OSError on a full disk.
     """
     result, pending, step = RankResult(), collections.deque(), sampler.settings.batch_size
@@ -163,7 +164,7 @@ def sample_images(image_set: ImageSet, images: np.ndarray, sampler: Sampler, ran
 
 
 def save_image(pixels: np.ndarray, path: Path, settings: DiffusionSettings) -> None:
-    """Resize uint8 [S, S, 3] to the size to save, with antialiasing, and write it as WebP, whole or not at all."""
+    """Resize uint8 [S, S, 3] to the size to save, with antialiasing, and write it as WebP, atomically."""
     image = Image.fromarray(pixels)
     if settings.save_size != settings.size:
         image = image.resize((settings.save_size, settings.save_size), Image.Resampling.LANCZOS)
@@ -176,7 +177,7 @@ def save_image(pixels: np.ndarray, path: Path, settings: DiffusionSettings) -> N
 def write_results(
     image_set: ImageSet, results: list[RankResult], num_missing: int, seconds: float, overwrite: bool
 ) -> None:
-    """Write the list of failed images and the table, and print what was made; on rank 0."""
+    """Write the list of failed images and the table, and print a summary; on rank 0."""
     failed = sorted(item for result in results for item in result.failed)
     outcomes = sum((result.outcomes for result in results), collections.Counter())
     failed_path = image_set.folder / FAILED

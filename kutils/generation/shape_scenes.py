@@ -9,7 +9,7 @@ Rng = np.random.Generator
 
 
 def gradient(top: str, bottom: str, size: int, rng: Rng) -> Image.Image:
-    """RGB [size, size] px from one colour to the other, both a little off by chance."""
+    """RGB [size, size] px from one colour to the other, both slightly randomised."""
     ends = np.array([ImageColor.getrgb(top), ImageColor.getrgb(bottom)], float) + rng.normal(0, 10, (2, 3))
     column = np.linspace(ends[0], ends[1], size)
     return Image.fromarray(np.repeat(column.clip(0, 255).astype(np.uint8)[:, None], size, axis=1))

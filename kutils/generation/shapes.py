@@ -1,7 +1,7 @@
 """Makes prompts of a small visual language, and renders pictures that show what they say.
 
-It stands in for a diffusion model where there is none: the whole pipeline runs on a laptop with it, and since every
-word that counts is visible, a network has something to learn. Prompt and picture are functions of their seeds alone.
+It replaces a diffusion model, so that the whole pipeline runs on a laptop. Every known word of a prompt is visible in
+its picture, so that a network can learn it. Prompts and pictures depend only on their seeds.
 """
 
 import math
@@ -133,7 +133,7 @@ VOCABULARY = {
 
 @dataclass(frozen=True)
 class Thing:
-    """Some objects of one kind. None: the prompt does not say, so that the seed decides (colour) or it is medium."""
+    """Some objects of one kind. None: the prompt does not say; then the colour is random and the size medium."""
 
     name: str
     colour: str | None = None
@@ -143,7 +143,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for; `relation` stands between the first thing and the second."""
+    """What a prompt asks for; `relation` is that of the first thing to the second."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -168,7 +168,7 @@ WORDINGS = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MEANINGS), key=len, 
 
 
 def parse(prompt: str) -> Scene:
-    """Read a prompt: the longest known wordings from left to right, everything else is passed over.
+    """Parse a prompt: matches the longest known wordings from left to right and ignores other words.
 
     Raises: ValueError if it names no object of OBJECTS.
     """
@@ -202,7 +202,7 @@ def generate_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def compose(rng: np.random.Generator) -> str:
-    """One prompt by chance: one or two things, mostly a background and a style, in one of four orders."""
+    """One random prompt: one or two things, usually a background and a style, in one of four orders."""
 
     def wording(part: str) -> str:
         words = VOCABULARY[part]
@@ -243,7 +243,8 @@ def join_parts(separator: str, *parts: str) -> str:
 
 
 def render(prompt: str, seed: int, size: int = 128) -> Image.Image:
-    """The picture of a prompt: RGB [size, size] px. The seed decides place, turn, hue, noise and what is not said.
+    """The picture of a prompt: RGB [size, size] px. Position, rotation, hue, noise and unspecified properties are
+    random.
 
     Raises: ValueError if the prompt names no known object.
     """

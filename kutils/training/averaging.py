@@ -5,14 +5,14 @@ from timm.utils import ModelEmaV3
 from kutils.models.networks import PromptEmbedder
 from kutils.runs.recipes import Recipe
 
-WARMUP_POWER = 0.75  # of timm's, for runs of up to 100,000 updates or so: update n keeps at most 1 - n ** -0.75
+WARMUP_POWER = 0.75  # of timm's warm-up, for runs of up to 100,000 updates: the decay at update n is <= 1 - n ** -0.75
 
 
 def start_average(network: PromptEmbedder, recipe: Recipe) -> ModelEmaV3 | None:
-    """The average of a network's weights, which begins with the first update; None where the recipe has none.
+    """The average of a network's weights, which begins with the first update; None if the recipe has none.
 
-    BatchNorm's running statistics are averaged too, and whole numbers copied. In the first updates the average keeps
-    less of itself, so that a short run is not that of its random head: of the first update nothing, of the 100th 0.97.
+    BatchNorm's running statistics are averaged too, and integers are copied. The decay grows from 0 at the first update
+    (0.97 at the 100th), so that the random head does not dominate the average of a short run.
 
     Args:
         network: on its device, neither wrapped nor compiled.
@@ -23,5 +23,5 @@ def start_average(network: PromptEmbedder, recipe: Recipe) -> ModelEmaV3 | None:
 
 
 def validated_models(network: PromptEmbedder, average: ModelEmaV3 | None) -> dict[str, PromptEmbedder]:
-    """The networks that an epoch validates: `raw` and, where there is an average, `ema`."""
+    """The networks that are validated after an epoch: `raw` and, if there is an average, `ema`."""
     return {"raw": network} | ({"ema": average.module} if average else {})

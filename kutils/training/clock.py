@@ -1,4 +1,4 @@
-"""Decides after each update, on all ranks alike, whether to log, save or stop."""
+"""Decides after each update, equally on all ranks, whether to log, save or stop."""
 
 import signal
 import time
@@ -9,12 +9,12 @@ from kutils.system import children
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Interval
 
-POLL_SECONDS = 5.0  # between two looks for a signal: most of a cluster's grace period is left for saving
+POLL_SECONDS = 5.0  # between two checks for a signal: short, to leave most of a cluster's grace period for saving
 
 
 @dataclass(frozen=True)
 class Due:
-    """What is due after an update, beside a log line."""
+    """What is due after an update, in addition to a log line."""
 
     save: bool
     stop: bool
@@ -23,8 +23,8 @@ class Due:
 class Clock:
     """Knows when a log line, a saved state and the end of the run are due.
 
-    A log line is due ten times an epoch or more. A state is saved every so many updates and minutes, as the recipe
-    says; the end of an epoch saves it anyway. SIGTERM or SIGINT on any rank stops the run.
+    A log line is due at least ten times an epoch. The state is saved every so many updates or minutes, as the recipe
+    says, and at the end of each epoch. SIGTERM or SIGINT on any rank stops the run.
     """
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int):
@@ -43,7 +43,8 @@ class Clock:
         self.poll_interval = max(1, int(POLL_SECONDS * interval.updates_per_second))
 
     def due(self, step: int, ranks: Ranks) -> Due | None:
-        """What is due after update number `step` (from 1), the same on every rank; None: not even a log line."""
+        """What is due after update number `step` (from 1), equal on all ranks; None if nothing is, not even a log
+        line."""
         epoch_ends = step % self.steps_per_epoch == 0
         every = self.recipe.checkpoint_every_steps
         save = every > 0 and step % every == 0
@@ -51,7 +52,7 @@ class Clock:
         stop = too_long = False
         if log or step % self.poll_interval == 0:
             minutes = self.recipe.checkpoint_every_minutes
-            minutes = min(minutes, 1.0) if epoch_ends else minutes  # no signal is noticed during an evaluation
+            minutes = min(minutes, 1.0) if epoch_ends else minutes  # signals are not checked during an evaluation
             too_long = 0 < 60 * minutes < time.monotonic() - self.saved_at
             stop, too_long = ranks.any(bool(self.signals), too_long)
         if not (log or stop or too_long):
@@ -60,9 +61,10 @@ class Clock:
 
 
 def watch_for_signals() -> list[int]:
-    """Keep SIGTERM and Ctrl-C from ending the process; returns a list to which those that come are added.
+    """Keep SIGTERM and Ctrl-C from ending the process; returns a list to which received signals are appended.
 
-    A second Ctrl-C ends it, without saving. Where SIGINT is ignored, as in a script's background job, it stays so.
+    A second Ctrl-C ends the process without saving. If SIGINT is ignored, as in a script's background job, it stays
+    ignored.
     """
     received: list[int] = []
 

@@ -25,7 +25,7 @@ from kutils.training.sam import frozen_batch_statistics, gradient_norm, perturbe
 
 
 def distribute(network: PromptEmbedder, ranks: Ranks) -> nn.Module:
-    """Wrap for gradient averaging over ranks; anew whenever the backbone was frozen or unfrozen."""
+    """Wrap in DDP if there are several ranks; to be called again whenever the backbone was frozen or unfrozen."""
     if ranks.world_size == 1:
         return network
     devices = [ranks.device] if ranks.device.type == "cuda" else None
@@ -33,11 +33,11 @@ def distribute(network: PromptEmbedder, ranks: Ranks) -> nn.Module:
 
 
 def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: torch.dtype, ranks: Ranks) -> bool:
-    """Compile the network's forward and backward pass in place, if that works on every rank; else leave it as it was.
+    """Compile the network's forward and backward pass in place, if that works on every rank; else leave it uncompiled.
 
-    It is tried on a batch of training's shape, which leaves no trace in weights, statistics and random numbers; rank 0
-    says how long that took, or why it failed. To be called again when the backbone was unfrozen, which makes another
-    graph. The state dict stays as it is, and so does evaluation, which calls parts of the network.
+    A trial pass on a batch of training's shape changes no weights, statistics or random numbers; rank 0 prints how long
+    it took, or why it failed. To be called again when the backbone was unfrozen, which changes the graph. The keys of
+    the state dict do not change, and evaluation stays uncompiled, since it calls parts of the network.
 
     Args:
         model: the network, wrapped by `distribute`, in training mode.
@@ -50,13 +50,13 @@ def compile_network(model: nn.Module, batch_size: int, recipe: Recipe, dtype: to
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=False)
     gpus = [ranks.device] if ranks.device.type == "cuda" else []
     started, failure = time.monotonic(), ""
-    # shapes never change; random numbers come from torch's own generators: drop path drops what it would in eager code
+    # shapes never change; random numbers come from torch's generators: drop path drops the same paths as in eager mode
     network.compile(dynamic=False, options={"fallback_random": True})
     try:
         with torch.random.fork_rng(gpus), frozen_batch_statistics(network):
-            # not averaged: the ranks would wait for one on which it fails
+            # not averaged: the others would wait for a rank on which it fails
             backward(model, scaler, recipe, dtype, batch, share=1.0, average=False)
-    except Exception as error:  # compilers, and what they call, raise many kinds
+    except Exception as error:  # compilers raise errors of many classes
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -83,18 +83,18 @@ def update(
     """One optimiser update from the local batches of a global batch (more than one: gradient accumulation).
 
     SAM with `sam_gradient: local` perturbs the weights by each local batch's own gradient (m-sharpness, Foret et al.
-    2021, section 4.1): 8 ranks of 16 images and one rank that accumulates 8 times 16 images do the same. `averaged`
-    perturbs by the gradient of the whole global batch, and holds one set of gradients less.
+    2021, section 4.1): 8 ranks of 16 images give the same result as one rank that accumulates 8 x 16 images. `averaged`
+    perturbs by the gradient of the global batch, and needs memory for one set of gradients less.
 
     Args:
         model: the network, wrapped by `distribute`.
         batches: from the training loader.
-        scaler: enabled for float16 alone; skips the update when a gradient of either pass is not finite, and scales
-            less from then on.
+        scaler: enabled only for float16; skips the update if a gradient of either pass is not finite, and then lowers
+            its scale.
     Returns: scalar float32, the mean loss at the unperturbed weights, on the device (not synchronised); NaN if a
-        gradient was not finite and nobody skipped the update.
+        gradient was not finite and no scaler skipped the update.
     """
-    groups = optimizer.param_groups  # a list; going through the modules took a tenth of a small network's update
+    groups = optimizer.param_groups  # a list: iterating over modules took a tenth of a small network's update
     parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
     add_gradient = functools.partial(backward, model, scaler, recipe, dtype, share=1 / len(batches))
     total, last = torch.zeros((), device=parameters[0].device), len(batches) - 1
@@ -118,8 +118,8 @@ def update(
                 add_gradient(batch, average=number == last, valid=finite)
     if recipe.clip_grad:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)  # one that is not finite makes all of them NaN
-    if not scaler.is_enabled():  # weights that are lost now must not be saved before the next loss shows it
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)  # a non-finite gradient makes all of them NaN
+    if not scaler.is_enabled():  # broken weights must not be saved before the next loss shows them
         total = torch.where(torch.isfinite(gradient_norm(parameters)), total, torch.nan)
     with record_function("optimiser"):
         scaler.step(optimizer)
@@ -142,7 +142,7 @@ def backward(
     """Add one local batch's gradient to the parameters'; returns its share of the loss, detached.
 
     Args:
-        share: of the batch in the update's loss.
+        share: weight of the batch in the update's loss.
         average: average all gradients added so far over ranks.
         valid: bool scalar; False makes every gradient NaN, on every rank that averages.
     """
@@ -166,12 +166,12 @@ def backward(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass over the validation rows gives."""
+    """Results of a pass over the validation rows."""
 
     cosines: np.ndarray  # float32 [n], of every row with its own prompt, in order, on every rank
     embeddings: Tensor  # float32 [n of this rank, 384], on the device
     lengths: Tensor  # float32 [n of this rank], on the device: of predictions before they were scaled to unit length
-    features: Tensor | None  # [n of this rank, C], on the device: what the head saw
+    features: Tensor | None  # [n of this rank, C], on the device: inputs of the head
 
 
 @torch.inference_mode()
@@ -188,7 +188,7 @@ def evaluate(
     """Predict this rank's share of the validation rows, and compare each with its target.
 
     Args:
-        network: not wrapped.
+        network: not wrapped in DDP.
         loader: over rows rank, rank + world_size, ... of all.
         total: rows over all ranks; every one is predicted exactly once, whatever the number of ranks.
     """
@@ -214,6 +214,6 @@ def evaluate(
 
 
 def mean(cosines: np.ndarray, chosen: np.ndarray | None = None) -> float | None:
-    """Mean over rows, or over the chosen ones (bool [n]), in float64; None where there are none."""
+    """Mean over rows, or over the chosen ones (bool [n]), in float64; None if there are none."""
     values = cosines if chosen is None else cosines[chosen]
     return float(values.mean(dtype=np.float64)) if len(values) else None

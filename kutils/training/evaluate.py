@@ -1,7 +1,7 @@
 """Scores a checkpoint without training: `kutils evaluate --config conf/RECIPE.yaml --fold 0 [key=value ...]`.
 
-Any checkpoint on any rows: another validation fold, other data sets, published weights. What it predicted, and what the
-head saw, can be kept in files. Alone or as ranks of torchrun.
+It scores any checkpoint on any rows: another validation fold, other data sets, published weights. Predictions and the
+features before the head can be saved. It runs as one process or as ranks of torchrun.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from kutils.training.loading import validation_loader
 
 @dataclass(frozen=True)
 class Score:
-    """What a checkpoint reaches on some rows; cosines are means over rows."""
+    """Scores of a checkpoint on some rows; cosines are means over rows."""
 
     rows: int
     cosine_similarity: float
     cosine_similarity_clean: float | None  # over rows without a similar prompt in another fold
     mean_prompt_baseline: float | None  # None for rows of all folds
-    unseen: bool | None  # None: the checkpoint does not say what it has trained on
+    unseen: bool | None  # whether the checkpoint has not trained on these rows; None: unknown
 
 
 def score_checkpoint(
@@ -47,11 +47,11 @@ def score_checkpoint(
 
     Args:
         recipe: network, data sets, input size, precision, workers; `max_local_batch_size` images at a time.
-        checkpoint: in the published layout, with or without the facts that training here adds.
-        fold: whose rows; None: all rows, with or without a fold.
+        checkpoint: in the published layout, with or without the metadata that this package adds.
+        fold: the fold to score; None: all rows, with or without a fold.
         predictions_path: .npz in the format of out-of-fold predictions.
-        features_path: .npy, float32 [rows, C]: what the head saw.
-    Raises: ValueError for what cannot be used.
+        features_path: .npy, float32 [rows, C]: inputs of the head.
+        Raises: ValueError for an unusable checkpoint, recipe or path.
     """
     data = datasets.load_datasets(recipe.datasets, need_folds=fold is not None)
     rows = np.arange(len(data)) if fold is None else data.validation_rows(fold)
@@ -81,7 +81,7 @@ def score_checkpoint(
 
 
 def is_unseen(facts: dict, fold: int | None, folds_hashes: dict[str, str]) -> bool | None:
-    """Whether the checkpoint has not trained on the rows of this fold; None if it does not say."""
+    """Whether the checkpoint has not trained on the rows of this fold; None if that is unknown."""
     trained = facts.get("folds_hashes", {})
     if fold is None or "fold" not in facts or any(name not in trained for name in folds_hashes):
         return None
@@ -99,7 +99,7 @@ def save_features(path: Path, local: torch.Tensor, total: int, ranks: Ranks) -> 
 
 
 def describe_score(score: Score, checkpoint: Path) -> str:
-    """A few lines for a person."""
+    """The score as lines to print."""
     lines = [f"{checkpoint.name}: cosine {score.cosine_similarity:.4f} on {score.rows:,} images"]
     if score.cosine_similarity_clean is not None:
         lines.append(f"  {score.cosine_similarity_clean:.4f} on rows without a similar prompt in another fold")
@@ -122,10 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     folds = [*map(str, range(10)), "all"]
     parser.add_argument("--config", required=True, help="recipe file, as given or below the repository's conf/")
-    parser.add_argument("--fold", required=True, choices=folds, help="whose rows; all: every row, folded or not")
+    parser.add_argument(
+        "--fold", required=True, choices=folds, help="fold to score; all: every row, with or without a fold"
+    )
     parser.add_argument("--checkpoint", type=Path, help="default: the recipe's best of this fold")
     parser.add_argument("--predictions", type=Path, help=".npz to write: predicted embeddings with data set and row")
-    parser.add_argument("--features", type=Path, help=".npy to write: float32 [rows, C], what the linear head saw")
+    parser.add_argument("--features", type=Path, help=".npy to write: float32 [rows, C], inputs of the head")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
     arguments = parser.parse_args(argv)
     recipe = recipes.load_recipe(arguments.config, arguments.overrides)
@@ -141,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if path is not None:
             paths.check_output(path, 0, "name")
     ranks = join_ranks(recipe.device)
-    ranks.barrier()  # all have looked at the files before one of them writes
+    ranks.barrier()  # all ranks have checked the paths before one of them writes
     score = score_checkpoint(
         recipe,
         checkpoint,

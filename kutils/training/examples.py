@@ -1,4 +1,4 @@
-"""Chooses images of a run to look at: training images as the network gets them, best and worst predictions."""
+"""Selects images of a run to show: training images as the network gets them, best and worst predictions."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from kutils.runs.recipes import Recipe
 from kutils.training import network_input
 from kutils.training.out_of_fold import predictions_path, read_predictions
 
-MOST_PROMPTS = 200_000  # among which the nearest one is searched: 300 MB
+MOST_PROMPTS = 200_000  # searched for the nearest prompt: 300 MB of embeddings
 
 
 def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[np.ndarray], list[str]]:
@@ -34,7 +34,7 @@ def training_examples(recipe: Recipe, fold: int, count: int = 8) -> tuple[list[n
 def validation_table(recipe: Recipe, fold: int, run_folder: Path) -> pd.DataFrame:
     """One row per validation image, worst first: row, image (path), prompt, cosine, clean, and the predicted embedding.
 
-    Raises: ValueError if the predictions were made for other data than lies in `input/` now.
+    Raises: ValueError if the predictions are of other data than that in `input/`.
     """
     data = datasets.load_datasets(recipe.datasets)
     rows = data.validation_rows(fold)
@@ -60,11 +60,11 @@ def choose_extremes(table: pd.DataFrame, recipe: Recipe, count: int = 4) -> pd.D
     """Choose the best and the worst predictions of a validation table, and find the prompts nearest to them.
 
     Args:
-        table: of `validation_table`; the best rows are of its better half, the worst of the other.
-        count: of best rows, each of another prompt, and of worst rows; fewer where there are not as many.
+        table: of `validation_table`; the best rows come from its better half, the worst from the other half.
+        count: number of best rows, each of another prompt, and of worst rows; fewer if the table is small.
     Returns: rows of the table, the best first, then the worst first. `image` is a path, or an image that is packed and
-        has no file. Two columns are added: best (bool), and nearest: the prompt nearest to the prediction, of all data
-        sets, or of MOST_PROMPTS drawn of more.
+        has no file. Two columns are added: best (bool), and nearest: the prompt nearest to the prediction, among those
+        of all data sets, or among MOST_PROMPTS random ones.
     """
     half = len(table) // 2
     worst = table[:half].drop_duplicates("prompt").head(count)

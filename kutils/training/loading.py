@@ -17,14 +17,14 @@ from kutils.system import loaders, paths
 from kutils.system.ranks import Ranks
 from kutils.training.meter import Meter
 
-# batches that a worker is ahead: of 32 images of 384 px, 8 workers hold 227 MB. A device as fast as the loader that
+# batches that a worker prefetches: of 32 images of 384 px, 8 workers hold 227 MB. A device as fast as the loader that
 # pauses now and then waits 7.7 % of the time; 7.4 % with 4, 5.5 % with 8
 PREFETCHED = 2
 MOST_BAD_IMAGES = 0.001  # share of unreadable training images that stops a run, once 1,000 images have been seen
 
 
 def split_rows(data: PromptImages, fold: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training rows and validation rows of a fold; ValueError if there are none of either."""
+    """Training rows and validation rows of a fold; ValueError if one of them is empty."""
     training, validation = data.training_rows(fold), data.validation_rows(fold)
     if not len(validation) or not len(training):
         have = sorted({int(value) for value in np.unique(data.folds)})
@@ -33,7 +33,7 @@ def split_rows(data: PromptImages, fold: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
-    """Local batch size and number of accumulated batches; ValueError if they do not make up the global batch."""
+    """Local batch size and number of accumulated batches; ValueError if the global batch is not their multiple."""
     local = min(recipe.max_local_batch_size, recipe.global_batch_size // world_size)
     if local == 0 or recipe.global_batch_size % (world_size * local):
         raise ValueError(
@@ -49,7 +49,7 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int]:
 
 
 def describe_sam(recipe: Recipe, local_batch_size: int) -> str:
-    """A line for the run's head where the size of local batches decides what SAM computes; else empty."""
+    """A note for the run's first lines if SAM's result depends on the local batch size; else empty."""
     if recipe.sam_rho == 0 or recipe.sam_gradient == "averaged":
         return ""
     return (
@@ -61,7 +61,7 @@ def describe_sam(recipe: Recipe, local_batch_size: int) -> str:
 def training_loader(
     data: PromptImages, rows: np.ndarray, sampler: EpochSampler, recipe: Recipe, ranks: Ranks
 ) -> DataLoader:
-    """Local batches of this rank, in the order of the sampler. Its processes live as long as the loader."""
+    """The loader of this rank's local batches, in the sampler's order. Its workers live as long as the loader."""
     images = datasets.TrainingImages(data, rows, recipe)
     image_bytes = 3 * recipe.input_size**2 + 4 * (datasets.EMBEDDING_DIM + 8)  # pixels, target, colour jitter
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -73,8 +73,8 @@ def training_loader(
 def validation_loader(data: PromptImages, rows: np.ndarray, recipe: Recipe, ranks: Ranks) -> DataLoader:
     """Rows rank, rank + world_size, ... of those given, in batches.
 
-    Its processes end with each pass. Starting 8 takes 0.5 s, and epochs of the large recipes take 5 minutes and more;
-    on 8 ranks, kept, they would hold 64 times 36 to 73 MB meanwhile.
+    Its workers end with each pass. Starting 8 takes 0.5 s, and epochs of the large recipes take 5 minutes and more; if
+    kept, the 64 workers of 8 ranks would hold 36 to 73 MB each during training.
     """
     return DataLoader(
         datasets.ValidationImages(data, rows, recipe.input_size),
@@ -92,18 +92,18 @@ def loader_options(recipe: Recipe, ranks: Ranks) -> dict:
         "prefetch_factor": PREFETCHED if recipe.num_workers else None,
         "timeout": loaders.WORKER_SECONDS if recipe.num_workers else 0,
         "worker_init_fn": loaders.start_worker,
-        "generator": torch.Generator(),  # a starting loader draws a seed; drop path's generator must not advance
+        "generator": torch.Generator(),  # else the loader would draw its seed from drop path's generator
     }
 
 
 def updates(loader: DataLoader, epoch: int, step: int, accumulation: int, meter: Meter) -> Iterator[list[dict]]:
-    """Yield, for each update that an epoch has left, its local batches.
+    """Yield the local batches of each remaining update of an epoch.
 
     Args:
         loader: of `training_loader`.
         step: updates done so far, over all epochs.
         accumulation: local batches per update.
-        meter: begins to measure, and measures the wait for them.
+        meter: it is reset, and measures the time spent waiting for batches.
     """
     sampler = loader.batch_sampler
     sampler.set_epoch(epoch, first_step=step - epoch * sampler.steps_per_epoch)
@@ -121,9 +121,9 @@ def check_bad_images(
     """Warn of unreadable training images, and list them in the run folder.
 
     Args:
-        bad: row and reason of each time that an image could not be read, over all of the run.
-        seen: training images, over all of the run.
-        new: how many of `bad` were not warned of yet.
+        bad: row and reason for each time that an image could not be read, over the whole run.
+        seen: number of training images, over the whole run.
+        new: how many of `bad` are new since the last warning.
     Raises: ValueError above 0.1 % of at least 1,000 images.
     """
     if not new:

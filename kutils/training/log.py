@@ -1,4 +1,4 @@
-"""Shows and writes what a run measures: metrics.jsonl, TensorBoard, progress, and advice where it waits for data."""
+"""Logs a run: metrics.jsonl, TensorBoard, progress lines, and advice if the run waits for data."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class RunLog:
     """The log of a run that trains. Rank 0 writes it; on other ranks every method does nothing."""
 
     def __init__(self, run_folder: Path, recipe: Recipe, state: State, total_steps: int, ranks: Ranks):
-        """Open the log where `state` stands; lines of later updates, of a run that was cut, are taken out."""
+        """Open the log at `state`; lines of later updates, left by an interrupted run, are removed."""
         self.recipe, self.is_main = recipe, ranks.is_main
         if not self.is_main:
             return

@@ -32,9 +32,11 @@ def cosine_embedding_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def angular_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """The angle between prediction and target, averaged over the batch: small angles pull as much as large ones.
+    """The angle between prediction and target, averaged over the batch: small angles have as large gradients as large
+    ones.
 
-    The cosine's slope vanishes where the angle does. This one is cut off below 1.4e-3 rad, where it would be infinite.
+    The gradient of the cosine vanishes at angle 0. That of acos would be infinite there, so it is cut off below 1.4e-3
+    rad.
 
     Args:
         predicted: [B, 384] any float dtype, any length but zero.
@@ -46,4 +48,4 @@ def angular_loss(predicted: Tensor, target: Tensor) -> Tensor:
     return torch.acos(cosine_similarity(predicted, target).clamp(-most, most)).mean()
 
 
-LOSSES = {"cosine": cosine_embedding_loss, "angular": angular_loss}  # of the key `loss`
+LOSSES = {"cosine": cosine_embedding_loss, "angular": angular_loss}  # values of the key `loss`

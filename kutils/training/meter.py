@@ -13,7 +13,7 @@ from kutils.system.ranks import Ranks
 
 @dataclass(frozen=True)
 class Interval:
-    """The updates between two log lines, over all ranks; the same on every rank."""
+    """Measurements of the updates between two log lines, over all ranks; equal on every rank."""
 
     loss: float  # mean
     images: int
@@ -21,8 +21,8 @@ class Interval:
     seconds: float  # of the slowest rank
     data_wait: float  # share of the time, mean over ranks
     bad: list[tuple[int, str]]  # images that could not be read: row and reason
-    gpu_memory_gb: float | None  # the most that a rank has held since it started, in 10**9 bytes; None on a CPU
-    first: bool  # of its epoch: it waited for the data loader to start
+    gpu_memory_gb: float | None  # peak of allocated memory of a rank since its start, in 10**9 bytes; None on a CPU
+    first: bool  # whether it is the first of its epoch, which waited for the data loader to start
 
     @property
     def images_per_second(self) -> float:
@@ -36,13 +36,13 @@ class Interval:
 class Meter:
     """Measures the updates of an epoch, interval by interval.
 
-    Losses stay on the device until `close`, the only synchronisation. Waiting for data counts only as far as the device
-    was idle meanwhile: a GPU may still work on the previous update while the host waits for the next images.
+    Losses stay on the device until `close`, which alone synchronises. Waiting for data counts only while the device is
+    idle: a GPU may still work on the previous update while the host waits for the next images.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.first = device, True
-        self.done = None  # when the device was done with the previous update
+        self.done = None  # event: the device has finished the previous update
         self.reset()
 
     def reset(self) -> None:
@@ -74,14 +74,14 @@ class Meter:
         )
 
     def close(self, ranks: Ranks, step: int) -> Interval:
-        """End the interval: sum it up over all ranks, and begin the next.
+        """End the interval: combine its measurements over all ranks, and begin the next one.
 
         Args:
             step: updates done so far, for the error's message.
         Raises: ValueError on every rank if a loss is not finite, naming each such rank and its first such update.
         """
         losses = torch.stack(self.losses)
-        first_broken = (~torch.isfinite(losses)).int().argmax()  # means nothing where all are finite
+        first_broken = (~torch.isfinite(losses)).int().argmax()  # 0 if all are finite; not used then
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else 0.0
         counts = [float(self.images), float(len(self.bad)), self.waited(), time.monotonic() - self.began, memory]
@@ -113,7 +113,7 @@ class Meter:
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
-    """A point in the GPU's work, to be timed; None on a CPU, which has done its work when a call returns."""
+    """An event in the GPU's stream, for timing; None on a CPU, whose work is done when a call returns."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)

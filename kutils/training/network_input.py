@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kutils.runs.recipes import Recipe
 
-CONTRAST, SATURATION, HUE = 1, 2, 3  # torchvision's numbers of the operations; brightness is 0
+CONTRAST, SATURATION, HUE = 1, 2, 3  # numbers of the operations, as in torchvision; brightness is 0
 CACHED_VALUES = 2**19  # float32 values that a CPU processes at a time: 2 MB
 LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue in the luma of ITU-R 601-2, as in torchvision and Pillow
 
@@ -21,9 +21,9 @@ def to_network_input(batch: dict, recipe: Recipe, device: torch.device) -> Tenso
 def color_jitter(images: Tensor, jitter: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue in place, for each image by its own factors in its own order.
 
-    Brightness, contrast and saturation each blend an image with a simpler one: black, its mean grey, or its greys. So
-    all images of a batch blend at once, whichever operation is next for each: up to three times before their hues are
-    turned, and up to three times after. Nothing waits for the device.
+    Brightness, contrast and saturation each blend an image with another one: black, its mean grey, or its greyscale
+    version. So one blend serves all images of a batch, whatever the next operation of each is: up to three blends
+    before the hue shift, and up to three after it. This never synchronises with the device.
 
     Args:
         images: float32 [B, 3, H, W] in [0, 1].
@@ -61,7 +61,7 @@ def blend(images: Tensor, operation: np.ndarray, factors: np.ndarray) -> None:
 
 
 def like(images: Tensor, values: np.ndarray) -> Tensor:
-    """One value per image, float32 [B, 1, 1, 1] on the device of the images, copied without waiting."""
+    """One value per image, float32 [B, 1, 1, 1] on the device of the images, copied without synchronising."""
     return torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True)[:, None, None, None]
 
 
@@ -72,7 +72,7 @@ def grey(images: Tensor) -> Tensor:
 
 
 def turn_hue(images: Tensor, shift: np.ndarray) -> None:
-    """Turn the hue of RGB images in place by `shift` of a full circle (HSV hexcone, Smith 1978).
+    """Shift the hue of RGB images in place by `shift` of a full circle (HSV hexcone, Smith 1978).
 
     Args:
         images: float32 [B, 3, H, W] in [0, 1].
@@ -98,13 +98,13 @@ def turn_hue(images: Tensor, shift: np.ndarray) -> None:
 def normalize(images: Tensor, mean, std, jitter: Tensor | None = None) -> Tensor:
     """Make the network's input: apply colour jitter if it is given, and standardise each channel.
 
-    A CPU processes as many images at a time as its caches hold, which is twice as fast as the whole batch; a GPU
-    processes the whole batch.
+    A CPU processes as many images at a time as fit into its caches, which is twice as fast as the whole batch at once;
+    a GPU processes the whole batch.
 
     Args:
         images: uint8 [B, 3, H, W].
         mean: of the three channels, for values in [0, 1].
-        std: likewise.
+        std: of the three channels.
         jitter: float32 [B, 8] on the CPU, from `random_crop_and_jitter`.
     Returns: float32 [B, 3, H, W] on the device of the images, channels last.
     """

@@ -17,22 +17,22 @@ CHUNK = {"cuda": 2**25, "cpu": 2**18}
 
 
 class PerParameterMADGRAD(torch.optim.Optimizer):
-    """MADGRAD (Defazio and Jelassi 2021, algorithm 1), a step count of each parameter's own, decoupled weight decay.
+    """MADGRAD (Defazio and Jelassi 2021, algorithm 1) with a step count per parameter and decoupled weight decay.
 
-    `madgrad.MADGRAD` counts once for the whole optimiser, and its step grows with the square root of the count: a
+    `madgrad.MADGRAD` has one count for the whole optimiser, and its step grows with the square root of the count: a
     backbone unfrozen after 6,777 updates of the head would start with a step 19 times too large. Here a parameter's
-    first step is that of a fresh optimiser. The numbers are otherwise those of `madgrad` with `decouple_decay=True`,
-    to its rounding, by operations on many tensors at once.
+    first step is that of a fresh optimiser. Otherwise results equal those of `madgrad` with `decouple_decay=True` up to
+    rounding; they are computed by foreach operations.
 
-    It is written out here because Kaggle's image has no `madgrad`, and training there must not need it. On two CPU
-    cores a step of ConvNeXt-L takes 5.1 s, and 5.8 s by `madgrad`, beside 37 s for the gradient of one image.
+    It is implemented here because Kaggle's image has no `madgrad` package. On two CPU cores a step of ConvNeXt-L takes
+    5.1 s (5.8 s with `madgrad`); the gradient of one image takes 37 s.
 
     Args:
-        params: dense parameters, or groups of them with values of their own for what follows.
-        lr: 0 or more; unless it is 0, eps is added.
+        params: dense parameters, or parameter groups, which can set the following values for themselves.
+        lr: 0 or more; eps is added to it unless it is 0.
         momentum: above 0 and below 1.
-        weight_decay: 0 or more; a step takes this share of the weights, times the rate.
-        eps: 0 or more; added to the cube root that divides.
+        weight_decay: 0 or more; a step subtracts lr * weight_decay * weights.
+        eps: 0 or more; added to the cube root in the denominator.
     Raises: ValueError for a value out of its range, in a group too.
     """
 
@@ -82,7 +82,7 @@ class PerParameterMADGRAD(torch.optim.Optimizer):
         torch._foreach_add_(rms, group["eps"])
         if not group["eps"]:
             for tensor in rms:
-                tensor.masked_fill_(tensor == 0, torch.inf)  # where no gradient ever came: no step, not 0 / 0
+                tensor.masked_fill_(tensor == 0, torch.inf)  # elements without any gradient so far: no step, not 0 / 0
         torch._foreach_add_(s, gradients, alpha=lamb)
         # w = momentum * w + (1 - momentum) * (x0 - s / rms) - decay * w, in place: on a GPU the time is memory traffic
         if decay:  # added: the factor 1 - 5e-8 would be rounded to 1 - 6e-8
@@ -94,7 +94,7 @@ class PerParameterMADGRAD(torch.optim.Optimizer):
 
 
 def chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Runs of parameters of at most CHUNK elements together; a larger one stands alone."""
+    """Consecutive parameters with at most CHUNK elements together; a larger one alone."""
     chunk, size = [], 0
     for parameter in parameters:
         if chunk and size + parameter.numel() > CHUNK[parameter.device.type]:
@@ -106,9 +106,10 @@ def chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """With decay, and without: 1-D parameters (norms, biases, layer scale) and class and position embeddings.
+    """Two groups: with weight decay, and without (1-D parameters: norms, biases, layer scale; class and position
+    embeddings).
 
-    Which embeddings those are is what the backbone itself says (timm's `no_weight_decay`), not a list of substrings.
+    These embeddings are named by the backbone (timm's `no_weight_decay`), not by a list of substrings.
     """
     exempt = {f"backbone.{name}" for name in embeddings(model.backbone)}
     groups: dict[bool, list] = {True: [], False: []}
@@ -123,14 +124,14 @@ def embeddings(backbone: nn.Module) -> set[str]:
 
 
 def groups_by_layer(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """The head's groups, then timm's groups of the backbone's layers, with decay or without as in `parameter_groups`.
+    """The head's groups, then timm's groups of the backbone's layers, with and without decay as in `parameter_groups`.
 
-    A group's `lr_scale`, by which the schedule multiplies its rate, is 1 in the head, layer_decay in the backbone's
-    last layer, layer_decay ** 2 in the layer below, and so on (Clark et al. 2020, section 3.2; Bao et al. 2022).
+    The schedule multiplies the rate by a group's `lr_scale`: 1 for the head, layer_decay for the backbone's last layer,
+    layer_decay ** 2 for the layer below, and so on (Clark et al. 2020, section 3.2; Bao et al. 2022).
 
     Args:
-        model: a `PromptEmbedder`. Frozen layers count as the others do, and have groups too.
-    Raises: ValueError for a backbone that does not say which layers it has.
+        model: a `PromptEmbedder`. Frozen layers are counted too, and have groups.
+        Raises: ValueError for a backbone for which timm defines no layer groups.
     """
     try:
         number_layers(model.backbone)
@@ -157,7 +158,7 @@ def groups_by_layer(model: nn.Module, weight_decay: float, layer_decay: float) -
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters; frozen ones, without a gradient, are passed over and start fresh."""
+    """The recipe's optimiser over all parameters; frozen ones have no gradient, so their state starts when unfrozen."""
     if recipe.layer_decay == 1:
         groups = parameter_groups(model, recipe.weight_decay)
     else:
@@ -170,8 +171,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up from warmup_lr to lr, then the cosine to min_lr: call `step_update(n)` before update n.
 
-    The cosine's clock starts at 0, not at the warm-up's end (timm's `warmup_prefix=False`, as published): after 3
-    warm-up epochs of 15 the rate goes on at 9.05e-5, not 1e-4.
+    The cosine starts at update 0, not at the end of the warm-up (timm's `warmup_prefix=False`, as published): after 3
+    warm-up epochs of 15 the rate is 9.05e-5, not 1e-4.
     """
     return CosineLRScheduler(
         optimizer,

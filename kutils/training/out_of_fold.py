@@ -16,15 +16,15 @@ from kutils.system import checksums, paths
 from kutils.system.ranks import Ranks
 
 BLOCK = 4096  # rows per rank that are gathered at a time
-NAMES = ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")  # of the arrays that readers need
-LENGTHS = "lengths"  # of another one, which files of earlier versions lack
+NAMES = ("dataset", "row", "embeddings", "targets_hash", "fold", "folds_hash")  # arrays in every file
+LENGTHS = "lengths"  # one more array, which files of earlier versions lack
 
 
 @contextmanager
 def gathered(ranks: Ranks, local: Tensor, total: int, folder: Path) -> Iterator[np.ndarray | None]:
-    """Rows dealt as rank, rank + world_size, ... in order, on the main rank; None on the others.
+    """Gather rows of which each rank has every world_size-th, in order, on the main rank; None on the others.
 
-    They lie in a file in `folder` that is gone with the block: half a million rows would be 0.8 GB of memory.
+    They are in a temporary file in `folder`, deleted after the block: half a million rows would take 0.8 GB of memory.
 
     Args:
         local: [n, D] on the rank's device; n may differ by one between ranks. Every rank must call this.
@@ -61,11 +61,11 @@ def save_predictions(
     """Write an .npz of `dataset`, `row`, `lengths` [n], `embeddings` [n, 384], `targets_hash`, `folds_hash` and facts.
 
     Args:
-        path: replaced if it is there; written by the main rank, called by all.
-        rows: int [n], of the data set list; `local` holds this rank's share, as in `gathered`.
+        path: an existing file is replaced. All ranks call this; the main one writes.
+        rows: int [n], row numbers over all data sets; `local` holds this rank's share, as in `gathered`.
         local: float32 [n / world_size, 384] predictions, unit rows.
-        lengths: float32 [n / world_size], theirs before they were scaled to unit length.
-        facts: fold (the one whose rows they are), prefix, checkpoint.
+        lengths: float32 [n / world_size], norms of the predictions before scaling to length 1.
+        facts: fold (to which the rows belong), prefix, checkpoint.
     """
     if ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,18 +91,18 @@ class PredictionsError(ValueError):
 
 
 def predictions_path(run_folder: Path, fold: int) -> Path:
-    """Where a run keeps its predictions of the fold that it was validated on."""
+    """The file of a run's out-of-fold predictions: of the fold that it was validated on."""
     return run_folder / f"fold{fold}_predictions.npz"
 
 
 def read_predictions(run_folder: Path, fold: int, *, names: Sequence[str] = NAMES, config: str = "") -> dict:
-    """Read a run's out-of-fold predictions: arrays, and single values as Python's own.
+    """Read a run's out-of-fold predictions: arrays, and single values as Python scalars.
 
-    `lengths`, those of the predictions before they were scaled to unit length, are there if the file has them.
+    The result has `lengths`, norms of the predictions before scaling to length 1, if the file has them.
 
     Args:
-        names: of NAMES, those that are needed; reading the embeddings takes longest.
-        config: the recipe that trains the run, for the error's message; by default that of its folder.
+        names: the arrays of NAMES to read; the embeddings take longest.
+        config: the run's recipe file, for the error message; default: the one in its folder.
     Raises: PredictionsError if the file is not there or damaged, with the command that makes it.
     """
     path = predictions_path(run_folder, fold)

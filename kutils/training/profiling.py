@@ -22,22 +22,22 @@ from kutils.system import paths
 from kutils.training.meter import Interval
 
 PARTS = ("waiting for data", "augmentation and copy", "forward", "backward", "optimiser")  # labels in the trace
-EVALUATION = "evaluation"  # label of an evaluation between two updates, which belongs to neither
+EVALUATION = "evaluation"  # label of an evaluation between two updates, which is not counted
 IDLE = "idle"
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace
-WARMUP = (3, 2)  # updates before a profile: not recorded, and recorded but thrown away
-MOST_OPERATIONS = 10  # that the summary names
-MUCH_WAITING = 0.1  # share of the time
-JUDGED_SECONDS, JUDGED_UPDATES = 20.0, 20  # of a run's waiting, whichever comes first
+WARMUP = (3, 2)  # updates before a profile: not recorded, and recorded but discarded
+MOST_OPERATIONS = 10  # in the summary
+MUCH_WAITING = 0.1  # share of the time from which advice is printed
+JUDGED_SECONDS, JUDGED_UPDATES = 20.0, 20  # window over which waiting is averaged: whichever is reached first
 
 
 # ---------------------------------------------------------------- a profile of some updates
 
 
 class UpdateProfiler:
-    """Profile some updates of this process, then write `<run folder>/profile/trace.json.gz` and say what it shows.
+    """Profile some updates of this process, then write `<run folder>/profile/trace.json.gz` and print a summary.
 
-    A trace that is there already is kept: the next one is `trace.2.json.gz`. Opens in https://ui.perfetto.dev.
+    An existing trace is kept: the next one is `trace.2.json.gz`. Traces open in https://ui.perfetto.dev.
     """
 
     def __init__(self, folder: Path, num_updates: int, left: int, device: torch.device, say: Callable[[str], None]):
@@ -45,7 +45,7 @@ class UpdateProfiler:
 
         Args:
             num_updates: to profile, after WARMUP.
-            left: updates that the run has left; of fewer than needed, the warm-up is cut first.
+            left: remaining updates of the run; if there are too few, the warm-up is shortened first.
         """
         self.folder, self.device, self.say, self.done = folder, device, say, 0
         self.profile = None
@@ -65,17 +65,17 @@ class UpdateProfiler:
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # said above
             plan = schedule(wait=passed, warmup=recorded, active=self.num_updates, repeat=1)
         if device.type == "cpu":
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library says that it misses a GPU
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library warns that there is no GPU
         self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self.finish)
         self.profile.start()
         atexit.register(self.stop)
 
     def step(self) -> None:
-        """An update is done; after the last one, write the trace and say what it shows."""
+        """To be called after each update; after the last one, write the trace and print the summary."""
         if self.profile is None:
             return
         self.done += 1
-        # what a GPU still has to do must not count as work of the wrong update
+        # else the GPU's unfinished work would count for the wrong update
         if self.device.type == "cuda" and self.done in (self.first, self.first + self.num_updates):
             torch.cuda.synchronize(self.device)
         self.profile.step()
@@ -83,14 +83,14 @@ class UpdateProfiler:
             self.stop()
 
     def stop(self) -> None:
-        """Stop the profiler; no trace if the run ends early. With a profile still open, the process would crash."""
+        """Stop the profiler without a trace if the run ends early: with an open profile the process would crash."""
         if self.profile is not None:
             self.profile.on_trace_ready = None
             self.profile.stop()
             self.profile = None
 
     def finish(self, result: profile) -> None:
-        """Write the trace, and say what it shows."""
+        """Write the trace, and print the summary."""
         path, number = self.folder / "profile" / "trace.json.gz", 1
         while path.exists():
             number += 1
@@ -113,10 +113,10 @@ def read_trace(path: Path) -> list[dict]:
 
 
 def shares(events: list[dict]) -> dict[str, float]:
-    """The share of the profiled updates' time that each part took, in [0, 1]; evaluations between them do not count.
+    """The share of the profiled updates' time that each part took, in [0, 1], without evaluations between them.
 
-    Returns: each of PARTS. On a CPU they exclude each other. With a GPU, waiting is the host's; the other parts are the
-        time in which the GPU did what was launched in them, and IDLE that in which it did nothing.
+    Returns: PARTS -> share. On a CPU they do not overlap. With a GPU, waiting is time of the host; the other parts are
+        GPU time of the kernels launched in them, and IDLE is the time without kernels.
     """
     marks = {}
     for event in events:
@@ -128,7 +128,7 @@ def shares(events: list[dict]) -> dict[str, float]:
     work = [event for event in events if event.get("cat") in GPU_WORK]
     if not work:
         return by_part
-    # the time of a launch decides its part: autograd launches from a thread without labels
+    # a kernel's part is found by the time of its launch: autograd launches from a thread without labels
     launches = (event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver"))
     launched = {argument(event, "correlation"): event["ts"] for event in launches}
     times = np.array([launched.get(argument(event, "correlation"), -np.inf) for event in work])
@@ -147,7 +147,7 @@ def argument(event: dict, name: str) -> int | None:
 
 
 def covered(spans: Sequence[tuple[float, float]] | np.ndarray) -> float:
-    """Total length that spans (begin, end) cover; they may overlap."""
+    """Total length of the union of spans (begin, end)."""
     length, reached = 0.0, -np.inf
     for begin, end in sorted(map(tuple, spans)):
         length += max(0.0, end - max(begin, reached))
@@ -156,7 +156,7 @@ def covered(spans: Sequence[tuple[float, float]] | np.ndarray) -> float:
 
 
 def inside(times: np.ndarray, spans: list[tuple[float, float]]) -> np.ndarray:
-    """bool [n]: whether each time lies in one of the spans, which exclude each other."""
+    """bool [n]: whether each time lies in one of the spans, which do not overlap."""
     if not spans:
         return np.zeros(len(times), bool)
     begins, ends = np.array(sorted(spans)).T
@@ -165,7 +165,7 @@ def inside(times: np.ndarray, spans: list[tuple[float, float]]) -> np.ndarray:
 
 
 def describe_shares(by_part: dict[str, float], num_updates: int) -> str:
-    """The shares as a line for a person."""
+    """The shares as a line to print."""
     if IDLE in by_part:
         parts = ", ".join(f"{name} {by_part[name]:.0%}" for name in (*PARTS[1:], IDLE))
         return f"{num_updates} updates profiled: {PARTS[0]} {by_part[PARTS[0]]:.0%} of the time; of the GPU's, {parts}"
@@ -174,7 +174,7 @@ def describe_shares(by_part: dict[str, float], num_updates: int) -> str:
 
 
 def costly_operations(averages: Iterable[FunctionEventAvg]) -> str:
-    """A table of the operations that took most time of their own: on the GPU where there is one, else on the CPU."""
+    """A table of the operations with the most self time: on the GPU if there is one, else on the CPU."""
     measured = [average for average in averages if not average.is_user_annotation]
     operations = [average for average in measured if average.device_type == DeviceType.CPU]
     work = sum(average.self_device_time_total for average in measured if average.device_type != DeviceType.CPU)
@@ -191,7 +191,7 @@ def costly_operations(averages: Iterable[FunctionEventAvg]) -> str:
 
 
 class DataWait:
-    """Reports once that a run waits much for data; over some time, so that a short hiccup does not count."""
+    """Reports once that a run waits much for data, averaged over some time so that short delays do not count."""
 
     def __init__(self):
         self.waited = self.seconds = 0.0
@@ -211,13 +211,13 @@ class DataWait:
 
 
 def waiting_advice(recipe: Recipe, share: float, cores: int | None, ranks: int | None) -> str:
-    """What to change where a run waits for data.
+    """Advice for a run that waits for data.
 
     Args:
         share: of the time, spent waiting.
         cores, ranks: of one machine; None where they are not known.
     """
-    from kutils.data.shards import shards_folder  # needs PyArrow, and the profiler torch alone
+    from kutils.data.shards import shards_folder  # imports PyArrow, which the profiler does not need
 
     workers, advice = recipe.num_workers, [f"{share:.0%} of the time went by in waiting for images."]
     if cores is None or ranks is None:

@@ -1,4 +1,4 @@
-"""Saves how far a run has come, and continues an interrupted one from there."""
+"""Saves the state of a run, and continues an interrupted run from it."""
 
 import dataclasses
 import os
@@ -20,18 +20,18 @@ from kutils.training.meter import Interval
 
 @dataclass
 class State:
-    """How far a run has come, over all its starts."""
+    """The progress of a run, over all its starts."""
 
     started: float = field(default_factory=time.monotonic)  # on this machine's clock; earlier starts move it back
-    epoch: int = 0  # epochs that are done, evaluation included
-    step: int = 0  # updates that are done
+    epoch: int = 0  # finished epochs, evaluation included
+    step: int = 0  # finished updates
     best: float = -1.0  # validation cosine
     best_epoch: int = 0  # from 1
     best_clean: float | None = None  # validation cosine of the best epoch over clean rows
     seen: int = 0  # training images
     bad: list[tuple[int, str]] = field(default_factory=list)  # those that could not be read: row and reason
-    block_rows: int = 0  # rows that lie together on the disk, which decides the order of training
-    work: dict = field(default_factory=dict)  # as of `work_of`: what a start must not find changed
+    block_rows: int = 0  # rows per shard, which the order of the training images depends on; 0: image files
+    work: dict = field(default_factory=dict)  # as of `work_of`: what must not change between starts
 
     @property
     def seconds(self) -> float:
@@ -53,7 +53,7 @@ class ResumeFile:
     """`resume.pt` of a run folder: the state of a run, with weights, optimiser, loss scaler and random numbers."""
 
     def __init__(self, run_folder: Path, network, optimizer, scaler, ranks: Ranks, average=None):
-        """`average` is of `averaging.start_average`, or None."""
+        """`average` is the result of `averaging.start_average`."""
         self.path, self.ranks = run_folder / "resume.pt", ranks
         self.parts = {"model": network, "optimizer": optimizer, "scaler": scaler}
         self.parts |= {"average": average} if average else {}
@@ -62,15 +62,16 @@ class ResumeFile:
         return self.path.is_file()
 
     def load(self, state: State, data: datasets.PromptImages, recipe: Recipe) -> None:
-        """Restore the state, and what the parts held, of a run that was cut; without a file nothing changes.
+        """Restore the state, weights, optimiser and random numbers of an interrupted run; without a file nothing
+        changes.
 
-        Raises: ValueError if the file is damaged, or if data or recipe have changed since the run was cut.
+        Raises: ValueError if the file is damaged, or if data or recipe have changed since the interruption.
         """
         work = work_of(recipe, data)
-        block_rows = 0  # what files say that do not name it
+        block_rows = 0  # in files that lack it
         if self.exists():
             content = checkpoints.read(self.path)
-            check_same_work(content.pop("work", work), work, self.path)  # files of before have none
+            check_same_work(content.pop("work", work), work, self.path)  # files of earlier versions have none
             for name, part in self.parts.items():
                 part.load_state_dict(content.pop(name))
             self.restore_random(content.pop("random"), content.pop("world_size"))
@@ -100,7 +101,7 @@ class ResumeFile:
             )
 
     def save(self, state: State) -> None:
-        """Write all that the next start needs; to be called by every rank."""
+        """Write everything that the next start needs; to be called by every rank."""
         random = self.ranks.gather_objects(random_state(self.ranks))
         if self.ranks.is_main:
             parts = {name: part.state_dict() for name, part in self.parts.items()}

@@ -17,16 +17,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor]:
     """Hold the weights at w + rho * g / ||g|| inside the block, then restore w exactly (Foret et al. 2021, eq. 2).
 
-    Takes g from the gradients and clears them on entry, so that the block's backward alone is what the optimiser sees;
-    restores in `finally`, from a copy (w + e - e would round). A gradient scaled by a loss scaler gives the same
-    direction. A gradient that is zero or not finite moves nothing.
+    Takes g from the gradients and clears them on entry, so that the optimiser sees only the block's backward pass;
+    restores in `finally`, from a copy (w + e - e would round). A loss scaler does not change the direction of g. If g
+    is zero or not finite, the weights do not move.
 
     Args:
         parameters: of one dtype and device; those without a gradient are left alone.
         rho: radius, in the Euclidean norm over all parameters together.
-    Yields: bool scalar on the device: whether g was finite. Where it was not, the whole update must be given up: the
-        block's own gradient may well be finite (drop path draws anew), but it is not that of perturbed weights.
-    Raises: ValueError for a gradient that lies otherwise in memory than its weights: the kernel would mix them up.
+    Yields: bool scalar on the device: whether g was finite. If it was not, the whole update must be skipped: the
+        block's own gradient may be finite (drop path draws new random numbers), but it is not one at perturbed weights.
+    Raises: ValueError for a gradient with another memory layout than its weights, which the kernel would mix up.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     for number, parameter in enumerate(parameters):
@@ -52,7 +52,7 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[Tensor
 
 
 def lies_alike(parameter: Tensor, gradient: Tensor) -> bool:
-    """Whether two tensors have their elements in the same places of memory, in one dtype and on one device."""
+    """Whether two tensors have the same memory layout, dtype and device."""
     if (parameter.layout, parameter.dtype, parameter.device) != (gradient.layout, gradient.dtype, gradient.device):
         return False
     if parameter.layout != torch.strided or parameter.shape != gradient.shape:
@@ -66,7 +66,8 @@ def lies_alike(parameter: Tensor, gradient: Tensor) -> bool:
 
 
 def ascend(parameters: list[nn.Parameter], rate: Tensor, valid: Tensor) -> None:
-    """w + rate * g for all parameters in one kernel without a temporary copy; nothing where not valid (bool scalar)."""
+    """w += rate * g for all parameters in one kernel without a temporary copy; no change if not `valid` (bool
+    scalar)."""
     torch._fused_sgd_(
         parameters,
         [parameter.grad for parameter in parameters],
@@ -84,7 +85,7 @@ def ascend(parameters: list[nn.Parameter], rate: Tensor, valid: Tensor) -> None:
 
 @contextmanager
 def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Put BatchNorm's running statistics back after the block: perturbed weights must leave no trace.
+    """Restore BatchNorm's running statistics after the block, so that perturbed weights do not change them.
 
     They are copied: setting the momentum to 0 would keep NaN, and would make torch.compile run again.
     """

@@ -15,35 +15,35 @@ from kutils.data.prompt_bank import PromptBank
 from kutils.system.tables import read_table
 
 SLICES = ("words", "source", "kind", "similarity")
-GENERATOR = "generator"  # one way more, where a data set was imported
+GENERATOR = "generator"  # one more way, if a data set was imported
 UNKNOWN = "unknown"
-MOST_BINS = 6  # of words per prompt
+MOST_BINS = 6  # bins of the number of words
 BIN_WIDTHS = (1, 2, 5, 10, 20, 50, 100)
 KINDS = ("sentence", "phrases", "tags")
-MOST_NAMES = 20  # slices by source, or by kind; the rest is "others"
+MOST_NAMES = 20  # slices by source or kind; the rest is "others"
 OTHERS = "others"
-PHRASES, TAGS = 2, 6  # comma-separated parts of a prompt, at least
+PHRASES, TAGS = 2, 6  # least number of comma-separated parts of such a prompt
 COSINES = (0.5, 0.6, 0.7, 0.8, 0.9)
 BLOCK = 65_536  # training prompts in memory at a time: 100 MB
 
 
 def label_rows(data: PromptImages, rows: np.ndarray, fold: int, most: int = 4000) -> pd.DataFrame:
-    """Sort rows into slices by their prompts, in four ways; five where a data set says which generator made an image.
+    """Sort rows into slices by their prompts, in four ways; in five if a data set records the images' generators.
 
     Args:
-        rows: int [n], of the data set list.
+        rows: int [n], row numbers over all data sets.
         fold: the validation fold; all other rows are training rows.
-        most: distinct prompts whose nearest training prompt is searched for; of more, so many are drawn.
+        most: distinct prompts whose nearest training prompt is searched for; if there are more, a random sample.
     Returns: one row per given row, ordered categoricals, the names of `slicings`:
-        words: of the prompt, at most MOST_BINS bins of a round width chosen for these prompts;
+        words: number of words, in at most MOST_BINS bins of a round width chosen for these prompts;
         source: the column `source` of the row's TSV, or the name of the data set; of more than MOST_NAMES, the rare
             ones are "others", the last slice;
         kind: the column `kind` of the row's TSV; where there is none, "sentence" (no comma), "phrases" (2 to 5 parts
             between commas) or "tags" (6 parts or more); more than MOST_NAMES as for sources;
-        similarity: cosine of the prompt and the nearest of all training prompts; missing where the prompt was not
-            drawn, or where there is no training row;
-        generator: of the image, as its import has it, or "unknown"; more than MOST_NAMES as for sources.
-    Raises: ValueError for a TSV that cannot be read any more.
+        similarity: cosine of the prompt and the nearest training prompt; missing if the prompt is not in the sample, or
+            if there is no training row;
+        generator: of the image, as recorded by its import, or "unknown"; more than MOST_NAMES as for sources.
+    Raises: ValueError for a TSV that can no longer be read.
     """
     rows = np.asarray(rows)
     prompts = data.prompts.take(pa.array(rows))
@@ -68,7 +68,7 @@ def slicings(data: PromptImages) -> tuple[str, ...]:
 
 
 def imported_column(data: PromptImages, rows: np.ndarray, column: str, values: np.ndarray) -> np.ndarray:
-    """`values` (object [n]), replaced where data sets were imported by what is known of the rows' images."""
+    """`values` (object [n]), replaced by the column of the import's metadata for rows of imported data sets."""
     number, values = data.origin(rows)[0], values.copy()
     for index in np.unique(number):
         of_set = np.flatnonzero(number == index)
@@ -105,9 +105,9 @@ def prompt_kinds(prompts: pa.ChunkedArray) -> np.ndarray:
 
 
 def table_columns(data: PromptImages, rows: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Source and kind of each row, object [n] both, of the TSVs.
+    """Source and kind of each row, both object [n], from the TSVs.
 
-    Where they have no source it is that of an import, else the set's name; where they have no kind it is of `kinds`.
+    If a TSV has no source, it is that of the import, else the set's name; if it has no kind, it is taken from `kinds`.
     """
     number, local = data.origin(rows)
     sources = imported_column(data, rows, "source", np.array(data.names, object)[number])
@@ -155,7 +155,7 @@ def bin_cosines(cosines: np.ndarray) -> pd.Categorical:
 
 
 def nearest_training_cosines(data: PromptImages, rows: np.ndarray, fold: int, most: int) -> np.ndarray:
-    """Cosine of each row's prompt and the nearest training prompt: float32 [n]; NaN for a prompt that is not drawn."""
+    """Cosine of each row's prompt and the nearest training prompt: float32 [n]; NaN for prompts outside the sample."""
     codes, first, numbers = np.unique(data.prompt_codes[rows], return_index=True, return_inverse=True)
     chosen = np.arange(len(codes))
     if most < len(codes):

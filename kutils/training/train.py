@@ -1,7 +1,7 @@
 """Trains one fold of a recipe: `kutils train --config conf/RECIPE.yaml --fold 0 [key=value ...]`.
 
-Every rank runs this file (torchrun starts several). It reads from top to bottom: where the run stands, data, model,
-optimiser, then epoch by epoch: update, log, save, evaluate, publish.
+Every rank runs this file (torchrun starts several). From top to bottom: saved state, data, model, optimiser, then for
+each epoch: update, log, save, evaluate, publish.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
     """Run or resume one fold; returns the result that is also written to the run folder's `result.json`.
 
     Args:
-        origin: where the recipe is from (config, overrides), for `environment.json`.
+        origin: config and overrides of the recipe, for `environment.json`.
     """
     state, folder, best_path = resume.State(), recipe.run_folder(fold), recipe.checkpoint_path(fold)
     if result := resume.check_start(recipe, fold, ranks):
@@ -115,7 +115,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
             f"head in closed form from {fit.images:,} images: penalty {fit.penalty:.3g}, cosine {fit.cosine:.4f} on "
             "held-out training prompts"
         )
-        resume_file.save(state)  # the pass is not repeated after a cut
+        resume_file.save(state)  # so that an interrupted run does not repeat the pass
     num_profiled = recipe.profile_steps if ranks.is_main else 0
     profiler = profiling.UpdateProfiler(folder, num_profiled, total_steps - state.step, ranks.device, log.say)
     clock = Clock(recipe, sampler.steps_per_epoch)
@@ -128,7 +128,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
         else:
             network.unfreeze()
         model = engine.distribute(network, ranks).train()
-        if compiles and epoch in (first_epoch, recipe.freeze_epochs):  # unfreezing makes another graph
+        if compiles and epoch in (first_epoch, recipe.freeze_epochs):  # unfreezing changes the graph
             compiles = engine.compile_network(model, local_batch_size, recipe, dtype, ranks)
         meter = Meter(ranks.device)
         for local_batches in loading.updates(training_loader, epoch, state.step, accumulation, meter):
@@ -149,7 +149,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
                     resume_file.save(state)
                     clock.saved()
                 if due.stop:
-                    ranks.barrier()  # a rank that ended now would have torchrun kill the one that still writes
+                    ranks.barrier()  # if a rank ended now, torchrun would kill the one that still writes
                     reason = f"{children.STOPPED} after update {state.step}; the same command goes on from there"
                     raise children.Interrupted([*clock.signals, signal.SIGTERM][0], reason)
         state.epoch += 1
@@ -200,7 +200,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
 
 
 def load_initial_weights(network: PromptEmbedder, recipe: Recipe, fold: int, data: PromptImages, ranks: Ranks) -> None:
-    """Load the checkpoint that the recipe starts from, if it names one; ValueError if it is of other folds."""
+    """Load the checkpoint that the recipe starts from, if it names one; ValueError if it was trained on other folds."""
     if path := recipe.initial_checkpoint(fold):
         content = checkpoints.read(path)
         if not checkpoints.check_folds(content, fold, data.folds_hashes, path) and ranks.is_main:
@@ -212,20 +212,20 @@ def load_initial_weights(network: PromptEmbedder, recipe: Recipe, fold: int, dat
 
 
 def check_space(recipe: Recipe, fold: int, network: PromptEmbedder) -> None:
-    """Raise an error if checkpoints or the resume file would not fit on their disks, or these cannot be written."""
+    """Raise an error if checkpoints or the resume file cannot be written or do not fit on their disks."""
     weight_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
     averages = 1 if recipe.ema_decay else 0
     folders.check_writable(recipe.checkpoint_path(fold).parent, (3 + averages) * weight_bytes)
-    # the resume file holds the weights, their average, and up to three tensors of the optimiser's; while replaced, it
-    # is there twice
+    # the resume file holds the weights, their average, and up to three optimiser tensors per weight; when replaced, it
+    # exists twice
     folders.check_writable(recipe.run_folder(fold).parent, (9 + 2 * averages) * weight_bytes)
 
 
 def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], object] | None = None) -> int:
-    """Train as the arguments say; `when_finished` is called with the run's folder, in the main rank alone."""
+    """Train as the arguments say; at the end the main rank calls `when_finished` with the run's folder."""
     parser = RecipeParser(
         prog="kutils train",
-        description="Train one fold of a recipe, alone or as a rank of torchrun. Run again, it goes on after a cut.",
+        description="Train one fold, alone or as a rank of torchrun. Run again, it continues a stopped run.",
         epilog=f"keys of a recipe, for key=value:\n{recipes.describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None, when_finished: Callable[[Path], obje
         with locks.held([run.folder], ranks):
             train(run.recipe, run.fold, ranks, config=str(path), overrides=list(run.overrides))
     finally:
-        for number, handler in handlers.items():  # nothing looks for the signals of `Clock` any more
+        for number, handler in handlers.items():  # `Clock` no longer handles the signals
             signal.signal(number, handler)
     leave_ranks()
     if ranks.is_main and when_finished:  # the others need not wait

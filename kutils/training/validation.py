@@ -1,4 +1,4 @@
-"""Validates the network after an epoch and, where there is one, the average of its weights."""
+"""Validates the network after an epoch and, with `ema_decay`, the average of its weights."""
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ def validate(
     ranks: Ranks,
     epoch: int,
 ) -> tuple[str, engine.Evaluation, dict[str, float]]:
-    """Predict the validation rows after an epoch with the network and, where there is one, its average.
+    """Predict the validation rows after an epoch with the network and, if there is one, its average.
 
-    Returns: the name of the better one of the models, what it predicted, and the cosine of each.
-    Raises: ValueError if an image is lost or a score is not finite.
+    Returns: the name of the better model, its evaluation, and the cosine of each model.
+    Raises: ValueError if an image can no longer be read or a score is not finite.
     """
     evaluations = {kind: predict_rows(model, loader, recipe, dtype, ranks) for kind, model in models.items()}
     scores = {kind: engine.mean(evaluation.cosines) for kind, evaluation in evaluations.items()}
@@ -40,9 +40,9 @@ def validate(
 def predict_rows(
     network: PromptEmbedder, loader: DataLoader, recipe: Recipe, dtype: torch.dtype, ranks: Ranks
 ) -> engine.Evaluation:
-    """Predict the validation rows; ValueError if an image is lost."""
+    """Predict the validation rows; ValueError if an image can no longer be read."""
     images = loader.dataset
-    ranks.copy_from_main(network.buffers())  # BatchNorm's statistics differ, and the main rank's are saved
+    ranks.copy_from_main(network.buffers())  # BatchNorm's statistics differ between ranks; the main rank's are saved
     try:
         with record_function(profiling.EVALUATION):
             return engine.evaluate(network, loader, recipe, dtype, ranks, total=len(images))
