@@ -15,11 +15,11 @@
 # # Ablation: what does each change of the recipe add?
 #
 # **What it does.** Trains a network with the published settings, then with one change at a time, then with all of them,
-# several seeds each, and compares them on the same images. Each run is an ordinary run folder in `working/runs/`. Runs
-# that are finished are not trained again: after a cut, the same call goes on.
+# several seeds each, and compares them on the same images. Each run is an ordinary run folder in `working/runs/`.
+# Finished runs are not trained again: the same call continues after an interruption.
 # `papermill notebooks/ablation.ipynb working/runs/ablation.ipynb -p config lite0_stage1.yaml -p seeds 0,1,2`
 #
-# **What it needs.** Data sets with folds; `shapes` is made on the spot.
+# **What it needs.** Data sets with folds; `shapes` is made if it is missing.
 #
 # **How long it takes.** Runs times the time of one: `lite0` on `shapes` has 36 runs of three minutes on two CPU cores.
 # `base` can shorten them: `epochs=2 input_size=64`.
@@ -36,18 +36,18 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Which runs are compared?
-# The first change is none: the published settings. The others change the keys that stand beside them.
+# The first run has no change: the published settings. The others change the keys in the table.
 
 # %%
 from kutils.ensemble import ablation
@@ -69,7 +69,7 @@ ablation.run_trials(trials)
 # %% [markdown]
 # ## What is each change worth?
 # The difference to the published settings on the same images, averaged over seeds, with its 95 % interval by bootstrap
-# over prompts. A change whose interval contains 0 is not decided by these images.
+# over prompts. If the interval contains 0, the change has no significant effect on these images.
 
 # %%
 from kutils.views import score_plots

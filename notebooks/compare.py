@@ -12,14 +12,14 @@
 # ---
 
 # %% [markdown]
-# # Compare: which run is better, at what, and is it sure?
+# # Compare: which run is better, on what, and is the difference significant?
 #
-# **What it does.** Shows finished runs beside each other: scores and cost, curves, what differs between their
+# **What it does.** Shows finished runs beside each other: scores and cost, curves, differences between their
 # configurations, scores by slice, and the difference to the best run on the same images with its uncertainty.
 # `papermill notebooks/compare.ipynb working/runs/compare.ipynb -p runs "tiny_vit*, lite0_stage1_fold0"`
 #
 # **What it needs.** Finished runs in `working/runs/`, and for the last sections the data sets they were validated on,
-# as they were.
+# unchanged.
 #
 # **How long it takes.** Seconds; with data sets of millions of rows, minutes.
 
@@ -33,19 +33,19 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Which runs are there?
-# Runs with the same letter were validated on the same images: their scores compare. A click on a column's head sorts.
-# Clean rows have no similar training prompt; waiting is the share of the time without data.
+# Runs with the same letter were validated on the same images, so their scores are comparable. A click on a column's
+# head sorts. Clean rows have no similar training prompt; waiting is the share of time spent waiting for data.
 
 # %%
 from kutils.ensemble import comparison
@@ -78,7 +78,7 @@ html_tables.show(comparison.configurations(chosen), caption="Configurations")
 # %% [markdown]
 # ## Is the best one really better?
 # The mean difference to the best run over the same images, and its 95 % confidence interval; images of one prompt are
-# not counted as independent. Where the interval contains 0, these images do not decide. Wins is the share of images
+# not counted as independent. If the interval contains 0, the difference is not significant. Wins is the share of images
 # where a run is better than the best one. If the data sets have changed since, the notebook stops here.
 
 # %%
@@ -86,7 +86,7 @@ same = comparison.same_rows(chosen)
 html_tables.show(same.against_best(), html_tables.DIFFERENCE_FORMATS, f"{len(same.cosines):,} images")
 
 # %% [markdown]
-# ## What is each one good at?
+# ## On which prompts is each run good?
 # Mean cosine by the words of the prompt, its source and kind, and its similarity to the nearest training prompt.
 
 # %%

@@ -33,19 +33,19 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
-# ## Do several models know more than one?
-# Fold 0 is split in two by topic (clusters of its prompts), so that the halves differ in what their images show. Every
-# method of weighting is fitted on one half and scored on the other, beside equal weights.
+# ## Is the ensemble better than its models?
+# Fold 0 is split into two halves by topic (clusters of its prompts). Every method of weighting is fitted on one half
+# and scored on the other, compared with equal weights.
 
 # %%
 from kutils.ensemble import blending, fit
@@ -66,7 +66,7 @@ print(f"{fitted.method} weights: {fitted.scores['chosen']:.4f}, {gain:+.4f} over
 
 # %% [markdown]
 # ## Which models are in it?
-# The score of a model is that of its training, on its own validation fold; scores of different folds do not compare.
+# A model's score is from its training, on its own validation fold; scores of different folds are not comparable.
 
 # %%
 import pandas as pd
@@ -76,15 +76,15 @@ rows = [(family, Path(each.recipe).stem, each.fold, each.neighbours, each.score)
 pd.DataFrame(rows, columns=["family", "recipe", "fold", "neighbours", "network's cosine on its fold"]).round(4)
 
 # %% [markdown]
-# ## Who counts how much?
-# A family whose errors another one shares gets little weight, however good it is alone.
+# ## How much weight does each family get?
+# A family that makes the same errors as another one gets little weight, even if it is good alone.
 
 # %%
 score_plots.bar_weights(fitted.mean_weights());
 
 # %% [markdown]
-# ## What would be lost without one of them?
-# The same fit with one family left out, on the same unseen images: a family that costs nothing to leave out need not be
+# ## What would be lost without one family?
+# The same fit with one family left out, on the same unseen images: a family without a loss need not be
 # run.
 
 # %%
@@ -92,9 +92,9 @@ without = pd.Series(fitted.leave_one_out, name="score without it", dtype=float).
 without.assign(loss=fitted.scores["family"] - without["score without it"]).style.format("{:.4f}")
 
 # %% [markdown]
-# ## Do they err alike?
-# Correlation of the families' errors (prediction minus truth, over all dimensions): the lower, the more there is to
-# gain from averaging.
+# ## Do the families make the same errors?
+# Correlation of the families' errors (prediction minus truth, over all dimensions): the lower, the more
+# averaging gains.
 
 # %%
 correlations = pd.DataFrame(fitted.error_correlations)

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Explore: data, models, and an image of your own
 #
-# **What it does.** Shows what is in the data sets, where the models are good and where they fail, and what they see in
-# an image of yours. In Jupyter the views have controls; with papermill, parameters choose what they show.
+# **What it does.** Shows what is in the data sets, where the models are good and where they fail, and what they predict
+# for your own image. In Jupyter the views have widgets; with papermill, parameters choose what they show.
 # `papermill notebooks/explore.ipynb working/runs/explore.ipynb -p search "a red boat"`
 #
 # **What it needs.** A data set in `input/` with embeddings (`shapes` is made if there is none), and for the second half
@@ -26,26 +26,26 @@
 # %% tags=["parameters"]
 datasets: str = ""  # of input/, as "cc3m,lexica"; empty: those of the run finished last, or shapes
 models: str = ""  # finished runs, as "tiny_vit_*,lite0_*"; empty: all
-fold: int = 0  # whose validation images are looked at
+fold: int = 0  # validation fold whose images are shown
 search: str = "a small red boat at sunset"  # words to look for among the prompts
-search_fold: int = -1  # look in this fold alone; -1: in all
+search_fold: int = -1  # search only this fold; -1: all folds
 model: str = ""  # whose predictions are shown; empty: the best
 sort: str = "worst"  # worst, best, random or disagreement
 slice: str = "similarity"  # words, source, kind or similarity
 image: str = ""  # an image file of your own; empty: one on which the models disagree
 count: int = 8  # images or prompts per view
-map_prompts: int = 2000  # prompts of the map, drawn by lot
+map_prompts: int = 2000  # prompts of the map, drawn at random
 
 # %%
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
@@ -70,9 +70,9 @@ score_plots.bar_counts(explored.sources(), title="Images by source", unit="image
 data_plots.prompt_lengths(explored.bank.prompts.to_pylist());
 
 # %% [markdown]
-# ## Which prompts are alike?
-# Points close together are similar prompts; large distances mean nothing. Folds by similarity are patches of one
-# colour; random folds are mixed everywhere.
+# ## Which prompts are similar?
+# Points close together are similar prompts; large distances mean nothing. If folds keep similar prompts together,
+# clusters have one colour; random folds are mixed everywhere.
 
 # %%
 points, labels = explored.map_points(map_prompts)
@@ -80,8 +80,8 @@ data_plots.prompt_map(points, labels, title=f"{len(points):,} prompts by similar
 
 # %% [markdown]
 # ## Which prompts are nearly the same?
-# The most similar pairs, with an image of each. Two such prompts in one fold do no harm. In two folds they do: the
-# model is validated on a prompt that it was trained on.
+# The most similar pairs, with an image of each. Two such prompts in one fold do no harm. In two folds, the
+# model is validated on nearly the same prompt that it was trained on.
 
 # %%
 twins = explored.near_duplicates(count=4)
@@ -97,8 +97,8 @@ if report := explored.fold_report():
     data_plots.fold_report(report)
 
 # %% [markdown]
-# ## What does it look like?
-# The nearest prompts to some words, by their embeddings, not by their letters; and an image of each.
+# ## Which images match some words?
+# The prompts nearest to the words, by embedding, not by spelling; and an image of each.
 
 # %%
 widgets.search(explored, search, search_fold, count)
@@ -115,7 +115,7 @@ if has_models := explored.has_models(fold):
     score_plots.similarity_histogram(dict(validated.cosines.items()))
 
 # %% [markdown]
-# ## Where are they right, and where are they lost?
+# ## Where are they right, and where are they wrong?
 # Images of different prompts, each with its true prompt and the prompt nearest to the model's prediction.
 
 # %%
@@ -124,8 +124,8 @@ if has_models:
 
 # %% [markdown]
 # ## What are they good at?
-# Scores by the length of the prompts, their source and kind, and by their similarity to the nearest training prompt:
-# what resembles the training data is recognised more easily.
+# Scores by the length of the prompts, their source and kind, and their similarity to the nearest training prompt:
+# images of prompts that resemble training prompts are easier.
 
 # %%
 if has_models:
@@ -140,9 +140,9 @@ if has_models and len(validated.single_models) > 1:
     image_plots.disagreement(explored.disagreement(fold))
 
 # %% [markdown]
-# ## What do they see in an image of yours?
-# Give its path, or upload it: the nearest prompts by every model, with their cosines. Above 0.7 a prompt is about the
-# same thing; where all are far below, no prompt of these data sets describes the image.
+# ## What do they predict for your own image?
+# Give its path, or upload it: the nearest prompts by every model, with their cosines. A prompt above 0.7 is about the
+# same thing; if all are far below, no prompt of these data sets describes the image.
 
 # %%
 if has_models:

@@ -15,14 +15,14 @@
 # # Generate images: prompts become pictures
 #
 # **What it does.** Makes a data set of images from prompts, by the built-in renderer or by a diffusion model on all
-# GPUs, and looks at what came out. `papermill notebooks/generate_images.ipynb working/runs/generate_images.ipynb`
+# GPUs, and looks at the result. `papermill notebooks/generate_images.ipynb working/runs/generate_images.ipynb`
 #
 # **What it needs.** Nothing for the renderer's own prompts. Else a prompts file (column `prompt`; `source` and `fold`
-# come along); for `backend` diffusers the package (`pip install -e '.[generate]'`), and the model from the hub or a
+# are copied); for `backend` diffusers the package (`pip install -e '.[generate]'`), and the model from the hub or a
 # folder.
 #
 # **How long it takes.** The renderer: hundreds of images per second. A diffusion model: not measured here; the progress
-# line tells images per second and the time left. Cut, it goes on where it was.
+# line shows images per second and the time left. The same call continues after an interruption.
 
 # %% tags=["parameters"]
 backend: str = "shapes"  # shapes, the built-in renderer, or diffusers, a diffusion model
@@ -36,24 +36,24 @@ guidance: float = 7.5  # weight of the prompt, for diffusers
 size: int = 0  # side at which images are made, px; 0 is 128 for shapes and 768 for diffusers
 options: str = ""  # more of kutils generate, such as "--batch-size 16 --save-size 384"
 num_processes: int = 0  # ranks on this machine, for diffusers; 0 is one per visible GPU, or one on the CPU
-hours: float = 0.0  # after which a diffusion model stops, to be started again; 0 is no limit
+hours: float = 0.0  # time limit, after which a diffusion model stops, to be continued later; 0 is no limit
 
 # %%
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
-# ## What is to be drawn?
+# ## Which images will be made?
 # Each distinct prompt counts once. The built-in renderer draws its own small language only, a diffusion model anything.
 
 # %%
@@ -75,8 +75,8 @@ print("\n".join(prompts[:5]))
 
 # %% [markdown]
 # ## Make the images
-# Images that are there stay, so that a run that was cut goes on. Ranks share the work, one per GPU. Rank 0 prints here;
-# the log of every rank is in the run folder.
+# Existing images are kept, so that the same call continues an interrupted run. Ranks share the work, one per GPU. Rank
+# 0 prints here; the log of every rank is in the run folder.
 
 # %%
 import shlex
@@ -108,8 +108,8 @@ if len(left) and not image_set.tsv_path.is_file():
 
 # %% [markdown]
 # ## Which images failed?
-# Black, blank or broken images are made again in float32 and with another seed before they are given up; the table
-# leaves those out. Many of them ask for `--upcast-attention` or another `--dtype` in `options`.
+# Black, blank or broken images are made again in float32, then with another seed; those that still fail are not in
+# the table. If many fail, try `--upcast-attention` or another `--dtype` in `options`.
 
 # %%
 failed_path = image_set.folder / "failed.tsv"
@@ -157,7 +157,7 @@ if len(available):
 
 # %% [markdown]
 # ## What is next?
-# Folds, and embeddings where the prompts file has none; then the data set can be trained on.
+# Folds, and embeddings if the prompts file has none; then the data set can be trained on.
 
 # %%
 print(f"papermill notebooks/prepare_data.ipynb working/runs/prepare_data.ipynb -p dataset {output}")

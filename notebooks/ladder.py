@@ -14,39 +14,40 @@
 # %% [markdown]
 # # Ladder: what is a score worth?
 #
-# **What it does.** Scores finished models beside predictions that need no model, that a frozen backbone gives, and that
-# know another image of the same prompt. Every rung has its 95 % interval. The command `kutils ladder` does the same.
+# **What it does.** Compares finished models with predictions without a model, with those of a frozen backbone, and with
+# those that know another image of the same prompt. Every rung has its 95 % interval. The command `kutils ladder` does
+# the same.
 # `papermill notebooks/ladder.ipynb working/runs/ladder.ipynb -p names shapes -p fold 0`
 #
-# **What it needs.** A data set with folds; finished runs of the fold, if they are to stand in the table.
+# **What it needs.** A data set with folds; finished runs of the fold, if they are to be in the table.
 #
-# **How long it takes.** A minute or two on two CPU cores for 8,000 pictures: the frozen backbone sees each once.
+# **How long it takes.** A minute or two on two CPU cores for 8,000 pictures: the frozen backbone runs once on each.
 
 # %% tags=["parameters"]
 names: str = "shapes"  # data sets of input/, separated by commas
 fold: int = 0  # validation fold
 runs: str = ""  # names of finished runs, also with *, separated by commas; empty: all of this fold
 config: str = "conf/lite0_stage1.yaml"  # recipe whose pretrained backbone gives the frozen rungs
-most: int = 20000  # images of each kind; of more, prompts are drawn
+most: int = 20000  # images of each kind; larger sets are sampled by prompt
 
 # %%
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Which predictions are compared?
-# Images of one prompt are not independent: intervals come from drawing prompts, with replacement. Shuffled pairs are
-# a control: what they score above the mean prompt would be a fault of the measurement.
+# Images of one prompt are not independent: intervals are by bootstrap over prompts. Shuffled pairs are a control:
+# a score above the mean prompt would show an error of the measurement.
 
 # %%
 from kutils.ensemble import ladder
@@ -61,7 +62,8 @@ print(table)
 
 # %% [markdown]
 # ## How high is each rung, what would more prompts bring, and which predictions can be trusted?
-# The dotted part of the learning curve is a guess. The last panel leaves out the shortest predictions first.
+# The dotted part of the learning curve is an extrapolation. The last panel leaves out predictions with small norms
+# first.
 
 # %%
 ladder_plots.draw_ladder(rungs);

@@ -12,13 +12,13 @@
 # ---
 
 # %% [markdown]
-# # Prepare data: embeddings, folds, and a look
+# # Prepare data: embeddings, folds, and figures
 #
-# **What it does.** Embeds the prompts of a data set where that has not been done, keeps similar prompts together in one
-# of ten folds, and shows what is in it.
+# **What it does.** Embeds the prompts of a data set if that has not been done, assigns ten folds that keep similar
+# prompts together, and shows the content.
 # `papermill notebooks/prepare_data.ipynb working/runs/prepare_data.ipynb -p dataset shapes`
 #
-# **What it needs.** `input/<name>.tsv` (columns `image`, `prompt`, `fold`; fold -1 where there is none yet) and its
+# **What it needs.** `input/<name>.tsv` (columns `image`, `prompt`, `fold`; fold -1 before folds are assigned) and its
 # images. The data set `shapes` needs nothing: its prompts and pictures are made here.
 #
 # **How long it takes.** The shapes: two to three minutes on two CPU cores. Real prompts: most of it is embedding,
@@ -39,18 +39,18 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## Is everything there?
-# Prompts without embeddings are embedded, and rows without folds get some. What exists stays as it is.
+# Prompts without embeddings are embedded, and rows without folds get some. Existing ones are kept.
 
 # %%
 from kutils.data import preparation
@@ -79,7 +79,7 @@ table.slice(0, 6).to_pandas()
 # %% [markdown]
 # ## Are images, prompts and folds in order?
 # A row is bad if its image cannot be read, or also belongs to another prompt. `kutils check input/<name>.tsv` examines
-# all images and sets bad rows apart. The message of a problem says how to solve it.
+# all images and moves bad rows to a quarantine table. The message of a problem says how to solve it.
 
 # %%
 from kutils.data import checking
@@ -90,14 +90,14 @@ print(checking.format_checks(checked))
 
 # %% [markdown]
 # ## How large are the images, and how many has a prompt?
-# Training draws one image per prompt and epoch: a prompt with more of them shows more pictures, not more often.
+# Training draws one image per prompt and epoch: more images of a prompt add variety, not weight.
 
 # %%
 data_plots.image_counts([item.report for item in checked]);
 
 # %% [markdown]
 # ## Do the images show their prompts?
-# Random images with their prompts. If they do not fit, image paths and rows are shifted against each other.
+# Random images with their prompts. If they do not match, image paths and prompts are misaligned.
 
 # %%
 images, prompts = preparation.random_examples(names, count=8)
@@ -115,16 +115,16 @@ data_plots.prompt_lengths(bank.prompts.to_pylist());
 
 # %% [markdown]
 # ## How similar are the prompts to each other?
-# Random pairs lie far below the threshold. The share of nearest neighbours above it is the share of prompts that a
-# random split would separate from a similar one, so that training would know the answer.
+# Random pairs lie far below the threshold. The share of nearest neighbours above it is the share of prompts that
+# would leak in a random split.
 
 # %%
 score_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);
 
 # %% [markdown]
 # ## Are the folds even, and what leaks between them?
-# A leaked prompt has a similar one in another fold. Where many are, look at the cosine on clean rows beside the one on
-# all rows: training reports both.
+# A leaked prompt has a similar one in another fold. If there are many, trust the cosine on clean rows more than the one
+# on all rows: training reports both.
 
 # %%
 print(folds.format_leakage(report))

@@ -15,46 +15,46 @@
 # # Prepare prompts: collect, clean, choose, embed, fold
 #
 # **What it does.** Makes a clean list of prompts from files of any kind, or from a grammar; leaves out near-duplicates;
-# embeds what is kept and keeps similar prompts together in one of ten folds. All of it comes before the first image.
+# embeds the others and assigns ten folds that keep similar prompts together. This is done before images are made.
 # `papermill notebooks/prepare_prompts.ipynb working/runs/prepare_prompts.ipynb -p sources captions.csv -p name mine`
 #
-# **What it needs.** Text, CSV, TSV, Parquet or JSON files, gzipped or not; captions of COCO, Conceptual Captions and
-# VizWiz as they are published. Without any, prompts come from a grammar.
+# **What it needs.** Text, CSV, TSV, Parquet or JSON files, gzipped or not; the published caption files of COCO,
+# Conceptual Captions and VizWiz. Without any, prompts come from a grammar.
 #
 # **How long it takes.** Most of it is embedding: on two CPU cores two minutes per 60,000 short prompts, a third of that
 # in bfloat16; long prompts take several times as long.
 
 # %% tags=["parameters"]
-sources: str = ""  # files of prompts, the most wanted first, as "a.csv,b.txt"; empty: prompts of a grammar
-name: str = "templates"  # of the lists: input/<name>.all.tsv, <name>.prompts.tsv and <name>_part2.prompts.tsv
-column: str = ""  # column or key of the prompts, where it is not found by itself
+sources: str = ""  # files of prompts, in order of preference, as "a.csv,b.txt"; empty: prompts of a grammar
+name: str = "templates"  # name of the lists: input/<name>.all.tsv, <name>.prompts.tsv and <name>_part2.prompts.tsv
+column: str = ""  # column or key of the prompts, if it is not recognised
 num_prompts: int = 4000  # prompts of the grammar
-against: str = ""  # lists kept earlier, as "input/a.prompts.tsv,input/b.prompts.tsv"; what resembles theirs is left out
+against: str = ""  # earlier lists, as "input/a.prompts.tsv,input/b.prompts.tsv"; what resembles them is left out
 duplicates: float = 0.9  # cosine from which prompts are near-duplicates
 threshold: float = 0.7  # cosine from which prompts are similar, and belong to one fold
 num_folds: int = 10  # number of folds, 2..10
 method: str = "stratified"  # stratified, partition, components, leader or kmeans
-overwrite: bool = False  # write over lists of this name that were made otherwise
-embedding_dtype: str = "float32"  # or bfloat16: faster, and close enough to choose prompts
+overwrite: bool = False  # replace lists of this name with other content
+embedding_dtype: str = "float32"  # or bfloat16: faster, and exact enough to find near-duplicates
 
 # %%
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## What do the sources hold?
-# Of equal prompts the first stays. The notation of image generators is changed; what cannot be a prompt is dropped. If
-# the examples below show the wrong ones, give other limits: `kutils sources --help`.
+# Of equal prompts the first is kept. Notation of image generators is removed; texts that cannot be prompts are dropped.
+# If the examples below show good prompts, give other limits: `kutils sources --help`.
 
 # %%
 from kutils.data import preparation
@@ -72,9 +72,9 @@ title = f"{cleaned['read']:,} entries read, {cleaned['kept']:,} kept; the others
 score_plots.bar_counts(dropped or {"dropped": 0}, title=title, unit="entries");
 
 # %% [markdown]
-# ## How many say the same?
-# A prompt that resembles an earlier one adds little. What is left out becomes part 2 of the data set, with one image
-# per prompt, for the training on all data.
+# ## How many are near-duplicates?
+# A prompt that resembles an earlier one adds little. Near-duplicates become part 2 of the data set, with one image per
+# prompt, for the training on all data.
 
 # %%
 from kutils.prompts import near_duplicates
@@ -86,8 +86,8 @@ print(near_duplicates.format_dedup(chosen, lists.kept, lists.rest))
 
 # %% [markdown]
 # ## Which folds keep similar prompts together?
-# A leaked prompt has a similar one in another fold, which gives away its answer. Prompts of earlier lists stay in their
-# folds.
+# A leaked prompt has a similar one in another fold, so that its validation score is too high. Prompts of earlier lists
+# keep their folds.
 
 # %%
 from kutils.prompts import folds
@@ -111,9 +111,9 @@ bank = PromptBank.from_table(lists.kept)
 data_plots.prompt_lengths(bank.prompts.to_pylist());
 
 # %% [markdown]
-# ## How similar are those that are left?
-# No nearest neighbour lies above the near-duplicates' cosine any more. The share above the folds' threshold is the
-# share of prompts that random folds would separate from a similar one.
+# ## How similar are the remaining prompts?
+# No nearest neighbour is above the threshold of near-duplicates. The share above the folds' threshold is the share of
+# prompts that would leak in a random split.
 
 # %%
 score_plots.similarity_histogram(preparation.cosines_between(bank), threshold=threshold);

@@ -14,15 +14,15 @@
 # %% [markdown]
 # # Refine: stages 2 and 3
 #
-# **What it does.** Stage 2 goes on from stage 1's best checkpoint of the same fold with sharpness-aware minimisation
+# **What it does.** Stage 2 continues from stage 1's best checkpoint of the same fold with sharpness-aware minimisation
 # (SAM), all data sets and no augmentation; stage 3 adds one epoch to stage 2.
 # `papermill notebooks/refine.ipynb working/runs/refine_lite0_fold0.ipynb -p model lite0 -p fold 0`
 #
 # **What it needs.** The checkpoint of the stage before, trained on the same folds, and the recipe's data sets in
 # `input/`.
 #
-# **How long it takes.** The tiny models: one to two minutes on two CPU cores. The large ones: as the head of each
-# recipe in `conf/` estimates; a step costs twice one of stage 1.
+# **How long it takes.** The tiny models: one to two minutes on two CPU cores. The large ones: see the comment at the
+# top of each recipe in `conf/`; a step costs twice one of stage 1.
 
 # %% tags=["parameters"]
 model: str = "lite0"  # a model that has a recipe in conf/
@@ -31,27 +31,27 @@ fold: int = 0  # validation fold, 0..9
 num_processes: int = 0  # ranks on this machine; 0: one per visible GPU, or one on the CPU
 overrides: str = ""  # keys of the recipe to change, as for dist_train.sh
 recipe: str = ""  # a recipe file of conf/ instead of a model's own
-hours: float = 0.0  # after which it saves and stops, to be started again; 0: no limit
-planned: str = ""  # a run that dist_train.sh has planned: its file, instead of model, fold, overrides and recipe
+hours: float = 0.0  # time limit, after which it saves and stops, to be continued later; 0: no limit
+planned: str = ""  # file of a run planned by dist_train.sh, instead of model, fold, overrides and recipe
 
 # %%
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## What will run?
-# The recipe of this model, with the overrides applied. A wrong model, key or value stops here and names the nearest
-# right one.
+# The recipe of this model, with the overrides applied. A wrong model, key or value is an error that names the nearest
+# valid one.
 
 # %%
 from kutils.runs import finished
@@ -63,9 +63,9 @@ print(run.recipe.to_yaml())
 
 # %% [markdown]
 # ## Train
-# One rank per GPU; rank 0 speaks here, the log of every rank stays in the run folder. Run again, a finished fold is
-# shown as it is and one that was cut goes on. The data set `shapes` of the tiny recipes is made first if it is not
-# there. On Kaggle, data sets and a previous version's output are found among the notebook's inputs.
+# One rank per GPU; rank 0 prints here, and the run folder has the log of every rank. Run again, the notebook shows a
+# finished fold and continues an interrupted one. The data set `shapes` of the tiny recipes is made first if it is
+# missing. On Kaggle, data sets and a previous version's output are found among the notebook's inputs.
 
 # %%
 from kutils.kaggle import mounts
@@ -77,8 +77,8 @@ result = finished.read_result(run.folder)  # None if the hours were over before
 
 # %% [markdown]
 # ## Did it learn, and did it stop too early?
-# Loss and validation cosine should flatten together with the learning rate; a cosine that still climbs asks for more
-# epochs, one that falls while the loss does too is overfitting.
+# Loss and validation cosine should flatten together with the learning rate; a cosine that still rises suggests more
+# epochs; a cosine that falls together with the loss is overfitting.
 
 # %%
 if run.metrics_path.is_file():
@@ -91,7 +91,7 @@ if result:
     print(f"all of it in one page: {run.folder / 'report.html'}")
 
 # %% [markdown]
-# ## What did it look at?
+# ## What did the network get?
 # Training images as the network gets them (no augmentation in these stages), with their prompts.
 
 # %%
@@ -111,9 +111,9 @@ if result:
     print(table["cosine"].describe(percentiles=[0.05, 0.5, 0.95]).round(4).to_frame().T.to_string())
 
 # %% [markdown]
-# ## Where is it right, and where is it lost?
-# Best and worst validation images: the true prompt, and the nearest prompt of all data sets to what the network
-# predicted.
+# ## Where is it right, and where is it wrong?
+# Best and worst validation images: the true prompt, and the prompt of all data sets that is nearest to the
+# prediction.
 
 # %%
 if result:

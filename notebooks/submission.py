@@ -15,43 +15,43 @@
 # # Submission: the offline Kaggle kernel
 #
 # **What it does.** Predicts every image of the competition with all models of an ensemble, one at a time, and writes
-# `submission.csv`. A complete file is there before the first model runs, and gets better with every model.
+# `submission.csv`. A complete file exists before the first model runs, and improves with every model.
 # `papermill notebooks/submission.ipynb working/runs/submission.ipynb -p images FOLDER`
 #
-# **What it needs.** No network, and no package beyond Kaggle's own. A folder of images, the ensemble's weights
+# **What it needs.** No network, and no package that Kaggle lacks. A folder of images, the ensemble's weights
 # (`notebooks/ensemble`) and its checkpoints. On Kaggle the three are found among the notebook's inputs, where
 # `make kaggle-code`, `make kaggle-weights` and `make kaggle-push` put them.
 #
 # **How long it takes.** The tiny models: seconds. The 18 large ones: hours on Kaggle's GPUs, within the budget below.
-# If the time is too short, the models that matter least are left out.
+# If the time is too short, the models with the least effect on the ensemble are left out.
 
 # %% tags=["parameters"]
 images: str = ""  # folder of images; empty: the competition's, found below the inputs
 ensemble: str = ""  # JSON file of the weights; empty: the last one below working/models or, on Kaggle, the inputs
-models: str = ""  # folder of the checkpoints; empty: found likewise
+models: str = ""  # folder of the checkpoints; empty: searched for like the weights
 output: str = ""  # the file to write; empty: working/submission.csv (a previous one becomes .bak)
 hours: float = 8.5  # time for all models; Kaggle ends the notebook after 9
 batch_size: int = 64  # images at a time on each GPU; halved where the memory is full
 tta: str = "none"  # two_resolutions: predict at each network's size and at a larger one, and average
-cache_gb: float = 24.0  # of decoded images, in files of the temporary folder
+cache_gb: float = 24.0  # cache of decoded images, in temporary files
 
 # %%
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows the current folder alone
+here = Path(globals().get("__file__", "notebook")).absolute()  # a notebook knows only the current folder
 clones = [folder for folder in here.parents if (folder / "kutils" / "__main__.py").is_file()]
 if not clones and find_spec("kutils") is None:  # neither in a clone nor installed: the code data set on Kaggle
     clones = [path.parent.parent for path in Path("/kaggle/input").glob("**/kutils/__main__.py")]
-sys.path[:0] = map(str, clones[:1])  # this clone's kutils, whichever is installed
+sys.path[:0] = map(str, clones[:1])  # this clone's kutils, not an installed one
 from kutils.runs import launch
 
 launch.check_parameters(In)  # noqa: F821 (IPython's list of executed cells)
 
 # %% [markdown]
 # ## What is there?
-# Versions, devices and inputs. What is missing stops here, with the tree of what is there.
+# Versions, devices and inputs. If an input is missing, the error here lists the folders.
 
 # %%
 import time
@@ -76,8 +76,8 @@ print(f"{len(image_files):,} images, {len(fitted.members())} models of {ensemble
 
 # %% [markdown]
 # ## Predict
-# The first file holds the mean training embedding for every image; each model makes it better. It is replaced only by a
-# whole one, so that a valid file is there whenever this is stopped.
+# The first file holds the mean training embedding for every image; each model improves it. It is replaced
+# atomically, so that a valid file exists whenever the notebook is stopped.
 
 # %%
 output_path = Path(output) if output else paths.working_dir() / "submission.csv"
@@ -95,8 +95,8 @@ for state in within_budget.predict_ensemble(fitted, checkpoint_files, image_file
 
 # %% [markdown]
 # ## Will it be scored?
-# The file is read back: rows, ids and their order, finite values, unit length. Figures follow; if one fails, the file
-# stays.
+# The file is read back and checked: rows, ids and their order, finite values, unit length. A figure that fails does not
+# affect the file.
 
 # %%
 print(f"{submission.check_submission(output_path, ids):,} rows are as the competition wants them")
@@ -117,9 +117,9 @@ with figures.print_errors():
         score_plots.bar_times(state.seconds, title=f"Prediction of {len(image_files):,} images")
 
 # %% [markdown]
-# ## What does it mean?
-# Some images with the prompts nearest to their predictions, of the few prompts that travel with the weights: they
-# should name what the images show, as far as so few can.
+# ## What do the predictions mean?
+# Some images with the prompts nearest to their predictions, among the few thousand prompts that are stored with the
+# weights. They should roughly describe the images.
 
 # %%
 with figures.print_errors():
@@ -130,8 +130,8 @@ with figures.print_errors():
 
 # %% [markdown]
 # ## Do the families agree?
-# Mean cosine between the families' predictions of an image. The images on which they differ most are those of which
-# the ensemble is least sure.
+# Mean cosine between the families' predictions of an image. On the images on which they differ most, the
+# ensemble is least certain.
 
 # %%
 with figures.print_errors():
