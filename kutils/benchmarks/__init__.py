@@ -1,1 +1,1 @@
-"""Speed and memory beside the published pipeline and the plain way; nothing imports this room."""
+"""Speed and memory compared with the published pipeline and plain implementations; nothing imports this room."""

@@ -24,7 +24,7 @@ from kutils.system.tables import hash_prompts, write_table
 
 IMAGE_SIZE = 512  # px, of images that are checked
 TRAINING_SIZE, PACKED_SIZE = 768, 448  # px, of images as a diffusion model makes them, and as they are packed
-NUM_PICTURES = 32  # that differ; the others are copies of them, read and decoded one by one all the same
+NUM_PICTURES = 32  # different pictures; the others are copies, each read and decoded
 
 
 def measure_check(images: int = 2000, repeats: int = 3) -> list[measuring.Entry]:

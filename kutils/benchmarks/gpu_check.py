@@ -1,4 +1,4 @@
-"""Checks and measures all that needs a GPU, within minutes: `kutils gpu-check`, `make gpu`.
+"""Checks and measures everything that needs a GPU, within minutes: `kutils gpu-check`, `make gpu`.
 
 Needs torch, torchvision and timm alone. Each part is a process of its own with a time limit: what crashes, or hangs,
 loses nothing of what the others measured. This module imports no torch: it must not hold a GPU itself.
@@ -40,7 +40,7 @@ PARTS = {  # in order of worth: the most seconds that each may take of MINUTES
     "compile": 150,
 }
 MINUTES = 8.0
-LEAST_SHARE = 1 / 6  # of its limit, without which a part is not started
+LEAST_SHARE = 1 / 6  # a part is not started if less than this share of its time limit is left
 STOP_SECONDS = 3  # between SIGTERM and SIGKILL
 MODULE = "kutils.benchmarks.gpu_parts"  # its `run_part` is what the processes call
 
@@ -53,14 +53,14 @@ def check(setting: Setting, chosen: Sequence[str], minutes: float) -> None:
         minutes: for all together; a part gets its limit in proportion, and no more than what is left.
     """
     deadline = time.monotonic() + 60 * minutes
-    for name in chosen:  # of an earlier call, and of other numbers
+    for name in chosen:  # remove records of an earlier call
         for kind in ("json", "log"):
             (setting.folder / f"{name}.{kind}").unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")  # which imports torch once for all parts
     context.set_forkserver_preload([MODULE])
     ready = context.Process(target=int)
     ready.start()
-    ready.join(60 * minutes / 4)  # no part's limit shall count the import, which may come from a slow disk
+    ready.join(60 * minutes / 4)  # the import, perhaps from a slow disk, must not count for a part's limit
     for number, name in enumerate(chosen, start=1):
         limit, left = PARTS[name] * minutes / MINUTES, deadline - time.monotonic()
         if left < LEAST_SHARE * limit:
@@ -72,7 +72,7 @@ def check(setting: Setting, chosen: Sequence[str], minutes: float) -> None:
 
 
 def read_records(setting: Setting) -> list[dict]:
-    """What is known of each part on this card, of earlier calls too; a part that was stopped has failed."""
+    """The record of each part on this card, also from earlier calls; a part that was stopped counts as failed."""
     records = []
     for name in PARTS:
         record = paths.read_record(setting.folder / f"{name}.json")
@@ -83,7 +83,7 @@ def read_records(setting: Setting) -> list[dict]:
 
 
 def start_part(context, setting: Setting, name: str, limit: float) -> dict:
-    """Run one part, end it and all that it has started at its limit, and return its record, whatever happened."""
+    """Run one part, kill it and its children at its time limit, and return its record in any case."""
     process = context.Process(target=call, args=(MODULE, name, setting))
     process.start()
     try:
@@ -100,7 +100,7 @@ def start_part(context, setting: Setting, name: str, limit: float) -> dict:
 
 
 def call(module: str, name: str, setting: Setting) -> None:
-    """What a part's process does: all that it starts ends with it, and all that it prints goes into its log."""
+    """Run in a part's process: its children end with it, and its output goes into its log."""
     os.setsid()
     end_with_parent()
     with (setting.folder / f"{name}.log").open("wb", buffering=0) as log:
@@ -111,11 +111,11 @@ def call(module: str, name: str, setting: Setting) -> None:
 
 
 def end_group(process) -> None:
-    """SIGTERM, then SIGKILL, to a part and to all that it has started."""
+    """Send SIGTERM, then SIGKILL, to a part and its children."""
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
-        if process.is_alive():  # before it leads a group of its own
+        if process.is_alive():  # it has no process group of its own yet
             os.kill(process.pid, number)
         process.join(seconds)
 
@@ -127,7 +127,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def unfinished(setting: Setting, name: str, reason: str, status: str = "failed") -> dict:
-    """The record of a part that could not write its end: what it had measured, and the last line of its log."""
+    """The record of a part that did not finish: its measurements so far, and the last line of its log."""
     path, log = setting.folder / f"{name}.json", setting.folder / f"{name}.log"
     empty = {"part": name, "card": setting.card, "tiny": setting.tiny, "seconds": 0.0}
     empty |= {"entries": [], "recipes": [], "notes": []}
@@ -178,13 +178,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"parts, in order of worth: {', '.join(PARTS)}. Results: gpu.md and gpu.json in the folder, and a "
         "record and a log of each part.",
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts (default: 8.0)")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="time limit of all parts together (default: 8.0)"
+    )
     parser.add_argument("--output", type=Path, help="folder of results (default: working/gpu_check)")
     device = "cpu goes with --tiny (default: cuda)"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=device)
-    parser.add_argument("--tiny", action="store_true", help="run every line with stand-ins; numbers mean nothing")
-    parser.add_argument("--parts", default="", help="some of them, with commas between")
-    parser.add_argument("--price", type=float, help="of one GPU for an hour, for the cost of each recipe")
+    parser.add_argument(
+        "--tiny", action="store_true", help="try every part with tiny networks and data; its numbers mean nothing"
+    )
+    parser.add_argument("--parts", default="", help="names of parts to run, separated by commas (default: all)")
+    parser.add_argument("--price", type=float, help="of one GPU per hour, to compute the cost of each recipe")
     arguments = parser.parse_args(argv)
     chosen = recipes.split_names(arguments.parts) or list(PARTS)
     for name in chosen:

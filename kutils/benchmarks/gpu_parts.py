@@ -1,4 +1,4 @@
-"""Runs one part of `kutils gpu-check` in a process of its own, and saves what it has measured as it goes.
+"""Runs one part of `kutils gpu-check` in a process of its own, and saves each result at once.
 
 A part is a generator of entries, measured recipes and notes. What it lacks on this machine makes it "skipped".
 """
@@ -221,7 +221,7 @@ def when_full(run_model: Callable, recipe, expected: np.ndarray, device: torch.d
 
 
 def resuming(setting: Setting) -> Iterator:
-    """A training run that SIGKILL ends, and that goes on to its end."""
+    """A training run that is killed by SIGKILL and then resumed to its end."""
     folder = setting.folder / "made_run"
     make_training_rows(folder / "input")
     torch.set_num_threads(1)  # of tiny work

@@ -1,4 +1,4 @@
-"""Writes the result of `kutils gpu-check`: what was measured, targets, and hours and cost per recipe. No torch."""
+"""Writes the result of `kutils gpu-check`: measurements, targets, and hours and cost per recipe. No torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -179,7 +179,7 @@ def cost_rows(content: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def number(value: float | None) -> str:
-    """Three digits, or none that there are not."""
+    """A number with three significant digits, large ones without decimals; empty for None."""
     if value is None:
         return ""
     if isinstance(value, int) or abs(value) >= 100:

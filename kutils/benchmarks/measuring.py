@@ -49,8 +49,8 @@ class Entry:
     name: str
     unit: str
     ours: float
-    reference: float | None  # the plain way, on the same machine and data
-    ratio: float | None  # how many times better than the plain way
+    reference: float | None  # of the published or plain implementation, on the same machine and data
+    ratio: float | None  # how many times better than the reference
     spread: float  # largest minus smallest of ours, as a share of the median
     machine: str
 
@@ -133,7 +133,8 @@ def format_number(value: float | None) -> str:
 
 
 def alternate(repeats: int, *measure: Callable[[], float]) -> list[list[float]]:
-    """Call functions by turns, `repeats` times: a slow moment of the machine meets all alike. Returns their results."""
+    """Call functions alternately, `repeats` times, so that slow moments of the machine affect all. Returns their
+    results."""
     results = [[] for _ in measure]
     for _ in range(repeats):
         for values, once in zip(results, measure, strict=True):
@@ -193,7 +194,7 @@ def private_megabytes(process: int | str = "self") -> float:
 
 
 def anonymous_megabytes() -> float:
-    """The same of this process in microseconds, as long as it has not forked."""
+    """Private memory of this process in MB, faster to read (microseconds); valid as long as it has not forked."""
     return int(re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024 / 1e6
 
 

@@ -32,16 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kutils bank",
         description="Write the distinct prompts of data sets, or the rows of a prompts file, with their embeddings "
-        "into one file in which kutils ask looks up what is nearest.",
+        "into one file for kutils ask to search.",
     )
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--datasets", metavar="A,B", help="data sets of input/")
     sources.add_argument("--prompts", type=Path, metavar="FILE.tsv", help="prompts file with its .npy beside it")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.arrow", help="one that is there is not overwritten"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.arrow",
+        help="file to write; an existing one is not overwritten",
     )
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "float16"), help="of the embeddings (default: float32)"
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="precision of the embeddings (default: float32)",
     )
     args = parser.parse_args(argv)
     if args.output.exists():

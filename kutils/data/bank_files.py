@@ -1,4 +1,4 @@
-"""The columns of a bank's file: prompts, embeddings, rows, and short rows with the way they were made."""
+"""Defines the columns of a bank's file: prompts, embeddings, row numbers, and short rows with their shortening."""
 
 import io
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Compares rows and texts of a mapped file with checksums of their own when they are first read.
+"""Checks each row and text of a memory-mapped file by its own checksum when it is first read.
 
 A checksum of the whole file would have to read all of it before the first answer.
 """

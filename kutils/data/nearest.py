@@ -1,4 +1,4 @@
-"""Finds the rows of highest product with a query, exactly, by short rows in front of the whole ones."""
+"""Finds the rows with the largest products with a query, exactly; short rows rule most rows out first."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,8 @@
 """Stores prompts with their embeddings, and finds those nearest to an embedding.
 
-A bank is a memory-mapped Arrow file, whose pages processes share. A large one holds a short row of each prompt, which
-rules most prompts out without a look at their embeddings. Those of data sets stay in the sets' .npy files.
+A bank is a memory-mapped Arrow file, whose pages processes share. A large one has a shortened embedding of each prompt,
+which rules most prompts out without reading their full embeddings. Banks of data sets leave the embeddings in the .npy
+files.
 """
 
 import textwrap

@@ -1,4 +1,4 @@
-"""Signs in to Kaggle and turns what its Python client raises, or only prints, into errors without secrets."""
+"""Signs in to Kaggle, and turns errors that its Python client raises or only prints into errors without secrets."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kutils.kaggle.metadata import KaggleError
 
-CALL_SECONDS = 300  # without an answer to a call; the client itself would wait for ever
+CALL_SECONDS = 300  # time limit of a call; the client itself would wait for ever
 LAST_LINES = 12  # of the client's output, repeated in an error
 SECRET_VARIABLES = ("KAGGLE_KEY", "KAGGLE_API_TOKEN", "KAGGLE_TOKEN", "KAGGLE_API_V1_TOKEN", "KAGGLE_IAP_TOKEN")
 SECRET_FILES = ("kaggle.json", "access_token", "access_token.txt", "credentials.json")
@@ -19,12 +19,12 @@ SIGNED = re.compile(r"(?i)((?:signature|sig|token|key|credential)=)[^&\s'\"]+|(:
 
 
 class NoAnswer(KaggleError):
-    """Kaggle, or the network, is down for a while; the same question may be answered later."""
+    """Kaggle or the network is down; the same call may succeed later."""
 
 
 @contextlib.contextmanager
 def signed_in(step: str) -> Iterator[tuple["kaggle.KaggleApi", io.StringIO]]:  # noqa: F821 (imported where it is used)
-    """Give Kaggle's client, signed in, and the text that it prints inside the block, which is not shown.
+    """Yield Kaggle's client, signed in, and a buffer with the output that it prints inside the block.
 
     Args:
         step: begins the message of an error.
@@ -37,20 +37,20 @@ def signed_in(step: str) -> Iterator[tuple["kaggle.KaggleApi", io.StringIO]]:  #
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), time_limit(CALL_SECONDS):
             from kaggle import KaggleApi  # here, since it signs in when it is imported
 
-            KaggleApi.already_printed_version_warning = True  # it would be taken for a complaint
+            KaggleApi.already_printed_version_warning = True  # the warning would be taken for an error
             api = KaggleApi()
             api.authenticate()
             output.seek(0)
             output.truncate()
             yield api, output
     except (Exception, SystemExit) as error:  # any: a traceback could show secrets. SystemExit: there is no account
-        secrets |= known_secrets()  # the client renews some of them
+        secrets |= known_secrets()  # the client may have renewed some
         kind, message = explain(step, error, output.getvalue())
         raise kind(masked(message, secrets)) from None
 
 
 def explain(step: str, error: BaseException, output: str) -> tuple[type[KaggleError], str]:
-    """What to raise for an error of Kaggle's client: the class, and the message for the user."""
+    """The class and the message of the KaggleError for an error of Kaggle's client."""
     if isinstance(error, KaggleError):
         return KaggleError, str(error)
     if isinstance(error, ImportError):
@@ -78,7 +78,7 @@ def explain(step: str, error: BaseException, output: str) -> tuple[type[KaggleEr
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Let requests in the block fail after so many seconds without an answer; uploads of files take as long as they do.
+    """Let requests in the block fail after `seconds` without an answer; file uploads have no time limit.
 
     The client passes no time limit, and `requests` has no setting for one. Uploads pass None, which is kept.
     """
@@ -116,9 +116,9 @@ def masked(text: str, secrets: set[str]) -> str:
 
 
 def poll(what: str, ask: Callable[[], str], wait_seconds: float, poll_seconds: float) -> Iterator[str]:
-    """Give the states that `ask` returns until the time is over; prints a line when the state changes.
+    """Yield the states that `ask` returns until the time is over; prints a line when the state changes.
 
-    No answer for a while (no network, Kaggle's servers down) ends nothing: a run of hours is worth waiting for.
+    It continues if there is no answer for a while (no network, Kaggle's servers down).
     """
     deadline, previous = time.monotonic() + wait_seconds, None
     while True:

@@ -1,8 +1,8 @@
 """Runs Kaggle's client and turns the failures that it hides into errors.
 
-The client reports success when Kaggle does not add a source or a folder is left out, and it ignores misspelt keys. So
-each step is checked three times: before it, in the client's answer, and in what Kaggle holds afterwards. Read in the
-sources of kaggle 2.2.5, which is needed.
+The client reports success even if Kaggle does not add a source or a folder is left out, and it ignores misspelt keys.
+So each step is checked three times: before it, in the client's answer, and in Kaggle's state afterwards. This relies on
+the source code of kaggle 2.2.5, which is required.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def upload_dataset(folder: Path, message: str, *, wait_seconds: float = 3600, po
             answer = api.dataset_create_new(str(folder), dir_mode="zip")
         else:
             answer = api.dataset_create_version(str(folder), message, dir_mode="zip")
-        # the answer does not name the files that were taken: the client only prints them, and skips what it dislikes
+        # the answer does not name the uploaded files: the client only prints them, and skips some silently
         text = output.getvalue()
         names = sorted(f"{entry.name}.zip" if entry.is_dir() else entry.name for entry in contents(folder))
         faults = [f"{name} did not arrive" for name in names if f"Upload successful: {name} (" not in text]
@@ -58,7 +58,7 @@ def upload_dataset(folder: Path, message: str, *, wait_seconds: float = 3600, po
 
     def state_of_new() -> str:
         state, version = dataset_version(ref)
-        return "in process" if state == "ready" and version <= previous else state  # the previous one stays ready
+        return "in process" if state == "ready" and version <= previous else state  # the previous version stays ready
 
     for state in poll(f"data set {ref}", state_of_new, wait_seconds, poll_seconds):
         if state in ("failed", "deleted"):
@@ -87,7 +87,7 @@ def push_kernel(
     ref = values["id"]
     with signed_in(f"kernel {ref}") as (api, output):
         saved = api.kernels_push(str(folder))
-        # the client only prints that a title gives another slug, or that a machine is retired
+        # the client only prints a warning if a title gives another slug, or a machine is retired
         faults = [line.strip() for line in output.getvalue().splitlines() if line.strip()]
         for kind in ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources"):
             if invalid := getattr(saved, f"invalid_{kind}"):
@@ -136,7 +136,7 @@ def fetch_output(ref: str, folder: Path) -> list[Path]:
 
     Args:
         ref: owner/slug for the latest version, owner/slug/N for one of them.
-        folder: where to; appears when all is there. A previous one becomes `<name>.bak`, and replaces an earlier one.
+        folder: target, which appears when it is complete. A previous one becomes `<name>.bak`, replacing an older .bak.
     Returns: the files, sorted.
     Raises: KaggleError if there is nothing.
     """
@@ -167,13 +167,13 @@ def submit(competition: str, ref: str, version: int, message: str, file_name: st
         if not answer.ref and "successfully submitted" not in answer.message.lower():
             raise KaggleError(f"{competition} did not take version {version} of {ref}: {answer.message}")
         lines = [answer.message, f"submission {answer.ref}"]
-        with contextlib.suppress(Exception):  # the submission stands without this number
+        with contextlib.suppress(Exception):  # the submission is valid without this number
             left = api.competition_get_submission_limits(competition).num_allowed_now
             lines.append(f"{left} submissions are left today")
     return masked("\n".join(lines), known_secrets())
 
 
-# ---------------------------------------------------------------- what Kaggle holds
+# ---------------------------------------------------------------- Kaggle's state
 
 
 def dataset_version(ref: str) -> tuple[str, int]:
@@ -199,7 +199,7 @@ def run_state(ref: str) -> str:
 
 
 def pull_metadata(ref: str) -> dict:
-    """The kernel's metadata as Kaggle holds it."""
+    """The kernel's metadata, downloaded from Kaggle."""
     with signed_in(f"kernel {ref}") as (api, _), tempfile.TemporaryDirectory() as temporary:
         api.kernels_pull(ref, temporary, metadata=True)
         return json.loads(Path(temporary, "kernel-metadata.json").read_text(encoding="utf-8"))

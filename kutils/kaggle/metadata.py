@@ -1,7 +1,7 @@
 """Checks the folders of data sets and kernels before they are sent to Kaggle.
 
-The client ignores a misspelt key, leaves out a folder and takes a notebook that ends at once, all without a word. What
-it reads was looked up in the sources of kaggle 2.2.5.
+The client silently ignores a misspelt key, leaves out a folder, and accepts a notebook that ends at once. The rules are
+from the source code of kaggle 2.2.5.
 """
 
 import difflib
@@ -27,7 +27,7 @@ NO_DATA = ("__pycache__", ".git", ".cache", ".huggingface", ".ipynb_checkpoints"
 
 
 class KaggleError(ValueError):
-    """Kaggle or its client refuses something, or would; the message says what to do."""
+    """An error of Kaggle or its client, or one that it would raise; the message says what to do."""
 
 
 def check_dataset(folder: Path, message: str) -> str:
@@ -70,7 +70,7 @@ def all_below(entry: Path) -> list[Path]:
 
 
 def read_metadata(path: Path) -> dict:
-    """Read a JSON object; KaggleError if the file is none, or still holds a placeholder for the user's name."""
+    """Read a JSON object; KaggleError for other content, or if it still has a placeholder for the user's name."""
     try:
         text = path.read_text(encoding="utf-8")
         values = dict(json.loads(text))
@@ -129,19 +129,19 @@ def check_kernel(folder: Path, allow_internet: bool) -> dict:
 
 
 def slugify(title: str) -> str:
-    """The slug that the client, and Kaggle, make of a title of ASCII letters."""
+    """The slug that Kaggle and its client make from a title of ASCII letters."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=\d),(?=\d)", "", title.lower())).strip("-")
 
 
 def described(values: dict) -> dict[str, bool | str | set[str]]:
-    """What a run depends on, in one spelling: the flags, the machine, the sources."""
+    """The settings that a run depends on, normalised: flags, machine, sources."""
     flags = {key: str(values.get(key, default)).lower() == "true" for key, default in FLAGS.items()}
     sources = {key: {source_name(key, name) for name in values.get(key) or []} for key in SOURCES}
     return flags | {"machine_shape": values.get("machine_shape") or ""} | sources
 
 
 def source_name(key: str, name: str) -> str:
-    """A source in one spelling: Kaggle may report `datasets/owner/slug` for `owner/slug`, or leave out a version."""
+    """A normalised source: Kaggle may report `datasets/owner/slug` for `owner/slug`, or leave out a version."""
     parts = name.lower().split("/")
     if key == "competition_sources":
         return parts[-1]
@@ -154,7 +154,7 @@ def source_name(key: str, name: str) -> str:
 def compare_metadata(wanted: dict, saved: dict) -> str:
     """How the metadata that Kaggle has saved differs from the wanted; `saved as described` if it does not.
 
-    Kaggle reports the machine of the last session. Before the first one it reports none, which is no difference.
+    Kaggle reports the machine of the last session. Before the first session it reports none, which counts as equal.
     """
     faults, saved = [], described(saved)
     for key, value in described(wanted).items():

@@ -1,6 +1,6 @@
 """Finds code, weights and images among the inputs of a Kaggle notebook, by their content.
 
-Inputs are mounted as `/kaggle/input/{competitions,datasets,notebooks}/...` now and as `/kaggle/input/<slug>` before.
+Inputs are mounted at `/kaggle/input/{competitions,datasets,notebooks}/...`, earlier at `/kaggle/input/<slug>`.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from kutils.system import paths
 
 
 def below(root: Path, pattern: str) -> Iterator[Path]:
-    """Paths that match a pattern in a folder or up to LEVELS below it, the upper ones first.
+    """Paths that match a pattern in a folder or up to LEVELS below it, upper levels first.
 
-    A file that is mounted in two places is given once.
+    A file that is mounted in two places is yielded once.
     """
     seen = set()
     for depth in range(LEVELS + 1):
@@ -62,8 +62,8 @@ def find_images_folder(root: Path) -> Path:
 def prepare_training(run: Run) -> Run:
     """On Kaggle, make the inputs look like `input/` and `working/` of a clone; elsewhere do nothing.
 
-    Data sets are linked into one folder, which KUTILS_INPUT then names. The output of a previous version is copied, so
-    that the run goes on from there, or starts from the stage before.
+    Data sets are linked into one folder, and KUTILS_INPUT is set to it. The output of a previous version is copied, so
+    that the run continues from it or starts from the previous stage's checkpoint.
 
     Returns: the run; `pretrained=true` becomes the folder of a weights file among the inputs, if there is one.
     """
@@ -78,7 +78,7 @@ def prepare_training(run: Run) -> Run:
 def with_pretrained(run: Run, root: Path) -> Run:
     """The run with `pretrained=` a folder that links to `<backbone>.<suffix>` below the inputs: there is no network.
 
-    The folder is the same however the input is mounted: a run that goes on must keep its configuration.
+    The folder does not depend on how the input is mounted, since a resumed run must keep its configuration.
     """
     if run.recipe.pretrained is not True:
         return run
@@ -94,9 +94,10 @@ def with_pretrained(run: Run, root: Path) -> Run:
 
 
 def link_datasets(names: Sequence[str], root: Path) -> Path:
-    """A folder with links to the tables, embeddings and images of data sets that lie in various inputs.
+    """Make a folder with links to the tables, embeddings and images of data sets in several inputs.
 
-    `<name>.tsv` is looked for below the inputs, and what lies beside it comes along; so do folders `<name>_images`.
+    `<name>.tsv` is searched for below the inputs; the other files beside it, and folders `<name>_images`, are linked
+    too.
 
     Returns: the folder. A data set that is not among the inputs is not in it; its reader then raises.
     Raises: ValueError if a table is there several times.
@@ -119,9 +120,9 @@ def link_datasets(names: Sequence[str], root: Path) -> Path:
 
 
 def bring_run(run: Run, root: Path) -> None:
-    """Copy a run's folder and checkpoints, and the checkpoint it starts from, out of the output of a previous version.
+    """Copy a run's folder and checkpoints, and its initial checkpoint, from the output of a previous version.
 
-    Of several versions the one that came farthest is taken. What is in `working/` already stays as it is.
+    Of several versions the one with the most progress is used. Existing files in `working/` are kept.
     """
     previous = [path.parent for path in below(root, f"{run.folder.name}/config.yaml")]
     if previous and not run.folder.exists():
@@ -144,7 +145,7 @@ def bring_run(run: Run, root: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file or folder, which appears when it is whole. Inputs are read-only, the copy is not."""
+    """Copy a file or folder atomically, and make the copy writable, since inputs are read-only."""
     if source.is_file():
         with paths.atomic_path(target) as partial:
             shutil.copyfile(source, partial)
@@ -155,7 +156,7 @@ def copy(source: Path, target: Path) -> None:
             Path(folder).chmod(0o755)
 
 
-# ---------------------------------------------------------------- what is there
+# ---------------------------------------------------------------- machine and versions
 
 
 def describe_machine() -> str:

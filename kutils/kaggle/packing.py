@@ -1,6 +1,6 @@
-"""Lays out code, weights and kernels for Kaggle in `working/kaggle/<name>/`, where they can be looked at.
+"""Packs code, weights and kernels for Kaggle into `working/kaggle/<name>/`, where they can be inspected.
 
-`kernel-metadata/kaggle.yaml` says whose account it is and which ensemble. Only what is committed is sent.
+`kernel-metadata/kaggle.yaml` names the account and the ensemble. Code and notebooks are sent as committed.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from kutils.runs import folders, recipes
 from kutils.system import paths
 
 PLACEHOLDER = "INSERT_KAGGLE_NAME_HERE"
-CODE = ("kutils", "conf", "LICENSE")  # of the committed tree: all that the kernels need beside themselves
+CODE = ("kutils", "conf", "LICENSE")  # parts of the committed tree that the kernels need
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def staging_folder(name: str) -> Path:
     return paths.working_dir() / "kaggle" / name
 
 
-# ---------------------------------------------------------------- laying out
+# ---------------------------------------------------------------- packing
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def write_metadata(template: Path, folder: Path, user: str, **changes) -> None:
 def git(*arguments: str) -> bytes:
     """Run git in the repository and return its output.
 
-    Raises: KaggleError if there is no repository: only what is committed is sent.
+    Raises: KaggleError if there is no repository, since only committed files are sent.
     """
     try:
         command = ["git", "-C", str(paths.repository_root()), *arguments]
@@ -99,14 +99,14 @@ def git(*arguments: str) -> bytes:
 
 
 def warn_of_changes(*places: str) -> None:
-    """Print a warning that names files with changes that are not committed."""
+    """Print a warning that names files with uncommitted changes."""
     changed = git("status", "--porcelain", "--", *places).decode().splitlines()
     if changed:
         print(f"warning: not committed, and not sent: {', '.join(line[3:] for line in changed[:8])}", flush=True)
 
 
 def stage_code(settings: Settings) -> Path:
-    """Lay out the committed package and recipes with their commit's id; returns the folder."""
+    """Pack the committed package and recipes with the commit's id; returns the folder."""
     warn_of_changes(*CODE)
     with staged("code") as folder:
         archive = folder / "code.tar"
@@ -120,9 +120,9 @@ def stage_code(settings: Settings) -> Path:
 
 
 def stage_weights(settings: Settings) -> Path:
-    """Lay out the fitted ensemble: checkpoints in float16 with recipes and hashes, and the prompts beside it.
+    """Pack the fitted ensemble: checkpoints in float16 with recipes and hashes, and the prompts beside it.
 
-    Members without weight are left out.
+    Members of weight 0 are left out.
 
     Returns: the folder.
     Raises: KaggleError or ValueError for a checkpoint that is missing or is not the one that was fitted.
@@ -140,7 +140,7 @@ def stage_weights(settings: Settings) -> Path:
             packed[family] = []
             for member in members:
                 name = str(Path(member.checkpoint).with_suffix(".safetensors"))
-                if name not in manifest:  # members that differ in their neighbours share it
+                if name not in manifest:  # members that differ only in neighbours share a checkpoint
                     content = checkpoints.read(files[member.checkpoint])
                     checkpoints.save_half(folder / name, content)
                     recipe = checkpoints.recipe_of(content, files[member.checkpoint])
@@ -166,9 +166,9 @@ def hash_and_size(path: Path) -> dict:
 
 
 def stage_kernel(name: str, settings: Settings) -> Path:
-    """Lay out the committed notebook with its metadata; returns the folder.
+    """Pack the committed notebook with its metadata; returns the folder.
 
-    The parameters of `train` are written into its notebook, since a push takes none.
+    The parameters of `train` are written into its notebook, since a push cannot pass parameters.
     """
     template = metadata_folder() / name / "kernel-metadata.json"
     values = json.loads(template.read_text(encoding="utf-8"))
@@ -187,7 +187,7 @@ def stage_kernel(name: str, settings: Settings) -> Path:
 
 def set_parameters(notebook: Path, parameters: dict) -> None:
     """Put papermill's cell of parameters into a notebook; KaggleError for an unknown one."""
-    import papermill  # takes a second, and the kernels on Kaggle do without this module
+    import papermill  # takes a second to import
 
     known = papermill.inspect_notebook(notebook)
     for key in parameters:

@@ -1,6 +1,6 @@
 """Uploads code and weights, pushes the kernels, submits: `kutils kaggle code|weights|push|check|submit`.
 
-What is sent is first laid out in `working/kaggle/<name>/`, so that it can be looked at; `--dry-run` stops there.
+Everything is first packed into `working/kaggle/<name>/`, where it can be inspected; `--dry-run` stops there.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from kutils.kaggle.packing import Settings, git, metadata_folder, staging_folder
 from kutils.system import paths
 
 KERNELS = ("submission", "train")
-RUN_HOURS = 12.5  # a session ends after 12, and may wait for a machine first
+RUN_HOURS = 12.5  # a session ends after 12 hours, and may first wait for a machine
 
 
 def listing(folder: Path, command: str = "") -> str:
-    """What a folder would send: its files with their sizes, its metadata, and the command that sends the same."""
+    """The content of a folder to send: files with sizes, metadata, and an equivalent command of Kaggle's client."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    files.sort(key=lambda path: not path.name.endswith("-metadata.json"))  # shown, however many there are
+    files.sort(key=lambda path: not path.name.endswith("-metadata.json"))  # first, so that they are always listed
     total = sum(path.stat().st_size for path in files)
     lines = [f"{folder}: {len(files)} files, {total / 1e6:,.1f} MB"]
     lines += [f"  {path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in files[:40]]
@@ -43,7 +43,8 @@ def send_dataset(name: str, folder: Path, dry_run: bool) -> None:
 
 
 def push(name: str, settings: Settings, dry_run: bool, wait: bool) -> None:
-    """Push a kernel and note its version, which Kaggle then runs; with `wait`, wait for the run and check it."""
+    """Push a kernel and save the number of the new version, which Kaggle runs; with `wait`, check the run
+    afterwards."""
     folder = packing.stage_kernel(name, settings)
     if dry_run:
         print(listing(folder, f"kaggle kernels push -p {folder}"))
@@ -59,7 +60,7 @@ def push(name: str, settings: Settings, dry_run: bool, wait: bool) -> None:
 def check_run(name: str) -> None:
     """Wait for the run of the version pushed last, fetch its output and check it; only then can it be submitted.
 
-    The output of a failed run is fetched too: a training that was cut goes on from it.
+    The output of a failed run is downloaded too: an interrupted training continues from it.
     """
     values = read_pushed(name)
     version = f"{values['ref']}/{values['version']}"
@@ -79,12 +80,12 @@ def check_run(name: str) -> None:
 
 
 def pushed_path(name: str) -> Path:
-    """The note of the version of a kernel that was pushed last from here."""
+    """The file that records the last version of a kernel pushed from here."""
     return staging_folder(name).with_name(f"{name}-pushed.json")
 
 
 def read_pushed(name: str) -> dict:
-    """The version of a kernel that was pushed last from here; KaggleError if there is none."""
+    """Read the last version of a kernel pushed from here; KaggleError if there is none."""
     if not pushed_path(name).is_file():
         raise KaggleError(f"nothing was pushed from here: make kaggle-push KERNEL={name}")
     return json.loads(pushed_path(name).read_text(encoding="utf-8"))
@@ -130,18 +131,18 @@ def submit_checked(message: str, dry_run: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kutils kaggle", description=__doc__.splitlines()[0])
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--dry-run", action="store_true", help="lay out and show what would be sent, send nothing")
+    common.add_argument("--dry-run", action="store_true", help="pack and list the files, send nothing")
     common.add_argument("--user", default="", help="Kaggle name (default: that of kernel-metadata/kaggle.yaml)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("code", parents=[common], help="upload the committed package as a data set")
     commands.add_parser("weights", parents=[common], help="upload the fitted ensemble in float16 as a data set")
     options = commands.add_parser("push", parents=[common], help="push a kernel, wait for its run, check its output")
     options.add_argument("kernel", nargs="?", default="submission", choices=KERNELS, help="by default submission")
-    options.add_argument("--no-wait", action="store_true", help="return when it runs; `check` comes later")
+    options.add_argument("--no-wait", action="store_true", help="return once the kernel runs; use `check` later")
     options = commands.add_parser("check", help="wait for the version pushed last, fetch its output and check it")
     options.add_argument("kernel", nargs="?", default="submission", choices=KERNELS, help="by default submission")
     options = commands.add_parser("submit", parents=[common], help="submit the kernel's checked version")
-    options.add_argument("--message", default="", help="of the submission (default: the commit)")
+    options.add_argument("--message", default="", help="message of the submission (default: the commit)")
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         check_run(arguments.kernel)

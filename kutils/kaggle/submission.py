@@ -14,21 +14,21 @@ from kutils.system.embedding_files import EMBEDDING_DIM, UNIT_TOLERANCE
 
 SUBMISSION_HEADER = "imgId_eId,val"
 COLUMNS = SUBMISSION_HEADER.split(",")
-CHUNK_IMAGES = 256  # written and compared at once: 98,304 rows
-BLOCK_BYTES = 1 << 20  # read at once
-DECIMALS = 6  # of a value; they move a unit vector by 1e-5 at most
+CHUNK_IMAGES = 256  # images written or checked at a time: 98,304 rows
+BLOCK_BYTES = 1 << 20  # read at a time
+DECIMALS = 6  # of a value; rounding changes a unit vector by at most 1e-5
 
 
 def write_submission(path: Path | str, ids: Sequence[str], embeddings: np.ndarray) -> None:
-    """Write `imgId_eId,val`, 384 rows per image, chunk by chunk; a previous file stays until the new one is whole.
+    """Write `imgId_eId,val`, 384 rows per image, in chunks and atomically.
 
     16,000 images (6.1 M rows, 142 MB) take 2 s and 30 MB of memory.
 
     Args:
-        path: the CSV file; replaced if it is there.
+        path: the CSV file; an existing one is replaced.
         ids: file names without extension, in the order of the rows.
         embeddings: float32 [n, 384], finite, unit rows.
-    Raises: ValueError for ids that repeat or cannot stand in a CSV, or rows that are not finite unit vectors.
+    Raises: ValueError for ids that are repeated or invalid in a CSV, or rows that are not finite unit vectors.
     """
     check_ids(ids)
     if embeddings.shape != (len(ids), EMBEDDING_DIM):
@@ -53,7 +53,7 @@ def submission_report_path(path: Path) -> Path:
 def set_previous_aside(path: Path) -> None:
     """Move a previous submission and its report to `<name>.bak`, before a new run begins.
 
-    Without a report it is of a run that did not finish, and does not replace a finished one there.
+    A previous submission without a report is of an unfinished run, and does not replace a finished one in .bak.
     """
     report = submission_report_path(path)
     if report.is_file() or not Path(f"{path}.bak").exists():
@@ -70,7 +70,7 @@ def row_ids(ids: Sequence[str]) -> pa.Array:
 
 
 def check_submission(path: Path | str, ids: Sequence[str]) -> int:
-    """Read a submission back and check everything that the competition asks of it; in blocks, 150 MB of memory.
+    """Read a submission back and check everything that the competition requires; in blocks, with 150 MB of memory.
 
     Args:
         ids: file names without extension of all images, in order.
@@ -105,7 +105,7 @@ def check_submission(path: Path | str, ids: Sequence[str]) -> int:
 
 
 def read_images(path: Path) -> Iterator[tuple[int, pa.Array, np.ndarray]]:
-    """Read a submission in whole chunks of images.
+    """Read a submission in chunks of images.
 
     Yields: number of the first image, ids of the rows, float64 values (NaN where there is no number).
     Raises: ValueError for a line that is no `text,number`.
@@ -132,7 +132,7 @@ def columns_of(table: pa.Table) -> tuple[pa.Array, np.ndarray]:
 
 
 def read_ids(path: Path | str) -> list[str]:
-    """The images of a submission in its order, by every 384th id; `check_submission` checks the others."""
+    """The image ids of a submission in order, from every 384th row; `check_submission` checks the others."""
     keys = itertools.chain.from_iterable(keys[::EMBEDDING_DIM].to_pylist() for _, keys, _ in read_images(Path(path)))
     return [key.rpartition("_")[0] for key in keys]
 
@@ -148,7 +148,7 @@ def check_ids(ids: Sequence[str]) -> None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file's name can be written as UTF-8; of others, Python holds the bytes as halves of characters."""
+    """Whether a file's name can be written as UTF-8; in other names Python stores bytes as lone surrogates."""
     return name.encode(errors="ignore").decode() == name
 
 

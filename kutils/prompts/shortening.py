@@ -1,4 +1,4 @@
-"""Shortens embeddings to a few numbers whose products are never below the embeddings' own, but for a known error.
+"""Shortens embeddings to fewer numbers whose products are upper bounds of the embeddings', up to a known error.
 
 Proof. Let u and v be rows, y the coordinates of u along some orthonormal axes, and z those along all other axes.
 Then u . v = y . y' + z . z' <= y . y' + |z| |z'| = r . r', where r = (y, |z|) is as long as u (Cauchy-Schwarz).

@@ -1,4 +1,4 @@
-"""Finds the similar pairs of one block of rows, by short rows that are chosen for speed."""
+"""Finds the similar pairs of one block of rows; short rows, of the fastest width, select candidates."""
 
 import functools
 import time

@@ -1,1 +1,1 @@
-"""Files, tables, devices and ranks, child processes, progress; knows no prompt, model or run."""
+"""Files, tables, devices and ranks, child processes, progress; knows nothing of prompts, models or runs."""

@@ -12,8 +12,8 @@ from PIL import Image
 from kutils.prompts.leakage import STRATA
 from kutils.views import figures
 
-MOST_BARS = 8  # of numbers of images per prompt, and of sizes; the rest is one bar, or left out
-MOST_LABELS = 10  # with a colour of their own in a map; the rest is grey
+MOST_BARS = 8  # for images per prompt, and for sizes; the rest is one bar, or left out
+MOST_LABELS = 10  # labels with their own colour in a map; the rest is grey
 
 
 @figures.styled()
@@ -36,7 +36,7 @@ def prompt_lengths(prompts: Sequence[str]) -> Figure:
 
 @figures.styled()
 def fold_report(report: dict) -> Figure:
-    """Rows of every fold, the share of its prompts that have a similar one in another fold, and what differs in it.
+    """For every fold its rows, the share of its prompts that leak, and its distance from all rows.
 
     Args:
         report: of `folds.assign_folds` or `folds.read_report`.
@@ -77,7 +77,7 @@ def prompt_map(points: np.ndarray, labels: Mapping[str, Sequence[str]], title: s
     """Prompts as points of a plane, in a panel for each set of labels: folds, sources, ...
 
     Args:
-        points: float [n, 2], of a projection of the prompts' embeddings.
+        points: float [n, 2], a projection of the prompts' embeddings.
         labels: title of the panel -> the label of each point. The ten most frequent ones have colours.
     Raises: ValueError for no point, another number of labels, or a point that is not finite.
     """

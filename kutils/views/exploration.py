@@ -1,4 +1,4 @@
-"""Gathers what the notebook `explore` shows: data sets, and the models' predictions of a fold."""
+"""Collects the data that the notebook `explore` shows: data sets, and the models' predictions of a fold."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from kutils.system import paths
 from kutils.training import slices
 
 MOST_QUERIES = 4096  # prompts whose nearest neighbours are searched for near-duplicates
-MOST_MATCHES = 100  # prompts whose mean embedding is searched for where there is no text encoder
+MOST_MATCHES = 100  # without a text encoder, words are embedded as the mean of so many matching prompts
 SORTS = ("worst", "best", "random", "disagreement")
 
 
@@ -35,7 +35,7 @@ class Exploration:
     data: PromptImages
     bank: PromptBank
     runs: list[Path]  # folders of finished runs
-    # results that a second look needs again
+    # cached results
     folds: dict[int, Validated] = field(default_factory=dict)
     labels: dict[int, pd.DataFrame] = field(default_factory=dict)  # fold -> of `slices.label_rows`
     predicted: dict[tuple, np.ndarray] = field(default_factory=dict)  # (image, its time, model) -> float32 [384]
@@ -159,7 +159,7 @@ class Exploration:
 
     @functools.cached_property
     def encoder(self) -> TextEncoder | None:
-        """all-MiniLM-L6-v2; None, and a line that says so, where it is not installed."""
+        """all-MiniLM-L6-v2; None, with a printed line, if it is not installed."""
         try:
             return load_encoder()
         except (ValueError, ImportError) as error:
@@ -252,13 +252,13 @@ class Exploration:
     def ask(self, image: Path, fold: int, count: int = 8) -> dict[str, pd.DataFrame]:
         """Find the prompts nearest to what the ensemble and each model predict for an image.
 
-        A model that cannot be used any more is left out, with a printed line.
+        An unusable model is left out, with a printed line.
 
         Returns: model -> columns rank, cosine, prompt of the nearest prompts; ensembles first.
         Raises: ImageError naming a file that cannot be read; ValueError where no model can be used.
         """
         of = self.validated(fold)
-        decode_rgb(image)  # an unreadable image is an error of its own, before any model is blamed
+        decode_rgb(image)  # an unreadable image is an error, not the fault of a model
         rows: dict[str, np.ndarray] = {}
         for name in of.predictions:
             if name == MEAN:

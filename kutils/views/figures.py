@@ -67,7 +67,7 @@ STYLE = {
 CSS_PX = 100  # a page's pixels per inch of a figure
 DPI = 160  # sharp on screens of more than one pixel per CSS pixel, unless that takes more than MOST_BYTES
 LEAST_DPI = 50
-MOST_BYTES = 1_000_000  # of a PNG in a notebook; a grid of photos gets fewer pixels instead
+MOST_BYTES = 1_000_000  # of a PNG in a notebook; larger figures are saved with fewer pixels
 MOST_ALT_CHARACTERS = 1000
 LINE_CHARACTERS = 38  # of a prompt below a tile of 3 inches, in SMALL_FONT
 SMALL_FONT = 9.5
@@ -100,7 +100,7 @@ class DescribedFigure(Figure):
     """
 
     def draw(self, renderer) -> None:
-        with styled():  # some ticks are made as late as here
+        with styled():  # some ticks are only made here
             super().draw(renderer)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:

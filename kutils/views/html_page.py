@@ -1,4 +1,4 @@
-"""Fills the HTML templates of `views/templates/`: texts are escaped, and pictures stand in the page itself."""
+"""Fills the HTML templates of `views/templates/`: texts are escaped, and pictures are embedded in the page."""
 
 import base64
 import functools
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def no_math(text: str) -> Markup:
-    """Text in which JupyterLab finds no formula: it would typeset what lies between $ and $, or \\( and \\)."""
+    """Escape a text so that JupyterLab does not typeset parts between $ and $, or \\( and \\), as formulas."""
     return Markup(re.sub(r"[$\\]", r"<span>\g<0></span>", str(escape(text))))
 
 

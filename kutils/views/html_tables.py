@@ -1,6 +1,6 @@
-"""Writes tables as HTML, which a click on a column's head sorts.
+"""Writes HTML tables that are sorted by a click on a column's head.
 
-Without scripts, as on a page that shows a notebook and runs nothing, they are plain tables.
+Without scripts, as in a notebook on GitHub, they are plain tables.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ DIFFERENCE_FORMATS = dict.fromkeys(("difference", "low", "high"), "{:+.4f}") | {
 
 @dataclass(frozen=True)
 class Column:
-    """A column as the template `table.html` has it."""
+    """A column in the form that the template `table.html` needs."""
 
     name: str
     tag: str  # of its cells: td, or th for the names of the rows
@@ -29,7 +29,7 @@ class Column:
 
 
 def show(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, caption: str = ""):
-    """A table with all that it needs to be sorted, as an object that a notebook displays; see `html_table`."""
+    """A sortable table, with its style and script, as an object that a notebook displays; see `html_table`."""
     from IPython.display import HTML  # not needed by what is not a notebook
 
     return HTML(str(html_page.fill_template("sortable.html", table=html_table(frame, formats, caption))))

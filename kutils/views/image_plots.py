@@ -117,7 +117,7 @@ def ranked_images(rows: pd.DataFrame, columns: int = 5, title: str = "") -> Figu
 
 @figures.styled()
 def disagreement(rows: pd.DataFrame) -> Figure:
-    """Images that models read differently: what each model takes one for, in its colour.
+    """Images on which models disagree: the prompt nearest to each model's prediction, in the model's colour.
 
     Args:
         rows: of `Exploration.disagreement`: columns image (as the images of `image_grid`), agreement (mean cosine
