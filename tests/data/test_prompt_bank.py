@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from fixtures.datasets import make_dataset, unit_rows
 
 from kutils.data import bank_command, bank_files, nearest, prompt_bank
@@ -62,6 +63,7 @@ def test_short_rows_hide_no_neighbour(tmp_path, monkeypatch, kind, dtype, width)
     monkeypatch.setattr(prompt_bank, "BLOCK_PROMPTS", 256)
     monkeypatch.setattr(nearest, "WIDTHS", (width,))
     monkeypatch.setattr(nearest, "FEW", 0.4)
+    monkeypatch.setattr(nearest, "USELESS", 2)
     rows = ROWS[kind] / np.linalg.norm(ROWS[kind], axis=1, keepdims=True)
     PromptBank(list(map(str, range(700))), rows, np.arange(700)).save(tmp_path / "bank.arrow", dtype)
     bank = PromptBank.load(tmp_path / "bank.arrow")
@@ -83,6 +85,13 @@ def test_short_rows_hide_no_neighbour(tmp_path, monkeypatch, kind, dtype, width)
         if kind != "duplicates":
             np.testing.assert_array_equal(indices, order)
     assert looked if (kind, width) == ("prompts", 64) else True
+
+
+def test_rows_are_shortened_where_that_helps():
+    """To at most 192 bytes, half of what a row of 384 takes; noise stays as wide as it is."""
+    samples = (torch.from_numpy(rows).double() for rows in (like_prompts(2000), unit_rows(2000)))
+    prompts, noise = (nearest.choose_shortening(sample).width for sample in samples)
+    assert prompts in nearest.WIDTHS and max(nearest.WIDTHS) == 192 and noise == 384
 
 
 def test_a_cache_of_before_is_made_again(workspace):
