@@ -1,6 +1,7 @@
 """Finds the rows with the largest products with a query, exactly; short rows rule most rows out first."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ from kutils.prompts.shortening import Shortening, fit_shortening, float32_margin
 from kutils.prompts.similar_blocks import products_of, reached, silence_sparse
 from kutils.system.embedding_files import EMBEDDING_DIM, UNIT_TOLERANCE
 
-WIDTHS = (64, 96, 128, 160, 192)  # of short rows, in bytes
+WIDTHS, WIDE = (64, 96, 128, 160, 192), (256, EMBEDDING_DIM)  # of short rows, in bytes
 BYTE_COST, LOOK_COST = 0.05, 1500  # ns of a byte of a short row, and of a look at a whole row, on one core
-USELESS = 1 / 50  # share of the rows that a query has to look at from which rows stay as wide as they are
+USELESS = 1 / 100  # share of the rows that a query has to look at from which short rows are wide
 FEW = 1 / 50  # share of the rows that a query may have to look at; from more on, all float32 products cost less
 BLOCK_QUERIES = 256  # of one matrix product: 67 MB of cosines
 LOOKED_AT, PRODUCTS = 1024, 2**20  # short rows, and their products with queries, that are looked at together: 4 MB
@@ -36,23 +37,24 @@ class Block:
 def choose_shortening(sample: Tensor) -> Shortening:
     """The way to shorten rows by which the nearest of a sample's rows (float64 [n, D]) cost least.
 
-    Queries are half-way between two rows: a prediction is as far from the prompts. Rows stay as wide as they are where
-    too many short ones would have to be looked at, as among random rows.
+    Queries are half-way between two rows: a prediction is as far from the prompts. Short rows are wide where too many
+    narrow ones would have to be looked at; those of random rows are as wide as the rows.
     """
     sample = sample[torch.from_numpy(np.random.default_rng(0).permutation(len(sample)))]
     half, axes = min(len(sample) // 4, 256), principal_axes(sample)
     queries, rows = torch.nn.functional.normalize(sample[:half] + sample[half : 2 * half], dim=1), sample[2 * half :]
     nearest = (queries @ rows.T).amax(dim=1)
-    costs = {}
-    for width in WIDTHS:
+
+    def measure(width: int) -> tuple[float, float, Shortening]:
         how = fit_shortening(rows, axes, width, torch.int8)
         short, error = how.apply(rows)
         some = ShortQueries.of(queries, how)
         row, _ = some.reaching(short, some.limits(nearest, error), np.zeros(len(short), bool), np.inf)
         share = len(row) / max(1, half * len(short))
-        if share < USELESS:
-            costs[BYTE_COST * width + LOOK_COST * share] = how
-    return costs[min(costs)] if costs else fit_shortening(rows, None, EMBEDDING_DIM, torch.int8)
+        return BYTE_COST * width + LOOK_COST * share, share, how
+
+    _, share, how = min(map(measure, WIDTHS), key=itemgetter(0))
+    return how if share < USELESS else min(map(measure, WIDE), key=itemgetter(0))[2]
 
 
 @dataclass(frozen=True)
