@@ -24,8 +24,8 @@
 # out if there is less.
 #
 # **How long it takes.** On two CPU cores `quick` (loader, step, differences, predict_ensemble, nearest_prompts) five
-# minutes; besides, `open_5m_rows` six, `embed_prompts` and `similar_pairs` five each, `packed_shards` and
-# `import_pairs` two, `folds` and `check_images` one.
+# minutes; besides, `grown_pairs` ten, `open_5m_rows` six, `embed_prompts` and `similar_pairs` five each,
+# `packed_shards` and `import_pairs` two, `folds` and `check_images` one.
 
 # %% tags=["parameters"]
 sections: str = "quick"  # what to measure: quick, all, or some, as "loader,step"; a wrong name lists them

@@ -42,7 +42,7 @@ def text_sums(texts: Iterable[pa.LargeStringScalar]) -> np.ndarray:
 def check_texts(texts: Iterable[pa.LargeStringScalar], sums: np.ndarray, source: str) -> None:
     """Raise Damaged, which names the source, if a text has another checksum than `sums` (uint32 [n]) says."""
     if not np.array_equal(text_sums(texts), sums):
-        raise Damaged(f"{source} is damaged: the checksum of a prompt does not fit; make it again")
+        raise Damaged(f"{source} is damaged: the checksum of a prompt does not fit; remove it, and make it again")
 
 
 class CheckedRows:

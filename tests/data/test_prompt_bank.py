@@ -350,3 +350,13 @@ def test_command_writes_a_bank(workspace, capsys):
             bank_command.main(arguments)
     bank_command.main(["--prompts", str(workspace / "input" / "toy.tsv"), "--output", str(workspace / "x.arrow")])
     assert len(PromptBank.load(workspace / "x.arrow")) == 80
+
+
+def test_a_damaged_prompt_in_the_cache_is_made_again(workspace):
+    whole = PromptBank.from_datasets(["toy"])
+    prompts = whole.prompts.to_pylist()
+    (path,) = (workspace / "working" / "cache").glob("*.bank.arrow")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"toy prompt", b"Toy prompt", 1))
+    assert path.read_bytes() != content
+    assert PromptBank.from_datasets(["toy"]).prompts.to_pylist() == prompts and path.read_bytes() == content
