@@ -94,7 +94,7 @@ def part_of(
     """Some rows of a bank, which are read where they are indexed, and compared with their checksums the first time."""
 
     def describe(row: int) -> str:
-        return f"{sums.source} is damaged: the checksum of prompt {span.start + row} does not fit; remove it, and make it again"
+        return f"{sums.source} is damaged: prompt {span.start + row} is another now; remove the file, and make it again"
 
     def describe_target(row: int) -> str:
         path, row = targets.path_of(row)

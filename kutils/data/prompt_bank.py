@@ -108,7 +108,6 @@ class PromptBank:
         def batches() -> pa.RecordBatchReader:
             return bank_files.read_batches(cls(data.prompts.take(pa.array(rows)), targets, rows), None, facts)
 
-        # damaged prompts are made again: their bytes are few enough to be compared at the start
         path, most_batches = cache_path(data.root, names, ".bank.arrow"), -(-len(rows) // BLOCK_PROMPTS)
         return cls.of_table(arrow.map_once(path, current, batches, ["short"], most_batches), path, targets)
 
@@ -130,20 +129,14 @@ class PromptBank:
             embeddings: of a table without them.
         """
         embeddings = table["embedding"] if embeddings is None else embeddings
-        return cls(
-            table["prompt"],
-            embeddings,
-            column(table, "row"),
-            short_rows(table),
-            RowChecksums.of_table(table, str(path)),
-        )
+        sums = RowChecksums.of_table(table, str(path))
+        return cls(table["prompt"], embeddings, column(table, "row"), short_rows(table), sums)
 
     @classmethod
     def load(cls, path: Path) -> "PromptBank":
-        """Map the file of a bank; ValueError if it holds none.
+        """Map the file of a bank. Rows that are damaged are named when they are first read.
 
-        Prompts, embeddings and short rows are compared with their checksums when they are first read: looking up then
-        raises ValueError.
+        Raises: ValueError if it holds no bank.
         """
         try:
             table = arrow.map_table(path)
@@ -170,7 +163,7 @@ class PromptBank:
 
     @cached_property
     def prompts(self) -> pa.ChunkedArray:
-        """All prompts, large_string [n]; Damaged if one is not as it was written."""
+        """All prompts, large_string [n]; Damaged as for `texts`."""
         if self.sums is not None:
             check_texts(self.unchecked_prompts, self.sums.prompts, self.sums.source)
         return self.unchecked_prompts
