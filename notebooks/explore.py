@@ -142,7 +142,8 @@ if has_models and len(validated.single_models) > 1:
 # %% [markdown]
 # ## What do they predict for your own image?
 # Give its path, or upload it: the nearest prompts by every model, with their cosines. A prompt above 0.7 is about the
-# same thing; if all are far below, no prompt of these data sets describes the image.
+# same thing; if all are far below, no prompt of these data sets describes the image. The table says how sure each
+# model is, by the length of its prediction.
 
 # %%
 if has_models:

@@ -26,6 +26,7 @@ from kutils.data.prompt_bank import PromptBank
 from kutils.data.transforms import decode_rgb
 from kutils.prompts import collection, embedding, fold_methods, folds, partition
 from kutils.prompts.similarity import similar_pairs
+from kutils.runs import finished
 from kutils.system.tables import read_table, write_table
 
 REAL_DATA = os.environ.get("KUTILS_REAL_DATA")
@@ -115,6 +116,25 @@ def test_bank_of_the_pairs_knows_its_own_prompts(data):
     indices, cosines = bank.nearest(data.targets(np.arange(len(data))), k=1)
     assert bank.texts(indices[:, 0]) == data.prompts.to_pylist()
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
+
+
+def test_keys_beat_a_linear_head_on_a_thousand_pairs(pairs, tmp_path, monkeypatch):
+    """Closed forms alone, of a small network at a small size: keys are worth more than stages."""
+    monkeypatch.setenv("KUTILS_INPUT", str(pairs[0]))
+    monkeypatch.setenv("KUTILS_WORKING", str(tmp_path))
+    alone = "input_size=96 freeze_epochs=1 layer_decay=1 lr=0 min_lr=0 num_workers=2 backbone=tf_efficientnet_lite0"
+    scores = {}
+    for name, changes in {
+        "linear": "head=pooled head_keys=0",
+        "stages": "head_keys=0",
+        "keys": "head_keys=812",
+    }.items():
+        changed = f"{alone} {changes} prefix={name}".split()
+        assert run("train", ["--config", "conf/pairs_lite2_stage1.yaml", "--fold", "0", *changed]) == 0
+        result = finished.read_result(tmp_path / "runs" / f"{name}_fold0")
+        scores[name] = result.cosine_similarity
+    assert scores["linear"] > result.mean_prompt_baseline + 0.05
+    assert scores["keys"] > scores["stages"] > scores["linear"], scores
 
 
 def write_source(form: str, folder: Path, data, generators: list[str]) -> Path:

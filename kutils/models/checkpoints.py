@@ -5,12 +5,12 @@ import hashlib
 import json
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from kutils.models import published
 from kutils.models.networks import PromptEmbedder, build_model
@@ -19,6 +19,11 @@ from kutils.system import checksums, paths
 
 HEADER_KEY = "kutils"  # in a safetensors file's metadata, whose values are texts
 CHECKSUM_KEY = "sha256"  # in the same metadata
+HEADS = {  # a tensor that only this kind of head has
+    "fc.weight": "one Linear, as published (head_width=0)",
+    "fc.0.weight": "two and a BatchNorm (head_width above 0)",
+    "fc.keys.weight": "one of keys (head_keys above 0)",
+}
 # what the readers of damaged files raise
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError)
 UNREADABLE += (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -111,14 +116,18 @@ def read(path: Path) -> dict:
     return content
 
 
+def kind_of_head(names: Iterable[str]) -> str | None:
+    """What the names of a network's weights say of its head, in words; None where they name no head."""
+    return next((kind for name, kind in HEADS.items() if name in names), None)
+
+
 def load_weights(model: PromptEmbedder, weights: dict, path: Path) -> None:
     """Load weights of the published layout strictly; ValueError naming missing, unexpected or misshapen tensors."""
-    wide = "fc.weight" not in weights and "fc.0.weight" in weights
-    if wide != isinstance(model.fc, nn.Sequential):
-        kinds = {False: "one Linear, as published (head_width=0)", True: "two and a BatchNorm (head_width above 0)"}
+    own, theirs = (kind_of_head(names) for names in (model.state_dict(), weights))
+    if theirs not in (own, None):
         raise ValueError(
-            f"{path} is of another network: its head is {kinds[wide]}, that of the recipe is {kinds[not wide]}; give "
-            "both stages the same head_width"
+            f"{path} is of another network: its head is {theirs}, that of the recipe is {own}; give both stages the "
+            "same head_width and head_keys"
         )
     if mismatches := published.differences(model, weights):
         more = f" and {len(mismatches) - 5} more differences" if len(mismatches) > 5 else ""

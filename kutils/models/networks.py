@@ -17,7 +17,8 @@ class PromptEmbedder(nn.Module):
 
     Attributes:
         backbone: the timm model.
-        fc: Linear to 384 without bias, or a wide head. (Both names are those of the published checkpoints.)
+        fc: Linear to 384 without bias, a wide head, or one with keys; the published checkpoints have the names
+            `backbone` and `fc`.
         head: key of the recipe that selects the features for `fc`, `num_features` values.
         held: BatchNorm layers that stay in evaluation mode.
         lowest: parameters of the `freeze_blocks` lowest blocks, which are never trained.
@@ -30,6 +31,7 @@ class PromptEmbedder(nn.Module):
         hold_batch_statistics: bool = False,
         *,
         head_width: int = 0,
+        head_keys: int = 0,
         freeze_blocks: int = 0,
     ):
         super().__init__()
@@ -43,6 +45,8 @@ class PromptEmbedder(nn.Module):
         self.held = [layer for layer in normalising if hold_batch_statistics or id(layer.weight) in frozen]
         if head_width:
             self.fc = heads.wide_head(self.num_features, head_width)
+        elif head_keys:
+            self.fc = heads.KeyedHead(self.num_features, head_keys)
         else:
             self.fc = heads.linear_head(self.num_features)
         self.unfreeze()
@@ -65,6 +69,11 @@ class PromptEmbedder(nn.Module):
     def embed(self, features: Tensor) -> Tensor:
         """[B, C] features -> float32 [B, 384], unit rows."""
         return F.normalize(self.project(features), dim=-1)
+
+    @property
+    def last_linear(self) -> nn.Linear:
+        """The layer that gives the 384 values."""
+        return self.fc if isinstance(self.fc, nn.Linear) else list(self.fc.children())[-1]
 
     def freeze_backbone(self) -> None:
         """Train only the head: the backbone has no gradients, and stays in evaluation mode even after `train()`."""
@@ -112,6 +121,7 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
         recipe.head,
         recipe.hold_batch_statistics,
         head_width=recipe.head_width,
+        head_keys=recipe.head_keys,
         freeze_blocks=recipe.freeze_blocks,
     )
 

@@ -45,7 +45,7 @@ class Recipe:
     head: str = setting(
         "features of the backbone that the linear head gets",
         "pooled",
-        choices=("pooled", "clip_projection", "cls_avg", "cls_only"),
+        choices=("pooled", "pooled_stages", "clip_projection", "cls_avg", "cls_only"),
     )
     head_init: str = setting(
         "random weights of the linear head, or ridge regression on the frozen backbone's features: one pass over the "
@@ -55,6 +55,11 @@ class Recipe:
     )
     head_width: int = setting(
         "hidden units of a head Linear - BatchNorm - ReLU - Linear (unknown to the published code); 0: one Linear", 0
+    )
+    head_keys: int = setting(
+        "for few training pairs: random training images; the last Linear sees an image's likeness to each, in place of "
+        "features; needs head_init=ridge; the published code cannot read it; 0: none",
+        0,
     )
     drop_path_rate: float = setting("stochastic depth, rising linearly over the blocks", 0.0)
     patch_mode: str = setting(
@@ -150,6 +155,7 @@ class Recipe:
             "freeze_epochs",
             "freeze_blocks",
             "head_width",
+            "head_keys",
             "clip_grad",
             "num_workers",
             "checkpoint_every_steps",
@@ -186,6 +192,15 @@ class Recipe:
         if self.head_init == "ridge" and self.head_width:
             raise ConfigError(
                 f"head_init=ridge fits one Linear, and head_width={self.head_width} has two; leave one of them out"
+            )
+        if self.head_keys and self.head_width:
+            raise ConfigError(
+                f"head_keys={self.head_keys} and head_width={self.head_width} are two kinds of head; leave one out"
+            )
+        if self.head_keys and self.head_init != "ridge" and self.initialize_from is None:
+            raise ConfigError(
+                f"head_keys={self.head_keys}: the keys are set by head_init=ridge or come with a checkpoint; set "
+                "head_init=ridge or initialize_from"
             )
         if self.head_width and self.max_local_batch_size == 1:
             raise ConfigError(

@@ -1,7 +1,10 @@
 """Fits the head in closed form, `head_init: ridge`: ridge regression on the features of the frozen backbone."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from kutils.training import loading, network_input
 from kutils.training.losses import cosine_similarity
 
 PENALTIES = np.logspace(-6, 2, 33)  # times the mean square of a feature and the number of images
+KEYS_APART = 1e-4  # added to the likeness of a key to itself, 1: images that are equal may both be keys
 MOST_HELD_OUT = 20_000  # rows whose features are kept, over all ranks, to choose the penalty: 0.2 GB for 3,072 features
 
 
@@ -26,11 +30,21 @@ MOST_HELD_OUT = 20_000  # rows whose features are kept, over all ranks, to choos
 class RidgeFit:
     """A head in closed form, and what it was chosen by."""
 
-    weight: Tensor  # float32 [384, C], on the device, scaled to the size of random weights
+    weight: Tensor  # float32 [384, C], of the last Linear, on the device, scaled to the size of random weights
     penalty: float  # what was added to the diagonal of X'X
     cosine: float  # mean over held-out training images of a head that was fitted without them
     images: int
     bad: list[tuple[int, str]]  # images that could not be read, over all ranks: row and reason
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch of images that the backbone has seen."""
+
+    rows: np.ndarray  # int [n]
+    features: Tensor  # float32 [n, C], on the device
+    targets: Tensor  # float32 [n, 384], likewise
+    bad: list[tuple[int, str]]  # images that could not be read: row and reason
 
 
 class Sums:
@@ -115,6 +129,53 @@ def held_out(data: PromptImages, rows: np.ndarray, fold: int) -> np.ndarray:
     return chosen[data.prompt_codes[rows]]
 
 
+def run_backbone(
+    network: PromptEmbedder,
+    data: PromptImages,
+    rows: np.ndarray,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    title: str = "head in closed form",
+) -> Iterator[Seen]:
+    """Run the backbone on this rank's share of rows, without augmentation; the network must be in evaluation mode."""
+    examples = datasets.TrainingImages(data, rows, dataclasses.replace(recipe, augment="none"))
+    mine = rows[ranks.rank :: ranks.world_size]
+    size = recipe.max_local_batch_size
+    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+    samples = [[(0, int(row)) for row in batch] for batch in batches]
+    loader = DataLoader(examples, batch_sampler=samples, **loading.loader_options(recipe, ranks))
+    with progress.progress_bar(len(mine), "image", title, disable=not ranks.is_main) as shown:
+        for batch_rows, batch in zip(batches, loaders.batches(loader), strict=True):
+            images = network_input.to_network_input({"image": batch["image"]}, recipe, ranks.device)
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+                features = network.features(images).float()
+            yield Seen(batch_rows, features, batch["target"].to(ranks.device), batch["bad"])
+            shown.update(len(batch_rows))
+
+
+def check_finite(values: Tensor, recipe: Recipe) -> None:
+    """Raise ValueError unless the features, or sums of them, are finite."""
+    if not torch.isfinite(values).all():
+        raise ValueError(f"head_init=ridge: features of {recipe.backbone} are not finite; train with amp_dtype=float32")
+
+
+def place_keys(network: PromptEmbedder, seen: Sequence[Seen], recipe: Recipe, ranks: Ranks) -> Tensor:
+    """Make the images that all ranks have seen the keys of the head, on every rank alike.
+
+    Returns: float64 [keys, keys], lower triangular L: L L' is the likeness of the keys to each other. Regression on
+        likeness times the inverse of L' is kernel ridge regression on the keys (Williams and Seeger 2001).
+    Raises: ValueError for features that are not finite.
+    """
+    mine = [(batch.rows, batch.features.cpu()) for batch in seen]
+    rows, features = zip(*(batch for batches in ranks.gather_objects(mine) for batch in batches), strict=True)
+    ordered = torch.cat(features)[np.argsort(np.concatenate(rows))].to(ranks.device)
+    check_finite(ordered, recipe)
+    network.fc.set_keys(ordered)
+    likeness = network.fc.likeness(ordered).double()
+    return torch.linalg.cholesky(likeness + KEYS_APART * torch.eye(len(likeness), device=ranks.device))
+
+
 @torch.inference_mode()
 def fit_head(
     network: PromptEmbedder,
@@ -132,41 +193,45 @@ def fit_head(
     penalty is the one whose head has the highest cosine on held-out prompts; the head is then fitted on all rows. Every
     rank takes its share of the images and gets the whole result.
 
+    With `head_keys`, images drawn at random are seen first and made the keys, in the network. The regression is then on
+    the likeness to them.
+
     Args:
         network: on the device; its backbone is run in evaluation mode.
-        rows: int [n], the training rows.
+        rows: int [n], the training rows, ascending.
         fold: the validation fold, whose rows are not among them.
         dtype: of autocast.
-    Raises: ValueError if features are not finite.
+    Raises: ValueError if features are not finite, or for fewer images than keys.
     """
+    if recipe.head_keys > len(rows):
+        raise ValueError(f"head_keys={recipe.head_keys} is more than the {len(rows):,} training images; lower it")
     held = held_out(data, rows, fold)
     step = -(-int(held.sum()) // MOST_HELD_OUT)
-    examples = datasets.TrainingImages(data, rows, dataclasses.replace(recipe, augment="none"))
-    mine = np.arange(ranks.rank, len(rows), ranks.world_size)
-    batches = np.split(mine, range(recipe.max_local_batch_size, len(mine), recipe.max_local_batch_size))
-    samples = [[(0, int(row)) for row in rows[batch]] for batch in batches]
-    loader = DataLoader(examples, batch_sampler=samples, **loading.loader_options(recipe, ranks))
-    parts = {part: Sums(network.num_features, EMBEDDING_DIM, ranks.device) for part in (False, True)}
+    parts = {part: Sums(network.last_linear.in_features, EMBEDDING_DIM, ranks.device) for part in (False, True)}
     kept: list[tuple[Tensor, Tensor]] = []
     bad: list[tuple[int, str]] = []
     network.eval()
-    with progress.progress_bar(len(mine), "image", "head in closed form", disable=not ranks.is_main) as shown:
-        for positions, batch in zip(batches, loaders.batches(loader), strict=True):
-            images = network_input.to_network_input({"image": batch["image"]}, recipe, ranks.device)
-            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-                features = network.features(images).float()
-            targets = batch["target"].to(ranks.device)
-            for part, sums in parts.items():
-                chosen = torch.from_numpy(np.flatnonzero(held[positions] == part)).to(ranks.device)
-                sums.add(features[chosen], targets[chosen])
-            some = torch.from_numpy(np.flatnonzero(held[positions])[::step]).to(ranks.device)
-            kept.append((features[some], targets[some]))
-            bad += batch["bad"]
-            shown.update(len(positions))
+    see = partial(run_backbone, network, data, recipe=recipe, dtype=dtype, ranks=ranks)
+    factor, seen = None, see(rows=rows)
+    if recipe.head_keys:
+        some = np.sort(np.random.default_rng(recipe.seed).permutation(rows)[: recipe.head_keys])
+        of_keys = list(see(rows=some, title="keys of the head"))
+        factor = place_keys(network, of_keys, recipe, ranks)
+        seen = chain(of_keys, see(rows=np.setdiff1d(rows, some)))
+    for batch in seen:
+        features, is_held = batch.features, held[np.searchsorted(rows, batch.rows)]
+        if factor is not None:
+            likeness = network.fc.likeness(features).double()
+            features = torch.linalg.solve_triangular(factor.T, likeness, upper=True, left=False).float()
+        for part, sums in parts.items():
+            chosen = torch.from_numpy(np.flatnonzero(is_held == part)).to(ranks.device)
+            sums.add(features[chosen], batch.targets[chosen])
+        some = torch.from_numpy(np.flatnonzero(is_held)[::step]).to(ranks.device)
+        kept.append((features[some], batch.targets[some]))
+        bad += batch.bad
     network.train()
     fitted, chosen = parts[False].over_ranks(ranks), parts[True].over_ranks(ranks)
-    if not torch.isfinite(fitted.squares).all() or not torch.isfinite(chosen.squares).all():
-        raise ValueError(f"head_init=ridge: features of {recipe.backbone} are not finite; train with amp_dtype=float32")
+    check_finite(fitted.squares + chosen.squares, recipe)
     features, targets = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
     penalties, scores = cosine_sums(fitted, features, targets)
     scores = torch.cat([scores, scores.new_tensor([len(features)])])
@@ -174,8 +239,11 @@ def fit_head(
     best = int(scores[:-1].argmax())
     fitted.squares += chosen.squares
     fitted.products += chosen.products
+    weight = solve(fitted, float(penalties[best]))
+    if factor is not None:
+        weight = torch.linalg.solve_triangular(factor, weight, upper=False, left=False)
     return RidgeFit(
-        weight=scaled_as_random(solve(fitted, float(penalties[best]))).float(),
+        weight=scaled_as_random(weight).float(),
         penalty=float(penalties[best]),
         cosine=float(scores[best] / scores[-1]),
         images=len(rows),

@@ -110,7 +110,7 @@ def train(recipe: Recipe, fold: int, ranks: Ranks, **origin) -> RunResult:
         state.seen, state.bad = fit.images, fit.bad
         loading.check_bad_images(state.bad, state.seen, folder, data, ranks, new=len(fit.bad))
         with torch.no_grad():
-            network.fc.weight.copy_(fit.weight)
+            network.last_linear.weight.copy_(fit.weight)
         log.say(
             f"head in closed form from {fit.images:,} images: penalty {fit.penalty:.3g}, cosine {fit.cosine:.4f} on "
             "held-out training prompts"

@@ -15,6 +15,7 @@ from kutils.data.datasets import PromptImages, load_datasets
 from kutils.data.prompt_bank import PromptBank
 from kutils.data.transforms import decode_rgb
 from kutils.ensemble import blending, trained_models, weights
+from kutils.ensemble.confidence import Confidence
 from kutils.ensemble.validated import MEAN, NoPredictions, Validated, read_validated
 from kutils.prompts import embedding
 from kutils.prompts import folds as prompt_folds
@@ -249,12 +250,13 @@ class Exploration:
         check_choice("slice", by, self.labels[fold].columns)
         return slices.slice_means(of.cosines, self.labels[fold][by])
 
-    def ask(self, image: Path, fold: int, count: int = 8) -> dict[str, pd.DataFrame]:
-        """Find the prompts nearest to what the ensemble and each model predict for an image.
+    def ask(self, image: Path, fold: int, count: int = 8) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+        """Find the prompts nearest to what the ensemble and each model predict for an image, and how sure they are.
 
         An unusable model is left out, with a printed line.
 
-        Returns: model -> columns rank, cosine, prompt of the nearest prompts; ensembles first.
+        Returns: model -> columns rank, cosine, prompt of the nearest prompts; ensembles first. And columns model,
+            confidence (what the length of its prediction says), without models whose lengths were not saved.
         Raises: ImageError naming a file that cannot be read; ValueError where no model can be used.
         """
         of = self.validated(fold)
@@ -274,16 +276,29 @@ class Exploration:
         if not single:
             raise ValueError("none of the models can be used; train one again")
         if "ensemble" not in rows and len(single) > 1:
-            rows[MEAN] = blending.average([row[None] for row in single])[0]
+            rows[MEAN] = blending.unit(np.stack(single)).mean(axis=0)
         order = sorted(rows, key=lambda name: name in of.folders)  # ensembles first
-        return {name: trained_models.neighbours_table(rows[name], self.bank, count) for name in order}
+        units = {name: blending.unit(rows[name][None])[0] for name in order}
+        tables = {name: trained_models.neighbours_table(units[name], self.bank, count) for name in order}
+        all_there = len(single) == len(of.folders)  # else their mean is not the one that was validated
+        known = [name for name in order if name in of.lengths and (name != MEAN or all_there)]
+        texts = [
+            Confidence.measure(fold, of.lengths[name], of.cosines[name].to_numpy()).describe(
+                float(np.linalg.norm(rows[name]))
+            )
+            for name in known
+        ]
+        return tables, pd.DataFrame({"model": known, "confidence": texts})
 
 
 def predict_image(image: Path, folder: Path | None) -> np.ndarray:
-    """Predict an image's embedding, float32 [384], by the model of a run, or by the ensemble fitted last (None)."""
+    """Predict an image's embedding by the model of a run, or by the ensemble fitted last (None).
+
+    Returns: float32 [384], of any length.
+    """
     models = trained_models.find_models([str(folder)]) if folder else []
     fitted = None if folder else weights.load_ensemble(weights.find_ensemble(weights.weight_folders()))
-    (rows,) = trained_models.embed_images(models, [image], ensemble=fitted).values()
+    (rows,) = trained_models.embed_images(models, [image], ensemble=fitted, unit_rows=False).values()
     return rows[0]
 
 

@@ -162,7 +162,7 @@ def browse_slices(explored: Exploration, fold: int, by: str = "words") -> None:
 
 
 def own_image(explored: Exploration, fold: int, image: str = "", count: int = 8) -> None:
-    """Show the prompts nearest to what each model and the ensemble predict for an image, given by path or uploaded.
+    """Show the prompts nearest to what each model and the ensemble predict for an image, and how sure each is.
 
     Args:
         image: a file; empty: the validation image of fold `fold` that the models agree on least.
@@ -177,7 +177,8 @@ def own_image(explored: Exploration, fold: int, image: str = "", count: int = 8)
 
     def show(path: str, count: int) -> Sequence:
         turned = upright(Path(path), folder)
-        return [image_plots.neighbours(turned, explored.ask(turned, fold, count))]
+        tables, sure = explored.ask(turned, fold, count)
+        return [image_plots.neighbours(turned, tables), html_tables.show(sure)]
 
     def save_upload(change) -> None:
         """Write an uploaded file into a folder of its own, since two may have one name; its path starts `show`."""

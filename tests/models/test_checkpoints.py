@@ -125,14 +125,17 @@ def test_safetensors_of_another_origin_are_refused(tmp_path):
         checkpoints.read(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize(("saved", "now"), [(0, 16), (16, 0)])
+KINDS = [{}, {"head_width": 16}, {"head_keys": 16, "head_init": "ridge"}]
+
+
+@pytest.mark.parametrize("now", KINDS, ids=str)
+@pytest.mark.parametrize("saved", KINDS, ids=str)
 def test_a_head_of_another_kind_is_named(tmp_path, tiny_recipe, saved, now):
-    checkpoints.save_checkpoint(
-        tmp_path / "a.pth", build_model(tiny_recipe(head_width=saved)), tiny_recipe(head_width=saved)
-    )
-    with pytest.raises(
-        ValueError, match=r"a\.pth is of another network: its head is .*; give both stages the same head"
-    ):
-        checkpoints.load_model(tmp_path / "a.pth", tiny_recipe(head_width=now))
+    model = build_model(tiny_recipe(**saved))
+    checkpoints.save_checkpoint(tmp_path / "a.pth", model, tiny_recipe(**saved))
+    if saved != now:
+        words = r"a\.pth is of another network: its head is .*; give both stages the same head_width and head_keys"
+        with pytest.raises(ValueError, match=words):
+            checkpoints.load_model(tmp_path / "a.pth", tiny_recipe(**now))
     again, recipe, _ = checkpoints.load_model(tmp_path / "a.pth")  # its own recipe says what head it has
-    assert recipe.head_width == saved and isinstance(again.fc, torch.nn.Sequential) == (saved > 0)
+    assert recipe == tiny_recipe(**saved) and type(again.fc) is type(model.fc)

@@ -19,6 +19,8 @@ def images(size: int, count: int = 2) -> torch.Tensor:
     [
         ("test_convnext", "pooled", 32, 64),
         ("test_vit", "pooled", 32, 64),
+        ("test_convnext", "pooled_stages", 32, 64 + 48 + 64),
+        ("test_vit", "pooled_stages", 32, 3 * 64),
         ("eva02_tiny_patch14_224", "cls_avg", 56, 384),
         ("eva02_tiny_patch14_224", "cls_only", 56, 192),
     ],
@@ -84,6 +86,47 @@ def test_a_wide_head_by_hand(tiny_recipe):
     hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5) * weights["1.weight"] + weights["1.bias"]
     expected = np.maximum(hidden, 0) @ weights["3.weight"].T
     np.testing.assert_allclose(output, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_efficientnet"])
+def test_pooled_stages_by_timms_own_feature_maps(tiny_recipe, backbone):
+    model = build_model(tiny_recipe(backbone=backbone, head="pooled_stages")).eval()
+    maps = timm.create_model(backbone, features_only=True).eval()
+    maps.load_state_dict(
+        {
+            name: model.backbone.state_dict()[name.replace("stages_", "stages.").replace("stem_", "stem.")]
+            for name in maps.state_dict()
+        }
+    )
+    with torch.no_grad():
+        features, stages = model.features(images(64)), maps(images(64))
+        expected = [model.backbone(images(64)), *(stage.mean((2, 3)) for stage in stages[-2:])]
+    torch.testing.assert_close(features, torch.cat(expected, dim=1))
+    assert features.shape[1] == model.num_features
+
+
+def test_a_head_of_keys_by_hand(tiny_recipe):
+    """exp(3 (cosine - 1)) of centred features and keys, in NumPy; the same under autocast."""
+    model = build_model(tiny_recipe(head_keys=5, head_init="ridge")).eval()
+    own, asked = np.random.default_rng(0).normal(2, 1, (2, 5, model.num_features)).astype(np.float32)
+    model.fc.set_keys(torch.from_numpy(own))
+    keys, queries = own - own.mean(0), asked - own.mean(0)
+    cosines = queries @ keys.T / np.outer(np.linalg.norm(queries, axis=1), np.linalg.norm(keys, axis=1))
+    expected = np.exp(3 * (cosines - 1))
+    likeness = model.fc.likeness(torch.from_numpy(asked))
+    np.testing.assert_allclose(likeness.detach().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        model.project(torch.from_numpy(asked)).detach().numpy(),
+        expected @ model.last_linear.weight.detach().numpy().T,
+        atol=1e-5,
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.fc.likeness(torch.from_numpy(asked)), likeness)
+    assert {name for name in model.state_dict() if name.startswith("fc.")} == {
+        "fc.centre",
+        "fc.keys.weight",
+        "fc.values.weight",
+    }
 
 
 LOWEST = {  # by hand: backbone, frozen blocks, the parameters that stay

@@ -214,6 +214,8 @@ def test_a_setting_of_sam_without_sam_is_refused(tiny_recipe):
         ({"loss": "l2"}, "loss is 'l2'; it can be cosine, angular"),
         ({"head_init": "ridge", "head_width": 64}, "head_init=ridge fits one Linear, and head_width=64 has two"),
         ({"head_width": 64, "max_local_batch_size": 1}, "head_width=64 has a BatchNorm, .* max_local_batch_size is 1"),
+        ({"head_keys": 8, "head_width": 8}, "head_keys=8 and head_width=8 are two kinds of head; leave one out"),
+        ({"head_keys": 8}, "head_keys=8: the keys are set by head_init=ridge or come with a checkpoint"),
         ({"freeze_blocks": 2, "freeze_epochs": 2}, "freeze_blocks=2 has no effect: freeze_epochs=2 of epochs=2"),
         ({"layer_decay": 0.7, "freeze_epochs": 3}, "layer_decay=0.7 has no effect: freeze_epochs=3 of epochs=2"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; it can be madgrad, adamw"),

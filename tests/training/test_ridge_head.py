@@ -5,6 +5,7 @@ import pytest
 import torch
 from fixtures.datasets import make_dataset
 from PIL import Image
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 
 from kutils import __main__
@@ -89,6 +90,54 @@ def test_a_first_step_of_adamw_leaves_the_closed_form_what_it_was(workspace, dat
     assert 0 < change < 0.05
 
 
+def test_a_head_whose_keys_are_all_training_images_is_kernel_ridge_regression(data, tiny_recipe):
+    recipe = tiny_recipe(datasets=("ridges",), head_init="ridge", head_keys=270, max_local_batch_size=7)
+    torch.manual_seed(0)
+    model = build_model(recipe)
+    rows = data.training_rows(3)
+    fit = ridge_head.fit_head(model, data, rows, 3, recipe, torch.float32, ALONE)
+    with torch.no_grad():
+        model.last_linear.weight.copy_(fit.weight)
+    features, targets = features_of(model, data, rows).astype(np.float64), data.targets(rows)
+    others = features_of(model, data, data.validation_rows(3)).astype(np.float64)
+
+    def kernel(one, other):
+        one, other = one - features.mean(0), other - features.mean(0)
+        cosine = one @ other.T / np.outer(np.linalg.norm(one, axis=1), np.linalg.norm(other, axis=1))
+        return np.exp(3 * (cosine - 1))
+
+    regression = KernelRidge(alpha=fit.penalty, kernel="precomputed").fit(kernel(features, features), targets)
+    expected = regression.predict(kernel(others, features))
+    with torch.no_grad():
+        predicted = model.embed(torch.from_numpy(others).float()).numpy()
+    assert cosines(predicted, expected).min() > 0.9999
+    held = data.folds[rows] == 4
+    scores = []
+    for penalty in np.logspace(-3, 2, 26):
+        part = KernelRidge(alpha=penalty, kernel="precomputed")
+        part.fit(kernel(features[~held], features[~held]), targets[~held])
+        scores.append(cosines(part.predict(kernel(features[held], features[~held])), targets[held]).mean())
+    assert fit.cosine == pytest.approx(max(scores), abs=1e-3)
+
+
+def test_keys_are_some_training_images_of_any_batch_size(data, tiny_recipe):
+    rows, heads = data.training_rows(3), []
+    for size in (3, 50):
+        recipe = tiny_recipe(datasets=("ridges",), head_init="ridge", head_keys=40, max_local_batch_size=size)
+        torch.manual_seed(0)
+        model = build_model(recipe)
+        fit = ridge_head.fit_head(model, data, rows, 3, recipe, torch.float32, ALONE)
+        heads.append((model.fc.keys.weight.detach(), fit.weight))
+    torch.testing.assert_close(heads[0], heads[1], rtol=1e-3, atol=1e-4)
+    features = features_of(model, data, rows)
+    centred = features - model.fc.centre.numpy()
+    found = model.fc.keys.weight.detach().numpy() @ (centred / np.linalg.norm(centred, axis=1, keepdims=True)).T
+    assert len(set(found.argmax(1))) == 40 and found.max(1).min() > 0.9999
+    with pytest.raises(ValueError, match="head_keys=271 is more than the 270 training images; lower it"):
+        recipe = tiny_recipe(datasets=("ridges",), head_init="ridge", head_keys=271)
+        ridge_head.fit_head(build_model(recipe), data, rows, 3, recipe, torch.float32, ALONE)
+
+
 def test_held_out_rows_are_whole_prompts(data, workspace):
     rows = data.training_rows(9)
     assert set(data.folds[rows[ridge_head.held_out(data, rows, 9)]]) == {0}
@@ -113,19 +162,21 @@ def write(workspace, recipe):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_it_on_one_rank_or_two(workspace, data, tiny_recipe, start_ranks, capsys):
+@pytest.mark.parametrize("keys", [0, 100])
+def test_a_run_starts_from_it_on_one_rank_or_two(workspace, data, tiny_recipe, start_ranks, capsys, keys):
     broken = data.image_path(int(data.training_rows(0)[5]))
     broken.write_bytes(b"")
-    common = {**KEPT, "datasets": ("ridges",), "max_local_batch_size": 4}
+    common = {**KEPT, "datasets": ("ridges",), "max_local_batch_size": 4, "head_keys": keys}
     alone, both = (write(workspace, tiny_recipe(prefix=name, **common)) for name in ("alone", "both"))
     assert start(alone) == 0
     assert "head in closed form from 270 images: penalty " in capsys.readouterr().out
     start_ranks("kutils", "train", "--config", both, "--fold", 0, num_ranks=2).run()
     read = [checkpoints.read(workspace / f"working/models/tiny/{name}_fold0_epoch1.pth") for name in ("alone", "both")]
-    weights = [content["model"]["fc.weight"] for content in read]
-    torch.manual_seed(tiny_recipe().seed)
-    network = build_model(tiny_recipe())
-    fit = ridge_head.fit_head(network, data, data.training_rows(0), 0, tiny_recipe(), torch.float32, ALONE)
+    weights = [content["model"]["fc.values.weight" if keys else "fc.weight"] for content in read]
+    recipe = tiny_recipe(head_init="ridge", head_keys=keys)
+    torch.manual_seed(recipe.seed)
+    network = build_model(recipe)
+    fit = ridge_head.fit_head(network, data, data.training_rows(0), 0, recipe, torch.float32, ALONE)
     torch.testing.assert_close(weights[0], fit.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
     for name in ("alone", "both"):
@@ -151,9 +202,11 @@ def test_a_run_that_was_cut_does_not_fit_the_head_again(workspace, tiny_recipe, 
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
 
-def test_features_that_are_not_finite_are_refused(data, tiny_recipe):
-    model = build_model(tiny_recipe())
+@pytest.mark.parametrize("keys", [0, 20])
+def test_features_that_are_not_finite_are_refused(data, tiny_recipe, keys):
+    recipe = tiny_recipe(head_init="ridge", head_keys=keys)
+    model = build_model(recipe)
     with torch.no_grad():
         model.backbone.stem[0].bias.fill_(torch.inf)
     with pytest.raises(ValueError, match="features of test_convnext are not finite; train with amp_dtype=float32"):
-        ridge_head.fit_head(model, data, data.training_rows(0), 0, tiny_recipe(), torch.float32, ALONE)
+        ridge_head.fit_head(model, data, data.training_rows(0), 0, recipe, torch.float32, ALONE)

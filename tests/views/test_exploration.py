@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from PIL import Image
 
+from kutils import __main__
 from kutils.data import datasets, shards, transforms
 from kutils.ensemble import blending, fit, validated
 from kutils.models import checkpoints
@@ -186,7 +187,7 @@ def test_an_image_of_ones_own_is_asked_about(world, tmp_path):
     explored = Exploration.open("toy")
     image = tmp_path / "mine.png"
     shutil.copy(world / "input" / "toy_images" / "0007_1.png", image)
-    told = explored.ask(image, 0, count=3)
+    told, sure = explored.ask(image, 0, count=3)
     assert list(told) == [validated.MEAN, *RUNS]
     table = np.load(world / "input" / "toy.npy")[::2]
     predicted = []
@@ -202,8 +203,35 @@ def test_an_image_of_ones_own_is_asked_about(world, tmp_path):
         expected = np.argsort(-cosines)[:3]
         assert shown["prompt"].tolist() == [f'toy prompt "{number}, with a comma' for number in expected]
         np.testing.assert_allclose(shown["cosine"], cosines[expected], atol=2e-3)  # amp
+    assert sure["model"].tolist() == [validated.MEAN, *RUNS]
     with pytest.raises((ValueError, OSError), match=r"none.png"):
         explored.ask(tmp_path / "none.png", 0)
+
+
+def test_the_confidence_in_an_image_counts_the_shorter_predictions_of_the_fold(world, capsys):
+    """For a validation image, whose prediction's length is among the saved ones; `kutils ask` says the same."""
+    explored = Exploration.open("toy")
+    of = explored.validated(0)
+    place = 2
+    image = explored.data.image_path(int(of.rows[place]))
+    _, sure = explored.ask(image, 0, count=1)
+    texts = dict(zip(sure["model"], sure["confidence"], strict=True))
+    for name in RUNS:
+        with np.load(world / "working" / "runs" / name / "fold0_predictions.npz") as saved:
+            lengths = saved["lengths"][np.argsort(saved["row"])]
+        share, mean = np.mean(lengths < lengths[place]), of.cosines[name].mean()
+        near = np.mean(lengths < lengths[place] * 1.001) - share  # float rounding may count the image itself
+        assert any(
+            f"longer than {part:.0%} of the predictions of fold 0" in texts[name] for part in (share, share + near)
+        )
+        assert f"(all: {mean:.2f})" in texts[name]
+        assert __main__.run("ask", [str(image), "--model", name, "-k", "1"]) == 0
+        assert texts[name] in capsys.readouterr().out
+    pair = of.predictions[RUNS[0]] + of.predictions[RUNS[1]]
+    share = np.mean(np.linalg.norm(pair, axis=1) < np.linalg.norm(pair[place]) - 1e-4)
+    assert f"longer than {share:.0%}" in texts[validated.MEAN]
+    explored.validated(0).lengths.pop("vit_fold0")  # a run of a former version
+    assert explored.ask(image, 0, count=1)[1]["model"].tolist() == [validated.MEAN, "convnext_fold0"]
 
 
 def test_without_models_it_says_how_to_make_them(workspace, capsys):
@@ -268,10 +296,12 @@ def test_the_fitted_ensemble_is_shown_with_what_its_fit_has_not_seen(broken, cap
     both /= np.linalg.norm(both, axis=1, keepdims=True)
     np.testing.assert_allclose(of.predictions["ensemble"], both, atol=2e-3)  # its prompts are kept in float16
     image = broken / "input" / "toy_images" / "0001_0.png"
-    assert list(explored.ask(image, 0)) == ["ensemble", "convnext_fold0", "vit_fold0"]
+    told, sure = explored.ask(image, 0)
+    assert list(told) == sure["model"].tolist() == ["ensemble", "convnext_fold0", "vit_fold0"]
     next((broken / "working" / "models" / "vit").glob("*fold0_best*.pth")).unlink()  # the rest goes on
     explored.predicted.clear()
-    assert list(explored.ask(image, 0)) == ["convnext_fold0"]
+    told, sure = explored.ask(image, 0)
+    assert list(told) == sure["model"].tolist() == ["convnext_fold0"]
     said = capsys.readouterr().out
     assert "ensemble is left out: " in said and "vit_fold0 is left out: " in said
     path.unlink()
@@ -392,7 +422,7 @@ def test_the_notebook_shows_everything_without_controls_too(broken):
     told = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "toy: 80 images of 40 prompts, folds 0 to 9; 3 finished runs" in told
     page, _ = HTMLExporter(template_name="classic").from_filename(str(target))  # as a viewer without a kernel shows it
-    assert "No description has been provided" not in page and page.count("<table class=") == 3
+    assert "No description has been provided" not in page and page.count("<table class=") == 4
 
 
 @pytest.mark.slow
