@@ -16,19 +16,22 @@ from kutils.ensemble import bootstrap
 from kutils.runs import finished, launch, recipes
 from kutils.runs.finished import FinishedRun
 from kutils.runs.launch import Run
-from kutils.system import devices, locks
+from kutils.runs.recipes import Recipe
+from kutils.system import devices, locks, paths
 from kutils.system.ranks import Ranks
 from kutils.training import examples
 from kutils.training.train import train
 
 BASE = "seed"  # name of the recipe without a change
+SMALL_SET = "shapes_small"  # 700 rendered images of 64 px in four folds: what two CPU cores can train on many times
 # the published settings, shortened: the head alone at first, MADGRAD, one rate for all layers
 PUBLISHED = (
     "optimizer=madgrad layer_decay=1 head_init=xavier augment=published loss=cosine warmup_epochs=1 freeze_epochs=1 "
     "warmup_lr=1e-2 sam_rho=0 ema_decay=0 clip_grad=0 head_width=0 freeze_blocks=0"
 )
 RIDGE = "head_init=ridge warmup_epochs=0 freeze_epochs=0"
-CHANGES = {  # name -> changed keys
+STAGE_2 = "stage=2 initialize_from={seed} warmup_epochs=0 freeze_epochs=0 lr={tenth}"
+CHANGES = {  # name -> changed keys; {seed}: checkpoint of `seed`, {tenth}: of the rate, {larger}: half as many px more
     BASE: "",
     "adamw": "optimizer=adamw",
     "layer_decay": "layer_decay=0.75",
@@ -40,18 +43,20 @@ CHANGES = {  # name -> changed keys
     "augment_weak": "augment=weak",
     "augment_none": "augment=none",
     "angular": "loss=angular",
-    "ridge_slow": f"{RIDGE} lr=1e-4",
+    "second_stage": STAGE_2,
+    "larger_input": f"{STAGE_2} input_size={{larger}}",
     "all": f"optimizer=adamw layer_decay=0.75 ema_decay=0.9998 {RIDGE} clip_grad=1 augment=weak",
-    "all_slow": f"optimizer=adamw layer_decay=0.75 ema_decay=0.9998 {RIDGE} clip_grad=1 augment=weak lr=1e-4",
+    "kept": f"optimizer=adamw {RIDGE} augment=none",
     "head_alone": "head_init=ridge epochs=1 warmup_epochs=0 freeze_epochs=1 lr=0 min_lr=0 augment=none",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of an ablation: a change, a seed and a fold."""
+    """One run of an ablation: a change and its keys, a seed and a fold."""
 
     change: str
+    keys: str
     seed: int
     run: Run
 
@@ -64,26 +69,38 @@ def plan_trials(
     Args:
         config: recipe file whose network and data are trained with the published settings.
         base: further keys of all runs, such as "lr=3e-4 epochs=2"; those of a change win.
-        changes: names of CHANGES; empty: all.
+        changes: names of CHANGES, each with or without a learning rate: "all", "all@1e-4"; empty: all.
     Raises: ConfigError for a key or value that does not exist; ValueError for an unknown change, naming the nearest.
     """
+    order = list(CHANGES)
     for name in changes:
-        if name not in CHANGES:
-            raise ValueError(f"no change {name!r}{recipes.nearest(name, CHANGES)} (there are {', '.join(CHANGES)})")
-    chosen = [name for name in CHANGES if name == BASE or name in (changes or CHANGES)]
-    stem = re.sub(r"\W", "_", recipes.load_recipe(config).prefix)
+        if (stem := name.partition("@")[0]) not in order:
+            raise ValueError(f"no change {stem!r}{recipes.nearest(stem, order)} (there are {', '.join(order)})")
+    chosen = sorted({BASE, *(changes or order)}, key=lambda name: (order.index(name.partition("@")[0]), name))
+    shared = recipes.parse_overrides(shlex.split(PUBLISHED)) | recipes.parse_overrides(shlex.split(base))
+    recipe = recipes.load_recipe(config, [f"{key}={value}" for key, value in shared.items()])
+    series = re.sub(r"\W", "_", f"ablation_{recipes.load_recipe(config).prefix}_{'_'.join(recipe.datasets)}")
     trials = []
     for seed in seeds:
+        start = f"{series}/{series}_{BASE}_seed{seed}_fold{{fold}}_best_cossim.pth"
         for name in chosen:
-            values: dict[str, str] = {}
-            for text in (PUBLISHED, base, CHANGES[name]):
-                values |= recipes.parse_overrides(shlex.split(text))
-            data = values.get("datasets", ",".join(recipes.load_recipe(config).datasets)).replace(",", "_")
-            values |= {"seed": str(seed), "prefix": f"ablation_{stem}_{data}_{name}_seed{seed}"}
-            values |= {"save_dir": f"ablation_{stem}_{data}"}
+            change, _, rate = name.partition("@")
+            keys = CHANGES[change].format(seed=start, tenth=recipe.lr / 10, larger=recipe.input_size * 3 // 2)
+            keys += f" lr={rate}" if rate else ""
+            own = f"seed={seed} prefix={series}_{name.replace('@', '_lr')}_seed{seed} save_dir={series}"
+            values = shared | recipes.parse_overrides(shlex.split(keys)) | recipes.parse_overrides(shlex.split(own))
             overrides = [f"{key}={value}" for key, value in values.items()]
-            trials += [Trial(name, seed, launch.plan(config, fold, overrides)) for fold in folds]
+            trials += [Trial(name, keys.strip(), seed, launch.plan(config, fold, overrides)) for fold in folds]
     return trials
+
+
+def ensure_datasets(recipe: Recipe) -> None:
+    """Make `shapes_small` where the recipe names it and it is missing; other data sets as `launch.ensure_datasets`."""
+    if SMALL_SET in recipe.datasets and not (paths.input_dir() / f"{SMALL_SET}.folds.json").is_file():
+        size = ["--num-prompts", "700", "--images-per-prompt", "1", "--size", "64"]
+        launch.run_module("kutils", "generate", "--shapes-dataset", SMALL_SET, *size)
+        launch.run_module("kutils", "folds", str(paths.input_dir() / f"{SMALL_SET}.tsv"), "--folds", "4")
+    launch.ensure_datasets(recipe)
 
 
 def run_trials(trials: Sequence[Trial]) -> list[FinishedRun]:
@@ -115,8 +132,8 @@ def cosines_of(trial: Trial) -> pd.Series:
     return table.set_index("row")["cosine"].sort_index().astype(np.float64)
 
 
-def gains(trials: Sequence[Trial]) -> pd.DataFrame:
-    """What each change is worth: means over seeds, and the difference to the seed's recipe on the same images.
+def gains(trials: Sequence[Trial], against: str = BASE) -> pd.DataFrame:
+    """What each change is worth: means over seeds, and the difference to one of them on the same images.
 
     The interval is by bootstrap over prompts, of each image's mean over seeds. `spread` is the standard deviation
     of the differences that single seeds have.
@@ -130,7 +147,7 @@ def gains(trials: Sequence[Trial]) -> pd.DataFrame:
         name: pd.DataFrame({seed: pd.concat(map(cosines_of, own)) for seed, own in seeds.items()})
         for name, seeds in groups.items()
     }
-    base = by_change[BASE]
+    base = by_change[against]
     data = datasets.load_datasets(trials[0].run.recipe.datasets)
     prompts = data.prompt_codes[base.index.to_numpy()]
     lines = {}
@@ -139,7 +156,7 @@ def gains(trials: Sequence[Trial]) -> pd.DataFrame:
         low, high = bootstrap.interval(difference.to_numpy(), prompts)
         results = [finished.read_result(trial.run.folder) for own in groups[name].values() for trial in own]
         lines[name] = {
-            "keys": CHANGES[name],
+            "keys": next(trial.keys for trial in trials if trial.change == name),
             "cosine": float(cosines.to_numpy().mean()),
             "difference": float(difference.mean()),
             "low": low,
@@ -151,8 +168,8 @@ def gains(trials: Sequence[Trial]) -> pd.DataFrame:
     return pd.DataFrame(lines).T.rename_axis("change")
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    """The table as a page holds it."""
+def as_markdown(table: pd.DataFrame, against: str = BASE) -> str:
+    """The table as a page holds it; `against` has no difference."""
     lines = [
         "| change | keys | runs | cosine | difference | 95 % interval | deviation of seeds |",
         "|---|---|---|---|---|---|---|",
@@ -160,7 +177,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     for name, row in table.iterrows():
         keys = " ".join(f"`{key}`" for key in row["keys"].split()) or "the published settings"
         own = f"| {name} | {keys} | {row['runs']} | {row['cosine']:.4f} "
-        if name == BASE:
+        if name == against:
             lines.append(f"{own}| | | |")
         else:
             spread = "" if np.isnan(row["spread"]) else f"{row['spread']:.4f} "

@@ -33,7 +33,46 @@ def test_every_change_is_a_recipe(config):
         changed = {key for key in recipe.values() if getattr(recipe, key) != getattr(first, key)} - {"prefix"}
         named = {text.partition("=")[0] for text in ablation.CHANGES[trial.change].split()}
         assert changed and changed <= named and recipe.seed == 3, trial.change
+        assert {text.partition("=")[0] for text in trial.keys.split()} == named
     assert len({trial.run.folder for trial in trials}) == len(trials)
+    by_name = {trial.change: trial.run.recipe for trial in trials}
+    assert by_name["larger_input"].input_size == 48 and by_name["second_stage"].input_size == 32
+    assert by_name["larger_input"].initial_checkpoint(0) == first.checkpoint_path(0)
+    assert by_name["second_stage"].lr == pytest.approx(first.lr / 10)
+
+
+def test_a_change_has_a_rate_of_its_own(config):
+    trials = ablation.plan_trials(config, BASE + " clip_grad=2", ["all", "seed@3e-3", "all@1e-4"], seeds=(0,))
+    assert trials[0].run.recipe.clip_grad == 2 and trials[2].run.recipe.clip_grad == 1
+    rates = {trial.change: trial.run.recipe.lr for trial in trials}
+    assert rates == {"seed": 1e-3, "seed@3e-3": 3e-3, "all": 1e-3, "all@1e-4": 1e-4}
+    assert [trial.change for trial in trials] == list(rates)
+    folders = [trial.run.folder.name for trial in trials]
+    assert folders[1::2] == ["ablation_tiny_toy_seed_lr3e-3_seed0_fold0", "ablation_tiny_toy_all_lr1e-4_seed0_fold0"]
+    assert trials[3].run.recipe.values() | {"lr": 1e-3, "prefix": ""} == trials[2].run.recipe.values() | {"prefix": ""}
+
+
+def test_a_second_stage_at_a_larger_input_goes_on_from_the_seeds_run(config, capsys):
+    trials = ablation.plan_trials(config, BASE, ["larger_input"], seeds=(0,))
+    second = ablation.run_trials(trials)[1]
+    assert second.recipe.input_size == 48 and second.recipe.stage == 2
+    table = ablation.gains(trials, "larger_input")
+    assert table.loc["larger_input", "difference"] == 0 and table.loc["seed", "difference"] != 0
+    lines = ablation.as_markdown(table, "larger_input").splitlines()
+    assert lines[3].startswith("| larger_input | `stage=2` `initialize_from=") and lines[3].endswith("| | | |")
+    assert " | -" in lines[2] or " | +" in lines[2]
+
+
+def test_the_small_set_is_made_where_it_is_named_and_missing(workspace, config, monkeypatch):
+    commands = []
+    monkeypatch.setattr(ablation.launch, "run_module", lambda *command: commands.append(command))
+    recipe = ablation.plan_trials(config, BASE.replace("toy", "shapes_small"), ["ema"])[0].run.recipe
+    with pytest.raises(ValueError, match="shapes_small"):  # what would make it was not run
+        ablation.ensure_datasets(recipe)
+    assert [command[1] for command in commands] == ["generate", "folds"]
+    assert commands[1][2:] == (str(workspace / "input" / "shapes_small.tsv"), "--folds", "4")
+    ablation.ensure_datasets(ablation.plan_trials(config, BASE, ["ema"])[0].run.recipe)
+    assert len(commands) == 2
 
 
 def test_differences_by_the_runs_own_files(config, capsys):
