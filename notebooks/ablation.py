@@ -21,7 +21,7 @@
 #
 # **What it needs.** Data sets with folds; `shapes_small` (700 images of 64 px) and `shapes` are made if missing.
 #
-# **How long it takes.** Runs times the time of one: as it stands, 48 runs of 15 seconds of a CPU core, so a quarter of
+# **How long it takes.** Runs times the time of one: as it stands, 45 runs of 15 seconds of a CPU core, so a quarter of
 # an hour. `-p base "datasets=shapes epochs=2 lr=6e-4"` is larger: some minutes a run. `-p config tiny_vit_stage1.yaml`
 # has another network.
 
@@ -64,7 +64,7 @@ for name, keys in {trial.change: trial.keys for trial in trials}.items():
 # One run after the other, in this process.
 
 # %%
-ablation.ensure_datasets(trials[0].run.recipe)
+ablation.make_missing_datasets(trials[0].run.recipe)
 ablation.run_trials(trials)
 
 # %% [markdown]

@@ -46,7 +46,6 @@ CHANGES = {  # name -> changed keys; {seed}: checkpoint of `seed`, {tenth}: of t
     "second_stage": STAGE_2,
     "larger_input": f"{STAGE_2} input_size={{larger}}",
     "all": f"optimizer=adamw layer_decay=0.75 ema_decay=0.9998 {RIDGE} clip_grad=1 augment=weak",
-    "kept": f"optimizer=adamw {RIDGE} augment=none",
     "head_alone": "head_init=ridge epochs=1 warmup_epochs=0 freeze_epochs=1 lr=0 min_lr=0 augment=none",
 }
 
@@ -94,7 +93,7 @@ def plan_trials(
     return trials
 
 
-def ensure_datasets(recipe: Recipe) -> None:
+def make_missing_datasets(recipe: Recipe) -> None:
     """Make `shapes_small` where the recipe names it and it is missing; other data sets as `launch.ensure_datasets`."""
     if SMALL_SET in recipe.datasets and not (paths.input_dir() / f"{SMALL_SET}.folds.json").is_file():
         size = ["--num-prompts", "700", "--images-per-prompt", "1", "--size", "64"]

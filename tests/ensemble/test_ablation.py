@@ -68,10 +68,10 @@ def test_the_small_set_is_made_where_it_is_named_and_missing(workspace, config, 
     monkeypatch.setattr(ablation.launch, "run_module", lambda *command: commands.append(command))
     recipe = ablation.plan_trials(config, BASE.replace("toy", "shapes_small"), ["ema"])[0].run.recipe
     with pytest.raises(ValueError, match="shapes_small"):  # what would make it was not run
-        ablation.ensure_datasets(recipe)
+        ablation.make_missing_datasets(recipe)
     assert [command[1] for command in commands] == ["generate", "folds"]
     assert commands[1][2:] == (str(workspace / "input" / "shapes_small.tsv"), "--folds", "4")
-    ablation.ensure_datasets(ablation.plan_trials(config, BASE, ["ema"])[0].run.recipe)
+    ablation.make_missing_datasets(ablation.plan_trials(config, BASE, ["ema"])[0].run.recipe)
     assert len(commands) == 2
 
 
