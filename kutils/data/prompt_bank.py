@@ -1,8 +1,7 @@
 """Stores prompts with their embeddings, and finds those nearest to an embedding.
 
 A bank is a memory-mapped Arrow file, whose pages processes share. A large one has a shortened embedding of each prompt,
-which rules most prompts out without reading their full embeddings. Banks of data sets leave the embeddings in the .npy
-files.
+which rules most prompts out early. Banks of data sets leave the full embeddings in the .npy files.
 """
 
 import textwrap

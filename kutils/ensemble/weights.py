@@ -167,7 +167,7 @@ def find_ensemble(folders: Sequence[Path]) -> Path:
     """The file of the ensemble that was fitted last, in folders or below.
 
     Raises: ValueError if there is none; on Kaggle also for several that differ, since file times of inputs are not
-    reliable.
+        reliable.
     """
     files = ensemble_files(folders)
     if not files:

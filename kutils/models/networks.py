@@ -101,7 +101,7 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> PromptEmbedder:
 
     Args:
         recipe: its keys for backbone, head, input size, drop path, patch mode, pretrained weights and frozen blocks are
-        used.
+            used.
         pretrained: False skips the pretrained weights, if a checkpoint is loaded next.
     Raises: ValueError for a backbone that timm does not have, or pretrained weights that cannot be loaded.
     """

@@ -92,7 +92,7 @@ def make_prompts_file(
     Args:
         sources: files in order of preference: of equal prompts the first is kept.
         tokenizer: folder of CLIP's tokenizer, to leave out prompts that Stable Diffusion would truncate; None: no
-        limit.
+            limit.
         exclude: prompts files whose prompts are left out.
     Returns: the report.
     Raises: ValueError, before anything is written.

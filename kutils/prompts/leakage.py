@@ -62,9 +62,9 @@ def leakage_report(
 
 
 def distances(folds: np.ndarray, num_rows: np.ndarray, stratum: np.ndarray, num_folds: int) -> np.ndarray:
-    """The share of each fold's rows that would need another source (or topic) for the fold to be like all rows.
+    """The total variation distance (0 to 1) between the sources, or topics, of each fold and those of all rows.
 
-    This is the total variation distance of the two distributions, 0 to 1.
+    It is the share of a fold's rows that would need another source (or topic) for the fold to be like all rows.
 
     Args:
         stratum: int [prompts], from 0: the source or topic of each prompt.
@@ -108,7 +108,7 @@ def format_leakage(report: dict) -> str:
     names = {f"{name}_distance": f"{name}s" for name in STRATA if f"{name}_distance" in report["folds"][0]}
     if names:  # reports of earlier versions have none
         what = " and ".join(names.values())
-        lines.append(f"{what}: share of a fold's rows that would need another one for the fold to be like all rows")
+        lines.append(f"{what}: total variation distance between each fold and all rows")
     heads = "".join(f"{name:>9}" for name in names.values())
     lines.append(f"{'fold':>6}{'rows':>12}{'share':>8}{'prompts':>12}{'leaked':>8}{heads}")
     for fold in report["folds"]:

@@ -37,7 +37,7 @@ def recognise_table(lines: Sequence[str], names: Collection[str], expected: str 
     Args:
         names: known column names in lower case; a header with one of them decides.
         expected: the separator by the file's suffix; empty: unknown, then only a header with a known column makes a
-        table.
+            table.
     """
     candidates = sorted(SEPARATORS, key=lambda separator: separator != expected)
     for separator in candidates:

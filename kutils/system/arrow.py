@@ -47,7 +47,7 @@ def write_batches(
 
     Args:
         left_out: columns of texts, bytes or lists that the checksum does not cover, since their rows have their own;
-        names that the schema lacks are ignored.
+            names that the schema lacks are ignored.
         most_batches: upper bound on the number of batches; only needed if columns are left out.
     """
     left_out = [name for name in left_out if name in schema.names]
