@@ -16,8 +16,9 @@
 #
 # **What it does.** Measures speed and memory on this machine, compared with the published pipeline or a plain
 # implementation, and keeps the numbers in `working/benchmark/results.json`.
-# `kutils benchmark --sections loader,step` runs it; its options are the parameters below. As a script, `python
-# notebooks/benchmark.py`, the sections `loader`, `step` and `differences` need only torch, torchvision and timm.
+# `papermill notebooks/benchmark.ipynb working/runs/benchmark.ipynb -p sections loader,step`, or `kutils benchmark
+# --sections loader,step`, whose options are the parameters below. As a script, `python notebooks/benchmark.py`, the
+# sections `loader`, `step` and `differences` need only torch, torchvision and timm.
 #
 # **What it needs.** Linux. On a GPU, if there is one, the five networks of the recipes are measured, else the two tiny
 # ones. `open_5m_rows`: 12 GB of disk below `working/`, and 20 GB of memory for the plain implementation, which is left
