@@ -195,13 +195,13 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
 
-def exit_without(parent: int) -> None:
-    """Exit once the parent is gone and the main thread has ended.
+def exit_without(parent: int, ended: threading.Event) -> None:
+    """Exit once the parent is gone and the module has ended.
 
     Linux may then send two signals. The second interrupts torchrun's handling of the first, which can leave a thread of
-    torchrun waiting for ever.
+    torchrun for which Python would wait for ever before it exits.
     """
-    while os.getppid() == parent or threading.main_thread().is_alive():
+    while os.getppid() == parent or not ended.is_set():
         time.sleep(0.2)
     os._exit(1)
 
@@ -230,7 +230,8 @@ def torchrun_failure(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=exit_without, args=(os.getppid(),), daemon=True).start()
+    module_ended = threading.Event()
+    threading.Thread(target=exit_without, args=(os.getppid(), module_ended), daemon=True).start()
     end_with_parent()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank
         count_ranks_by_node()
@@ -243,3 +244,5 @@ if __name__ == "__main__":
         if not type(error).__module__.startswith("torch.distributed.elastic"):
             raise
         sys.exit(torchrun_failure(error))  # a traceback of torchrun's own code says nothing more
+    finally:
+        module_ended.set()

@@ -204,14 +204,18 @@ def test_what_could_not_be_saved_at_the_end_of_the_time_is_an_error(module, caps
         assert cut(name, capsys)[0] is False
 
 
-CLEANING = """import signal, sys, threading
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-threading.Thread(target=time.sleep, args=(600,)).start()
-"""
+CLEANING = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+THREADS = {  # which Python waits for at its end, each at another moment
+    "plain": "",
+    "cleans up, with a thread that does not end": f"{CLEANING}import threading\n"
+    "threading.Thread(target=time.sleep, args=(600,)).start()\n",
+    "cleans up, with a pool's thread that does not end": f"{CLEANING}import concurrent.futures as futures\n"
+    "futures.ThreadPoolExecutor(1).submit(time.sleep, 600)\n",
+}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-@pytest.mark.parametrize("cleaning", ["", CLEANING], ids=["plain", "cleans up, with a thread that does not end"])
+@pytest.mark.parametrize("cleaning", THREADS.values(), ids=THREADS)
 def test_a_killed_parent_takes_its_child_along(module, tmp_path, cleaning):
     name = module(f"import os, time\n{cleaning}open('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     parent = subprocess.Popen(
