@@ -12,9 +12,10 @@ SHARPNESS = 3.0  # of `KeyedHead`; on held-out prompts of 1,015 real pairs bette
 
 def num_features(backbone: nn.Module, head: str) -> int:
     """Length of the vector that `features` gives."""
+    if head == "pooled_stages":
+        return backbone.num_features + sum(stage["num_chs"] for stage in backbone.feature_info[-STAGES:])
     return {
         "pooled": backbone.num_features,
-        "pooled_stages": backbone.num_features + sum(stage["num_chs"] for stage in backbone.feature_info[-STAGES:]),
         "clip_projection": backbone.num_classes,
         "cls_only": backbone.num_features,
         "cls_avg": 2 * backbone.num_features,
