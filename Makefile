@@ -78,7 +78,7 @@ test-fast: env ## the quick tests of the rooms that a change touches (against ma
 
 coverage: ## make test, and what share of each room's lines it runs: none may be below 85 %
 	$(MAKE) test COVERAGE="--cov=kutils --cov-report="
-	@rm -f .coverage.*  # cut short by the tests that kill processes
+	@rm -f .coverage.* */.coverage.*  # cut short by the tests that kill processes
 	@for room in $$(ls -d kutils/*/ | grep -v __); do echo "$$room"; \
 		$(bin)/coverage report --include="$$room*" --format=total --fail-under=85; done
 
