@@ -3,6 +3,7 @@
 A checksum of the whole file would have to read all of it before the first answer.
 """
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable
 
@@ -13,12 +14,11 @@ import torch
 from kutils.system.checksums import Damaged
 from kutils.system.embedding_files import EMBEDDING_DIM
 
-RANDOM = np.random.default_rng(0)
 COLUMNS = 4  # of numbers that a row's bytes are multiplied with
-BYTE_FACTORS = torch.from_numpy(
-    RANDOM.integers(1, 128, (4 * EMBEDDING_DIM, COLUMNS)) * RANDOM.choice([-1, 1], (4 * EMBEDDING_DIM, COLUMNS))
-).to(torch.int8)
-FACTORS = torch.from_numpy(RANDOM.integers(0, 2**62, COLUMNS) * 2 + 1)
+# odd, and as random as a hash: a file must have the same sums with any version of NumPy, whose generators may change
+RANDOM = hashlib.shake_256(b"kutils rows").digest(4 * EMBEDDING_DIM * COLUMNS + 8 * COLUMNS)
+BYTE_FACTORS = torch.from_numpy(np.frombuffer(RANDOM[: -8 * COLUMNS], np.int8).reshape(-1, COLUMNS) | 1)
+FACTORS = torch.from_numpy(np.frombuffer(RANDOM[-8 * COLUMNS :], "<i8") | 1)
 
 
 def row_sums(rows: np.ndarray) -> np.ndarray:
