@@ -215,10 +215,10 @@ def fit_head(
     see = partial(run_backbone, network, data, recipe=recipe, dtype=dtype, ranks=ranks)
     factor, seen = None, see(rows=rows)
     if recipe.head_keys:
-        some = np.sort(np.random.default_rng(recipe.seed).permutation(rows)[: recipe.head_keys])
-        of_keys = list(see(rows=some, title="keys of the head"))
+        key_rows = np.sort(np.random.default_rng(recipe.seed).permutation(rows)[: recipe.head_keys])
+        of_keys = list(see(rows=key_rows, title="keys of the head"))
         factor = place_keys(network, of_keys, recipe, ranks)
-        seen = chain(of_keys, see(rows=np.setdiff1d(rows, some)))
+        seen = chain(of_keys, see(rows=np.setdiff1d(rows, key_rows)))
     for batch in seen:
         features, is_held = batch.features, held[np.searchsorted(rows, batch.rows)]
         if factor is not None:
