@@ -21,7 +21,7 @@ def start_job_process(shared, prepare: Callable[[], object] | None, known: set[b
     counter = shared
     fatal.known, fatal.note = known, note
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends its processes
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # temporary files are removed then
+    signal.signal(signal.SIGTERM, exit_job_process)
     children.end_with_parent()  # else it would wait for jobs for ever
     if not multiprocessing.parent_process().is_alive():  # it was killed before that
         os._exit(1)
@@ -29,11 +29,21 @@ def start_job_process(shared, prepare: Callable[[], object] | None, known: set[b
         prepare()
 
 
+def exit_job_process(number: int, frame) -> None:
+    """Handle SIGTERM: let the job remove its temporary files, then exit.
+
+    The pool may send the signal again, which must not interrupt that.
+    """
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def run_job(function: Callable, *job):
     """Call the function; SIGTERM ends this process, else the pool would give it the next job."""
     try:
         return function(*job)
     except SystemExit as ended:
+        ended.__traceback__ = None  # frees the job's frames: `with` blocks interrupted while they ended end now
         os._exit(ended.code)
 
 
