@@ -20,7 +20,7 @@ from kutils.system.tables import read_table, write_table
 THRESHOLD = 0.7  # of the published folds
 SIZES = (15_000, 30_000, 60_000, 120_000, 240_000)  # prompts
 GROWN = (*SIZES, 1_000_000, 3_400_000)  # prompts; those beyond the given ones are made of them
-GROWN_BLOCKS = 7000  # that are searched of so many prompts: all of 240,000, a 17th of 1 M, a 200th of 3.4 M
+GROWN_BLOCKS = 1750  # that are searched of so many prompts: all of 240,000, a 17th of 1 M, a 200th of 3.4 M
 COMPARED = 60_000  # prompts at most that FAISS searches, in 13 s on two cores; twice as many would take four times that
 NUM_FOLDS = 10
 NEIGHBOURS = 10

@@ -9,6 +9,7 @@ A pair of product t therefore has s . s' >= t - e (|r'| + e') - |r| e'.
 The axes are the principal ones: they leave the least to the tail z. They come from a sample, which the proof allows.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +36,14 @@ class Shortening:
         """Short rows in float64, [n, width], of float64 [n, D]; each as long as its row."""
         if self.axes is None:
             return rows
-        head = rows @ self.axes
+        head = rows @ self.turned_axes
         tail = (squares(rows) - squares(head)).clamp_(min=0).sqrt_()
-        return torch.cat([head, tail[:, None]], dim=1) @ self.turn
+        return head.addr_(tail, self.turn[-1])
+
+    @functools.cached_property
+    def turned_axes(self) -> Tensor:
+        """float64 [D, width]: products with it are coordinates along the axes, turned."""
+        return self.axes @ self.turn[:-1]
 
     def round(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Short rows in `dtype`, [n, width], of float64 [n, D], and the error |d| of each, float32 [n], rounded up."""

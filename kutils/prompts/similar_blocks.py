@@ -1,12 +1,14 @@
 """Finds the similar pairs of one block of rows; short rows, of the fastest width, select candidates."""
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -24,16 +26,18 @@ from kutils.prompts.shortening import (
 from kutils.system.devices import autocast_dtype
 from kutils.system.embedding_files import UNIT_TOLERANCE
 
-SAMPLE_ROWS = {"cpu": 1024, "cuda": 16_384}  # of the block by which ways to shorten rows are compared
+SAMPLE_ROWS = {"cpu": 768, "cuda": 16_384}  # of the block by which ways to shorten rows are compared
 FEW_PAIRS = 2**24  # of rows, up to which comparing ways costs more than it saves
-WIDTHS = (32, 48, 64, 96, 128, 192)  # of short rows that are tried, beside the full width
+WIDTHS = (192, 128, 96, 64, 32)  # of short rows that are tried, beside the full width
+SLOWER = 1.25  # times the least time, from which narrower short rows are not tried: they have yet more candidates
 GROUP = 64  # rows whose largest product is looked at first on a GPU: most groups hold no candidate
+CPU_GROUP = 8  # products whose largest is looked at first on a CPU
 DENSE = {"cpu": 1 / 8, "cuda": 1 / 50}  # share of candidates from which all float32 products cost less than single ones
-CROWDED = 1 / 16  # share of groups with a candidate from which a block is quartered, if it has CROWDED_ROWS twice
+CROWDED = 1 / 16  # share of candidates, or of groups with one, from which a block of twice CROWDED_ROWS is quartered
 CROWDED_ROWS = 2048
 VERIFIED = 32_768  # candidates verified at a time: 100 MB
-COPIED = 2048  # embeddings copied at a time: 6 MB in float64, which a CPU's cache holds
-LOOKED_AT = 256  # rows of a block whose products are looked at together on a CPU
+COPIED = 1024  # embeddings copied at a time: 3 MB in float64, which a CPU's cache holds
+LOOKED_AT = 128  # rows of a block whose products are looked at together on a CPU
 EXACTLY = 1e-12  # tolerance in float64, so that equal rows count as similar at a threshold of 1.0
 
 
@@ -115,29 +119,37 @@ def check_lengths(rows: Tensor, first_row: int) -> Tensor:
 def fastest_shortening(left: UnitRows, right: UnitRows, threshold: float, dtype: str, run: Callable) -> Shortening:
     """The way to shorten rows with which the pairs among a sample of them are found in the least time.
 
-    The widest short rows have the fewest candidates to verify, the narrowest the cheapest products. Where the bound
-    helps nothing, as among random rows, the full width wins. A few rows are multiplied as they are.
+    The widest short rows have the fewest candidates to verify, the narrowest the cheapest products. So widths are tried
+    from the full one down, until candidates cost more than products save. Where the bound helps nothing, as among
+    random rows, the full width wins. A few rows are multiplied as they are.
 
     Args:
         dtype: of the short rows; auto: int8 or what the device multiplies fast.
     """
     device, width = left.exact.device, left.exact.shape[1]
-    samples = [sample_of(rows, SAMPLE_ROWS[device.type], seed) for seed, rows in enumerate((left, right))]
-    numbers = torch.cat([rows.exact.double() / rows.lengths[:, None] for rows in samples])
+    count = SAMPLE_ROWS[device.type]
+    wide = [sample_of(rows, 2 * count, seed) for seed, rows in enumerate((left, right))]
+    samples = [sample_of(rows, count, 0) for rows in wide]
+    numbers = torch.cat([rows.exact.double() / rows.lengths[:, None] for rows in wide])
     dtypes = [autocast_dtype(dtype, device)]
     if len(left.exact) * len(right.exact) <= FEW_PAIRS:
         return fit_shortening(numbers, None, width, dtypes[0])
     if dtype == "auto" and device.type == "cpu":
         dtypes.append(torch.int8)
     axes = principal_axes(numbers)
-    widths = [width, *(size for size in WIDTHS if size < width)]
-    ways = [fit_shortening(numbers, axes, size, name) for name in dtypes for size in widths]
 
-    def seconds(how: Shortening) -> float:
-        here, there = (shorten(rows, how, map) for rows in samples)
-        return min(time_block(here, there, threshold, how) for _ in range(2))  # the first prepares the product
+    def fastest(name: torch.dtype) -> tuple[float, Shortening]:
+        best = math.inf, None
+        for size in [width, *(size for size in WIDTHS if size < width)]:
+            how = fit_shortening(numbers[::3], axes, size, name)
+            here, there = (shorten(rows, how, map) for rows in samples)
+            seconds = min(time_block(here, there, threshold, how) for _ in range(3))  # the first prepares the product
+            if seconds > SLOWER * best[0]:
+                break
+            best = min(best, (seconds, how), key=itemgetter(0))
+        return best
 
-    return ways[int(np.argmin(list(run(seconds, ways))))]
+    return min(run(fastest, dtypes), key=itemgetter(0))[1]
 
 
 def sample_of(rows: UnitRows, count: int, seed: int) -> UnitRows:
@@ -163,18 +175,22 @@ def pairs_of_block(
     """
     half = block_rows // 2 if block_rows % (2 * GROUP) == 0 else 0
     here, there = slice(top, top + block_rows), slice(start, start + block_rows)
+    mirrored = left is right and top == start
+    short = left.short[here]
     limit = smallest_product(threshold, how, (left.error, right.error))
-    selected = candidates(left.short[here], right.short[there], limit, CROWDED if half >= CROWDED_ROWS else 1)
+    most = CROWDED if half >= CROWDED_ROWS else 1
+    selected = candidates(short, short if mirrored else right.short[there], limit, most)
     if selected is None:
-        corners = [(i, j) for i in (top, top + half) for j in (start, start + half)]
+        corners = [(i, j) for i in (top, top + half) for j in (start, start + half) if not mirrored or i <= j]
         corners = [(i, j) for i, j in corners if i < len(left.exact) and j < len(right.exact)]
         return concatenate_pairs([pairs_of_block(left, right, *corner, half, threshold, how) for corner in corners])
     row, column = selected
-    within = (row + top < len(left.exact)) & (column + start < len(right.exact))  # not in the padding
-    if left is right:
-        within &= row + top < column + start  # each pair once, and no row with itself
-    row, column = row[within], column[within]
     a, b = left.exact[here], right.exact[there]
+    if mirrored or min(len(a), len(b)) < block_rows:
+        within = (row < len(a)) & (column < len(b))  # not in the padding
+        if mirrored:
+            within &= row < column  # each pair once, and no row with itself
+        row, column = row[within], column[within]
     lengths = left.lengths[here][row] * right.lengths[there][column]
     cosine = products_of(a, b, row, column) / lengths
     keep = cosine >= threshold
@@ -203,24 +219,39 @@ def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> t
     """Find the products of a short row of left and one of right that are not below the limit.
 
     Args:
-        left, right, limit: [m, width], m a multiple of GROUP; [n, width]; and as `smallest_product` returns it.
-        most: share of the groups of products that may hold a candidate; without effect on a CPU.
-    Returns: row and column of each, int64, sorted by row on a CPU; None if more groups hold candidates.
+        left, right, limit: [m, width], m a multiple of GROUP; [n, width]; and as `smallest_product` returns it. If
+            right is left, products of a row and an earlier one may be left out.
+        most: share of the products on a CPU, or of their groups on a GPU, that may be candidates or hold some.
+    Returns: row and column of each, int64, sorted by row on a CPU; None if there are more.
     """
     if left.device.type != "cpu":
         return candidates_by_group(products(left, right), limit.to(left.device), most)
-    parts = [reached(products(some, right), limit) for some in left.split(LOOKED_AT)]  # in the cache
-    flat = torch.from_numpy(np.concatenate([part + i * LOOKED_AT * len(right) for i, part in enumerate(parts)]))
-    return flat // len(right), flat % len(right)
+    parts, count = [], 0
+    for top in range(0, len(left), LOOKED_AT):
+        start = top if left is right else 0
+        places = reached(products(left[top : top + LOOKED_AT], right[start:]), limit)
+        row, column = np.divmod(places, len(right) - start)
+        parts.append((row + top, column + start))
+        count += len(places)
+        if count > most * len(left) * len(right):
+            return None
+    row, column = (torch.from_numpy(np.concatenate(numbers)) for numbers in zip(*parts, strict=True))
+    return row, column
 
 
 def reached(values: Tensor, limit: Tensor) -> np.ndarray:
-    """The places of the values on a CPU that are not below the limit: int64. NumPy looks 10 times as fast as torch."""
+    """The places of the values on a CPU that are not below the limit: int64. NumPy looks 10 times as fast as torch.
+
+    The largest of each group of values is looked at first: most groups hold no candidate.
+    """
     if values.element_size() == 2 and limit > 0:  # bits of positive 16-bit floats have the order of the numbers
         values, limit = values.view(torch.int16), limit.view(torch.int16)
     elif values.element_size() == 2:
         values = values.float()
-    return np.flatnonzero(values.numpy() >= limit.item())
+    groups = values.numpy().reshape(CPU_GROUP if values.numel() % CPU_GROUP == 0 else 1, -1)
+    some = np.flatnonzero(groups.max(axis=0) >= limit.item())
+    member, place = np.nonzero(groups[:, some] >= limit.item())
+    return member * groups.shape[1] + some[place]
 
 
 def candidates_by_group(values: Tensor, limit: Tensor, most: float) -> tuple[Tensor, Tensor] | None:
@@ -242,10 +273,11 @@ def threads(device: torch.device) -> Iterator[Callable]:
     silence_sparse()
     count = torch.get_num_threads()
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
+        yield pool.map
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(count)
 
 

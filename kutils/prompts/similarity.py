@@ -1,6 +1,7 @@
 """Finds all pairs of prompts at or above a cosine, exactly, within one set of embeddings or between two."""
 
 import hashlib
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from kutils.system.devices import pick_device
 from kutils.system.progress import progress_bar
 from kutils.system.ranks import Ranks
 
-BLOCK_ROWS = {"cpu": 2048, "cuda": 16_384}  # a CPU keeps the products of such a block in its cache
+BLOCK_ROWS = {"cpu": 4096, "cuda": 16_384}  # short rows of such a block fit a CPU's cache
 HASHED = 65_536  # embeddings hashed at a time
 
 
@@ -52,7 +53,7 @@ def similar_pairs(
     Args:
         embeddings: float32 [n, D], rows of length 1 within 0.001, also a memory map.
         others: float32 [m, D]: find pairs of a row of `embeddings` and a row of these instead.
-        block_rows: rows and columns of a block; 0: 2,048 on the CPU, 16,384 on a GPU.
+        block_rows: rows and columns of a block; 0: 4,096 on the CPU, 16,384 on a GPU.
         device: auto, cpu or cuda; without effect if ranks are given.
         dtype: of the products that select candidates: int8, bfloat16, float16, float32, or auto (the fastest here).
         folder: for finished strips, so that an interrupted call continues. Several ranks need it, and share it.
@@ -81,24 +82,30 @@ def similar_pairs(
         total = sum(len(blocks_of[top]) for top in own)
         with progress_bar(total, "block", "pairs", delay=5, disable=not progress) as bar:
 
-            def pairs_of_strip(top: int) -> SimilarPairs:
-                parts = []
-                for pairs in run(
+            def begin(top: int) -> Iterator[SimilarPairs]:
+                return run(
                     lambda start: pairs_of_block(left, right, top, start, block_rows, threshold, how), blocks_of[top]
-                ):
+                )
+
+            def finish(top: int, blocks: Iterator[SimilarPairs]) -> SimilarPairs:
+                parts = []
+                for pairs in blocks:
                     parts.append(pairs)
                     bar.update()
                 pairs = concatenate_pairs(parts, sort=True)
                 write_strip(path_of[top], pairs)
                 return pairs
 
-            strips = {top: pairs_of_strip(top) for top in own}
+            strips, begun = {}, begin(own[0]) if own else None
+            for top, following in itertools.zip_longest(own, own[1:]):  # the next begins while a core ends this one
+                blocks, begun = begun, None if following is None else begin(following)
+                strips[top] = finish(top, blocks)
             ranks.barrier()
             if not ranks.is_main:
                 return concatenate_pairs([])
             for top in set(tops) - set(own):  # of other ranks, and of an interrupted call
                 saved = read_strip(path_of[top])
-                strips[top] = pairs_of_strip(top) if saved is None else saved
+                strips[top] = finish(top, begin(top)) if saved is None else saved
             return concatenate_pairs([strips[top] for top in tops])
 
 

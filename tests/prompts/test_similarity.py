@@ -214,21 +214,34 @@ def test_candidates_by_group_are_those_of_every_product(dtype):
     assert similar_blocks.candidates_by_group(values, limit, 0.01) is None
 
 
-def test_a_crowded_block_is_quartered(monkeypatch):
-    """As on a GPU."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_crowded_block_is_quartered(monkeypatch, device):
+    """On a CPU, and as on a GPU."""
     monkeypatch.setattr(similar_blocks, "CROWDED_ROWS", 64)
     rows = neighbourhoods(num_groups=2, group_size=250, noise=0.3)
-    sizes = []
+    sizes, find = [], similar_blocks.candidates
 
     def search(left, right, limit, most):
         sizes.append(len(left))
+        if device == "cpu":
+            return find(left, right, limit, most)
         return similar_blocks.candidates_by_group(shortening.products(left, right), limit, most)
 
     monkeypatch.setattr(similar_blocks, "candidates", search)
-    monkeypatch.setattr(similar_blocks, "products_of", lambda a, b, row, column: (a @ b.T)[row, column])
+    if device == "cuda":
+        monkeypatch.setattr(similar_blocks, "products_of", lambda a, b, row, column: (a @ b.T)[row, column])
     pairs = similar_pairs(rows, 0.7, block_rows=256)
     assert list(zip(pairs.first, pairs.second, strict=True)) == brute_force(rows, 0.7)
     assert len(pairs.first) == 2 * 250 * 249 // 2 and {256, 128, 64} <= set(sizes)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("shape", [(64, 72), (5, 13), (0, 64)])
+@pytest.mark.parametrize("limit", [-3, 0, 5, 20, 30])
+def test_places_reached_are_those_of_every_value(dtype, shape, limit):
+    values = torch.from_numpy(np.random.default_rng(0).integers(-20, 20, shape, endpoint=True))
+    places = similar_blocks.reached(values.to(getattr(torch, dtype)), torch.tensor(limit, dtype=getattr(torch, dtype)))
+    assert places.tolist() == np.flatnonzero(values.numpy() >= limit).tolist()
 
 
 def test_threads_find_what_one_finds_and_leave_torch_as_it_was():
