@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import signal
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,7 +124,16 @@ def run_trials(trials: Sequence[Trial]) -> list[FinishedRun]:
             trained.unlink(missing_ok=True)  # the best one stays
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-    return [finished.read_run(trial.run.folder) for trial in trials]
+    runs = [finished.read_run(trial.run.folder) for trial in trials]
+    by_commit = Counter((run.environment.get("git_commit") or "unknown")[:8] for run in runs)
+    if len(by_commit) > 1:
+        counts = ", ".join(f"{count} by {commit}" for commit, count in by_commit.items())
+        print(
+            f"warning: the runs were trained by different commits ({counts}), and differences may come from the code; "
+            f"a run whose folder is moved away from {runs[0].folder.parent} is trained again",
+            flush=True,
+        )
+    return runs
 
 
 def cosines_of(trial: Trial) -> pd.Series:

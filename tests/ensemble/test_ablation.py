@@ -1,5 +1,7 @@
 """An ablation: each run an ordinary one, trained once, and differences by the runs' own files."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,11 @@ def test_a_second_stage_at_a_larger_input_goes_on_from_the_seeds_run(config, cap
     assert second.recipe.input_size == 48 and second.recipe.stage == 2
     table = ablation.gains(trials, "larger_input")
     assert table.loc["larger_input", "difference"] == 0 and table.loc["seed", "difference"] != 0
+    assert "different commits" not in capsys.readouterr().out
+    path = second.folder / "environment.json"
+    path.write_text(json.dumps(second.environment | {"git_commit": "0123456789abcdef"}))
+    ablation.run_trials(trials)
+    assert ", 1 by 01234567), and differences may come from the code" in capsys.readouterr().out
     lines = ablation.as_markdown(table, "larger_input").splitlines()
     assert lines[3].startswith("| larger_input | `stage=2` `initialize_from=") and lines[3].endswith("| | | |")
     assert " | -" in lines[2] or " | +" in lines[2]
