@@ -253,6 +253,26 @@ sys.exit(command.run("check", [], is_process=True))
     assert (done.returncode, done.stderr) == (130, "error: stopped by a signal\n")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_worker_that_was_just_forked_says_nothing(in_a_folder, number, code):
+    """Ctrl-C reaches a loader's workers before they have handlers of their own; only the command answers it."""
+    program = f"""
+import os, signal, sys
+from kutils import __main__ as command
+class Command:
+    def main(arguments):
+        if not (child := os.fork()):
+            os.kill(os.getpid(), {int(number)})
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+command.importlib.import_module = lambda name: Command
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(command.run("check", [], is_process=True))
+"""
+    done = run_python("-c", program, environment={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 # ---------------------------------------------------------------- what was typed before
 
 MODULES = {  # what stood after `python -m kutils.`, and the command that does it now

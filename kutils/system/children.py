@@ -149,14 +149,20 @@ class Interrupted(KeyboardInterrupt):
 def interrupt_once(message: str = "", again_seconds: float = math.inf) -> None:
     """Let the first SIGINT or SIGTERM raise Interrupted; ignore further ones, which would interrupt the saving.
 
+    A forked process, such as a loader's worker, ends at SIGTERM and ignores SIGINT, which a terminal sends to all.
+
     Args:
         message: printed to stderr when it happens.
         again_seconds: after this time another signal raises again.
     """
-    last = -math.inf
+    last, own = -math.inf, os.getpid()
 
     def interrupt(number: int, frame) -> None:
         nonlocal last
+        if os.getpid() != own:
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if time.monotonic() - last < again_seconds:
             return
         last = time.monotonic()
