@@ -65,6 +65,18 @@ def finish(process: subprocess.Popen, seconds: float = SECONDS) -> tuple[int | N
         return None, ""
 
 
+def wait_for_handlers(process: subprocess.Popen, folder: Path) -> None:
+    """Wait until the command handles signals: while Python itself starts, no program can."""
+    while process.poll() is None:
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                if int(status.parent.name) != process.pid and (status.parent / "cwd").readlink() == folder:
+                    caught = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+                    if caught >> (signal.SIGTERM - 1) & 1:  # which Python does not handle by itself
+                        return
+        time.sleep(0.01)
+
+
 def children_of(folder: Path) -> list[str]:
     """Command lines of processes that were started in a case's folder and are still there after CHILD_SECONDS."""
     deadline = time.monotonic() + CHILD_SECONDS
@@ -209,15 +221,16 @@ class Campaign:
     def signalled(self, name: str, number: signal.Signals, after: float) -> None:
         def disturb(folder: Path, step: Step) -> str:
             process = start(self.python, folder, step)
+            wait_for_handlers(process, folder)
             time.sleep(after)
             process.send_signal(number)
             code, error = finish(process, SIGNAL_SECONDS)
             if code is None:
                 return f"did not end within {SIGNAL_SECONDS} s"
-            if code not in (0, -number, 128 + number):  # -number: before Python has started
+            if code not in (0, 128 + number):
                 return f"exit {code}: {error.strip()[-200:]}"
             lines = 2 if name == "train-folds" else 1  # a rank's own error is shown, too
-            if code != -number and ("Traceback" in error or error.count("error: ") > lines):
+            if "Traceback" in error or error.count("error: ") > lines:
                 return f"not one line: {error.strip()[-300:]}"
             if left := children_of(folder):
                 return f"children are left: {left[:3]}"
