@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +11,7 @@ from itertools import islice
 from kutils.system import children, fatal
 
 LOOK_SECONDS = 0.5  # between two readings of the processes' progress
+is_running = False  # whether this process runs a job of a pool
 counter = None  # in a process of `run_jobs`: the shared count of all processes
 report: Callable[[int], object] | None = None  # if jobs run in this process: called with each new count
 
@@ -21,7 +21,15 @@ def start_job_process(shared, prepare: Callable[[], object] | None, known: set[b
     counter = shared
     fatal.known, fatal.note = known, note
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends its processes
-    signal.signal(signal.SIGTERM, exit_job_process)
+    children.interrupt_once()
+    interrupt = signal.getsignal(signal.SIGTERM)
+
+    def terminate(number: int, frame) -> None:
+        if not is_running:  # where Python or the pool would show an exception
+            os._exit(128 + number)
+        interrupt(number, frame)
+
+    signal.signal(signal.SIGTERM, terminate)
     children.end_with_parent()  # else it would wait for jobs for ever
     if not multiprocessing.parent_process().is_alive():  # it was killed before that
         os._exit(1)
@@ -29,22 +37,20 @@ def start_job_process(shared, prepare: Callable[[], object] | None, known: set[b
         prepare()
 
 
-def exit_job_process(number: int, frame) -> None:
-    """Handle SIGTERM: let the job remove its temporary files, then exit.
-
-    The pool may send the signal again, which must not interrupt that.
-    """
-    signal.signal(number, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
 def run_job(function: Callable, *job):
-    """Call the function; SIGTERM ends this process, else the pool would give it the next job."""
+    """Call the function; SIGTERM ends this process, else the pool would give it the next job.
+
+    The job first removes its temporary files; the pool may send the signal again, which does not interrupt that.
+    """
+    global is_running
+    is_running = True
     try:
         return function(*job)
-    except SystemExit as ended:
+    except children.Interrupted as ended:
         ended.__traceback__ = None  # frees the job's frames: `with` blocks interrupted while they ended end now
-        os._exit(ended.code)
+        os._exit(128 + ended.number)
+    finally:
+        is_running = False
 
 
 def count(number: int) -> None:

@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,34 @@ def test_a_signal_between_a_block_and_its_end_leaves_no_temporary_file(tmp_path)
 
     assert run_in_a_job_process(write, tmp_path / "image.txt") == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_python_drops_comes_again(tmp_path, capfd):
+    """Exceptions while an object is deleted are dropped."""
+
+    class Held:
+        def __del__(self):
+            send_terminate()
+            time.sleep(0.01)
+
+    def write(path):
+        with paths.atomic_path(path) as temporary:
+            temporary.write_text("half")
+            held = Held()
+            del held
+            time.sleep(20)
+
+    assert run_in_a_job_process(write, tmp_path / "image.txt") == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
+
+
+def test_a_signal_between_jobs_ends_a_process_at_once(capfd):
+    """While Python or the pool runs its own code, an exception would be shown."""
+
+    class Held:
+        def __del__(self):
+            send_terminate()
+            time.sleep(20)
+
+    assert run_in_a_job_process(Held) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == ""
