@@ -61,7 +61,7 @@ def finish(process: subprocess.Popen, seconds: float = SECONDS) -> tuple[int | N
         return process.returncode, output.decode(errors="replace")
     except subprocess.TimeoutExpired:
         forked_python.kill(process)
-        process.communicate()
+        process.stdout.close()  # not read to its end: a child that is left would keep it open
         return None, ""
 
 
@@ -161,6 +161,10 @@ class Campaign:
         self.counts: Counter = Counter()
         self.failures: list[str] = []
 
+    def python_of(self, name: str) -> str:
+        """The Python to be killed: a notebook's kernel is in no group, and looks for a real parent."""
+        return forked_python.REAL_PYTHON if name == "train-folds" else self.python
+
     def prepare(self) -> None:
         """Run every step once, undisturbed, each in a copy of what the steps before it have left."""
         folder = self.root / "start"
@@ -173,7 +177,7 @@ class Campaign:
                 continue
             shutil.copytree(folder, self.root / name)
             began = time.monotonic()
-            code, error = finish(start(self.python, folder, step))
+            code, error = finish(start(self.python_of(name), folder, step))
             if code:
                 sys.exit(f"{name} fails undisturbed: {error}")
             self.seconds[name] = time.monotonic() - began
@@ -205,13 +209,14 @@ class Campaign:
         return wrong or (f"left behind: {left[:3]}" if left else "")
 
     def killed(self, name: str, after: float, python: str) -> None:
-        """By a real Python, its children must notice; the forked one's whole group is killed."""
+        """Kill the command; a real Python's children must notice, while the forked one's group is killed with it."""
 
         def disturb(folder: Path, step: Step) -> str:
             process = start(python, folder, step)
             time.sleep(after)
             process.kill() if python == forked_python.REAL_PYTHON else forked_python.kill(process)
-            process.communicate()
+            process.wait()
+            process.stdout.close()  # as above
             if left := children_of(folder):
                 return f"children are left: {left[:3]}"
             return self.again(name, folder)
@@ -288,7 +293,7 @@ class Campaign:
         cases: list[tuple] = []
         for number in range(kills):
             name = list(STEPS)[number % len(STEPS)]
-            python = forked_python.REAL_PYTHON if number // len(STEPS) % 4 == 1 else self.python
+            python = forked_python.REAL_PYTHON if number // len(STEPS) % 4 == 1 else self.python_of(name)
             cases.append((self.killed, name, self.random.uniform(0, 1.1 * self.seconds[name]), python))
         for name, step in STEPS.items():
             cases += [(self.damaged, name, pattern, damage) for pattern in step.reads for damage in DAMAGES]
