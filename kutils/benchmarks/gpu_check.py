@@ -33,7 +33,7 @@ PARTS = {  # in order of worth: the most seconds that each may take of MINUTES
     "eva02_large": 60,
     "convnext_xxlarge": 80,
     "loader": 70,
-    "pairs": 90,
+    "pairs": 150,
     "prediction": 60,
     "resume": 40,
     "embedding": 40,

@@ -106,6 +106,7 @@ def gpu_tests(setting: Setting) -> Iterator:
 
 def similar_rows(setting: Setting) -> Iterator:
     """All similar pairs among made rows, and the ten nearest of them."""
+    from kutils.benchmarks.similarity import measure_fused
     from kutils.prompts import similarity
 
     device, sizes = gpu_training.prepare_device(setting), (2_000, 6_000) if setting.tiny else PAIRS
@@ -121,6 +122,7 @@ def similar_rows(setting: Setting) -> Iterator:
         yield measuring.make_entry(f"similar_pairs_{full_size}", f"s, {len(found.first):,} pairs", [seconds])
         gpu_training.free_memory(device)
     yield from nearest_rows(rows, setting)
+    yield measure_fused(rows[: sizes[0]], setting.device)
 
 
 def made_rows(count: int, device: torch.device) -> np.ndarray:

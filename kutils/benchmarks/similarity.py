@@ -256,6 +256,20 @@ def search_faiss(path: Path, queries: np.ndarray) -> tuple[np.ndarray, list[floa
     return indices, np.diff(times).tolist()
 
 
+def measure_fused(embeddings: np.ndarray, device: str) -> measuring.Entry:
+    """Seconds for all pairs on a GPU if products are compared in the kernel that makes them, beside apart."""
+    similar_pairs(embeddings, THRESHOLD, device=device, fused=True)  # compiles
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    pairs = {}
+    for fused in (True, False) * 2:
+        began = time.monotonic()
+        pairs[fused] = similar_pairs(embeddings, THRESHOLD, device=device, fused=fused)
+        seconds[fused].append(time.monotonic() - began)
+    if not np.array_equal(pairs[True], pairs[False]):
+        raise ValueError("the fused comparison finds other pairs")
+    return measuring.make_entry("similar_pairs_fused", "s, beside apart", seconds[True], seconds[False])
+
+
 def measure_leakage(embeddings: np.ndarray, repeats: int = 3) -> list[measuring.Entry]:
     """What ten folds of up to 60,000 prompts leak, by partition and beside leader groups and random rows; seconds."""
     rows = embeddings[:COMPARED]

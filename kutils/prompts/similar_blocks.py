@@ -29,7 +29,7 @@ from kutils.system.embedding_files import UNIT_TOLERANCE
 SAMPLE_ROWS = {"cpu": 768, "cuda": 16_384}  # of the block by which ways to shorten rows are compared
 FEW_PAIRS = 2**24  # of rows, up to which comparing ways costs more than it saves
 WIDTHS = (192, 128, 96, 64, 32)  # of short rows that are tried, beside the full width
-SLOWER = 1.25  # times the least time, from which narrower short rows are not tried: they have yet more candidates
+SLOWER = 2  # times the least time, from which narrower short rows are not tried: they have yet more candidates
 GROUP = 64  # rows whose largest product is looked at first on a GPU: most groups hold no candidate
 CPU_GROUP = 8  # products whose largest is looked at first on a CPU
 DENSE = {"cpu": 1 / 8, "cuda": 1 / 50}  # share of candidates from which all float32 products cost less than single ones
@@ -167,19 +167,30 @@ def time_block(left: UnitRows, right: UnitRows, threshold: float, how: Shortenin
 
 
 def pairs_of_block(
-    left: UnitRows, right: UnitRows, top: int, start: int, block_rows: int, threshold: float, how: Shortening
+    left: UnitRows,
+    right: UnitRows,
+    top: int,
+    start: int,
+    block_rows: int,
+    threshold: float,
+    how: Shortening,
+    fused: bool = False,
 ) -> SimilarPairs:
     """The pairs of one block: rows `top` to `top + block_rows` of left and `start` to `start + block_rows` of right.
 
     A large block with many candidates is quartered, since their lists would take more memory than its products.
+
+    Args:
+        fused: as in `similar_pairs`; for whole blocks, as each other size would be compiled by itself.
     """
     half = block_rows // 2 if block_rows % (2 * GROUP) == 0 else 0
     here, there = slice(top, top + block_rows), slice(start, start + block_rows)
     mirrored = left is right and top == start
-    short = left.short[here]
+    short, others = left.short[here], right.short[there]
     limit = smallest_product(threshold, how, (left.error, right.error))
     most = CROWDED if half >= CROWDED_ROWS else 1
-    selected = candidates(short, short if mirrored else right.short[there], limit, most)
+    fused &= len(short) == len(others) == block_rows
+    selected = candidates(short, short if mirrored else others, limit, most, fused)
     if selected is None:
         corners = [(i, j) for i in (top, top + half) for j in (start, start + half) if not mirrored or i <= j]
         corners = [(i, j) for i, j in corners if i < len(left.exact) and j < len(right.exact)]
@@ -215,7 +226,9 @@ def products_of(a: Tensor, b: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return torch.cat([(a[i] * b[j]).sum(dim=1) for i, j in parts])
 
 
-def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> tuple[Tensor, Tensor] | None:
+def candidates(
+    left: Tensor, right: Tensor, limit: Tensor, most: float = 1, fused: bool = False
+) -> tuple[Tensor, Tensor] | None:
     """Find the products of a short row of left and one of right that are not below the limit.
 
     Args:
@@ -225,7 +238,10 @@ def candidates(left: Tensor, right: Tensor, limit: Tensor, most: float = 1) -> t
     Returns: row and column of each, int64, sorted by row on a CPU; None if there are more.
     """
     if left.device.type != "cpu":
-        return candidates_by_group(products(left, right), limit.to(left.device), most)
+        limit = limit.to(left.device)
+        if fused:
+            return candidates_by_group(reaching_products(left, right, limit), torch.ones_like(limit, dtype=bool), most)
+        return candidates_by_group(products(left, right), limit, most)
     parts, count = [], 0
     for top in range(0, len(left), LOOKED_AT):
         start = top if left is right else 0
@@ -262,6 +278,24 @@ def candidates_by_group(values: Tensor, limit: Tensor, most: float) -> tuple[Ten
         return None
     hit, member = (groups[group, :, column] >= limit).nonzero(as_tuple=True)
     return group[hit] * GROUP + member, column[hit]
+
+
+def reaching_products(left: Tensor, right: Tensor, limit: Tensor) -> Tensor:
+    """Whether each product is not below the limit, bool [m, n], in one pass that writes no products.
+
+    Products may or may not be rounded to 16 bits before the comparison, so a 16-bit limit is lowered by one step: it is
+    then below what it was before it was rounded.
+    """
+    if limit.element_size() == 2:
+        limit = limit - torch.finfo(limit.dtype).eps * limit.abs()
+    return compiled_comparison()(left, right, limit)
+
+
+@functools.cache
+def compiled_comparison() -> Callable:
+    """A matrix product with a comparison as its epilogue, where a Triton kernel is as fast as the library's."""
+    compiler = functools.partial(torch.compile, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return compiler(lambda left, right, limit: products(left, right) >= limit)
 
 
 @contextmanager

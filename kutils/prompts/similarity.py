@@ -40,6 +40,7 @@ def similar_pairs(
     folder: Path | None = None,
     ranks: Ranks | None = None,
     progress: bool = False,
+    fused: bool = False,
 ) -> SimilarPairs:
     """Find all pairs of rows with cosine >= threshold, exactly: as float64 decides for the rows as they are given.
 
@@ -57,6 +58,8 @@ def similar_pairs(
         device: auto, cpu or cuda; without effect if ranks are given.
         dtype: of the products that select candidates: int8, bfloat16, float16, float32, or auto (the fastest here).
         folder: for finished strips, so that an interrupted call continues. Several ranks need it, and share it.
+        fused: on a GPU, compare products in the kernel that makes them, by torch.compile: 1 byte a pair is written in
+            place of 2. It compiles for a minute, and its gain was not measured yet; without effect on a CPU.
     Returns: all pairs on the main rank, none on the others.
     Raises: ValueError for a threshold out of range, or a row that is not finite or not of unit length.
     """
@@ -84,7 +87,8 @@ def similar_pairs(
 
             def begin(top: int) -> Iterator[SimilarPairs]:
                 return run(
-                    lambda start: pairs_of_block(left, right, top, start, block_rows, threshold, how), blocks_of[top]
+                    lambda start: pairs_of_block(left, right, top, start, block_rows, threshold, how, fused),
+                    blocks_of[top],
                 )
 
             def finish(top: int, blocks: Iterator[SimilarPairs]) -> SimilarPairs:

@@ -83,7 +83,7 @@ def test_every_part_runs_with_stand_ins_and_few_packages(tmp_path):
     kinds = ("plain", "sam_local", "sam_averaged")
     expected |= {f"{what}_2_{kind}" for what in ("ranks", "scaling") for kind in kinds}
     expected |= {"wait_shards_1", "wait_webp_1", "similar_pairs_1000000", "similar_pairs_3378588"}
-    expected |= {"nearest_of_3378588_1", "nearest_of_3378588_256"}
+    expected |= {"nearest_of_3378588_1", "nearest_of_3378588_256", "similar_pairs_fused"}
     expected |= {"predict_ensemble_float16", "predict_float16_cosine", "resume"}
     assert set(entries) == expected
     assert entries["step_vit_large"]["reference"] > 0 and entries["predict_float16_cosine"]["ours"] > 0.99

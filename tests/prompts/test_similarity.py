@@ -221,10 +221,10 @@ def test_a_crowded_block_is_quartered(monkeypatch, device):
     rows = neighbourhoods(num_groups=2, group_size=250, noise=0.3)
     sizes, find = [], similar_blocks.candidates
 
-    def search(left, right, limit, most):
+    def search(left, right, limit, most, fused):
         sizes.append(len(left))
         if device == "cpu":
-            return find(left, right, limit, most)
+            return find(left, right, limit, most, fused)
         return similar_blocks.candidates_by_group(shortening.products(left, right), limit, most)
 
     monkeypatch.setattr(similar_blocks, "candidates", search)
@@ -242,6 +242,32 @@ def test_places_reached_are_those_of_every_value(dtype, shape, limit):
     values = torch.from_numpy(np.random.default_rng(0).integers(-20, 20, shape, endpoint=True))
     places = similar_blocks.reached(values.to(getattr(torch, dtype)), torch.tensor(limit, dtype=getattr(torch, dtype)))
     assert places.tolist() == np.flatnonzero(values.numpy() >= limit).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_fused_comparison_leaves_no_product_out(monkeypatch, dtype, rounded):
+    """A compiler may compare products before it rounds them to 16 bits, against a limit that has been rounded."""
+    rows = torch.from_numpy(neighbourhoods(num_groups=32, group_size=8, noise=0.5))
+    short, _ = shortening.fit_shortening(rows.double(), torch.eye(384), 384, getattr(torch, dtype)).apply(rows.double())
+    exact = short.double() @ short.double().T
+    chosen = exact.flatten().sort().values[-3000::7]
+    if not rounded:
+        monkeypatch.setattr(similar_blocks, "products", lambda left, right: left.double() @ right.double().T)
+    with torch.compiler.set_stance("force_eager"):
+        for least in chosen:
+            reached = similar_blocks.reaching_products(short, short, least.to(shortening.products(short, short).dtype))
+            if dtype != "float32":  # its sums err
+                assert reached[exact >= least].all()
+            assert reached.sum() < 1.5 * (exact >= least).sum()
+
+
+@pytest.mark.gpu
+def test_a_fused_comparison_finds_the_same_pairs():
+    rows = neighbourhoods(num_groups=3277, group_size=5, noise=0.55)  # more than a block
+    pairs, fused = (similar_pairs(rows, 0.7, device="cuda", fused=way, block_rows=4096) for way in (False, True))
+    assert all(np.array_equal(one, other) for one, other in zip(pairs[:2], fused[:2], strict=True))
+    assert len(pairs.first) > 1000
 
 
 def test_threads_find_what_one_finds_and_leave_torch_as_it_was():
