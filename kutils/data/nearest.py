@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kutils.data.checked_rows import CheckedRows
+from kutils.prompts.candidates import reached
 from kutils.prompts.shortening import Shortening, fit_shortening, float32_margin, principal_axes, products, squares
-from kutils.prompts.similar_blocks import products_of, reached, silence_sparse
+from kutils.prompts.similar_blocks import products_of, silence_sparse
 from kutils.system.embedding_files import EMBEDDING_DIM, UNIT_TOLERANCE
 
 WIDTHS, WIDE = (64, 96, 128, 160, 192), (256, EMBEDDING_DIM)  # of short rows, in bytes

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kutils.prompts.candidates import GROUP
 from kutils.prompts.shortening import exact_products
 from kutils.prompts.similar_blocks import (
-    GROUP,
     SimilarPairs,
     concatenate_pairs,
     fastest_shortening,
