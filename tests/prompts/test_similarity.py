@@ -264,6 +264,7 @@ def test_a_fused_comparison_leaves_no_product_out(monkeypatch, dtype, rounded):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_fused_comparison_finds_the_same_pairs():
     rows = neighbourhoods(num_groups=3277, group_size=5, noise=0.55)  # more than a block
     pairs, fused = (similar_pairs(rows, 0.7, device="cuda", fused=way, block_rows=4096) for way in (False, True))
