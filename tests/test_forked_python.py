@@ -62,6 +62,18 @@ def test_it_does_as_python_does(tmp_path, arguments):
         assert errors == expected_errors
 
 
+@pytest.mark.parametrize("blocked", [set(), {signal.SIGINT, signal.SIGTERM}])
+def test_blocked_signals_are_those_of_the_process_that_starts_it(tmp_path, blocked):
+    """Multiprocessing blocks them while it starts its tracker, which may be the first that asks the server."""
+    arguments = ["-c", "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"]
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    try:
+        shown = [ended(python, arguments, tmp_path) for python in (PYTHON, REAL_PYTHON)]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert shown[0] == shown[1] and shown[0][1].count("SIGTERM") == len(blocked) // 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_reach_the_process(tmp_path, number):
     code = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\nprint('begun', flush=True)\ntime.sleep(600)"
