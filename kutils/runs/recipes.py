@@ -34,9 +34,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def split_names(text: str) -> list[str]:
-    """Split a notebook's parameter such as `a, b` at its commas; an empty text gives an empty list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def split_names(text: str | float) -> list[str]:
+    """Split a notebook's parameter such as `a, b` at its commas; an empty text gives an empty list.
+
+    Papermill turns a single number, as in `-p seeds 0`, into one.
+    """
+    return [name.strip() for name in str(text).split(",") if name.strip()]
 
 
 def read_yaml(path: Path) -> dict:

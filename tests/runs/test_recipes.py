@@ -188,6 +188,12 @@ def test_unknown_models_and_files_name_the_nearest():
         recipes.find_config("conf/tiny_vit_stag1.yaml")
 
 
+def test_names_of_a_notebooks_parameter():
+    """Papermill reads `-p seeds 0` as a number."""
+    assert recipes.split_names(" a, ,b") == ["a", "b"] and recipes.split_names(0) == ["0"]
+    assert recipes.split_names("") == []
+
+
 def test_a_config_path_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipes.find_config("conf/tiny_vit_stage1.yaml") == paths.conf_dir() / "tiny_vit_stage1.yaml"
