@@ -60,7 +60,7 @@ $(stamp): requirements.txt constraints.txt pyproject.toml
 	$(call install,$(bin)/python,-r requirements.txt -e '.[dev]' -c constraints.txt)
 	@touch $@
 
-demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 11 minutes (SCALE=full: longer)
+demo: env ## the whole pipeline at small scale on the CPU, and a table of scores: 10 minutes (SCALE=full: longer)
 	$(bin)/kutils demo --scale $(SCALE)
 
 gpu: ## check and measure on this machine's GPUs with PYTHON as it is: torch, torchvision, timm (MINUTES=8, OUTPUT=FOLDER)
