@@ -33,7 +33,7 @@ from kutils.system import arrow
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # that a command may take
 SIGNAL_SECONDS = 60  # that it may take to end after a signal
-CHILD_SECONDS = 8  # that a child may outlive it
+CHILD_SECONDS = 30  # that a child may outlive it: ranks of torchrun save their state first
 FEW_FILES = ("sh", "-c", 'ulimit -n 32 && exec "$0" "$@"')
 
 
