@@ -133,7 +133,12 @@ def run_in_pool(
     options = (shared, prepare, fatal.known, note)
     with ProcessPoolExecutor(num_workers, context, start_job_process, options) as pool:
         try:
-            pending = {pool.submit(run_job, function, *left[number]): number for number in numbers or left}
+            # starts the processes, which inherit this: Python would show a traceback at Ctrl-C until they ignore it
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                pending = {pool.submit(run_job, function, *left[number]): number for number in numbers or left}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while pending:
                 done, _ = wait(pending, LOOK_SECONDS, FIRST_COMPLETED)
                 now = shared.value

@@ -3,9 +3,11 @@ import os
 import signal
 import sys
 import time
+from multiprocessing import spawn
 from pathlib import Path
 
 import pytest
+from fixtures.forked_python import REAL_PYTHON
 
 from kutils.system import paths, processes
 
@@ -99,3 +101,14 @@ def test_a_signal_between_jobs_ends_a_process_at_once(capfd):
 
     assert run_in_a_job_process(Held) == 128 + signal.SIGTERM
     assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_of_a_process_that_python_still_starts_says_nothing(tmp_path, capfd):
+    """A terminal sends Ctrl-C to all processes; these get it before they run any line of ours."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nkill -INT $$\nexec '{REAL_PYTHON}' \"$@\"\n")
+    python.chmod(0o700)
+    spawn.set_executable(str(python))
+    assert sorted(processes.run_jobs(abs, [(-1,), (-2,)], 2)) == [1, 2]
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
