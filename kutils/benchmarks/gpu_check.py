@@ -115,8 +115,9 @@ def end_group(process) -> None:
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
-        if process.is_alive():  # it has no process group of its own yet
-            os.kill(process.pid, number)
+        with suppress(ProcessLookupError):
+            if process.is_alive():  # it has no process group of its own yet; or it is just ending
+                os.kill(process.pid, number)
         process.join(seconds)
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -72,8 +72,9 @@ def open_lock(path: Path, lock_path: Path) -> TextIO:
         stream = lock_path.open("a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock_path.is_file() and lock_path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
-                return stream
+            with suppress(FileNotFoundError):
+                if lock_path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
+                    return stream
             stream.close()  # the holder has just removed the file
         except BlockingIOError:
             stream.seek(0)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,7 +68,9 @@ before = measuring.private_megabytes()
 with measuring.peak_megabytes() as peak:
     held = np.ones(25_000_000, np.uint8)
     dropped = np.ones(50_000_000, np.uint8)
-    time.sleep(0.1)
+    full, deadline = measuring.anonymous_megabytes(), time.monotonic() + 60
+    while peak[0] < full - 1 and time.monotonic() < deadline:  # a look of the measurement
+        time.sleep(0.01)
     del dropped
 print(measuring.private_megabytes() - before, peak[0] - before, held.any())
 """
@@ -113,7 +116,7 @@ def test_the_section_from_end_to_end(workspace):
     assert entries["open_5m_rows"].ours < entries["open_5m_rows_first"].ours
     assert entries["open_5m_rows_rank"].ours < 20 and 5 < entries["open_5m_rows_worker"].ours < 400
     assert entries["open_5m_rows"].ratio == entries["open_5m_rows"].reference / entries["open_5m_rows"].ours
-    assert entries["open_5m_rows"].ours < entries["first_step_5m_rows"].ours < 60
+    assert entries["open_5m_rows"].ours < entries["first_step_5m_rows"].ours < 600
     assert list((workspace / "working" / "benchmark").iterdir()) == []  # the data sets are gone
     assert not multiprocessing.active_children()
 
@@ -144,9 +147,11 @@ def test_the_command_hands_its_options_to_the_notebook(workspace, monkeypatch):
 def test_the_prediction_of_an_ensemble_is_measured_both_ways(workspace, monkeypatch):
     whole, decoded = transforms.decode_rgb, []
     monkeypatch.setattr(transforms, "decode_rgb", lambda path: decoded.append(path) or whole(path))
+    # a clock of which each decoding takes a second, and nothing else any time
+    monkeypatch.setattr(prediction, "time", SimpleNamespace(monotonic=lambda: len(decoded)))
     (measured,) = prediction.measure_prediction(num_images=40, repeats=1)  # fewer than a batch: decoded here
     assert len(decoded) == 40 + 3 * 40 and len(set(decoded)) == 40
-    assert measured.name == "predict_ensemble" and measured.ratio == measured.reference / measured.ours > 1
+    assert (measured.name, measured.ours, measured.reference, measured.ratio) == ("predict_ensemble", 40, 120, 3)
     assert not list((workspace / "working" / "benchmark").iterdir())
 
 

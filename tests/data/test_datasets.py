@@ -132,7 +132,7 @@ def test_prompts_that_fill_their_last_update_are_all_dealt():
     assert sampler.steps_per_epoch == 5 and sorted(dealt) == list(range(40))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(settings.get_profile("ci"), max_examples=25)  # the same each time, without a limit of time
 @given(world_size=st.sampled_from([1, 2, 4]), local=st.sampled_from([1, 2]), first=st.integers(0, 3))
 def test_any_number_of_ranks_deals_the_same_global_batches(world_size, local, first):
     data = type("Data", (), {"prompt_codes": np.arange(70, dtype=np.int32) // 2})

@@ -116,13 +116,16 @@ def test_a_kill_ends_the_processes_too(tmp_path):
     write_table(tmp_path / "p.tsv", {"prompt": shapes.generate_prompts(2000)})
     command = [REAL_PYTHON, "-m", "kutils", "generate", "p.tsv", "--output", "set", "--workers", "2"]
     parent = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    wait_until(lambda: list(tmp_path.rglob("*.jpg")))
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    assert len(workers) == 2
+    wait_until(lambda: list(tmp_path.rglob("*.jpg")) and len(workers_of(parent.pid)) == 2)
+    workers = workers_of(parent.pid)
     parent.kill()
     parent.wait()
     wait_until(lambda: not any(map(is_running, workers)))
+
+
+def workers_of(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def wait_until(done):

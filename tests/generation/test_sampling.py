@@ -325,7 +325,7 @@ def test_a_run_that_was_cut_goes_on(arguments, start_ranks, tmp_path, number):
         child.kill()
     else:
         child.processes[0].send_signal(number)
-    code = child.wait(60)
+    code = child.wait()
     kept = files_of(folder)
     assert 10 <= len([name for name in kept if ".partial" not in name]) < 300
     if number == signal.SIGTERM:

@@ -236,8 +236,8 @@ def wait_for_pid(path) -> int:
 
 
 def gone(pid: int) -> bool:
-    """True as soon as no such process runs, False after 30 s."""
-    deadline = time.monotonic() + 30
+    """True as soon as no such process runs, False after 300 s."""
+    deadline = time.monotonic() + 300
     while is_running(pid):
         if time.monotonic() > deadline:
             return False

@@ -221,20 +221,21 @@ def test_advice_fits_the_machine(workspace, tiny_recipe, cores, ranks, workers, 
 
 @pytest.mark.parametrize("slow", ["images", "network"])
 def test_a_run_that_waits_says_once_what_to_change(workspace, tiny_recipe, monkeypatch, capsys, slow):
-    real = engine.update
+    real, now = engine.update, [0.0]
     example = {"image": torch.zeros(3, 32, 32, dtype=torch.uint8), "jitter": torch.zeros(8), "bad": []}
     example["target"] = torch.nn.functional.normalize(torch.ones(384), dim=0)
 
     def load(self, index):
-        time.sleep(0.004 if slow == "images" else 0)
+        now[0] += 0.004 if slow == "images" else 0.0004
         return example | {"row": index[1]}
 
     def update(*arguments):
-        time.sleep(0.02 if slow == "network" else 0)
+        now[0] += 0.02 if slow == "network" else 0.01
         return real(*arguments)
 
     monkeypatch.setattr(datasets.TrainingImages, "__getitem__", load)
     monkeypatch.setattr(engine, "update", update)
+    monkeypatch.setattr("kutils.training.meter.time", SimpleNamespace(monotonic=lambda: now[0]))
     # 9 updates of 4 images an epoch; the first interval of each, one update, does not count
     train.train(tiny_recipe(augment=False, epochs=6, global_batch_size=4), 0, ALONE)
     told = [line for line in capsys.readouterr().out.splitlines() if "waiting for images" in line]

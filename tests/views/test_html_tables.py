@@ -107,7 +107,7 @@ document.title = told.join("|");"""
     (tmp_path / "page.html").write_text(f"<!doctype html><meta charset='utf-8'>{page}", encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
-        [*command, "--dump-dom", f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=60
+        [*command, "--dump-dom", f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=300
     )
     title = done.stdout.partition("<title>")[2].partition("</title>")[0]
     assert title.split("|") == [
