@@ -33,17 +33,18 @@ def several_gpus(setting: Setting) -> Iterator:
 
 def on_ranks(setting: Setting, world_size: int) -> dict[str, float]:
     """Images per second of all ranks by kind of update. Ranks are forked: CUDA has not started in this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    arguments = (world_size, port, setting, results)
-    ranks = [context.Process(target=work_as_rank, args=(rank, *arguments), daemon=True) for rank in range(world_size)]
-    for rank in ranks:
-        rank.start()
-    while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        time.sleep(0.1)
+    with socket.socket() as reserved:  # else another process may be given the port before rank 0 listens
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        arguments = (world_size, reserved.getsockname()[1], setting, results)
+        ranks = [context.Process(target=work_as_rank, args=(rank, *arguments)) for rank in range(world_size)]
+        for rank in ranks:
+            rank.daemon = True
+            rank.start()
+        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            time.sleep(0.1)
     failed = [number for number, rank in enumerate(ranks) if rank.exitcode]
     for rank in ranks:
         rank.kill()  # those that wait for one that failed

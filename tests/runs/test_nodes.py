@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from fixtures.ranks import reserve_port
 
 from kutils.runs.folders import read_metrics
 from kutils.runs.nodes import this_node
@@ -116,12 +116,6 @@ def end_of(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
     return process.returncode, output
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def two_nodes(port: str) -> list[dict[str, str]]:
     return [{"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in ("0", "1")]
 
@@ -142,15 +136,21 @@ def ranks_of(workspace: Path) -> list[int]:
     return found
 
 
+@pytest.fixture
+def port():
+    reserved, number = reserve_port()
+    with reserved:
+        yield number
+
+
 @pytest.mark.slow
-def test_two_nodes_train_every_fold_as_one_node_does(start, start_ranks, workspace):
+def test_two_nodes_train_every_fold_as_one_node_does(start, start_ranks, workspace, port):
     variables = {"PET_NNODES": "1", "PET_STANDALONE": "0", "PET_NODE_RANK": "3", "PET_RDZV_ID": "x"}
     assert end_of(start(2, "prefix=alone", "train_folds=1", **variables))[0] == 0
     recipe = ["--config", workspace / "recipe.yaml", "--fold", 0, "prefix=alone"]
     start_ranks("kutils", "train", *recipe, num_ranks=2).run()
 
     # node 1 comes first and is ready with each fold before node 0 has drawn its figures
-    port = free_port()
     names = {name: f"PET_{name}" for name in VARIABLES}
     one = start(1, **{names[name]: value for name, value in two_nodes(port)[1].items()})
     zero = start(1, **two_nodes(port)[0])
@@ -181,8 +181,7 @@ def test_two_nodes_train_every_fold_as_one_node_does(start, start_ranks, workspa
 
 
 @pytest.mark.slow
-def test_a_failure_on_one_node_ends_both_and_names_the_log(start, workspace):
-    port = free_port()
+def test_a_failure_on_one_node_ends_both_and_names_the_log(start, workspace, port):
     (workspace / "empty").mkdir()
     one = start(1, **two_nodes(port)[1], KUTILS_INPUT=str(workspace / "empty"))
     zero = start(1, **two_nodes(port)[0])

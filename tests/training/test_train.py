@@ -456,7 +456,8 @@ def test_workers_last_for_a_run_and_end_with_it(workspace, recipe_file, monkeypa
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_a_killed_run_leaves_no_worker(workspace, recipe_file):
-    path = recipe_file(epochs=60, num_workers=2)
+    # 18 updates an epoch: at the sixth, no worker of an evaluation is there, or just begins
+    path = recipe_file(epochs=60, num_workers=2, global_batch_size=2, max_local_batch_size=2)
     child = subprocess.Popen(real_command(path), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     metrics = workspace / "working" / "runs" / "tiny_fold0" / "metrics.jsonl"
     while child.poll() is None and len(losses_of(metrics)) < 6:
