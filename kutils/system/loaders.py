@@ -6,6 +6,7 @@ import itertools
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def recovered(loader: DataLoader, started: Iterator) -> Iterator:
             if not (message := describe_loss(error, loader.num_workers)):
                 raise
             loader._iterator = started = None  # with persistent_workers: the next epoch starts new workers
+            traceback.clear_frames(error.__traceback__)  # they hold it: torch would find its worker in the search
             num_known = len(fatal.known)
             if was_ended(error):
                 print("warning: a process that loads images was ended; looking for an image that does it", flush=True)

@@ -1,5 +1,8 @@
 """A file that ends the process which decodes it is found, and all others are decoded as if it could not be read."""
 
+import itertools
+import time
+
 import pytest
 import torch
 from fixtures import ending
@@ -12,6 +15,7 @@ from kutils.data.datasets import load_datasets
 from kutils.ensemble import image_cache
 from kutils.models import checkpoints
 from kutils.system import fatal, loaders, processes
+from kutils.system.paths import is_running
 from kutils.training.train import main as train
 
 ENDS = "ends the process that decodes it"
@@ -60,6 +64,25 @@ def test_a_process_that_is_lost_raises_nowhere_but_where_a_batch_is_waited_for()
         total = sum(number % 7 for number in range(300_000))  # long enough for the process to end meanwhile
         came.append((int(batch), total))
     assert [number for number, _ in came] == EXPECTED and len({total for _, total in came}) == 1
+
+
+def test_a_connection_that_was_reset_does_not_hide_the_file(monkeypatch, capfd):
+    """A batch of a process that has just died can fail before torch has seen its end."""
+    real, calls = loaders.wait_for_next, itertools.count()
+
+    def wait(started):
+        if next(calls) == 2:  # by now number 3 has been asked for
+            (worker,) = started._workers
+            deadline = time.monotonic() + 300
+            while is_running(worker.pid) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            raise ConnectionResetError
+        return real(started)
+
+    monkeypatch.setattr(loaders, "wait_for_next", wait)
+    loader = DataLoader(Contents(), 1, num_workers=1, prefetch_factor=2, timeout=300)
+    assert torch.cat(list(loaders.batches(loader))).tolist() == EXPECTED
+    assert capfd.readouterr().out.count("looking for an image that does it") == len(fatal.known) == 2
 
 
 class Once(Dataset):
