@@ -23,6 +23,7 @@ def candidates(
         left, right, limit: [m, width], m a multiple of GROUP; [n, width]; and as `smallest_product` returns it. If
             right is left, products of a row and an earlier one may be left out.
         most: share of the products on a CPU, or of their groups on a GPU, that may be candidates or hold some.
+        fused: on a GPU, compare products in the kernel that makes them.
     Returns: row and column of each, int64, sorted by row on a CPU; None if there are more.
     """
     if left.device.type != "cpu":

@@ -11,7 +11,7 @@ from itertools import islice
 from kutils.system import children, fatal
 
 LOOK_SECONDS = 0.5  # between two readings of the processes' progress
-is_running = False  # whether this process runs a job of a pool
+in_job = False  # whether this process runs a job of a pool
 counter = None  # in a process of `run_jobs`: the shared count of all processes
 report: Callable[[int], object] | None = None  # if jobs run in this process: called with each new count
 
@@ -25,7 +25,7 @@ def start_job_process(shared, prepare: Callable[[], object] | None, known: set[b
     interrupt = signal.getsignal(signal.SIGTERM)
 
     def terminate(number: int, frame) -> None:
-        if not is_running:  # where Python or the pool would show an exception
+        if not in_job:  # where Python or the pool would show an exception
             os._exit(128 + number)
         interrupt(number, frame)
 
@@ -42,15 +42,15 @@ def run_job(function: Callable, *job):
 
     The job first removes its temporary files; the pool may send the signal again, which does not interrupt that.
     """
-    global is_running
-    is_running = True
+    global in_job
+    in_job = True
     try:
         return function(*job)
     except children.Interrupted as ended:
         ended.__traceback__ = None  # frees the job's frames: `with` blocks interrupted while they ended end now
         os._exit(128 + ended.number)
     finally:
-        is_running = False
+        in_job = False
 
 
 def count(number: int) -> None:
