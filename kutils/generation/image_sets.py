@@ -49,6 +49,11 @@ def read_prompts(path: Path) -> tuple[list[str], dict[str, pa.Array]]:
     return list(first_rows), {name: table[name].take(rows).combine_chunks() for name in columns}
 
 
+def holds_nothing(path: Path) -> bool:
+    """Whether this is a folder without files, except temporary ones: a killed call can leave it before the record."""
+    return path.is_dir() and all(".partial" in entry.name for entry in path.iterdir())
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """`<output>.tsv` and `<output>_images/`: image i is number i % images_per_prompt of prompt i // images_per_prompt.
@@ -134,7 +139,7 @@ class ImageSet:
             except ValueError as error:
                 raise ValueError(f"{error}; restore it, or choose another name") from error
         for other in (self.tsv_path, self.folder):
-            if other.exists():
+            if other.exists() and not holds_nothing(other):
                 raise ValueError(f"{other} was not made by this command; choose another name")
         return {}
 

@@ -13,7 +13,7 @@ from kutils.data import datasets
 from kutils.generation import rendering, shapes
 from kutils.generation.image_sets import ImageSet, image_seed
 from kutils.prompts import folds as prompt_folds
-from kutils.system import processes
+from kutils.system import paths, processes
 from kutils.system.paths import is_running
 from kutils.system.tables import read_table, write_table
 
@@ -82,6 +82,23 @@ def test_another_data_set_of_the_same_name_is_not_touched(tmp_path):
         render(PROMPTS, tmp_path / "own")
     (tmp_path / "own.tsv").unlink()
     assert files_of(tmp_path) == before
+
+
+def test_a_call_that_was_cut_before_its_record_goes_on(tmp_path, monkeypatch):
+    def cut(path, content):
+        with paths.atomic_path(path):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(paths, "save_record", cut)
+        render(PROMPTS, tmp_path / "set")
+    assert (tmp_path / "set_images").is_dir()
+    (tmp_path / "set_images" / ".generation.1234abcd-1-ab12.partial.json").write_text("{")  # of a kill
+    render(PROMPTS, tmp_path / "set")
+    (tmp_path / "own_images").mkdir()
+    (tmp_path / "own_images" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"own_images was not made by this command"):
+        render(PROMPTS, tmp_path / "own")
 
 
 @pytest.mark.parametrize(
