@@ -1,6 +1,7 @@
 """Finds the products of short rows that reach a limit: the candidates for similar pairs."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ from kutils.prompts.shortening import products
 
 GROUP = 64  # rows whose largest product is looked at first on a GPU: most groups hold no candidate
 CPU_GROUP = 8  # products whose largest is looked at first on a CPU
-LOOKED_AT = 128  # rows of a block whose products are looked at together on a CPU
+TILE = 2048, 256  # rows and columns whose products are looked at together on a CPU: few columns are laid out anew
 
 
 def candidates(
@@ -31,17 +32,22 @@ def candidates(
         if fused:
             return candidates_by_group(reaching_products(left, right, limit), torch.ones_like(limit, dtype=bool), most)
         return candidates_by_group(products(left, right), limit, most)
-    parts, count = [], 0
-    for top in range(0, len(left), LOOKED_AT):
-        start = top if left is right else 0
-        places = reached(products(left[top : top + LOOKED_AT], right[start:]), limit)
-        row, column = np.divmod(places, len(right) - start)
-        parts.append((row + top, column + start))
+    rows, columns, count = [], [], 0
+    for top, start in itertools.product(range(0, len(left), TILE[0]), range(0, len(right), TILE[1])):
+        others = right[start : start + TILE[1]]
+        short = left[top : min(top + TILE[0], start + len(others)) if left is right else top + TILE[0]]
+        if not len(short):
+            continue
+        places = reached(products(short, others), limit)
+        row = places // len(others)  # several times as fast as divmod
+        rows.append(row + top)
+        columns.append(places - row * len(others) + start)
         count += len(places)
         if count > most * len(left) * len(right):
             return None
-    row, column = (torch.from_numpy(np.concatenate(numbers)) for numbers in zip(*parts, strict=True))
-    return row, column
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    order = np.argsort(row.astype(np.min_scalar_type(len(left))), kind="stable")  # numbers of 16 bits by radix
+    return torch.from_numpy(row[order]), torch.from_numpy(column[order])
 
 
 def reached(values: Tensor, limit: Tensor) -> np.ndarray:
@@ -55,7 +61,7 @@ def reached(values: Tensor, limit: Tensor) -> np.ndarray:
         values = values.float()
     groups = values.numpy().reshape(CPU_GROUP if values.numel() % CPU_GROUP == 0 else 1, -1)
     some = np.flatnonzero(groups.max(axis=0) >= limit.item())
-    member, place = np.nonzero(groups[:, some] >= limit.item())
+    member, place = np.divmod(np.flatnonzero(groups.take(some, axis=1) >= limit.item()), max(1, len(some)))
     return member * groups.shape[1] + some[place]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +25,10 @@ from kutils.prompts.shortening import (
 from kutils.system.devices import autocast_dtype
 from kutils.system.embedding_files import UNIT_TOLERANCE
 
-SAMPLE_ROWS = {"cpu": 1024, "cuda": 16_384}  # of the block by which ways to shorten rows are compared
+SAMPLE_ROWS = {"cpu": (1024, 4096), "cuda": (16_384, 16_384)}  # of a block by which ways to shorten rows are compared
+CLOSE, TURNS = 1.25, 3  # times the least time, up to which ways are timed again, and how often
 FEW_PAIRS = 2**24  # of rows, up to which comparing ways costs more than it saves
-WIDTHS = (192, 128, 96, 64, 32)  # of short rows that are tried, beside the full width
+WIDTHS = (192, 128, 96, 64, 48, 32)  # of short rows that are tried, beside the full width
 SLOWER = 2  # times the least time, from which narrower short rows are not tried: they have yet more candidates
 DENSE = {"cpu": 1 / 8, "cuda": 1 / 50}  # share of candidates from which all float32 products cost less than single ones
 CROWDED = 1 / 16  # share of candidates, or of groups with one, from which a block of twice CROWDED_ROWS is quartered
@@ -118,35 +118,54 @@ def fastest_shortening(left: UnitRows, right: UnitRows, threshold: float, dtype:
 
     The widest short rows have the fewest candidates to verify, the narrowest the cheapest products. So widths are tried
     from the full one down, until candidates cost more than products save. Where the bound helps nothing, as among
-    random rows, the full width wins. A few rows are multiplied as they are.
+    random rows, the full width wins. Full rows show which dtype multiplies fastest. A few rows are multiplied as they
+    are; the more there are, the larger the sample.
 
     Args:
         dtype: of the short rows; auto: int8 or what the device multiplies fast.
     """
     device, width = left.exact.device, left.exact.shape[1]
-    count = SAMPLE_ROWS[device.type]
+    num_pairs = len(left.exact) * len(right.exact)
+    count = int(np.clip(math.isqrt(num_pairs) // 64, *SAMPLE_ROWS[device.type]))
     wide = [sample_of(rows, 2 * count, seed) for seed, rows in enumerate((left, right))]
     samples = [sample_of(rows, count, 0) for rows in wide]
     numbers = torch.cat([rows.exact.double() / rows.lengths[:, None] for rows in wide])
     dtypes = [autocast_dtype(dtype, device)]
-    if len(left.exact) * len(right.exact) <= FEW_PAIRS:
+    if num_pairs <= FEW_PAIRS:
         return fit_shortening(numbers, None, width, dtypes[0])
     if dtype == "auto" and device.type == "cpu":
         dtypes.append(torch.int8)
-    axes = principal_axes(numbers)
 
-    def fastest(name: torch.dtype) -> tuple[float, Shortening]:
-        best = math.inf, None
-        for size in [width, *(size for size in WIDTHS if size < width)]:
-            how = fit_shortening(numbers[::4], axes, size, name)
-            here, there = (shorten(rows, how, map) for rows in samples)
-            seconds = min(time_block(here, there, threshold, how) for _ in range(3))  # the first prepares the product
-            if seconds > SLOWER * best[0]:
-                break
-            best = min(best, (seconds, how), key=itemgetter(0))
-        return best
+    def timed(how: Shortening) -> TimedShortening:
+        here, there = (shorten(rows, how, run) for rows in samples)
+        once = functools.partial(time_block, here, there, threshold, how)
+        return TimedShortening(how, once, min(once(), once()))  # the first prepares the product
 
-    return min(run(fastest, dtypes), key=itemgetter(0))[1]
+    ways = [fastest([timed(fit_shortening(numbers[::4], None, width, name)) for name in dtypes])]
+    axes, name = principal_axes(numbers), ways[0].how.dtype
+    for size in (size for size in WIDTHS if size < width):
+        narrower = timed(fit_shortening(numbers[::4], axes, size, name))
+        if narrower.seconds > SLOWER * min(one.seconds for one in ways):
+            break
+        ways.append(narrower)
+    return fastest(ways).how
+
+
+class TimedShortening(NamedTuple):
+    """A way to shorten rows, and what it takes."""
+
+    how: Shortening
+    once: Callable[[], float]  # does it once more: seconds
+    seconds: float  # at first
+
+
+def fastest(ways: list[TimedShortening]) -> TimedShortening:
+    """The one of the least time; those close to it are repeated in turn, so that other work delays all alike."""
+    close = [one for one in ways if one.seconds <= CLOSE * min(one.seconds for one in ways)]
+    if len(close) == 1:
+        return close[0]
+    turns = [[one.once() for one in close] for _ in range(TURNS)]
+    return close[int(np.min(turns, axis=0).argmin())]
 
 
 def sample_of(rows: UnitRows, count: int, seed: int) -> UnitRows:
@@ -199,8 +218,12 @@ def pairs_of_block(
         if mirrored:
             within &= row < column  # each pair once, and no row with itself
         row, column = row[within], column[within]
+    least = (threshold - float32_margin(a.shape[1])) * left.lengths[here].amin() * right.lengths[there].amin()
+    product = products_of(a, b, row, column)
+    possible = (product >= least.to(product.dtype)).nonzero().flatten()  # few
+    row, column = row[possible], column[possible]
     lengths = left.lengths[here][row] * right.lengths[there][column]
-    cosine = products_of(a, b, row, column) / lengths
+    cosine = product[possible] / lengths
     keep = cosine >= threshold
     doubtful = ((cosine - threshold).abs() < float32_margin(a.shape[1])).nonzero().flatten()
     for some in doubtful.split(VERIFIED):

@@ -214,6 +214,35 @@ def test_candidates_by_group_are_those_of_every_product(dtype):
     assert candidates.candidates_by_group(values, limit, 0.01) is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [(64, 24), (48, 320), (320, 7)])
+def test_candidates_of_tiles_are_those_of_every_product(monkeypatch, dtype, tile):
+    monkeypatch.setattr(candidates, "TILE", tile)
+    rows = torch.from_numpy(neighbourhoods(num_groups=32, group_size=10, noise=0.5))
+    short, _ = shortening.fit_shortening(rows.double(), torch.eye(384), 384, getattr(torch, dtype)).apply(rows.double())
+    values = shortening.products(short, short)
+    limit = values.flatten().double().quantile(0.97).to(values.dtype)
+    for right in (short[:301], short):  # another block, and the same
+        row, column = candidates.candidates(short, right, limit)
+        assert (row.diff() >= 0).all()
+        found = set(zip(row.tolist(), column.tolist(), strict=True))
+        expected = set(map(tuple, (values[:, : len(right)] >= limit).nonzero().tolist()))
+        assert len(found) == len(row) and found <= expected
+        assert {(i, j) for i, j in expected - found if i <= j or right is not short} == set()
+    assert candidates.candidates(short, short, limit, most=0.01) is None
+
+
+def test_of_ways_that_take_about_as_long_the_fastest_is_timed_again():
+    """The first time may be a slow one; one that is far behind is not repeated."""
+    times = {"slow once": iter([0.9, 0.7, 0.9]), "steady": iter([1.0, 0.8, 0.8]), "far behind": iter([])}
+    ways = [
+        similar_blocks.TimedShortening(name, lambda name=name: next(times[name]), seconds)
+        for name, seconds in (("steady", 0.8), ("slow once", 0.95), ("far behind", 1.1))
+    ]
+    assert similar_blocks.fastest(ways).how == "slow once"
+    assert similar_blocks.fastest(ways[2:]).how == "far behind"
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_crowded_block_is_quartered(monkeypatch, device):
     """On a CPU, and as on a GPU."""
