@@ -68,14 +68,20 @@ def principal_axes(sample: Tensor) -> Tensor:
     return torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1)
 
 
-def fit_shortening(sample: Tensor, axes: Tensor | None, width: int, dtype: torch.dtype) -> Shortening:
-    """The shortening to `width` numbers along the first axes; a sample of rows (float64 [n, D]) sets the scale."""
+def fit_shortening(
+    sample: Tensor, axes: Tensor | None, width: int, dtype: torch.dtype, spare: float = 1.2
+) -> Shortening:
+    """The shortening to `width` numbers along the first axes; a sample of rows (float64 [n, D]) sets the scale.
+
+    Args:
+        spare: int8 holds numbers of up to this many times the sample's largest; the less, the less it rounds.
+    """
     how = Shortening(None, None, dtype, 1.0, sample.shape[1])
     if width < sample.shape[1]:
         random = torch.from_numpy(np.random.default_rng(0).standard_normal((width, width)))
         how = Shortening(axes[:, : width - 1], torch.linalg.qr(random).Q.to(axes.device), dtype, 1.0, width)
     if dtype == torch.int8 and len(sample):  # few rows have larger numbers, which are cut: their |d| says so
-        how = replace(how, scale=127 / max(1.2 * float(how.exactly(sample).abs().amax()), 1e-3))
+        how = replace(how, scale=127 / max(spare * float(how.exactly(sample).abs().amax()), 1e-3))
     return how
 
 

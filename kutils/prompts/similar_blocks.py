@@ -30,6 +30,7 @@ CLOSE, TURNS = 1.25, 3  # times the least time, up to which ways are timed again
 FEW_PAIRS = 2**24  # of rows, up to which comparing ways costs more than it saves
 WIDTHS = (192, 128, 96, 64, 48, 32)  # of short rows that are tried, beside the full width
 SLOWER = 2  # times the least time, from which narrower short rows are not tried: they have yet more candidates
+SPARE = 1.05  # times the largest number of a sample: few blocks have a row with a larger one, and err more for it
 DENSE = {"cpu": 1 / 8, "cuda": 1 / 50}  # share of candidates from which all float32 products cost less than single ones
 CROWDED = 1 / 16  # share of candidates, or of groups with one, from which a block of twice CROWDED_ROWS is quartered
 CROWDED_ROWS = 2048
@@ -63,7 +64,7 @@ class UnitRows:
     exact: Tensor  # float32 [n, D], as given
     lengths: Tensor  # float64 [n]
     short: Tensor  # [padded, width], padded with zeros to a multiple of GROUP
-    error: float  # as `Shortening.apply` returns it
+    errors: Tensor  # float32 [n], as `Shortening.round` returns them
 
 
 def put_rows(embeddings: np.ndarray, device: torch.device, run: Callable) -> UnitRows:
@@ -82,20 +83,21 @@ def put_rows(embeddings: np.ndarray, device: torch.device, run: Callable) -> Uni
         lengths[start : start + len(block)] = check_lengths(block, start).to(device)
 
     list(run(put, range(0, len(embeddings), COPIED)))
-    return UnitRows(exact, lengths, exact[:0], 0.0)
+    return UnitRows(exact, lengths, exact[:0], exact[:0, 0])
 
 
 def shorten(rows: UnitRows, how: Shortening, run: Callable) -> UnitRows:
     """Rows with their short ones, in place of others."""
     num_rows = len(rows.exact)
     short = torch.zeros(num_rows + -num_rows % GROUP, how.width, dtype=how.dtype, device=rows.exact.device)
+    errors = torch.empty(num_rows, device=rows.exact.device)
 
-    def put(start: int) -> float:
+    def put(start: int) -> None:
         some = slice(start, min(start + COPIED, num_rows))
-        short[some], error = how.apply(rows.exact[some].double() / rows.lengths[some, None])
-        return error
+        short[some], errors[some] = how.round(rows.exact[some].double() / rows.lengths[some, None])
 
-    return replace(rows, short=short, error=max(run(put, range(0, num_rows, COPIED)), default=0.0))
+    list(run(put, range(0, num_rows, COPIED)))
+    return replace(rows, short=short, errors=errors)
 
 
 def check_lengths(rows: Tensor, first_row: int) -> Tensor:
@@ -148,7 +150,7 @@ def fastest_shortening(left: UnitRows, right: UnitRows, threshold: float, dtype:
         if narrower.seconds > SLOWER * min(one.seconds for one in ways):
             break
         ways.append(narrower)
-    return fastest(ways).how
+    return fit_shortening(numbers, axes, fastest(ways).how.width, name, SPARE)
 
 
 class TimedShortening(NamedTuple):
@@ -203,7 +205,7 @@ def pairs_of_block(
     here, there = slice(top, top + block_rows), slice(start, start + block_rows)
     mirrored = left is right and top == start
     short, others = left.short[here], right.short[there]
-    limit = smallest_product(threshold, how, (left.error, right.error))
+    limit = smallest_product(threshold, how, (float(left.errors[here].amax()), float(right.errors[there].amax())))
     most = CROWDED if half >= CROWDED_ROWS else 1
     fused &= len(short) == len(others) == block_rows
     selected = candidates(short, short if mirrored else others, limit, most, fused)

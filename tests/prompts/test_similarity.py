@@ -168,7 +168,7 @@ def test_products_of_short_rows_bound_all_products(shortened, width, kind):
     for place in np.argsort(values.double().numpy().ravel() / how.scale**2 - exact)[
         :100
     ]:  # the ones nearest to failing
-        limit = shortening.smallest_product(exact[place], how, (rows.error, rows.error))
+        limit = shortening.smallest_product(exact[place], how, (float(rows.errors.amax()),) * 2)
         assert values.ravel()[place] >= limit
 
 
