@@ -48,8 +48,8 @@ def similar_pairs(
     Each candidate is verified in float32, and in float64 if float32 could err. Precision and width of the short rows
     are those with which a sample of the pairs takes the least time on this machine. The work is divided into strips of
     `block_rows` rows, and each strip into blocks, from the diagonal on. It takes memory for the embeddings, the short
-    rows (32 to 1,536 bytes each), the pairs, and on each core of a CPU 10 to 30 * 2,048 ** 2 bytes, on a GPU
-    4 * block_rows ** 2 bytes, and up to 40 * 2,048 ** 2 bytes if most rows are similar.
+    rows (32 to 1,536 bytes each), the pairs and 50 bytes more for each of a strip, and on each core of a CPU
+    10 to 30 * 2,048 ** 2 bytes, on a GPU 4 * block_rows ** 2 bytes.
 
     Args:
         embeddings: float32 [n, D], rows of length 1 within 0.001, also a memory map.
