@@ -19,6 +19,7 @@ from kutils.system.children import SAVING_SECONDS, CommandFailed, end_with_paren
 
 # also imported from here by notebooks and ranks
 __all__ = ["CommandFailed", "end_with_parent", "run_module"]
+KINDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "True or False"}  # of parameters
 MEETINGS = 3  # attempts to connect to the first node, which may still be ending its last run
 
 
@@ -28,31 +29,36 @@ def check_parameters(cells: Sequence[str]) -> None:
     Args:
         cells: IPython's `In`: the source of every cell that has run. Papermill's cell starts with `# Parameters`; the
             names assigned before it are the notebook's parameters. Without such a cell nothing is checked.
-    Raises: ValueError naming the parameter and the nearest that exists.
+    Raises: ValueError naming a parameter that does not exist and the nearest that does, or a value of another type than
+        the notebook gives the parameter: papermill's `-p name 2020` is a number, `-r name 2020` is text.
     """
     injected = [number for number, source in enumerate(cells) if source.startswith("# Parameters")]
     if not injected:
         return
-    known = {name for source in cells[: injected[0]] for name in assigned_names(source)}
-    for name in assigned_names(cells[injected[-1]]):
+    known = {name: statement for source in cells[: injected[0]] for name, statement in assignments(source).items()}
+    for name, statement in assignments(cells[injected[-1]]).items():
         if name not in known:
             close = published_names.hint(name) or recipes.nearest(name, known)
             raise ValueError(f"this notebook has no parameter {name!r}{close} (it has {', '.join(sorted(known))})")
+        annotation = getattr(known[name], "annotation", None)  # without one, any value will do
+        kind, given = annotation and ast.unparse(annotation), getattr(statement.value, "value", None)
+        if kind and given is not None and type(given).__name__ not in (kind, "int" if kind == "float" else kind):
+            text = f"; papermill takes text by `-r {name} {given}`" if kind == "str" else ""
+            raise ValueError(f"parameter {name} is {given!r}; it is {KINDS.get(kind, kind)}{text}")
 
 
-def assigned_names(source: str) -> list[str]:
-    """Names assigned at the top level of a cell; none if the cell is not plain Python (magics)."""
+def assignments(source: str) -> dict[str, ast.Assign | ast.AnnAssign]:
+    """Names assigned at the top level of a cell, and where; none if the cell is not plain Python (magics)."""
     try:
         statements = ast.parse(source).body
     except SyntaxError:
-        return []
-    names = []
+        return {}
+    found = {}
     for statement in statements:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            names.append(statement.target.id)
-        elif isinstance(statement, ast.Assign):
-            names += [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    return names
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            found |= {target.id: statement for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,18 @@ def test_an_unknown_parameter_stops_and_names_the_nearest():
         check_parameters([*CELLS[:2], "# Parameters\nmodle = 1\n"])
 
 
+def test_a_parameter_of_another_type_stops_and_text_of_digits_has_a_way():
+    defaults = 'model: str = "tiny"\nfold: int = 0\nhours: float = 0.0\nkeep: bool = False\nseeds = "0,1"'
+    check_parameters([defaults, '# Parameters\nmodel = "7"\nfold = -1\nhours = 2\nkeep = True\nseeds = 3\n'])
+    check_parameters([defaults, '# Parameters\nmodel = """two\nlines"""\nhours = float("nan")\nseeds = "3"\n'])
+    with pytest.raises(ValueError, match=r"parameter model is 2020; it is text; papermill .* `-r model 2020`$"):
+        check_parameters([defaults, "# Parameters\nmodel = 2020\n"])
+    with pytest.raises(ValueError, match=r"parameter fold is 'one'; it is a whole number$"):
+        check_parameters([defaults, '# Parameters\nfold = "one"\n'])
+    with pytest.raises(ValueError, match=r"parameter fold is True; it is a whole number$"):
+        check_parameters([defaults, "# Parameters\nfold = True\n"])
+
+
 def test_a_plan_resolves_model_overrides_and_folder(workspace):
     run = launch.plan_run("convnext_large", 2, 3, "epochs=1 prefix=mine")
     assert run.recipe.epochs == 1 and run.folder == workspace / "working" / "runs" / "mine_fold3"
