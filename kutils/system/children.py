@@ -64,6 +64,7 @@ def run_module(
     settings["PYTHONSAFEPATH"] = "1"  # the current folder may be another clone: its kutils must not come first
     search_path = os.pathsep.join(filter(None, [str(paths.code_root()), os.environ.get("PYTHONPATH")]))
     environment = os.environ | settings | (environment or {}) | {"PYTHONPATH": search_path}
+    last, error = collections.deque(maxlen=KEPT_LINES), []
     child = subprocess.Popen(
         [sys.executable, "-m", "kutils.system.children", module, *arguments],
         stdout=subprocess.PIPE,
@@ -74,11 +75,10 @@ def run_module(
         env={name: value for name, value in environment.items() if value is not None},
         start_new_session=True,  # an interrupt goes to this process, which ends the child in order
     )
-    last, error = collections.deque(maxlen=KEPT_LINES), []
     # a thread of its own, so that an interrupt of this one does not lose the child's last output
     reader = threading.Thread(target=follow, args=(child.stdout, last, error, hide), daemon=True)
-    reader.start()
     try:
+        reader.start()
         code = child.wait(seconds)
     except subprocess.TimeoutExpired:
         end(child)
@@ -87,7 +87,8 @@ def run_module(
         end(child)
         raise
     finally:
-        reader.join(timeout=5)  # not for ever: a grandchild may hold the pipe open
+        if reader.ident:
+            reader.join(timeout=5)  # not for ever: a grandchild may hold the pipe open
     saved = not error or error[0].startswith(f"error: {STOPPED}")
     if code or (code is None and not saved):
         message = "\n".join(error[:LAST_LINES] or list(last)[-LAST_LINES:])

@@ -111,11 +111,11 @@ def test_embedding_is_measured_where_its_packages_are(setting, monkeypatch):
 
 
 def test_what_breaks_loses_nothing_of_the_others(setting, monkeypatch, capsys):
-    """All parts have minutes but the one that hangs, which has 4 s; the last would need days."""
+    """All parts have minutes but the one that hangs, which has 10 s; the last would need days."""
     names = ("done", "killed", "crashed", "raised", "hung", "lacking", "importing", "late")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests'}:{ROOT}")
     monkeypatch.setattr(gpu_check, "MODULE", "fixtures.breaking_parts")
-    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(names, 120) | {"hung": 4, "late": 10**6})
+    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(names, 120) | {"hung": 10, "late": 10**6})
     monkeypatch.setattr(gpu_check, "STOP_SECONDS", 0.3)
     (setting.folder / "late.json").write_text('{"of": "an earlier call"}')
     gpu_check.check(setting, names, gpu_check.MINUTES)
@@ -129,14 +129,14 @@ def test_what_breaks_loses_nothing_of_the_others(setting, monkeypatch, capsys):
         "it ended with exit code 7 and no result; its last line: what it said last",
     )
     assert outcomes["raised"] == ("failed", "ValueError: wrong")
-    assert outcomes["hung"] == ("failed", "it took more than its 4 s")
+    assert outcomes["hung"] == ("failed", "it took more than its 10 s")
     assert outcomes["lacking"] == ("skipped", "one GPU")
     assert outcomes["importing"] == ("skipped", "no package_that_is_not_there")
     assert outcomes["late"][0] == "skipped" and outcomes["late"][1].startswith("not started: ")
     assert not is_running(int((setting.folder / "child.pid").read_text()))
 
     page = gpu_check.save_results(setting.folder, {"card": "no GPU"}, records, price=0)
-    assert "| killed | failed |" in page and "it took more than its 4 s" in page and "a note" in page
+    assert "| killed | failed |" in page and "it took more than its 10 s" in page and "a note" in page
     content = json.loads((setting.folder / "gpu.json").read_text())
     before = ("before_the_kill", "before_the_crash", "before_the_limit", "before_the_import")
     assert [item["name"] for item in content["entries"]] == ["first", *before]

@@ -280,7 +280,9 @@ def run_and_kill(started, metrics) -> None:
     while started.running and len(losses_of(metrics)) < 7:
         time.sleep(0.002)
     started.kill()
-    assert [process.returncode for process in started.processes] == [-signal.SIGKILL] * len(started.processes)
+    first, *others = [process.returncode for process in started.processes]
+    # another rank may have met the first one's end before its own
+    assert first == -signal.SIGKILL and {-signal.SIGKILL, 1}.issuperset(others)
     assert checkpoints.read(metrics.parent / "resume.pt")["step"] >= 6
 
 
