@@ -29,8 +29,8 @@
 config: str = "lite0_stage1.yaml"  # recipe whose network and data are trained, of conf/
 base: str = ""  # keys of all runs beside the published settings; empty: 700 images of 64 px, three epochs at 1e-3
 changes: str = ""  # names of changes, separated by commas; all@1e-4 is `all` at another rate; empty: all of them
-seeds = "0,1,2"  # of weights, order and augmentation
-folds = "0"  # validation folds, separated by commas
+seeds: str = "0,1,2"  # of weights, order and augmentation
+folds: str = "0"  # validation folds, separated by commas
 
 # %%
 import sys

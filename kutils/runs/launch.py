@@ -40,9 +40,11 @@ def check_parameters(cells: Sequence[str]) -> None:
         if name not in known:
             close = published_names.hint(name) or recipes.nearest(name, known)
             raise ValueError(f"this notebook has no parameter {name!r}{close} (it has {', '.join(sorted(known))})")
-        annotation = getattr(known[name], "annotation", None)  # without one, any value will do
+        annotation = getattr(known[name], "annotation", None)
         kind, given = annotation and ast.unparse(annotation), getattr(statement.value, "value", None)
-        if kind and given is not None and type(given).__name__ not in (kind, "int" if kind == "float" else kind):
+        default = str(getattr(known[name].value, "value", ""))
+        numbers = kind == "float" or (kind == "str" and default.replace(",", "").isdigit())  # "0,1": a list of numbers
+        if kind and given is not None and type(given).__name__ not in (kind, "int" if numbers else kind):
             text = f"; papermill takes text by `-r {name} {given}`" if kind == "str" else ""
             raise ValueError(f"parameter {name} is {given!r}; it is {KINDS.get(kind, kind)}{text}")
 

@@ -26,18 +26,20 @@ def test_names_and_shapes_of_the_five_networks(model):
     assert published.differences(network, reference.state_dict()) == []
 
 
-SMALL = {  # the same kinds of network, small enough for every test run: timm's name, open_clip's name, features
-    "vit": ("vit_base_patch32_clip_224.laion2b", "ViT-B-32", 512),
-    "convnext": ("convnext_base.clip_laion2b", "convnext_base_w", 640),
+SMALL_VIT = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
+SMALL_TOWER = {"layers": 10, "width": 256, "patch_size": 16}  # the same network for open_clip
+SMALL = {  # the same kinds of network, small enough for every test run: timm's name; open_clip's, changed; features
+    "vit": (SMALL_VIT, "ViT-B-32", SMALL_TOWER, 512),
+    "convnext": ("convnext_base.clip_laion2b", "convnext_base_w", {}, 640),
 }
 
 
 @pytest.fixture(params=SMALL)
 def pair(request, tiny_recipe, tmp_path):
     """An open_clip network saved as the published code would, the file, and a recipe for it."""
-    backbone, name, features = SMALL[request.param]
+    backbone, name, changes, features = SMALL[request.param]
     torch.manual_seed(0)
-    reference = PublishedNetwork(visual_tower(name), features).eval()
+    reference = PublishedNetwork(visual_tower(name, **changes), features).eval()
     with torch.no_grad():  # zeros and ones would not show a mix-up
         for parameter in reference.parameters():
             if parameter.ndim < 2:
@@ -86,10 +88,11 @@ def test_a_checkpoint_of_another_network_is_named_in_the_words_of_the_file(pair,
 def test_an_open_clip_file_serves_as_pretrained_weights(tiny_recipe, tmp_path):
     """The file of the whole open_clip model, text tower included, through `pretrained=PATH`."""
     torch.manual_seed(0)
-    clip = open_clip.create_model("ViT-B-32", pretrained=None).eval()
+    text = {"layers": 1, "width": 64, "heads": 2, "vocab_size": 100}
+    clip = open_clip.CLIP(512, SMALL_TOWER, text).eval()
     torch.save(clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     recipe = tiny_recipe(
-        backbone="vit_base_patch32_clip_224.laion2b",
+        backbone=SMALL_VIT,
         head="clip_projection",
         input_size=224,
         pretrained=str(tmp_path / "open_clip_pytorch_model.bin"),
@@ -98,7 +101,7 @@ def test_an_open_clip_file_serves_as_pretrained_weights(tiny_recipe, tmp_path):
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(model.backbone(images), clip.visual(images), atol=1e-4, rtol=1e-4)
-    # at another resolution its position embeddings are resampled: 7 x 7 tokens become 10 x 10
+    # at another resolution its position embeddings are resampled: 14 x 14 tokens become 20 x 20
     larger = build_model(tiny_recipe(**{**vars(recipe), "input_size": 320})).eval()
-    assert larger.backbone.pos_embed.shape == (1, 101, 768) and larger(torch.randn(1, 3, 320, 320)).shape == (1, 384)
+    assert larger.backbone.pos_embed.shape == (1, 401, 256) and larger(torch.randn(1, 3, 320, 320)).shape == (1, 384)
     assert torch.equal(larger.backbone.blocks[0].norm1.weight, model.backbone.blocks[0].norm1.weight)

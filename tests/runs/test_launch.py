@@ -35,7 +35,7 @@ def test_an_unknown_parameter_stops_and_names_the_nearest():
 
 
 def test_a_parameter_of_another_type_stops_and_text_of_digits_has_a_way():
-    defaults = 'model: str = "tiny"\nfold: int = 0\nhours: float = 0.0\nkeep: bool = False\nseeds = "0,1"'
+    defaults = 'model: str = "tiny"\nfold: int = 0\nhours: float = 0.0\nkeep: bool = False\nseeds: str = "0,1"'
     check_parameters([defaults, '# Parameters\nmodel = "7"\nfold = -1\nhours = 2\nkeep = True\nseeds = 3\n'])
     check_parameters([defaults, '# Parameters\nmodel = """two\nlines"""\nhours = float("nan")\nseeds = "3"\n'])
     with pytest.raises(ValueError, match=r"parameter model is 2020; it is text; papermill .* `-r model 2020`$"):
