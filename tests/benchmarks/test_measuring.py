@@ -165,7 +165,7 @@ def test_the_check_of_images_is_measured_with_two_processes_and_one(workspace):
 def test_an_epoch_from_shards_is_measured_beside_one_from_files(workspace, monkeypatch):
     monkeypatch.setattr(os, "sync", lambda: None)  # it would wait for all that other programs write
     monkeypatch.setattr(launch, "run_module", lambda _, command, *arguments: run(command, arguments))
-    packed, imported = benchmark_data.measure_shards(images=64, repeats=1)
+    packed, imported = benchmark_data.measure_shards(images=32, repeats=1)
     assert packed.name == "packed_shards" and packed.ratio == packed.reference / packed.ours
     assert imported.name == "imported_shards" and imported.reference == packed.ours
     assert not list((workspace / "working" / "benchmark").iterdir())

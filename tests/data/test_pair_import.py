@@ -635,7 +635,7 @@ def test_processes_and_a_real_kill(tmp_path):
     for number in range(6):
         samples = [
             made.sample(n, webp=made.encode(made.picture(n, (400, 400)), "webp"))
-            for n in range(40 * number, 40 * number + 40)
+            for n in range(20 * number, 20 * number + 20)
         ]
         made.write_tar(tmp_path / "t" / f"{number}.tar", samples)
     command = [REAL_PYTHON, "-m", "kutils", "import", str(tmp_path / "t"), "--pack", "384", "--embeddings", "later"]
