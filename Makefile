@@ -66,7 +66,7 @@ demo: env ## the whole pipeline at small scale on the CPU, and a table of scores
 gpu: ## check and measure on this machine's GPUs with PYTHON as it is: torch, torchvision, timm (MINUTES=8, OUTPUT=FOLDER)
 	$(PYTHON) -m kutils gpu-check --minutes $(MINUTES) $(if $(OUTPUT),--output "$(OUTPUT)")
 
-test: env ## all tests but those of the targets below, on two processes: 7 minutes (JOBS=0: on one)
+test: env ## all tests but those of the targets below, on two processes: 6 minutes (JOBS=0: on one)
 	$(bin)/python -m pytest -n $(JOBS) --dist worksteal --durations=20 $(COVERAGE)
 
 test-fast: env ## the quick tests of the rooms that a change touches (against main, uncommitted files too): a minute
