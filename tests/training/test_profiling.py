@@ -61,7 +61,7 @@ def test_a_profile_holds_its_updates_with_their_parts_and_changes_nothing(worksp
     total = sum(end - begin for begin, end in found["ProfilerStep"])
     for name in profiling.PARTS:
         assert shares[name] == pytest.approx(sum(end - begin for begin, end in found[name]) / total)
-    assert sum(shares.values()) <= 1 and min(shares.values()) > 0
+    assert 0.5 < sum(shares.values()) <= 1 and min(shares.values()) > 0
     told = capsys.readouterr().out
     assert f"2 updates profiled: waiting for data {shares['waiting for data']:.0%}, augmentation and copy" in told
     table = told.split("operation\n")[1].split(f"{folder / 'trace.json.gz'} opens in https://ui.perfetto.dev")[0]
